@@ -1,0 +1,56 @@
+"""Sampling against a naive sampler with the same model: same tokens where nothing is random."""
+
+import pytest
+import torch
+
+from benchmarks.naive_sampler import naive_denoise
+from dllm.families import ModelConfig
+from dllm.model import DiffusionLM
+from dllm.sampler import MDMGenerationConfig, denoise
+
+PROMPT, NEW = 64, 64
+
+
+def make_model(vocab_size: int, layers: int) -> DiffusionLM:
+    torch.manual_seed(0)
+    return DiffusionLM(ModelConfig(
+        family="qwen2", vocab_size=vocab_size, hidden_size=256, intermediate_size=1024, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, qkv_bias=True, tie_word_embeddings=True,
+        initializer_range=0.1, mask_token_id=vocab_size - 1)).eval()
+
+
+def make_canvas(model: DiffusionLM) -> torch.Tensor:
+    prompt = torch.randint(model.config.vocab_size - 1, (1, PROMPT), generator=torch.Generator().manual_seed(1))
+    return torch.cat((prompt, prompt.new_full((1, NEW), model.mask_token_id)), 1)
+
+
+@pytest.mark.parametrize("vocab_size, layers, at_least", [(32768, 6, 2.5), (151936, 2, 4.5)])
+def bench_greedy(paired, vocab_size, layers, at_least):
+    model = make_model(vocab_size, layers)
+    canvas, config = make_canvas(model), MDMGenerationConfig(steps=NEW)
+    expected, naive_forwards = naive_denoise(model, canvas, steps=NEW)
+    ours = denoise(model, canvas, config)
+    assert torch.equal(ours.sequences, expected)
+    paired(ours=lambda: denoise(model, canvas, config), baseline=lambda: naive_denoise(model, canvas, steps=NEW),
+           rounds=3, at_least=at_least, forwards=ours.forwards, naive_forwards=naive_forwards)
+
+
+def bench_steps_that_commit_nothing(paired):
+    """128 tokens in 200 steps: 73 of them commit nothing (spec of the original's schedule), so 127 forwards do."""
+    model = make_model(1024, 2)
+    canvas, config = make_canvas(model), MDMGenerationConfig(steps=200)
+    canvas = torch.cat((canvas, canvas[:, -NEW:]), 1)
+    expected, _ = naive_denoise(model, canvas, steps=200)
+    ours = denoise(model, canvas, config)
+    assert torch.equal(ours.sequences, expected) and ours.steps == 200 and ours.forwards == 127
+    paired(ours=lambda: denoise(model, canvas, config), baseline=lambda: naive_denoise(model, canvas, steps=200),
+           rounds=3, at_least=1.4, forwards=ours.forwards, naive_forwards=200)
+
+
+def bench_evaluation_settings(paired):
+    """Open-dLLM's: p2, temperature 0.6, top-p 0.95. Random, so equal in distribution (tests), not to the token."""
+    model = make_model(151936, 2)
+    canvas, steps = make_canvas(model), 8
+    settings = {"steps": steps, "alg": "p2", "temperature": 0.6, "top_p": 0.95}
+    paired(ours=lambda: denoise(model, canvas, MDMGenerationConfig(seed=0, **settings)),
+           baseline=lambda: naive_denoise(model, canvas, **settings), rounds=3, at_least=12)

@@ -1,0 +1,68 @@
+"""A training step (forward, loss, backward) against the same model with the loss over all positions."""
+
+import resource
+import subprocess
+import sys
+
+import torch
+import torch.nn.functional as F
+
+from dllm.families import ModelConfig
+from dllm.model import DiffusionLM
+from dllm_kernels import linear_masked_cross_entropy
+
+VOCABULARY, POSITIONS = 151936, 1024
+
+
+def make_case():
+    torch.manual_seed(0)
+    model = DiffusionLM(ModelConfig(
+        family="qwen2", vocab_size=VOCABULARY, hidden_size=256, intermediate_size=1024, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, qkv_bias=True, tie_word_embeddings=True,
+        mask_token_id=VOCABULARY - 1))
+    clean = torch.randint(VOCABULARY - 1, (1, POSITIONS))
+    corrupted = torch.rand(1, POSITIONS) < 0.5
+    return model, clean, corrupted, clean.masked_fill(corrupted, VOCABULARY - 1)
+
+
+def our_step(model, clean, corrupted, noisy):
+    hidden = model.hidden_states(noisy)
+    loss = linear_masked_cross_entropy(hidden, model.head_weight, clean, corrupted)
+    loss.backward()
+    return loss
+
+
+def naive_step(model, clean, corrupted, noisy):
+    """Loss over all positions: every row is multiplied by the head, those that carry no loss are ignored afterwards."""
+    logits = model(noisy).logits
+    loss = F.cross_entropy(logits.flatten(0, 1), clean.masked_fill(~corrupted, -100).flatten())
+    loss.backward()
+    return loss
+
+
+def peak_memory_mib(step: str) -> float:
+    """Peak resident memory of one step in a fresh process, above what the process holds just before it."""
+    code = (f"from benchmarks.bench_train_step import *; torch.set_num_threads(1); case = make_case();"
+            f"before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; {step}(*case);"
+            f"print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)")
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+def bench_train_step(paired):
+    case = make_case()
+    model = case[0]
+    losses, gradients = [], []
+    for step in (our_step, naive_step):
+        model.zero_grad()
+        losses.append(step(*case).detach())
+        gradients.append(model.head_weight.grad.clone())
+    assert torch.allclose(*losses, rtol=1e-5) and (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[1].norm()
+
+    def run(step):
+        model.zero_grad()
+        step(*case)
+
+    ours, naive = peak_memory_mib("our_step"), peak_memory_mib("naive_step")
+    assert ours <= 0.6 * naive, f"peak memory {ours:.0f} MiB is not 40% below {naive:.0f} MiB"
+    paired(ours=lambda: run(our_step), baseline=lambda: run(naive_step), rounds=3, at_least=1.7,
+           peak_memory_mib=round(ours), naive_peak_memory_mib=round(naive))

@@ -1,0 +1,71 @@
+"""The baseline of bench_sampler.py: denoising as Open-dLLM does it, written from its behaviour.
+
+Every step runs the model on the whole canvas, multiplies the head at every position, shifts a copy of the logits,
+and, per strategy, filters by sorting the vocabulary and takes the softmax of all rows in fp32. Steps whose schedule
+commits nothing run all the same. Randomness is torch's global generator.
+"""
+
+import torch
+from torch import Tensor
+
+
+def filter_and_score(logits: Tensor, temperature: float, top_p: float | None, top_k: int | None, confidence: str):
+    """Token and confidence of each row of logits [M, V] by sorting and a full softmax."""
+    if temperature > 0:
+        logits = logits / temperature
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        cumulative = ordered.softmax(-1).cumsum(-1)
+        drop = cumulative > top_p
+        drop = torch.cat((torch.zeros_like(drop[:, :1]), drop[:, :-1]), 1)
+        drop = torch.zeros_like(drop).scatter(1, order, drop)
+        logits = logits.masked_fill(drop, torch.finfo(logits.dtype).min)
+    if top_k:
+        kth = logits.topk(min(top_k, logits.shape[-1]))[0][:, -1:]
+        logits = logits.masked_fill(logits < kth, torch.finfo(logits.dtype).min)
+    probabilities = logits.float().softmax(-1)
+    if temperature > 0:
+        tokens = torch.distributions.Categorical(probs=probabilities).sample()
+        chosen = probabilities.gather(1, tokens[:, None]).squeeze(1)
+    else:
+        chosen, tokens = probabilities.max(-1)
+    if confidence == "margin":
+        ordered = probabilities.sort(descending=True)[0]
+        chosen = ordered[:, 0] - ordered[:, 1]
+    elif confidence == "entropy":
+        chosen = (probabilities * probabilities.clamp(min=1e-10).log()).sum(-1)
+    return tokens, chosen
+
+
+@torch.no_grad()
+def naive_denoise(model, canvas: Tensor, *, steps: int, alg: str = "entropy", temperature: float = 0.0,
+                  top_p: float | None = None, top_k: int | None = None, eps: float = 1e-3) -> tuple[Tensor, int]:
+    """Fill the canvas [B, L]; returns the tokens and the number of forward passes."""
+    mask_token_id, x = model.mask_token_id, canvas.clone()
+    fixed = x != mask_token_id
+    times = torch.linspace(1, eps, steps + 1)
+    for i in range(steps):
+        masked = x == mask_token_id
+        if not masked.any():
+            return x, i
+        logits = model(x).logits
+        logits = torch.cat((logits[:, :1], logits[:, :-1]), 1)
+        if alg == "p2":
+            tokens, scores = filter_and_score(logits.flatten(0, 1), temperature, top_p, top_k, "prob")
+            tokens, scores = tokens.view_as(x), scores.view(x.shape).masked_fill(fixed, torch.inf)
+            count = ((~fixed).sum(1).float() * (1 - (i + 1) / steps)).floor().long()
+            order = scores.argsort(1, stable=True)
+            remask = torch.zeros_like(masked).scatter(1, order, torch.arange(x.shape[1]) < count[:, None])
+            x = torch.where(masked & ~remask, tokens, x).masked_fill(remask, mask_token_id)
+            continue
+        confidence = {"entropy": "entropy", "maskgit_plus": "prob", "topk_margin": "margin"}[alg]
+        tokens, scores = filter_and_score(logits[masked], temperature, top_p, top_k, confidence)
+        for row in range(len(x)):
+            places = masked[row].nonzero().squeeze(1)
+            n = len(places)
+            k = n if i == steps - 1 else int(torch.tensor(float(n)) * (1 - times[i + 1] / times[i]))
+            first = int(masked[:row].sum())
+            if k:
+                best = scores[first:first + n].topk(k).indices
+                x[row, places[best]] = tokens[first:first + n][best]
+    return x, steps

@@ -1,0 +1,10 @@
+// The operators of the compiled extension, all in the namespace dllm_kernels_native. The Python packages wrap them;
+// shapes and settings are checked there.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(dllm_kernels_native, m) {
+  // topk_unmask.cpp. confidence: 0 prob, 1 margin, 2 entropy, 3 random. top_k 0 and top_p 1: no filter.
+  m.def(
+      "score_rows_cpu(Tensor logits, Tensor? uniform, Tensor(a!) token, Tensor(b!) score, int confidence, "
+      "float temperature, int top_k, float top_p, bool raw) -> ()");
+}

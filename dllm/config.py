@@ -1,0 +1,371 @@
+"""The configuration of a training run: YAML groups model, data and train, each key overridable by a dotted flag.
+
+Keys that Open-dLLM has too keep its name, meaning and default. Its other keys are accepted where they ask for nothing
+that would change the result here (one line says so), and refused by name otherwise. Nothing here imports torch.
+"""
+
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from dllm.errors import UserError
+
+
+def _check(name: str, value: object, fits: bool, wanted: str) -> None:
+    if not fits:
+        raise UserError(f"{name} must be {wanted}, not {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelGroup:
+    """Which model to train: published or trained weights, or a shape to initialise at random."""
+
+    model_path: str | None = None  # folder or hub repository of the weights to start from; None: random weights
+    config_path: str | None = None  # folder or hub repository whose config.json to initialise at random
+    tokenizer_path: str | None = None  # None: that of model_path or config_path; without one, a BPE of the corpus
+    # The shape of a random model that has no config_path:
+    family: str = "qwen3"  # qwen2, qwen3 or llama: the format it is saved in
+    vocab_size: int | None = None  # tokens; None: 4096 for a BPE trained here, else the tokenizer's size
+    hidden_size: int = 256
+    intermediate_size: int = 768  # width of the SwiGLU feed-forward
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 4  # divides num_attention_heads
+    tie_word_embeddings: bool = True
+    rope_theta: float = 10000.0
+    initializer_range: float = 0.02  # standard deviation of the random weights
+    shift_logits: bool = True  # position i predicts token i + 1, as Open-dLLM; false: its own token, as LLaDA
+
+    def __post_init__(self):
+        path = self.model_path or self.config_path
+        if self.model_path and self.config_path and self.model_path != self.config_path:
+            raise UserError(f"model.model_path {self.model_path!r} brings its own configuration; remove "
+                            f"model.config_path {self.config_path!r}, or model.model_path for random weights")
+        for name in (_SHAPE if path else ()):
+            if getattr(self, name) != _default(type(self), name):
+                raise UserError(f"model.{name} {getattr(self, name)!r} has no effect beside {path!r}, which fixes the "
+                                "shape; remove one of the two")
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads"):
+            value = getattr(self, name)
+            _check(f"model.{name}", value, value is None or value >= 1, "at least 1")
+        for name in ("rope_theta", "initializer_range"):
+            _check(f"model.{name}", getattr(self, name), getattr(self, name) > 0, "above 0")
+        _check("model.hidden_size", self.hidden_size, self.hidden_size % (2 * self.num_attention_heads) == 0,
+               f"divisible by twice num_attention_heads {self.num_attention_heads}")
+        _check("model.num_key_value_heads", self.num_key_value_heads,
+               self.num_attention_heads % self.num_key_value_heads == 0,
+               f"a divisor of num_attention_heads {self.num_attention_heads}")
+
+
+_SHAPE = ("family", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+          "num_key_value_heads", "tie_word_embeddings", "rope_theta", "initializer_range", "shift_logits")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataGroup:
+    """Which text to train on, and how it is cut."""
+
+    train_path: str | None = None  # folders and files, separated by commas; None: the running Python's standard library
+    text_keys: str = "text"  # JSONL and Parquet column of the text; of several, separated by commas, the first present
+    train_size: int | None = None  # tokens that make an epoch; None: the corpus
+    max_seq_len: int = 2048  # tokens of a row; longer documents are cut into consecutive chunks
+    validation_share: float = 0.05  # of the documents, held out by a hash of their names; 0: none
+
+    def __post_init__(self):
+        _check("data.train_size", self.train_size, self.train_size is None or self.train_size >= 1, "at least 1 token")
+        _check("data.max_seq_len", self.max_seq_len, self.max_seq_len >= 2, "at least 2 tokens")
+        _check("data.validation_share", self.validation_share, 0 <= self.validation_share < 1, "at least 0 and below 1")
+        _check("data.text_keys", self.text_keys, any(self.key_list), "a column name")
+
+    @property
+    def path_list(self) -> list[str] | None:
+        return None if self.train_path is None else _split_commas(self.train_path)
+
+    @property
+    def key_list(self) -> list[str]:
+        return _split_commas(self.text_keys)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainGroup:
+    """How to train."""
+
+    output_dir: str  # gets checkpoints/, metrics.jsonl, config.yaml
+    # Objective
+    objective: str = "mdm"  # mdm: equal weights; elbo: the likelihood bound, 1/t; ar: next token, causal
+    path_term: bool = False  # add Open-dLLM's planner term (P2); with mdm only
+    schedule: str = "linear"  # of corruption over time: linear, cosine or polynomial
+    # Optimisation
+    optimizer: str = "adamw"  # adamw, or muon: Muon for the matrices of the layers and AdamW for the rest
+    lr: float = 5e-5  # peak; Muon's updates are scaled so that AdamW's value suits it
+    muon_lr: float | None = None  # peak for Muon's matrices, follows the same schedule; None: lr
+    lr_min: float = 1e-7  # end of the cosine schedule
+    lr_start: float = 0.0  # beginning of the warm-up
+    lr_warmup_ratio: float = 0.0  # share of the steps
+    lr_decay_style: str = "constant"  # constant, linear or cosine
+    lr_decay_ratio: float = 1.0  # share of the steps after which cosine reaches lr_min
+    weight_decay: float = 0.0  # of matrices; biases and norms are never decayed
+    max_grad_norm: float = 1.0  # gradients of a larger norm are scaled down to it; 0: never
+    micro_batch_size: int = 1  # rows of max_seq_len tokens in one forward pass
+    global_batch_size: int | None = None  # rows per step, a multiple of micro_batch_size; None: micro_batch_size
+    num_train_epochs: int = 1
+    max_steps: int | None = None  # upper bound on the steps
+    max_minutes: float | None = None  # upper bound on the time, restarts included; the schedule follows the clock
+    seed: int = 42
+    # Machine
+    device: str = "auto"  # auto: the GPU if there is one; cpu, cuda
+    precision: str = "auto"  # fp32, or bf16: bf16 arithmetic on fp32 weights; auto: bf16 on a GPU, fp32 on a CPU
+    # Saving and measuring
+    auto_resume: bool = True  # continue from the newest whole checkpoint in output_dir
+    save_steps: int = 0  # steps between checkpoints; 0: only at the end
+    save_time_interval_minutes: float = 0.0  # and at least so often; 0: no
+    keep_last: int | None = None  # checkpoints kept; None: all
+    eval_every: int = 0  # steps between measurements of the validation loss; 0: only at the end
+    eval_tokens: int = 65536  # held-out tokens in such a measurement, the same ones each time
+    log_steps: int = 1  # steps between lines of metrics.jsonl; reading the loss waits for a GPU
+
+    def __post_init__(self):
+        for name, choices in (("objective", ("mdm", "elbo", "ar")), ("schedule", ("linear", "cosine", "polynomial")),
+                              ("optimizer", ("adamw", "muon")), ("lr_decay_style", ("constant", "linear", "cosine")),
+                              ("device", ("auto", "cpu", "cuda")), ("precision", ("auto", "fp32", "bf16"))):
+            value = getattr(self, name)
+            if value not in choices:
+                raise UserError(f"train.{name} must be one of {', '.join(choices)}, not {value!r}")
+        for name in ("lr", "muon_lr", "max_minutes", "micro_batch_size", "global_batch_size", "num_train_epochs",
+                     "max_steps", "keep_last", "eval_tokens", "log_steps"):
+            value = getattr(self, name)
+            _check(f"train.{name}", value, value is None or value > 0, "above 0")
+        for name in ("lr_min", "lr_start", "weight_decay", "max_grad_norm", "save_steps", "save_time_interval_minutes",
+                     "eval_every", "seed"):
+            _check(f"train.{name}", getattr(self, name), getattr(self, name) >= 0, "at least 0")
+        _check("train.lr_min", self.lr_min, self.lr_decay_style != "cosine" or self.lr_min <= self.lr,
+               f"at most lr {self.lr}")
+        _check("train.lr_warmup_ratio", self.lr_warmup_ratio, 0 <= self.lr_warmup_ratio <= 1, "between 0 and 1")
+        _check("train.lr_decay_ratio", self.lr_decay_ratio, 0 < self.lr_decay_ratio <= 1, "above 0 and at most 1")
+        _check("train.output_dir", self.output_dir, bool(self.output_dir), "a folder")
+        _check("train.global_batch_size", self.rows_per_step, self.rows_per_step % self.micro_batch_size == 0,
+               f"a multiple of micro_batch_size {self.micro_batch_size}")
+        if self.path_term and self.objective != "mdm":
+            raise UserError(f"train.path_term needs train.objective=mdm, not {self.objective!r}; remove one of them")
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.global_batch_size or self.micro_batch_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    train: TrainGroup
+    model: ModelGroup = field(default_factory=ModelGroup)
+    data: DataGroup = field(default_factory=DataGroup)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        return {name: asdict(getattr(self, name)) for name in GROUPS}
+
+    def to_yaml(self) -> str:
+        """YAML that `load_config` reads back as an equal configuration."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+GROUPS: Mapping[str, type] = {"model": ModelGroup, "data": DataGroup, "train": TrainGroup}
+
+
+class Foreign(NamedTuple):
+    """A key of Open-dLLM that has no counterpart here."""
+
+    accepted: tuple | None  # values that ask for nothing we lack; None: any, for it cannot change the result here
+    advice: str
+
+
+_ALWAYS_PACKED = Foreign(None, "documents are always packed")
+_ONE_PROCESS = Foreign(None, "this version trains in one process")
+FOREIGN: Mapping[str, Foreign] = {
+    "model.attn_implementation": Foreign(None, "the fastest attention that runs here is taken"),
+    "model.moe_implementation": Foreign((None,), "mixture-of-experts models are not supported"),
+    "model.encoders": Foreign((None, {}), "only text models are supported"),
+    "model.decoders": Foreign((None, {}), "only text models are supported"),
+    "model.basic_modules": Foreign((None, []), "nothing is sharded, so there are no modules to name"),
+    "data.data_type": Foreign(("plaintext",), "set it to plaintext, and data.text_keys to the column of plain text"),
+    "data.dataloader_type": Foreign(None, "there is one loader"),
+    "data.datasets_type": Foreign(("mapping",), "the corpus is read into memory: set it to mapping"),
+    "data.data_name": Foreign((None,), "name the files in data.train_path"),
+    "data.data_tag": Foreign(("default",), "name the files in data.train_path"),
+    "data.chat_template": Foreign(("default",), "give plain text, with the template already applied"),
+    "data.num_workers": Foreign(None, "the corpus is tokenised once, before training"),
+    "data.prefetch_factor": Foreign(None, "the corpus is tokenised once, before training"),
+    "data.drop_last": Foreign(None, "no data is dropped"),
+    "data.pin_memory": Foreign(None, "batches are small next to the model"),
+    "train.repr_align_wt": Foreign((0,), "representation alignment is not supported: set it to 0"),
+    "train.freeze_layers": Foreign((None, ""), "every parameter is trained: remove it"),
+    "train.rmpad": _ALWAYS_PACKED,
+    "train.rmpad_with_pos_ids": _ALWAYS_PACKED,
+    "train.dyn_bsz": _ALWAYS_PACKED,
+    "train.dyn_bsz_margin": Foreign((0,), "a micro-batch is micro_batch_size rows: lower train.micro_batch_size"),
+    "train.dyn_bsz_buffer_size": _ALWAYS_PACKED,
+    "train.bsz_warmup_ratio": Foreign((0,), "the batch size is constant: set it to 0 and use train.lr_warmup_ratio"),
+    "train.bsz_warmup_init_mbtoken": Foreign(None, "the batch size is constant"),
+    "train.enable_mixed_precision": Foreign(None, "weights are kept in fp32; train.precision chooses the arithmetic"),
+    "train.enable_gradient_checkpointing": Foreign((False,), "activations are kept: lower train.micro_batch_size"),
+    "train.enable_reentrant": Foreign(None, "activations are kept"),
+    "train.enable_full_shard": _ONE_PROCESS,
+    "train.enable_forward_prefetch": _ONE_PROCESS,
+    "train.enable_fsdp_offload": Foreign((False,), "nothing is offloaded: lower train.micro_batch_size"),
+    "train.enable_activation_offload": Foreign((False,), "nothing is offloaded: lower train.micro_batch_size"),
+    "train.activation_gpu_limit": Foreign((0,), "nothing is offloaded: lower train.micro_batch_size"),
+    "train.init_device": Foreign(None, "train.device chooses the device"),
+    "train.data_parallel_mode": Foreign(("ddp",), "this version trains in one process: set it to ddp"),
+    **{f"train.{kind}_parallel_size": Foreign((1,), "this version trains in one process: set it to 1")
+       for kind in ("tensor", "expert", "pipeline", "ulysses", "context")},
+    "train.enable_full_determinism": Foreign(None, "on a CPU, runs repeat bit for bit as they are"),
+    "train.empty_cache_steps": Foreign(None, "the memory cache is not emptied"),
+    "train.ckpt_manager": Foreign(None, "there is one checkpoint format"),
+    "train.load_checkpoint_path": Foreign((None, ""), "a run continues from train.output_dir by itself; for "
+                                                      "other weights to start from set model.model_path"),
+    "train.save_epochs": Foreign(None, "train.save_steps says when to save"),
+    "train.save_hf_weights": Foreign((True,), "every checkpoint holds a Hugging Face folder: set it to true"),
+    "train.use_wandb": Foreign(None, "metrics go to metrics.jsonl in train.output_dir"),
+    "train.wandb_project": Foreign(None, "metrics go to metrics.jsonl in train.output_dir"),
+    "train.wandb_name": Foreign(None, "metrics go to metrics.jsonl in train.output_dir"),
+    "train.wandb_entity": Foreign(None, "metrics go to metrics.jsonl in train.output_dir"),
+    "train.enable_profiling": Foreign((False,), "run the trainer under torch.profiler yourself, and set it to false"),
+}
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file (None: the defaults) and apply flags like `--train.lr=1e-3`, which win.
+
+    Raises: UserError if the file cannot be read, a key is unknown (the nearest valid one is named) or not supported, or
+        a value is of the wrong type or out of range.
+    """
+    values: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
+    ignored = []
+    for key, value in [*_read_yaml(path), *_read_flags(overrides)]:
+        group, name = key.split(".", 1)
+        if key == "train.enable_masking":
+            masking = _convert(key, value, bool)
+            if not masking or values[group].get("objective", "ar") == "ar":
+                values[group] |= {"objective": "mdm" if masking else "ar", "path_term": masking}
+        elif key in FOREIGN:
+            accepted, advice = FOREIGN[key]
+            value = _parse(value)
+            if accepted is None:
+                ignored.append(f"{key} ({advice})")
+            elif value not in accepted:
+                raise UserError(f"{key} {value!r} of Open-dLLM is not supported here: {advice}")
+        else:
+            values[group][name] = _convert(key, value, _field_types(GROUPS[group])[name])
+    if "output_dir" not in values["train"]:
+        raise UserError("train.output_dir is missing: the folder for checkpoints and metrics, as in "
+                        "--train.output_dir=runs/first")
+    if ignored:
+        print(f"note: {path or 'the flags'}: without effect here: {'; '.join(dict.fromkeys(ignored))}", file=sys.stderr)
+    return Config(**{name: group(**values[name]) for name, group in GROUPS.items()})
+
+
+def _read_yaml(path: str | Path | None) -> list[tuple[str, Any]]:
+    if path is None:
+        return []
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"cannot read the configuration {path}: {reason}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    pairs = []
+    for group, keys in (content or {}).items() if isinstance(content or {}, dict) else [(content, None)]:
+        if group not in GROUPS:
+            raise UserError(f"{path}: {group!r} is not a group; the groups are {', '.join(GROUPS)}"
+                            + _nearest(str(group), GROUPS))
+        if not isinstance(keys or {}, dict):
+            raise UserError(f"{path}: group {group} holds {keys!r}; write one 'key: value' per line below it")
+        pairs += [(_known(f"{group}.{name}"), value) for name, value in (keys or {}).items()]
+    return pairs
+
+
+def _read_flags(flags: Sequence[str]) -> list[tuple[str, str]]:
+    """Both `--group.key=value` and `--group.key value`."""
+    pairs, rest = [], list(flags)
+    while rest:
+        flag = rest.pop(0)
+        key, equals, value = flag.removeprefix("--").partition("=")
+        if not flag.startswith("--") or "." not in key:
+            raise UserError(f"flags look like --train.lr=1e-3, not {flag!r}")
+        _known(key)
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise UserError(f"the flag {flag} needs a value: {flag}=...")
+            value = rest.pop(0)
+        pairs.append((key, value))
+    return pairs
+
+
+def _known(key: str) -> str:
+    valid = [f"{group}.{f.name}" for group, cls in GROUPS.items() for f in fields(cls)] + ["train.enable_masking"]
+    if key in valid or key in FOREIGN:
+        return key
+    group, _, name = key.partition(".")
+    elsewhere = [other for other in valid if other.split(".")[1] == name]
+    hint = f"; did you mean {elsewhere[0]}?" if elsewhere else _nearest(key, valid)
+    raise UserError(f"there is no configuration key {key}{hint or f'; the groups are {chr(44).join(GROUPS)}'}")
+
+
+def _nearest(word: str, valid) -> str:
+    near = difflib.get_close_matches(word, list(valid), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _default(cls: type, name: str) -> Any:
+    return next(f.default for f in fields(cls) if f.name == name)
+
+
+def _field_types(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _split_commas(value: str) -> list[str]:
+    return [part.strip() for part in value.split(",") if part.strip()]
+
+
+def _parse(value: Any) -> Any:
+    """What YAML makes of a flag's text; values from a file already are what they are."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
+
+
+def _convert(key: str, value: Any, kind: Any) -> Any:
+    """`value` as the type of the field: `int`, `float`, `bool` or `str`, or None where the field may be None."""
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    wanted = next(kind for kind in kinds if kind is not type(None))
+    parsed = _parse(value)
+    if type(None) in kinds and (parsed is None or parsed == ""):
+        return None
+    if wanted is str and isinstance(value, list) and all(isinstance(part, str) for part in value):
+        return ",".join(value)
+    if wanted is str and not isinstance(value, dict | list) and value is not None:
+        return str(value)
+    if wanted is bool and isinstance(parsed, bool):
+        return parsed
+    if wanted in (int, float) and not isinstance(parsed, bool):
+        try:
+            number = float(parsed)  # YAML reads 1e-3 as text
+            if wanted is float and number == number:
+                return number
+            if number == int(number):
+                return parsed if isinstance(parsed, int) else int(number)
+        except (TypeError, ValueError, OverflowError):
+            pass
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    raise UserError(f"{key} must be {names[wanted]}, not {value!r}")

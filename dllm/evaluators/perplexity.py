@@ -1,0 +1,163 @@
+"""How well a masked diffusion model predicts held-out text: a bound on its perplexity, and accuracy at fixed corruption."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from dllm.data import Document
+from dllm.errors import UserError
+from dllm.evaluators.held_out import HeldOutSettings, Window, corrupt_exactly, corrupt_share, cut_windows, ratio_with_error
+from dllm.model import DiffusionLM
+from dllm.sampler import previous_token
+from dllm_kernels import linear_masked_cross_entropy, linear_token_scores
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PerplexityResult:
+    """An upper bound on the negative log-likelihood of the held-out windows."""
+
+    nats_per_token: float
+    nats_per_token_stderr: float | None  # were other documents drawn; None for a single document
+    monte_carlo_stderr: float | None  # of nats_per_token, were other positions corrupted; None for a single sample
+    bits_per_byte: float
+    bits_per_byte_stderr: float | None  # were other documents drawn
+    documents: int
+    windows: int
+    tokens: int
+    bytes: int
+    samples: int  # corrupted copies of each window
+
+    def to_dict(self) -> dict:
+        return {"perplexity_bound": math.exp(self.nats_per_token), **asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MaskedResult:
+    """Prediction of the corrupted tokens at a fixed share of corrupted positions."""
+
+    share: float
+    accuracy: float  # share of the corrupted positions whose most likely token is the true one
+    accuracy_stderr: float | None  # were other documents drawn; None for a single document
+    nats: float  # mean negative log-likelihood of a corrupted token
+    nats_stderr: float | None
+    positions: int  # corrupted positions scored
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def perplexity_bound(model: DiffusionLM, tokenizer, documents: Sequence[Document],
+                     settings: HeldOutSettings | None = None) -> PerplexityResult:
+    """Monte Carlo estimate of the model's bound on -log p(window), summed over windows.
+
+    The bound is the ELBO with its integral over time done exactly, which is the same for every schedule: with n uniform on
+    1..L and S a uniform set of n positions, -log p <= E[L / n * sum over S of -log p(token | the other L - n)]
+    (arXiv:2110.02037, arXiv:2406.03736; LLaDA evaluates so, arXiv:2502.09992). It has less variance than drawing a time
+    and corrupting each position by chance. n is stratified twice: evenly over the windows in every sample, and evenly over
+    the samples of every window.
+
+    Raises: UserError if there is no text, or windows are longer than the model's positions.
+    """
+    settings = settings or HeldOutSettings()
+    windows = cut_windows(tokenizer, documents, settings)
+    generator = torch.Generator().manual_seed(settings.seed)
+    count = len(windows)
+    strata = (torch.randperm(count, generator=generator) + torch.rand((), generator=generator, dtype=torch.float64)) / count
+    nats = torch.zeros(settings.samples, count, dtype=torch.float64)
+    for sample in range(settings.samples):
+        times = ((strata + sample / settings.samples) % 1).tolist()
+        counts = [int(t * len(window.tokens)) + 1 for t, window in zip(times, windows, strict=True)]
+        corrupted = corrupt_exactly(windows, counts, generator)
+        for i, (scored, _) in enumerate(score_positions(model, windows, corrupted, settings.batch_tokens)):
+            nats[sample, i] = scored.mean() * len(windows[i].tokens)
+
+    per_window, of_document = nats.mean(0).tolist(), [window.document for window in windows]
+    lengths, sizes = [len(window.tokens) for window in windows], [window.bytes for window in windows]
+    per_token, per_token_error = ratio_with_error(per_window, lengths, of_document)
+    per_byte, per_byte_error = ratio_with_error(per_window, sizes, of_document)
+    monte_carlo = None
+    if settings.samples > 1:
+        monte_carlo = float((nats.sum(1) / sum(lengths)).std() / math.sqrt(settings.samples))
+    return PerplexityResult(
+        nats_per_token=per_token, nats_per_token_stderr=per_token_error, monte_carlo_stderr=monte_carlo,
+        bits_per_byte=per_byte / math.log(2),
+        bits_per_byte_stderr=None if per_byte_error is None else per_byte_error / math.log(2),
+        documents=len(set(of_document)), windows=count, tokens=sum(lengths), bytes=sum(sizes), samples=settings.samples)
+
+
+def masked_accuracy(model: DiffusionLM, tokenizer, documents: Sequence[Document],
+                    settings: HeldOutSettings | None = None) -> tuple[MaskedResult, ...]:
+    """Accuracy and negative log-likelihood at each of `settings.shares`, one result per share.
+
+    Raises: as `perplexity_bound`.
+    """
+    settings = settings or HeldOutSettings()
+    windows = cut_windows(tokenizer, documents, settings)
+    results = []
+    for share in settings.shares:
+        corrupted = corrupt_share(windows, share, settings.seed)
+        scored = score_positions(model, windows, corrupted, settings.batch_tokens, predict=True)
+        right = [predicted == window.tokens[where]
+                 for window, where, (_, predicted) in zip(windows, corrupted, scored, strict=True)]
+        results.append(summarize_share(share, windows, right, [nats for nats, _ in scored]))
+    return tuple(results)
+
+
+def summarize_share(share: float, windows: Sequence[Window], right: Sequence[Tensor], nats: Sequence[Tensor]) -> MaskedResult:
+    """From bool and float64 values per corrupted position of each window to the result for this share."""
+    sizes, of_document = [len(hits) for hits in right], [window.document for window in windows]
+    accuracy, accuracy_error = ratio_with_error([float(hits.sum()) for hits in right], sizes, of_document)
+    mean, error = ratio_with_error([float(values.sum()) for values in nats], sizes, of_document)
+    return MaskedResult(share=share, accuracy=accuracy, accuracy_stderr=accuracy_error, nats=mean, nats_stderr=error,
+                        positions=sum(sizes))
+
+
+@torch.no_grad()
+def score_positions(model: DiffusionLM, windows: Sequence[Window], corrupted: Sequence[Tensor], batch_tokens: int,
+                    *, predict: bool = False) -> list[tuple[Tensor, Tensor | None]]:
+    """Per window, at its n corrupted positions in order: negative log-likelihoods [n] float64 and, with `predict`, the most
+    likely tokens [n] int64. The head is multiplied at these positions alone."""
+    mask_token_id = model.mask_token_id
+    if mask_token_id is None:
+        raise UserError("neither the checkpoint's config.json nor its tokenizer names a mask token; add mask_token_id there")
+    longest = max(len(window.tokens) for window in windows)
+    if longest > model.config.max_position_embeddings:
+        raise UserError(f"windows of {longest} tokens, but the model has {model.config.max_position_embeddings} positions; "
+                        "lower max_seq_len")
+    results: list[tuple[Tensor, Tensor | None] | None] = [None] * len(windows)
+    for batch in batches_of_similar_length([len(window.tokens) for window in windows], batch_tokens):
+        tokens = pad_sequence([windows[i].tokens for i in batch], batch_first=True).to(model.device)
+        where = pad_sequence([corrupted[i] for i in batch], batch_first=True).to(model.device)
+        lengths = torch.tensor([len(windows[i].tokens) for i in batch], device=model.device)
+        real = torch.arange(tokens.shape[1], device=model.device) < lengths.unsqueeze(1)
+        hidden = model.hidden_states(tokens.masked_fill(where, mask_token_id), attention_mask=None if real.all() else real)
+        rows, places = where.nonzero(as_tuple=True)
+        if model.config.shift_logits:
+            sources = torch.arange(tokens.shape[1], device=model.device).expand_as(tokens)
+            places = previous_token(sources, None)[rows, places]
+        hidden, targets = hidden[rows, places], tokens[where]
+        nats = linear_masked_cross_entropy(hidden, model.head_weight, targets, torch.ones_like(targets, dtype=torch.bool),
+                                           reduction="none").double().cpu()
+        sizes = where.sum(1).tolist()
+        best = [None] * len(batch)
+        if predict:
+            everywhere = torch.arange(len(hidden), device=model.device)
+            best = linear_token_scores(hidden.unsqueeze(0), model.head_weight, everywhere).token.cpu().split(sizes)
+        for i, values, tokens_of in zip(batch, nats.split(sizes), best, strict=True):
+            results[i] = values, tokens_of
+    return results
+
+
+def batches_of_similar_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Indices grouped, longest first, so that rows * longest <= batch_tokens (one row at least)."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches

@@ -1,0 +1,78 @@
+"""The training objectives, all of them weighted sums of the negative log-likelihood of single tokens.
+
+l[i] = -log p(token i | what is visible), over the scored positions i; N positions scored, M that could have been.
+
+mdm   sum l / N                                     every masked token alike (Open-dLLM)
+path  sum (1 + stopgrad(exp(-l)) / r) l / N         mdm + Open-dLLM's planner term (P2); r, the chance of being masked
+elbo  sum w l / M, w = -alpha'(t) / (1 - alpha(t))  the bound on the likelihood; w = 1/t when linear
+                                                    (MD4 arXiv:2406.04329, MDLM 2406.07524, LLaDA 2502.09992)
+ar    sum l / N                                     next token, nothing masked, causal attention
+
+With right shift (models that come from autoregressive ones) the logits at position i - 1 are about token i, so the
+first token of a document is never scored. Sums and N (or M) are apart, so that several micro-batches make one mean.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dllm.corruption import Corruption
+from dllm_kernels import linear_masked_cross_entropy
+
+
+class Targets(NamedTuple):
+    """What the hidden state at each of T positions is scored on."""
+
+    tokens: Tensor  # [T] int64
+    scored: Tensor  # [T] bool
+    weights: Tensor  # [T] fp32
+    path_weights: Tensor | None  # [T] fp32: 1 / r, if there is a path term
+    normaliser: Tensor  # int64 scalar: N or M above; divide the sum over all micro-batches of a step by their total
+
+
+class LossSums(NamedTuple):
+    loss: Tensor  # fp32 scalar, with gradients: divide by the total of the normalisers
+    nll: Tensor  # fp32 scalar, no gradient: sum of l, unweighted, over the scored positions
+
+
+def choose_targets(tokens: Tensor, cu_seqlens: Tensor, corruption: Corruption | None, *, objective: str,
+                   path_term: bool = False, shift: bool, trainable: Tensor | None = None) -> Targets:
+    """Say what each position is scored on.
+
+    Args:
+        tokens: [T] int64, the clean tokens of packed documents.
+        cu_seqlens: [S + 1] integers, where the documents begin, and T.
+        corruption: of these tokens; None for "ar".
+        objective: "mdm", "elbo" or "ar" (always shifted).
+        shift: whether the logits at a position are about the next token.
+        trainable: [T] bool; tokens elsewhere are never scored (a prompt, say), though they may be masked.
+    """
+    possible = torch.ones_like(tokens, dtype=torch.bool) if trainable is None else trainable.clone()
+    if shift or objective == "ar":
+        possible[cu_seqlens[:-1].long()] = False
+    scored = possible if corruption is None else possible & corruption.corrupted
+    weights = corruption.weight if objective == "elbo" else torch.ones(len(tokens), device=tokens.device)
+    path_weights = 1 / corruption.ratio if path_term else None
+    normaliser = (possible if objective == "elbo" else scored).sum()
+    if shift or objective == "ar":  # what wraps around is a first token, which is not scored
+        tokens, scored, weights = tokens.roll(-1), scored.roll(-1), weights.roll(-1)
+        path_weights = None if path_weights is None else path_weights.roll(-1)
+    return Targets(tokens, scored, weights, path_weights, normaliser)
+
+
+def sum_losses(hidden: Tensor, head_weight: Tensor, targets: Targets, *, backend: str | None = None) -> LossSums:
+    """The weighted sum of the losses of one micro-batch.
+
+    Args:
+        hidden: [..., D] hidden states after the final norm, T of them.
+        head_weight: [V, D].
+        targets: of these T positions.
+        backend: of `dllm_kernels.linear_masked_cross_entropy`.
+    """
+    nll = linear_masked_cross_entropy(hidden.flatten(0, -2), head_weight, targets.tokens, targets.scored,
+                                      reduction="none", backend=backend)
+    weights = targets.weights
+    if targets.path_weights is not None:
+        weights = weights + (-nll.detach()).exp() * targets.path_weights
+    return LossSums((nll * weights).sum(), nll.detach().sum())

@@ -1,0 +1,359 @@
+"""DiffusionLM: the one Transformer behind every masked-diffusion family.
+
+tokens [B, L] -> embedding [B, L, D] -> n x (RMSNorm, bidirectional grouped-query attention with RoPE, RMSNorm, SwiGLU)
+-> RMSNorm -> hidden [B, L, D] -> head [V, D] -> logits [B, L, V]. What differs between families is in `ModelConfig`.
+The loss is in loss.py, the denoising in sampler.py; both take `hidden_states` and `head_weight`, because the logits of
+positions that are not masked are never needed.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dllm.errors import UserError
+from dllm.families import ModelConfig, check_parameter_names, mask_token_id_of, read_config, read_json, write_config
+from dllm_kernels import bidirectional_attention, bidirectional_attention_varlen
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOutput:
+    logits: Tensor  # [B, L, V]
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x**2) + eps) * weight over the last dimension, the statistics in fp32 (arXiv:1910.07467)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+@dataclass(slots=True)
+class Positions:
+    """What attention needs to know of where the tokens are: the rotary tables, and who may see whom."""
+
+    cos: Tensor  # [B, L, 1, E]
+    sin: Tensor
+    key_mask: Tensor | None = None  # [B, L] bool, True where a key may be attended
+    cu_seqlens: Tensor | None = None  # [S + 1] int32, packed documents over the flattened positions
+    max_seqlen: int = 0
+    block_length: int | None = None
+    queries: Tensor | None = None  # [B, Q] int64: the only positions the last layer answers for
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [B, L, H, E] in the half-rotation layout (arXiv:2104.09864)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Grouped-query attention in both directions."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        D, E = config.hidden_size, config.head_dim
+        self.head_dim = E
+        self.q_proj = nn.Linear(D, config.num_attention_heads * E, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(D, config.num_key_value_heads * E, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(D, config.num_key_value_heads * E, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * E, D, bias=config.output_bias)
+        self.q_norm = RMSNorm(E, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(E, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, at: Positions) -> Tensor:
+        """x [B, L, D] -> [B, L, D], or [B, Q, D] for the positions `at.queries`."""
+        heads = (*x.shape[:-1], -1, self.head_dim)
+        k = rotate(self.k_norm(self.k_proj(x).view(heads)), at.cos, at.sin)
+        v = self.v_proj(x).view(heads)
+        cos, sin = at.cos, at.sin
+        if at.queries is not None:
+            x = gather_positions(x, at.queries)
+            cos, sin = (gather_positions(table.squeeze(2), at.queries).unsqueeze(2) for table in (cos, sin))
+        q = rotate(self.q_norm(self.q_proj(x).view(*x.shape[:-1], -1, self.head_dim)), cos, sin)
+        if at.cu_seqlens is not None:
+            out = bidirectional_attention_varlen(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), at.cu_seqlens,
+                                                 at.max_seqlen, block_length=at.block_length)
+        else:
+            out = bidirectional_attention(q, k, v, key_mask=at.key_mask, block_length=at.block_length)
+        return self.o_proj(out.reshape(*x.shape[:-1], -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        D, M = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(D, M, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(D, M, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(M, D, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = FeedForward(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, at: Positions) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), at)
+        x = (x if at.queries is None else gather_positions(x, at.queries)) + attended
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Backbone(nn.Module):
+    """Everything but the head, under the name `model` that the published parameter names begin with."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class DiffusionLM(nn.Module):
+    """A masked diffusion language model: one bidirectional Transformer, driven by `ModelConfig`.
+
+    `DiffusionLM(config)` is randomly initialised (normal, standard deviation `initializer_range`; biases zero, norms one)
+    from torch's global generator; `from_pretrained` loads a published or a trained one.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.mask_token_id = config.mask_token_id  # or, after from_pretrained, the one the folder's tokenizer names
+        self.generation_defaults: dict | None = None  # generation_config.json, kept for saving
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=config.initializer_range)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """[V, D], the matrix that turns hidden states into logits (the embedding itself where they are tied)."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.head_weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head_weight.dtype
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> ModelOutput:
+        """Logits [B, L, V] as the checkpoint's head gives them: not shifted, whatever `config.shift_logits` says.
+
+        Args and errors: as `hidden_states`.
+        """
+        hidden = self.hidden_states(input_ids, attention_mask=attention_mask)
+        return ModelOutput(F.linear(hidden, self.head_weight))
+
+    def hidden_states(self, input_ids: Tensor, *, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+                      cu_seqlens: Tensor | None = None, max_seqlen: int | None = None, block_length: int | None = None,
+                      queries: Tensor | None = None) -> Tensor:
+        """The hidden states after the final norm, [B, L, D].
+
+        Args:
+            input_ids: [B, L] int64.
+            attention_mask: [B, L] bool or int, nonzero where there is a token; padding may be on either side, is never
+                attended, and takes no position: a padded row gives what it gives alone.
+            position_ids: [B, L] int64 for the rotary embedding; by default the tokens are numbered from 0.
+            cu_seqlens: [S + 1] int32, the ends of packed documents in the B * L flattened positions, beginning with 0;
+                no attention across documents, positions restart at 0 in each. Excludes attention_mask.
+            max_seqlen: tokens of the longest document; must come with cu_seqlens (reading it there would stall a GPU).
+            block_length: block-causal attention (see `bidirectional_attention`); 1 is causal.
+            queries: [B, Q] int64, the positions whose hidden states are wanted; the others are not computed in the
+                last layer, and the result is [B, Q, D]. Excludes cu_seqlens and block_length.
+        Raises: UserError if the input is longer than the model's positions; ValueError if arguments exclude each other.
+        """
+        if input_ids.ndim != 2:
+            raise UserError(f"the model takes input_ids [B, L], not {list(input_ids.shape)}; add a batch dimension")
+        length = input_ids.shape[1] if cu_seqlens is None else max_seqlen
+        if length is None:
+            raise ValueError("hidden_states: cu_seqlens needs max_seqlen, the length of the longest document")
+        if length > self.config.max_position_embeddings:
+            raise UserError(f"the input has {length} positions, the model {self.config.max_position_embeddings}; shorten it")
+        if cu_seqlens is not None and (attention_mask is not None or queries is not None):
+            raise ValueError("hidden_states: cu_seqlens excludes attention_mask and queries")
+        if queries is not None and block_length is not None:
+            raise ValueError("hidden_states: queries excludes block_length")
+        key_mask = None
+        if attention_mask is not None:
+            if attention_mask.shape != input_ids.shape:
+                raise UserError(f"attention_mask has shape {list(attention_mask.shape)}, input_ids {list(input_ids.shape)}")
+            key_mask = attention_mask.bool()
+        if position_ids is None:
+            position_ids = number_tokens(input_ids, key_mask, cu_seqlens)
+        x = self.model.embed_tokens(input_ids)
+        cos, sin = self._rotary(position_ids, x.dtype)
+        at = Positions(cos, sin, key_mask, cu_seqlens, max_seqlen or 0, block_length)
+        for layer in self.model.layers[:-1]:
+            x = layer(x, at)
+        at.queries = queries
+        return self.model.norm(self.model.layers[-1](x, at))
+
+    def _rotary(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, L, 1, E] of the positions, computed in fp32."""
+        angles = position_ids.float().unsqueeze(-1) * rotary_frequencies(self.config).to(position_ids.device)
+        angles = torch.cat((angles, angles), dim=-1).unsqueeze(2)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def diffusion_generate(self, inputs: Tensor, attention_mask: Tensor | None = None, generation_config=None):
+        """Append `max_new_tokens` masked positions to each prompt and denoise them; see `dllm.sampler.generate`."""
+        from dllm.sampler import generate
+
+        return generate(self, inputs, attention_mask, generation_config)
+
+    def infill(self, prefix_ids: Tensor, suffix_ids: Tensor, *, length: int, generation_config=None):
+        """Denoise `length` masked positions between a prefix and a suffix; see `dllm.sampler.infill`."""
+        from dllm.sampler import infill
+
+        return infill(self, prefix_ids, suffix_ids, length=length, generation_config=generation_config)
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: str | os.PathLike, dtype: torch.dtype = torch.float32,
+                        device: str | torch.device = "cpu") -> "DiffusionLM":
+        """Load a Hugging Face model folder or hub repository of any family in `dllm.families`, in evaluation mode.
+
+        Raises: UserError naming the file and the remedy: no such folder or repository, an unknown family or
+            configuration key, missing or unknown parameters, wrong shapes, a truncated or corrupt file.
+        """
+        folder = find_model(path_or_hub_id)
+        config = read_config(read_json(folder / "config.json"), where=str(folder / "config.json"))
+        state = read_weights(folder)
+        with torch.device("meta"):
+            model = cls(config)
+        if model.lm_head is None:
+            state.pop("lm_head.weight", None)  # some writers store the tied matrix twice
+        state = {name: tensor for name, tensor in state.items() if not name.endswith("rotary_emb.inv_freq")}
+        expected = model.state_dict()
+        check_parameter_names(expected, state, where=str(folder))
+        for name, tensor in state.items():
+            if tensor.shape != expected[name].shape:
+                raise UserError(f"{folder}: {name} has shape {list(tensor.shape)}, config.json asks for "
+                                f"{list(expected[name].shape)}; they are not of the same model")
+        model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in state.items()}, assign=True)
+        if model.mask_token_id is None:
+            model.mask_token_id = mask_token_id_of(folder)
+        if (folder / "generation_config.json").exists():
+            model.generation_defaults = read_json(folder / "generation_config.json")
+        return model.requires_grad_(True).eval()
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write config.json, model.safetensors (5 GB shards) and, if it was loaded, generation_config.json.
+
+        Transformers and the original project load the folder. Each file is written beside its place and renamed into
+        it; config.json comes last, so a folder with one is whole.
+        Raises: Failure if the disk is full or the folder cannot be written.
+        """
+        from huggingface_hub import split_torch_state_dict_into_shards
+        from safetensors.torch import save
+
+        from dllm.checkpoint import write_atomically
+
+        folder = Path(folder)
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        shards = split_torch_state_dict_into_shards(state, max_shard_size="5GB")
+        for file, names in shards.filename_to_tensors.items():
+            write_atomically(folder / file, save({name: state[name] for name in names}, metadata={"format": "pt"}))
+        if shards.is_sharded:
+            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+            write_atomically(folder / "model.safetensors.index.json", _dump(index))
+        if self.generation_defaults is not None:
+            write_atomically(folder / "generation_config.json", _dump(self.generation_defaults))
+        write_atomically(folder / "config.json", _dump(write_config(self.config, str(self.dtype).removeprefix("torch."))))
+
+
+def gather_positions(x: Tensor, positions: Tensor) -> Tensor:
+    """x [B, L, D] at positions [B, Q] -> [B, Q, D]."""
+    return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def number_tokens(input_ids: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Positions [B, L] counted from 0: along each row, skipping padding, or within each packed document."""
+    if key_mask is not None:
+        return (key_mask.long().cumsum(1) - 1).clamp_(min=0)
+    places = torch.arange(input_ids.numel(), device=input_ids.device)
+    if cu_seqlens is None:
+        return places[: input_ids.shape[1]].expand(input_ids.shape)
+    document = torch.searchsorted(cu_seqlens[1:].long(), places, right=True)
+    return (places - cu_seqlens.long()[document]).view(input_ids.shape)
+
+
+def rotary_frequencies(config: ModelConfig) -> Tensor:
+    """Angle per position of each rotary pair, fp32 [E / 2]; with Llama 3's rescaling of long wavelengths if configured."""
+    exponents = torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    # Wavelengths above the first bound are stretched by `factor`, those below the second are kept, between: blended.
+    wavelengths = 2 * math.pi / frequencies
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    blend = (scaling["original_max_position_embeddings"] / wavelengths - low) / (high - low)
+    blend = blend.clamp(0, 1)
+    return frequencies * (blend + (1 - blend) / scaling["factor"])
+
+
+def find_model(path_or_hub_id: str | os.PathLike) -> Path:
+    """The local folder of a model, downloaded from the hub if it is not one already.
+
+    Raises: UserError if there is no such folder and no such repository can be reached.
+    """
+    folder = Path(path_or_hub_id)
+    if folder.is_dir():
+        return folder
+    name = str(path_or_hub_id)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"{name} is not a folder; give a model folder, or a hub repository as owner/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+    except Exception as error:  # the hub client raises a dozen kinds; each means: not to be had
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{name} is neither a folder here nor a hub repository that can be reached ({reason})") from error
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of model.safetensors, or of the shards that its index names."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    files = ["model.safetensors"]
+    if not (folder / files[0]).exists():
+        index = read_json(folder / "model.safetensors.index.json", missing={})
+        files = sorted(set(index.get("weight_map", {}).values())) or files
+    state = {}
+    for file in files:
+        try:
+            state |= load_file(folder / file)
+        except FileNotFoundError:
+            raise UserError(f"{folder / file} does not exist; a model folder holds config.json and model.safetensors") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{folder / file} is truncated or corrupt ({error}); fetch or save it again") from None
+    return state
+
+
+def _dump(content: dict) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()

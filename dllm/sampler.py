@@ -1,0 +1,224 @@
+"""The denoising loop: from a canvas with masked positions to tokens, by any strategy of strategies.py.
+
+Each step runs the model once, on the rows that still change, and multiplies the head only at the positions that the
+strategy asks about. Randomness is a function of (seed, sequence, step, position), so a prompt gives the same text alone
+and in any batch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dllm.errors import UserError
+from dllm.model import DiffusionLM, number_tokens
+from dllm.strategies import STRATEGIES, Step, Update
+from dllm_kernels import linear_token_scores, linear_topk_unmask, philox_uniform
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MDMGenerationConfig:
+    """How to denoise. The fields and meanings are Open-dLLM's, `seed` is ours."""
+
+    max_new_tokens: int = 128  # masked positions appended to the prompt by `diffusion_generate`
+    steps: int = 512  # denoising steps at most; those that commit nothing cost nothing
+    temperature: float = 0.0  # divides the logits; 0 takes the most likely token
+    top_p: float | None = None  # keep the most likely tokens until their probability passes this
+    top_k: int | None = None  # then keep the k most likely
+    alg: str = "entropy"  # a key of strategies.STRATEGIES
+    alg_temp: float = 0.0  # Gumbel noise on the confidences, in units of them; p2 and origin have no use for it
+    eps: float = 1e-3  # the time after the last step
+    mask_token_id: int | None = None  # None takes the checkpoint's or its tokenizer's
+    num_return_sequences: int = 1  # per prompt, next to each other in the output
+    output_history: bool = False
+    seed: int | None = None  # None draws one from torch's global generator
+
+    def __post_init__(self):
+        wants = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "steps": (self.steps >= 1, "at least 1"),
+            "temperature": (self.temperature >= 0, "0 or more"),
+            "top_p": (self.top_p is None or 0 < self.top_p <= 1, "in (0, 1]"),
+            "top_k": (self.top_k is None or self.top_k >= 0, "at least 1, or 0 or none for no limit"),
+            "alg": (self.alg in STRATEGIES, "one of " + ", ".join(STRATEGIES)),
+            "alg_temp": (self.alg_temp >= 0, "0 or more"),
+            "eps": (0 < self.eps < 1, "in (0, 1)"),
+            "num_return_sequences": (self.num_return_sequences >= 1, "at least 1"),
+        }
+        for name, (holds, wanted) in wants.items():
+            if not holds:
+                raise UserError(f"{name} must be {wanted}, not {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationOutput:
+    sequences: Tensor  # [B, L] int64
+    history: list[Tensor] | None  # the canvas after each step, with output_history
+    steps: int  # denoising steps taken, free ones included
+    forwards: int  # forward passes of the model
+    tokens_per_forward: float  # positions filled / forward passes, each row's counted for itself
+
+
+OnStep = Callable[[int, Tensor, Tensor | None], None]
+
+
+def generate(model: DiffusionLM, inputs: Tensor, attention_mask: Tensor | None = None,
+             config: MDMGenerationConfig | None = None, on_step: OnStep | None = None) -> GenerationOutput:
+    """Append `max_new_tokens` masked positions to each prompt and denoise them.
+
+    Args:
+        inputs: [B, P] or [P] int64. Prompts of different lengths are padded, on the left as usual or on the right.
+        attention_mask: [B, P], nonzero where there is a token; without it every position counts.
+        on_step: called after each step with its number, the canvas [B, L] and the confidences (see `denoise`).
+    Returns: sequences [B * num_return_sequences, P + max_new_tokens].
+    Raises: UserError if the result would not fit into the model's positions, or nothing names the mask token.
+    """
+    config = config or MDMGenerationConfig()
+    inputs = inputs.reshape(1, -1) if inputs.ndim == 1 else inputs
+    new = inputs.new_full((len(inputs), config.max_new_tokens), find_mask_token(model, config))
+    limit = model.config.max_position_embeddings
+    if inputs.shape[1] + config.max_new_tokens > limit:
+        raise UserError(f"a prompt of {inputs.shape[1]} tokens and {config.max_new_tokens} new ones need "
+                        f"{inputs.shape[1] + config.max_new_tokens} positions, the model has {limit}; "
+                        "shorten the prompt or lower max_new_tokens")
+    if attention_mask is not None:
+        attention_mask = torch.cat((attention_mask.reshape(inputs.shape).bool(), torch.ones_like(new, dtype=torch.bool)), 1)
+    return denoise(model, torch.cat((inputs, new), 1), config, attention_mask, on_step)
+
+
+def infill(model: DiffusionLM, prefix_ids: Tensor, suffix_ids: Tensor, *, length: int,
+           generation_config: MDMGenerationConfig | None = None, on_step: OnStep | None = None) -> GenerationOutput:
+    """Denoise `length` masked positions between prefix [B, P] or [P] and suffix [B, S] or [S]; sequences [B, P + length + S]."""
+    config = generation_config or MDMGenerationConfig()
+    if length < 1:
+        raise UserError(f"length must be at least 1, not {length}: the number of tokens to fill in")
+    prefix_ids, suffix_ids = (ids.reshape(1, -1) if ids.ndim == 1 else ids for ids in (prefix_ids, suffix_ids))
+    middle = prefix_ids.new_full((len(prefix_ids), length), find_mask_token(model, config))
+    return denoise(model, torch.cat((prefix_ids, middle, suffix_ids), 1), config, on_step=on_step)
+
+
+@torch.no_grad()
+def denoise(model: DiffusionLM, canvas: Tensor, config: MDMGenerationConfig, attention_mask: Tensor | None = None,
+            on_step: OnStep | None = None) -> GenerationOutput:
+    """Fill every masked position of the canvas.
+
+    Args:
+        canvas: [B, L] int64; the positions that equal the mask token are filled, the others never change.
+        attention_mask: [B, L], nonzero where there is a token; padding is never attended and takes no position.
+        on_step: called after each step with its number from 0, the canvas, and confidences [B, L] fp32 (-inf where not
+            scored; None if the step was free).
+    A model may predict the mask token itself (the originals allow it); such positions can be left masked at the end.
+    """
+    mask_token_id = find_mask_token(model, config)
+    canvas = canvas.to(model.device).repeat_interleave(config.num_return_sequences, 0)
+    key_mask = None
+    if attention_mask is not None and not bool(attention_mask.all()):
+        key_mask = attention_mask.to(model.device).bool().repeat_interleave(config.num_return_sequences, 0)
+    sequence = torch.arange(len(canvas), device=model.device) % config.num_return_sequences
+    scorer = HeadScorer(model, config, mask_token_id, key_mask, number_tokens(canvas, key_mask, None))
+    seed = draw_seed() if config.seed is None else config.seed
+    random = config.temperature > 0 or config.alg_temp > 0 or config.alg == "origin"
+
+    tokens, editable = canvas, canvas == mask_token_id
+    history: list[Tensor] = []
+    steps = 0
+    for index in range(config.steps):
+        masked = tokens == mask_token_id
+        if key_mask is not None:
+            masked = masked & key_mask
+        if not masked.any():
+            break
+        uniform = philox_uniform(seed, sequence[:, None], index, scorer.position_ids) if random else None
+        step = Step(index, config.steps, config.eps, tokens, masked, editable, mask_token_id, uniform)
+        tokens, confidence = STRATEGIES[config.alg](step, scorer.at(step))
+        steps += 1
+        if config.output_history:
+            history.append(tokens)
+        if on_step is not None:
+            on_step(index, tokens, confidence)
+    filled = int(editable.sum())
+    return GenerationOutput(tokens, history if config.output_history else None, steps, scorer.forwards,
+                            filled / max(scorer.row_forwards, 1))
+
+
+class HeadScorer:
+    """Answers a strategy: hidden states of the rows and positions it asks about, then the head on those alone."""
+
+    def __init__(self, model: DiffusionLM, config: MDMGenerationConfig, mask_token_id: int, key_mask: Tensor | None,
+                 position_ids: Tensor):
+        self.model, self.mask_token_id, self.key_mask, self.position_ids = model, mask_token_id, key_mask, position_ids
+        self.source = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
+        if model.config.shift_logits:
+            self.source = previous_token(self.source, key_mask)
+        self.sampling = {"temperature": config.temperature, "top_k": config.top_k or None, "top_p": config.top_p}
+        self.selection_temperature = config.alg_temp
+        self.forwards = self.row_forwards = 0
+
+    def at(self, step: Step) -> "HeadScorer":
+        self.step = step
+        return self
+
+    def unmask(self, k: Tensor, confidence: str) -> Update:
+        wanted = self.step.masked & (k > 0).unsqueeze(1)
+        rows, index, valid, hidden = self._hidden(wanted)
+        uniform = None if self.step.uniform is None else self.step.uniform[rows.unsqueeze(1), index]
+        tokens = torch.where(valid, self.mask_token_id, -1)  # the places that only fill up a row are not masked
+        result = linear_topk_unmask(hidden, self.model.head_weight, tokens, self.mask_token_id, k[rows],
+                                    confidence=confidence, selection_temperature=self.selection_temperature,
+                                    generator=uniform, **self.sampling)
+        return Update(self._place(self.step.tokens, wanted, result.tokens[valid]),
+                      self._place(None, wanted, result.confidence[valid]))
+
+    def score(self, positions: Tensor) -> Update:
+        rows, index, valid, hidden = self._hidden(positions)
+        uniform = None if self.step.uniform is None else self.step.uniform[positions]
+        scores = linear_token_scores(hidden, self.model.head_weight, valid.flatten().nonzero().squeeze(1),
+                                     confidence="prob", generator=uniform, **self.sampling)
+        nothing = torch.full_like(self.step.tokens, -1)
+        return Update(self._place(nothing, positions, scores.token), self._place(None, positions, scores.confidence))
+
+    def _hidden(self, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """rows [R] that want anything, index [R, Q] of the wanted positions filled up with 0, valid [R, Q], hidden [R, Q, D]."""
+        rows = wanted.any(1).nonzero().squeeze(1)
+        wanted = wanted[rows]
+        counts = wanted.sum(1)
+        valid = torch.arange(int(counts.max()), device=wanted.device) < counts.unsqueeze(1)
+        index = torch.zeros(valid.shape, dtype=torch.long, device=wanted.device)
+        index[valid] = wanted.nonzero()[:, 1]
+        self.forwards += 1
+        self.row_forwards += len(rows)
+        hidden = self.model.hidden_states(self.step.tokens[rows], position_ids=self.position_ids[rows],
+                                          queries=self.source[rows].gather(1, index),
+                                          attention_mask=None if self.key_mask is None else self.key_mask[rows])
+        return rows, index, valid, hidden
+
+    def _place(self, onto: Tensor | None, where: Tensor, values: Tensor) -> Tensor:
+        """A copy of `onto` (None: all -inf) with the values, in row-major order, at `where` [B, L]."""
+        if onto is None:
+            onto = torch.full(where.shape, -torch.inf, device=where.device)
+        return onto.masked_scatter(where, values)
+
+
+def previous_token(places: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Where the logits about each token of [B, L] are under right shift: at the token before it, skipping padding;
+    the first token's are at its own place."""
+    last_seen = places if key_mask is None else torch.where(key_mask, places, -1).cummax(1).values
+    before = torch.cat((last_seen.new_full((len(places), 1), -1), last_seen[:, :-1]), 1)
+    return torch.where(before < 0, places, before)
+
+
+def find_mask_token(model: DiffusionLM, config: MDMGenerationConfig) -> int:
+    """The mask token of the config, the checkpoint or its tokenizer, in this order."""
+    token_id = model.mask_token_id if config.mask_token_id is None else config.mask_token_id
+    if token_id is None:
+        raise UserError("neither the generation config, the checkpoint's config.json nor its tokenizer names a mask token; "
+                        "set mask_token_id")
+    if not 0 <= token_id < model.config.vocab_size:
+        raise UserError(f"mask_token_id {token_id} is outside the model's vocabulary of {model.config.vocab_size}")
+    return token_id
+
+
+def draw_seed() -> int:
+    """A seed from torch's global generator, so that torch.manual_seed makes a run repeatable."""
+    return int(torch.randint(2**63 - 1, ()))

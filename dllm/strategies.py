@@ -1,0 +1,102 @@
+"""Decoding strategies: what one denoising step commits. Pure functions of the canvas and a scorer.
+
+A strategy gets a `Step` and a `Scorer` and returns an `Update`. It asks the scorer only about the positions it needs;
+a strategy that never asks costs no forward pass, which is how steps that commit nothing are free.
+Symbols: B rows, L positions, step i of n, time running from 1 to eps, t before the step and s after it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The canvas as a denoising step finds it."""
+
+    index: int  # i, from 0
+    total: int  # n
+    eps: float  # the time after the last step, in (0, 1)
+    tokens: Tensor  # [B, L] int64
+    masked: Tensor  # [B, L] bool: still to be committed
+    editable: Tensor  # [B, L] bool: masked when denoising began
+    mask_token_id: int
+    uniform: Tensor | None  # [B, L, 2] float64 in (0, 1); None where nothing is random
+
+    @property
+    def last(self) -> bool:
+        return self.index == self.total - 1
+
+    def share(self) -> Tensor:
+        """1 - s/t, fp32 scalar: the share of the masked positions that this step should commit."""
+        times = torch.linspace(1.0, self.eps, self.total + 1)
+        return 1 - times[self.index + 1] / times[self.index]
+
+
+class Update(NamedTuple):
+    tokens: Tensor  # [B, L] after the step
+    confidence: Tensor | None  # [B, L] fp32, -inf where not scored; None if nothing was
+
+
+class Scorer(Protocol):
+    """The model, asked about some positions of the current canvas; each call is one forward pass."""
+
+    def unmask(self, k: Tensor, confidence: str) -> Update:
+        """Commit the k[b] most confident masked positions of each row."""
+
+    def score(self, positions: Tensor) -> Update:
+        """Choose and score a token for every position [B, L] of the mask; `tokens` are those at `positions`, else -1."""
+
+
+Strategy = Callable[[Step, Scorer], Update]
+
+
+def commit_most_confident(step: Step, scorer: Scorer, *, confidence: str) -> Update:
+    """Commit trunc(masked * (1 - s/t)) positions per row, all at the last step (MaskGIT, arXiv:2202.04200; Dream).
+
+    The product is in fp32, as in the original: exact arithmetic would commit one more now and then.
+    """
+    masked = step.masked.sum(1)
+    k = masked if step.last else (masked.float() * step.share().to(masked.device)).long()
+    if not k.any():
+        return Update(step.tokens, None)
+    return scorer.unmask(k, confidence)
+
+
+def commit_at_random(step: Step, scorer: Scorer) -> Update:
+    """Commit each masked position with probability 1 - s/t, whatever its confidence (MDLM, arXiv:2406.07524)."""
+    chosen = step.masked
+    if not step.last:
+        chosen = chosen & (step.uniform[..., 1] < step.share().to(chosen.device))
+    if not chosen.any():
+        return Update(step.tokens, None)
+    scored = scorer.score(chosen)
+    return Update(torch.where(chosen, scored.tokens, step.tokens), scored.confidence)
+
+
+def plan_and_remask(step: Step, scorer: Scorer) -> Update:
+    """P2 (arXiv:2502.03540): score every editable position anew and mask the floor(editable * (1 - (i+1)/n)) least sure.
+
+    A position that stays revealed keeps its token; its confidence is that of the token it would get now.
+    """
+    rows = step.masked.any(1, keepdim=True)
+    scored = scorer.score(step.editable & rows)
+    remasked_count = (step.editable.sum(1).float() * (1 - (step.index + 1) / step.total)).floor()
+    surest = torch.where(step.editable & scored.confidence.isfinite(), scored.confidence, torch.inf)
+    rank = surest.argsort(dim=1, stable=True).argsort(dim=1)
+    remask = (rank < remasked_count.unsqueeze(1)) & step.editable & rows
+    tokens = torch.where(step.masked, scored.tokens, step.tokens)
+    return Update(torch.where(remask, step.mask_token_id, tokens), scored.confidence)
+
+
+STRATEGIES: Mapping[str, Strategy] = {
+    "origin": commit_at_random,
+    "maskgit_plus": partial(commit_most_confident, confidence="prob"),
+    "entropy": partial(commit_most_confident, confidence="entropy"),
+    "topk_margin": partial(commit_most_confident, confidence="margin"),
+    "p2": plan_and_remask,
+}

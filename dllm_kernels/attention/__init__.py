@@ -1,0 +1,148 @@
+"""Attention in both directions: dense, padded, packed and block-causal.
+
+out[i] = sum over the keys j that query i may see of softmax_j(scale * q[i] . k[j]) v[j]
+
+B batch, L positions, T packed positions, Hq query and Hkv key heads (grouped-query: Hq a multiple of Hkv), E head size.
+Every function takes bf16, fp16 and fp32, any strides, and sums in fp32. There is no dropout.
+"""
+
+import torch
+from torch import Tensor
+
+from dllm_kernels.attention import reference, sdpa
+from dllm_kernels.dispatch import Backend, choose
+from dllm_kernels.operators import define_operator
+
+__all__ = ["bidirectional_attention", "bidirectional_attention_varlen", "block_diffusion_attention"]
+
+DENSE_BACKENDS = (Backend("sdpa", sdpa.bidirectional_attention), Backend("reference", reference.bidirectional_attention))
+VARLEN_BACKENDS = (Backend("sdpa", sdpa.bidirectional_attention_varlen),
+                   Backend("reference", reference.bidirectional_attention_varlen))
+BLOCK_DIFFUSION_BACKENDS = (Backend("sdpa", sdpa.block_diffusion_attention),
+                            Backend("reference", reference.block_diffusion_attention))
+BACKENDS = {"bidirectional_attention": DENSE_BACKENDS, "bidirectional_attention_varlen": VARLEN_BACKENDS,
+            "block_diffusion_attention": BLOCK_DIFFUSION_BACKENDS}
+
+
+def bidirectional_attention(q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, block_length: int | None = None,
+                            scale: float | None = None, backend: str | None = None) -> Tensor:
+    """Every query attends to every key, or to those that `key_mask` and `block_length` leave.
+
+    Drop-in for ``F.scaled_dot_product_attention`` in the layout [B, L, H, E], with grouped-query heads.
+
+    Args:
+        q: [B, Lq, Hq, E]. k, v: [B, Lk, Hkv, E]. Lq and Lk are free: a few queries against cached keys is decoding.
+        key_mask: [B, Lk] bool, True = may be attended; a query that no key is left for gives zeros, and zero gradients.
+        block_length: query i sees key j iff j // block_length <= i // block_length (block diffusion at inference,
+            arXiv:2503.09573); 1 is causal. When Lq < Lk the queries are the last Lq positions.
+        scale: of the scores; None takes E ** -0.5.
+        backend: a name of the backends, None takes the first that can run.
+    Returns: [B, Lq, Hq, E] in q's dtype.
+    Raises: ValueError if shapes, dtypes or devices disagree, or if `backend` cannot run here; the message says why.
+    """
+    _check("bidirectional_attention", q, k, v, 4, block_length)
+    if key_mask is not None and (key_mask.shape != k.shape[:2] or key_mask.dtype != torch.bool):
+        raise ValueError(f"bidirectional_attention takes key_mask [B, Lk] bool = {list(k.shape[:2])}, "
+                         f"not {list(key_mask.shape)} {key_mask.dtype}")
+    if block_length is not None and q.shape[1] > k.shape[1]:
+        raise ValueError(f"bidirectional_attention: with block_length the queries are the last of the keys, but there are "
+                         f"{q.shape[1]} queries and {k.shape[1]} keys")
+    run = _dense if torch.compiler.is_compiling() else _run_dense
+    return run(q, k, v, key_mask, block_length, q.shape[-1] ** -0.5 if scale is None else scale, backend)
+
+
+def bidirectional_attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *,
+                                   block_length: int | None = None, scale: float | None = None,
+                                   backend: str | None = None) -> Tensor:
+    """Packed documents: attention within each, none across. Drop-in for flash_attn_varlen_func, never causal by default.
+
+    Args:
+        q: [T, Hq, E]. k, v: [T, Hkv, E].
+        cu_seqlens: [S + 1] int32, from 0 to T: document s holds the positions cu_seqlens[s] to cu_seqlens[s + 1].
+        max_seqlen: positions of the longest document.
+        block_length, scale, backend: as `bidirectional_attention`; blocks are counted within each document.
+    Returns: [T, Hq, E] in q's dtype.
+    Raises: ValueError as `bidirectional_attention`. The values of cu_seqlens are not checked: that would stall a GPU.
+    """
+    _check("bidirectional_attention_varlen", q, k, v, 3, block_length)
+    _check_cu_seqlens("bidirectional_attention_varlen", cu_seqlens)
+    if len(q) != len(k):
+        raise ValueError(f"bidirectional_attention_varlen: q has {len(q)} positions, k {len(k)}; they are the same documents")
+    run = _varlen if torch.compiler.is_compiling() else _run_varlen
+    return run(q, k, v, cu_seqlens, max_seqlen, block_length, q.shape[-1] ** -0.5 if scale is None else scale, backend)
+
+
+def block_diffusion_attention(q: Tensor, k: Tensor, v: Tensor, block_length: int, *, cu_seqlens: Tensor | None = None,
+                              scale: float | None = None, backend: str | None = None) -> Tensor:
+    """The attention of block-diffusion training (BD3-LM, arXiv:2503.09573): a noisy copy of the text, then a clean one.
+
+    A noisy block sees itself and the clean blocks before it; a clean block sees the clean blocks up to itself.
+
+    Args:
+        q: [B, 2L, Hq, E]. k, v: [B, 2L, Hkv, E]: L noisy positions, then the same L clean ones.
+        block_length: positions of a block; the last block may be shorter.
+        cu_seqlens: [S + 1] int32, from 0 to B * L: documents packed in the rows (of one copy), none longer than its row;
+            no attention across documents, blocks are counted within each. None: each row is one document.
+        scale, backend: as `bidirectional_attention`.
+    Returns: [B, 2L, Hq, E] in q's dtype.
+    Raises: ValueError as `bidirectional_attention`.
+    """
+    _check("block_diffusion_attention", q, k, v, 4, block_length)
+    if q.shape[1] % 2 or q.shape[1] != k.shape[1]:
+        raise ValueError(f"block_diffusion_attention takes 2L queries and 2L keys, the noisy copy then the clean one, "
+                         f"not {q.shape[1]} and {k.shape[1]}")
+    if cu_seqlens is not None:
+        _check_cu_seqlens("block_diffusion_attention", cu_seqlens)
+    run = _block_diffusion if torch.compiler.is_compiling() else _run_block_diffusion
+    return run(q, k, v, block_length, cu_seqlens, q.shape[-1] ** -0.5 if scale is None else scale, backend)
+
+
+def _check(op: str, q: Tensor, k: Tensor, v: Tensor, ndim: int, block_length: int | None) -> None:
+    if not (q.ndim == k.ndim == v.ndim == ndim and k.shape == v.shape and q.shape[-1] == k.shape[-1]
+            and (ndim == 3 or len(q) == len(k)) and k.shape[-2] > 0 and q.shape[-2] % k.shape[-2] == 0):
+        layout = "[B, Lq, Hq, E], k and v [B, Lk, Hkv, E]" if ndim == 4 else "[T, Hq, E], k and v [T, Hkv, E]"
+        raise ValueError(f"{op} takes q {layout}, Hq a multiple of Hkv, not {[list(x.shape) for x in (q, k, v)]}")
+    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
+        raise ValueError(f"{op}: q, k and v must share dtype and device, not "
+                         f"{[f'{x.dtype} on {x.device}' for x in (q, k, v)]}")
+    if block_length is not None and block_length < 1:
+        raise ValueError(f"{op}: block_length must be at least 1, not {block_length}")
+
+
+def _check_cu_seqlens(op: str, cu_seqlens: Tensor) -> None:
+    if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or len(cu_seqlens) < 2:
+        raise ValueError(f"{op} takes cu_seqlens [S + 1] int32, beginning with 0, not {list(cu_seqlens.shape)} {cu_seqlens.dtype}")
+
+
+def _run_dense(q, k, v, key_mask, block_length, scale, backend):
+    return choose("bidirectional_attention", DENSE_BACKENDS, backend, q).run(q, k, v, key_mask, block_length, scale)
+
+
+def _run_varlen(q, k, v, cu_seqlens, max_seqlen, block_length, scale, backend):
+    chosen = choose("bidirectional_attention_varlen", VARLEN_BACKENDS, backend, q)
+    return chosen.run(q, k, v, cu_seqlens, max_seqlen, block_length, scale)
+
+
+def _run_block_diffusion(q, k, v, block_length, cu_seqlens, scale, backend):
+    chosen = choose("block_diffusion_attention", BLOCK_DIFFUSION_BACKENDS, backend, q)
+    return chosen.run(q, k, v, block_length, cu_seqlens, scale)
+
+
+def _fake(q, *rest):
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def _contiguous(run):
+    return lambda *args: run(*args).contiguous()
+
+
+_dense = define_operator(
+    "bidirectional_attention", "Tensor q, Tensor k, Tensor v, Tensor? key_mask, int? block_length, float scale, str? backend",
+    _contiguous(_run_dense), _fake, differentiable=(0, 1, 2))
+_varlen = define_operator(
+    "bidirectional_attention_varlen",
+    "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, int? block_length, float scale, str? backend",
+    _contiguous(_run_varlen), _fake, differentiable=(0, 1, 2))
+_block_diffusion = define_operator(
+    "block_diffusion_attention", "Tensor q, Tensor k, Tensor v, int block_length, Tensor? cu_seqlens, float scale, str? backend",
+    _contiguous(_run_block_diffusion), _fake, differentiable=(0, 1, 2))

@@ -1,0 +1,141 @@
+"""Masked cross-entropy in plain PyTorch: the corrupted rows gathered, then worked off in chunks of bounded size.
+
+For a corrupted row n with target y:  nll = logsumexp(z) - z[y],  d nll / d z[v] = softmax(z)[v] - [v = y].
+Everything is in fp32 (fp64 for fp64 inputs). Where the upstream gradient is one number (reduction sum or mean), the
+gradients are computed with the loss, in three matrix products, and scaled in the backward; per-position upstream
+gradients need the logits once more, a fourth product.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # of logits held at once
+
+
+def masked_cross_entropy(logits: Tensor, targets: Tensor, corrupted: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
+    """[N, V] logits, flat targets, corrupted and weights [N]; [N] fp32 or a scalar."""
+    return _MaskedCrossEntropy.apply(logits, targets, corrupted, weights, reduction)
+
+
+def linear_masked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, corrupted: Tensor, bias: Tensor | None,
+                                weights: Tensor | None, reduction: str) -> Tensor:
+    """[N, D] hidden, [V, D] weight, [V] bias, flat targets, corrupted and weights [N]; [N] fp32 or a scalar."""
+    return _LinearMaskedCrossEntropy.apply(hidden, weight, bias, targets, corrupted, weights, reduction)
+
+
+class _MaskedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, targets, corrupted, weights, reduction):
+        rows, scale, compute = _plan(logits, corrupted, weights, reduction)
+        nll = torch.empty(len(rows), dtype=compute, device=logits.device)
+        for chunk in _chunks(rows, logits.shape[1]):
+            z = logits[rows[chunk]].to(compute)
+            nll[chunk] = z.logsumexp(1) - z.gather(1, targets[rows[chunk]].unsqueeze(1)).squeeze(1)
+        ctx.save_for_backward(logits, targets, rows, scale)
+        ctx.reduction = reduction
+        return _reduce(nll, scale, rows, len(logits), reduction)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        logits, targets, rows, scale = ctx.saved_tensors
+        scale = scale * (grad[rows] if ctx.reduction == "none" else grad)
+        out = torch.zeros_like(logits, memory_format=torch.contiguous_format)
+        for chunk in _chunks(rows, logits.shape[1]):
+            z = logits[rows[chunk]].to(scale.dtype)
+            _to_gradient(z, targets[rows[chunk]], scale[chunk])
+            out[rows[chunk]] = z.to(out.dtype)
+        return out, None, None, None, None
+
+
+class _LinearMaskedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, corrupted, weights, reduction):
+        with torch.autocast(hidden.device.type, enabled=False):
+            rows, scale, compute = _plan(hidden, corrupted, weights, reduction)
+            wanted = ctx.needs_input_grad[:3] if reduction != "none" else (False,) * 3
+            nll, *gradients = _linear(hidden, weight, bias, targets, rows, scale.to(compute), wanted)
+            if reduction == "none":
+                ctx.save_for_backward(hidden, weight, bias, targets, rows, scale)
+            else:
+                ctx.save_for_backward(*gradients)
+            ctx.reduction = reduction
+            return _reduce(nll, scale, rows, len(hidden), reduction)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        if ctx.reduction == "none":
+            hidden, weight, bias, targets, rows, scale = ctx.saved_tensors
+            with torch.autocast(hidden.device.type, enabled=False):
+                gradients = _linear(hidden, weight, bias, targets, rows, scale * grad[rows], ctx.needs_input_grad[:3])[1:]
+        else:
+            gradients = [None if saved is None else (saved * grad).to(saved.dtype) for saved in ctx.saved_tensors]
+        return *gradients, None, None, None, None
+
+
+def _plan(inputs: Tensor, corrupted: Tensor, weights: Tensor | None, reduction: str) -> tuple[Tensor, Tensor, torch.dtype]:
+    """The corrupted rows [M], what each one's nll is multiplied by [M], and the dtype to compute in."""
+    compute = torch.promote_types(inputs.dtype, torch.float32)
+    rows = corrupted.nonzero().squeeze(1)
+    scale = torch.ones(len(rows), dtype=compute, device=inputs.device) if weights is None else weights[rows].to(compute)
+    return rows, scale / max(len(rows), 1) if reduction == "mean" else scale, compute
+
+
+def _reduce(nll: Tensor, scale: Tensor, rows: Tensor, count: int, reduction: str) -> Tensor:
+    if reduction == "none":
+        return torch.zeros(count, dtype=nll.dtype, device=nll.device).index_copy_(0, rows, nll * scale)
+    return (nll * scale).sum()
+
+
+def _chunks(rows: Tensor, width: int) -> list[slice]:
+    """The rows in slices whose logits, `width` of 4 bytes each, fit the workspace."""
+    size = max(1, WORKSPACE_BYTES.get(rows.device.type, 1 << 30) // (4 * max(width, 1)))
+    return [slice(start, start + size) for start in range(0, len(rows), size)]
+
+
+def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, scale: Tensor, wanted):
+    """nll [M] of the rows, and the gradients of sum(scale * nll) for hidden, weight and bias, where wanted."""
+    compute, V = scale.dtype, len(weight)
+    x, w = hidden[rows].to(compute), weight.to(compute)
+    b = None if bias is None else bias.to(compute)
+    nll = torch.empty(len(rows), dtype=compute, device=hidden.device)
+    grad_x = torch.empty_like(x) if wanted[0] else None
+    grad_w = torch.zeros_like(w) if wanted[1] else None
+    grad_b = torch.zeros(V, dtype=compute, device=w.device) if wanted[2] else None
+    chunks = _chunks(rows, V)
+    buffer = torch.empty(min(len(rows), chunks[0].stop if chunks else 0), V, dtype=compute, device=w.device)
+    for chunk in chunks:
+        target = targets[rows[chunk]]
+        z = buffer[:len(target)]
+        torch.mm(x[chunk], w.T, out=z) if b is None else torch.addmm(b, x[chunk], w.T, out=z)
+        nll[chunk] = _to_gradient(z, target, scale[chunk])
+        if wanted[0]:
+            torch.mm(z, w, out=grad_x[chunk])
+        if wanted[1]:
+            grad_w.addmm_(z.T, x[chunk])
+        if wanted[2]:
+            grad_b += z.sum(0)
+    gradients = (None if grad_x is None else torch.zeros_like(hidden, dtype=compute).index_copy_(0, rows, grad_x), grad_w, grad_b)
+    dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+    return nll, *(g if g is None else g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True))
+
+
+def _to_gradient(z: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+    """Turn logits z [C, V] into scale * (softmax(z) - onehot(targets)) in place; returns nll [C].
+
+    A few rows at a time, so that the passes over them find them in the cache.
+    """
+    nll = torch.empty_like(scale)
+    rows = max(1, (1 << 20) // (z.element_size() * max(z.shape[1], 1))) if z.device.type == "cpu" else len(z)
+    for start in range(0, len(z), max(rows, 1)):
+        part = slice(start, start + rows)
+        logits, target = z[part], targets[part].unsqueeze(1)
+        top = logits.amax(1, keepdim=True)
+        target_logit = logits.gather(1, target) - top
+        total = logits.sub_(top).exp_().sum(1, keepdim=True)
+        nll[part] = (total.log() - target_logit).squeeze(1)
+        logits.mul_(scale[part].unsqueeze(1) / total)
+        logits.scatter_add_(1, target, -scale[part].unsqueeze(1))
+    return nll

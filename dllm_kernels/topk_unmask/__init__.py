@@ -1,0 +1,229 @@
+"""One denoising step of a masked diffusion model: choose a token for every masked position, score it, commit the surest.
+
+For each masked position, with logits z over V words:
+    p = softmax(filter(z / temperature)), token = argmax p, or a sample of p
+    confidence = p[token] | top-1 minus top-2 of p | sum p log p | a uniform number
+and in each row b the k[b] masked positions of the highest confidence are committed.
+
+A sample takes one uniform number u per position, drawn outside: the token is the first whose cumulative probability, in
+the order of token ids, passes u. So every backend gives the same tokens, and a row does not depend on its batch.
+B rows, L positions, M masked positions, V words, D hidden size.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dllm_kernels.dispatch import Backend, choose
+from dllm_kernels.operators import define_operator
+from dllm_kernels.topk_unmask import cpu, reference
+from dllm_kernels.topk_unmask.random import philox_uniform
+from dllm_kernels.topk_unmask.selection import select
+
+__all__ = ["Scores", "Unmasked", "linear_token_scores", "linear_topk_unmask", "philox_uniform", "token_scores", "topk_unmask"]
+
+LOGITS_BACKENDS = (Backend("cpu", cpu.score_rows, cpu.missing, cpu.refuses), Backend("reference", reference.score_rows))
+LINEAR_BACKENDS = (Backend("cpu", cpu.linear_score_rows, cpu.missing, cpu.refuses),
+                   Backend("reference", reference.linear_score_rows))
+BACKENDS = {"topk_unmask": LOGITS_BACKENDS, "linear_topk_unmask": LINEAR_BACKENDS, "token_scores": LOGITS_BACKENDS,
+            "linear_token_scores": LINEAR_BACKENDS}
+
+CONFIDENCES = ("prob", "margin", "entropy", "random")
+
+
+class Unmasked(NamedTuple):
+    tokens: Tensor  # [B, L] int64, the committed positions filled
+    confidence: Tensor  # [B, L] fp32, -inf where not masked
+    committed: Tensor  # [B, L] bool
+
+
+class Scores(NamedTuple):
+    token: Tensor  # [M] int64
+    confidence: Tensor  # [M] fp32
+
+
+def topk_unmask(logits: Tensor, tokens: Tensor, mask_token_id: int, k: Tensor | int, *, confidence: str = "prob",
+                temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
+                selection_temperature: float = 0.0, threshold: float | None = None, confidence_of: str = "filtered",
+                generator: torch.Generator | Tensor | None = None, backend: str | None = None) -> Unmasked:
+    """Fill the k[b] masked positions of each row that the logits are surest of.
+
+    Args:
+        logits: [B, L, V], or [M, V] holding only the masked rows in row-major order; bf16, fp16 or fp32, summed in fp32.
+        tokens: [B, L] int64; a position is masked where it equals `mask_token_id`.
+        k: [B] int64 or an int: positions to commit per row; 0, or more than are masked, is allowed.
+        confidence: "prob" (of the chosen token), "margin" (top-1 minus top-2), "entropy" (sum p log p, so larger is
+            surer), or "random".
+        temperature: 0 takes the most likely token, the lowest id among equals; else logits are divided by it and sampled.
+        top_k, top_p: filters of the tempered distribution, top-p first (as Dream and Open-dLLM).
+        selection_temperature: 0 commits the highest confidences; else noise is added, see `selection.select`.
+        threshold: commit every position whose confidence is at least this too.
+        confidence_of: "filtered", the tempered and filtered distribution (Dream, Open-dLLM); "raw", the untouched (LLaDA).
+        generator: a torch.Generator (None: the global one), or the uniforms themselves, float64 [B, L, 2] in (0, 1), as
+            `philox_uniform` gives them.
+        backend: a name of the backends, None takes the first that can run.
+    Returns: `Unmasked`. Ties between positions go to the lowest.
+    Raises: ValueError if shapes or settings cannot work, or `backend` cannot run here; the message says why.
+    """
+    op = "topk_unmask"
+    _check_step(op, tokens, k)
+    if logits.ndim not in (2, 3) or (logits.ndim == 3 and logits.shape[:2] != tokens.shape):
+        raise ValueError(f"{op} takes logits [B, L, V] or [M, V] and tokens [B, L], not {list(logits.shape)} and {list(tokens.shape)}")
+    settings = _check_settings(op, confidence, temperature, top_k, top_p, confidence_of, selection_temperature)
+    uniform = _uniforms(op, generator, tokens.shape, tokens.device, confidence, temperature, selection_temperature)
+    run = _unmask_operator if torch.compiler.is_compiling() else _unmask
+    return Unmasked(*run(logits, None, None, tokens, mask_token_id, _as_tensor(k, tokens), uniform, *settings,
+                         selection_temperature, threshold, backend))
+
+
+def linear_topk_unmask(hidden: Tensor, weight: Tensor, tokens: Tensor, mask_token_id: int, k: Tensor | int, *,
+                       bias: Tensor | None = None, confidence: str = "prob", temperature: float = 0.0, top_k: int | None = None,
+                       top_p: float | None = None, selection_temperature: float = 0.0, threshold: float | None = None,
+                       confidence_of: str = "filtered", generator: torch.Generator | Tensor | None = None,
+                       backend: str | None = None) -> Unmasked:
+    """`topk_unmask` of the logits hidden @ weight.T + bias, multiplied at the masked positions alone and never all stored.
+
+    Args:
+        hidden: [B, L, D], read only where masked. weight: [V, D]. bias: [V].
+        The others, the result and the errors: as `topk_unmask`.
+    """
+    op = "linear_topk_unmask"
+    _check_step(op, tokens, k)
+    _check_head(op, hidden, weight, bias)
+    if hidden.shape[:-1] != tokens.shape:
+        raise ValueError(f"{op} takes hidden [B, L, D] and tokens [B, L], not {list(hidden.shape)} and {list(tokens.shape)}")
+    settings = _check_settings(op, confidence, temperature, top_k, top_p, confidence_of, selection_temperature)
+    uniform = _uniforms(op, generator, tokens.shape, tokens.device, confidence, temperature, selection_temperature)
+    run = _unmask_operator if torch.compiler.is_compiling() else _unmask
+    return Unmasked(*run(hidden, weight, bias, tokens, mask_token_id, _as_tensor(k, tokens), uniform, *settings,
+                         selection_temperature, threshold, backend))
+
+
+def token_scores(logits: Tensor, *, confidence: str = "prob", temperature: float = 0.0, top_k: int | None = None,
+                 top_p: float | None = None, confidence_of: str = "filtered",
+                 generator: torch.Generator | Tensor | None = None, backend: str | None = None) -> Scores:
+    """Choose and score a token for every row of logits [M, V], for strategies that select in their own way.
+
+    Args: as `topk_unmask`; a tensor given as `generator` is [M, 2].
+    """
+    if logits.ndim != 2:
+        raise ValueError(f"token_scores takes logits [M, V], not {list(logits.shape)}; flatten B and L first")
+    settings = _check_settings("token_scores", confidence, temperature, top_k, top_p, confidence_of)
+    uniform = _uniforms("token_scores", generator, logits.shape[:1], logits.device, confidence, temperature)
+    run = _scores_operator if torch.compiler.is_compiling() else _scores
+    return Scores(*run(logits, None, None, None, uniform, *settings, backend))
+
+
+def linear_token_scores(hidden: Tensor, weight: Tensor, positions: Tensor, *, bias: Tensor | None = None, confidence: str = "prob",
+                        temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
+                        confidence_of: str = "filtered", generator: torch.Generator | Tensor | None = None,
+                        backend: str | None = None) -> Scores:
+    """`token_scores` of the logits hidden @ weight.T + bias at some positions, which are never all stored.
+
+    Args:
+        hidden: [B, L, D], or any leading shape. weight: [V, D]. bias: [V].
+        positions: [M] int64, places in the flattened leading shape.
+        The others: as `token_scores`.
+    """
+    op = "linear_token_scores"
+    _check_head(op, hidden, weight, bias)
+    if positions.ndim != 1 or positions.dtype != torch.int64:
+        raise ValueError(f"{op} takes positions [M] int64, not {list(positions.shape)} {positions.dtype}")
+    settings = _check_settings(op, confidence, temperature, top_k, top_p, confidence_of)
+    uniform = _uniforms(op, generator, positions.shape, positions.device, confidence, temperature)
+    run = _scores_operator if torch.compiler.is_compiling() else _scores
+    return Scores(*run(hidden, weight, bias, positions, uniform, *settings, backend))
+
+
+def _check_step(op, tokens, k):
+    if tokens.ndim != 2 or tokens.dtype != torch.int64:
+        raise ValueError(f"{op} takes tokens [B, L] int64, not {list(tokens.shape)} {tokens.dtype}")
+    if isinstance(k, Tensor) and (k.shape != tokens.shape[:1] or k.dtype != torch.int64):
+        raise ValueError(f"{op} takes k [B] int64 = [{len(tokens)}] or an int, not {list(k.shape)} {k.dtype}")
+
+
+def _check_head(op, hidden, weight, bias):
+    if (hidden.ndim < 2 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]
+            or (bias is not None and bias.shape != weight.shape[:1])):
+        got = [list(x.shape) for x in (hidden, weight, bias) if x is not None]
+        raise ValueError(f"{op} takes hidden [..., D], weight [V, D] and bias [V], not {got}")
+
+
+def _check_settings(op, confidence, temperature, top_k, top_p, confidence_of, selection_temperature=0.0):
+    if confidence not in CONFIDENCES:
+        raise ValueError(f"{op}: confidence must be one of {', '.join(CONFIDENCES)}, not {confidence!r}")
+    if confidence_of not in ("filtered", "raw"):
+        raise ValueError(f"{op}: confidence_of must be 'filtered' or 'raw', not {confidence_of!r}")
+    if temperature < 0 or selection_temperature < 0:
+        raise ValueError(f"{op}: temperatures must be 0 or more, not {temperature} and {selection_temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"{op}: top_k must be at least 1, or None for no limit, not {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"{op}: top_p must be in (0, 1], not {top_p}")
+    return confidence, float(temperature), top_k, top_p, confidence_of == "raw"
+
+
+def _uniforms(op, generator, shape, device, confidence, temperature, selection_temperature=0.0):
+    """The uniforms [*shape, 2], or None where nothing is random."""
+    if isinstance(generator, Tensor):
+        if generator.shape != (*shape, 2) or generator.dtype != torch.float64:
+            raise ValueError(f"{op} takes uniforms {[*shape, 2]} float64, not {list(generator.shape)} {generator.dtype}")
+        return generator
+    if temperature > 0 or selection_temperature > 0 or confidence == "random":
+        # 0 and, after rounding, 1 would be infinite Gumbel noise
+        return torch.rand((*shape, 2), dtype=torch.float64, device=device, generator=generator).clamp_(2.0**-54, 1 - 2.0**-53)
+    return None
+
+
+def _as_tensor(k, tokens):
+    return k.to(tokens.device) if isinstance(k, Tensor) else torch.full((len(tokens),), k, dtype=torch.int64, device=tokens.device)
+
+
+def _score(inputs, weight, bias, uniform, *settings_and_backend):
+    *settings, backend = settings_and_backend
+    with torch.no_grad():
+        if weight is None:
+            return choose("token_scores", LOGITS_BACKENDS, backend, inputs).run(inputs, uniform, *settings)
+        return choose("linear_token_scores", LINEAR_BACKENDS, backend, inputs).run(inputs, weight, bias, uniform, *settings)
+
+
+def _unmask(inputs, weight, bias, tokens, mask_token_id, k, uniform, confidence, temperature, top_k, top_p, raw,
+            selection_temperature, threshold, backend):
+    masked = tokens == mask_token_id
+    rows = inputs.detach()
+    if inputs.ndim == 3:
+        rows = rows[masked]
+    elif len(rows) != int(masked.sum()):
+        raise ValueError(f"topk_unmask takes one row of logits per masked position: {len(rows)} rows, {int(masked.sum())} masked")
+    token, score = _score(rows, weight, bias, None if uniform is None else uniform[masked], confidence, temperature, top_k,
+                          top_p, raw, backend)
+    scores = torch.full(tokens.shape, -torch.inf, dtype=torch.float32, device=tokens.device).masked_scatter(masked, score)
+    committed = select(scores, masked, k, selection_temperature, threshold, uniform)
+    return torch.where(committed, tokens.masked_scatter(masked, token), tokens), scores, committed
+
+
+def _scores(inputs, weight, bias, positions, uniform, *settings_and_backend):
+    rows = inputs.detach()
+    if positions is not None:
+        rows = rows.flatten(0, -2)[positions]
+    return _score(rows, weight, bias, uniform, *settings_and_backend)
+
+
+def _fake_unmask(inputs, weight, bias, tokens, *rest):
+    return torch.empty_like(tokens), torch.empty_like(tokens, dtype=torch.float32), torch.empty_like(tokens, dtype=torch.bool)
+
+
+def _fake_scores(inputs, weight, bias, positions, *rest):
+    count = len(inputs) if positions is None else len(positions)
+    return inputs.new_empty(count, dtype=torch.int64), inputs.new_empty(count, dtype=torch.float32)
+
+
+_SETTINGS = "Tensor? uniform, str confidence, float temperature, int? top_k, float? top_p, bool raw"
+_unmask_operator = define_operator(
+    "topk_unmask", "Tensor inputs, Tensor? weight, Tensor? bias, Tensor tokens, int mask_token_id, Tensor k, "
+    f"{_SETTINGS}, float selection_temperature, float? threshold, str? backend", _unmask, _fake_unmask,
+    returns="(Tensor, Tensor, Tensor)")
+_scores_operator = define_operator(
+    "token_scores", f"Tensor inputs, Tensor? weight, Tensor? bias, Tensor? positions, {_SETTINGS}, str? backend",
+    _scores, _fake_scores, returns="(Tensor, Tensor)")

@@ -1,0 +1,40 @@
+"""Counter-based uniforms: Philox-4x32-10 (Salmon et al., SC 2011) in plain PyTorch.
+
+A number depends on its counter alone, so a position draws the same in any batch and on any backend. Two numbers per
+position are all that a denoising step needs, so they are drawn outside the kernels and handed in.
+"""
+
+import torch
+from torch import Tensor
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
+_LOW = 0xFFFFFFFF
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten rounds on four 32-bit words, each an int64 tensor below 2**32; four random words."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # The int64 products wrap around; their 64 bits are still those of the unsigned product.
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = ((product1 >> 32) & _LOW) ^ c1 ^ k0, product1 & _LOW, ((product0 >> 32) & _LOW) ^ c3 ^ k1, product0 & _LOW
+        k0, k1 = (k0 + _KEY_INCREMENTS[0]) & _LOW, (k1 + _KEY_INCREMENTS[1]) & _LOW
+    return c0, c1, c2, c3
+
+
+def philox_uniform(seed: int, sequence: Tensor, step: int, position: Tensor) -> Tensor:
+    """Two uniforms in (0, 1) for each position of each sequence at a denoising step.
+
+    Args:
+        seed: any integer; its low 64 bits are the key.
+        sequence, position: int64 tensors below 2**32 that broadcast together, to [B, L] say.
+        step: below 2**32.
+    Returns: float64 [B, L, 2], multiples of 2**-53 shifted off 0. [..., 0] picks the token, [..., 1] is for selection.
+    """
+    sequence, position = torch.broadcast_tensors(sequence, position)
+    step_word = torch.full_like(position, step)
+    words = philox((position, step_word, sequence, torch.zeros_like(position)), (seed & _LOW, (seed >> 32) & _LOW))
+    pairs = torch.stack((words[0] << 21 ^ words[1] >> 11, words[2] << 21 ^ words[3] >> 11), dim=-1)
+    return (pairs.double() + 0.5) * 2.0**-53

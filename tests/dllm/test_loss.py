@@ -1,0 +1,210 @@
+"""The objectives: values and gradients of the originals, exact gradients per position, packing equal to documents alone."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from dllm.corruption import Corruption, corrupt
+from dllm.loss import choose_targets, sum_losses
+from dllm.model import DiffusionLM
+
+OPEN_DLLM = ["single", "packed_block", "packed_full", "ar_packed_block"]
+
+
+@pytest.mark.parametrize("case_name", OPEN_DLLM)
+@pytest.mark.parametrize("checkpoint", ["tied_a", "untied_a"])
+def test_loss_and_gradients_equal_open_dllms(shared, checkpoint, case_name):
+    golden = shared / "golden/open_dllm"
+    cases = {case["id"]: case for case in json.loads((golden / "train.json").read_text())}
+    name = f"{checkpoint}.{case_name}"
+    tensors = {key.removeprefix(name + "."): tensor for key, tensor in load_file(golden / "train.safetensors").items()
+               if key.startswith(name + ".")}
+    model = DiffusionLM.from_pretrained(golden / cases[name]["ckpt"])
+    input_ids, labels = tensors["input_ids"].long(), tensors["labels"][0].long()
+    cu_seqlens = torch.tensor([0, *cases[name]["doc_lengths"]]).cumsum(0).int()
+    ar = case_name.startswith("ar")
+    # The golden's labels are the scored tokens; some are replaced by the model's own guess, the rest of the row is clean.
+    tokens = torch.where(labels == -100, input_ids[0], labels)
+    corruption = None
+    if not ar:
+        ratio = tensors["mask_ratio"][0]
+        corruption = Corruption(input_ids[0], labels != -100, ratio, ratio, 1 / ratio)
+    targets = choose_targets(tokens, cu_seqlens, corruption, objective="ar" if ar else "mdm", path_term=not ar, shift=True)
+    if case_name in ("single", "packed_full"):  # the latter attends across documents, as the original does under SDPA
+        packed = {"position_ids": tensors["position_ids"].long()}
+    else:
+        packed = {"cu_seqlens": cu_seqlens, "max_seqlen": max(cases[name]["doc_lengths"])}
+    hidden = model.hidden_states(input_ids, block_length=1 if ar else None, **packed)
+    sums = sum_losses(hidden, model.head_weight, targets)
+    loss = sums.loss / targets.normaliser
+    loss.backward()
+
+    assert torch.allclose(loss, tensors["loss"][0], rtol=1e-5)
+    first = "ar" if ar else "mdm"
+    assert torch.allclose(sums.nll / targets.normaliser, torch.tensor(cases[name]["loss_components"][first]), rtol=1e-5)
+    gradients = {k: p.grad for k, p in model.named_parameters()}
+    recorded = {k.removeprefix("grad."): v for k, v in tensors.items() if k.startswith("grad.")}
+    assert len(recorded) >= 4
+    for parameter, expected in recorded.items():
+        assert (gradients[parameter] - expected).norm() <= 1e-4 * expected.norm(), parameter
+    for parameter, norm in cases[name]["grad_norms"].items():
+        assert gradients[parameter].norm().item() == pytest.approx(norm, rel=1e-4), parameter
+
+
+def make_batch(lengths=(7, 12, 9), D=8, V=31, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    T = sum(lengths)
+    tokens = torch.randint(V, (T,), generator=generator)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    hidden = torch.randn(T, D, generator=generator, dtype=dtype, requires_grad=True)
+    head = torch.randn(V, D, generator=generator, dtype=dtype, requires_grad=True)
+    return tokens, cu_seqlens, hidden, head, corrupt(tokens, cu_seqlens, V - 1, generator=generator)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("objective, path_term", [("mdm", False), ("mdm", True), ("elbo", False), ("ar", False)])
+def test_every_objective_equals_its_formula_position_by_position(objective, path_term, shift):
+    tokens, cu_seqlens, hidden, head, corruption = make_batch()
+    targets = choose_targets(tokens, cu_seqlens, None if objective == "ar" else corruption, objective=objective,
+                             path_term=path_term, shift=shift)
+    got = sum_losses(hidden.float(), head.float(), targets)
+    shift = shift or objective == "ar"
+    log_probabilities = (hidden @ head.T).log_softmax(-1)
+    expected, possible, scored = 0, 0, 0
+    for i in range(len(tokens)):
+        if shift and i in cu_seqlens[:-1]:
+            continue
+        possible += 1
+        if objective != "ar" and not corruption.corrupted[i]:
+            continue
+        scored += 1
+        nll = -log_probabilities[i - shift, tokens[i]]
+        weight = corruption.weight[i] if objective == "elbo" else 1
+        expected = expected + nll * weight + (nll * (-nll.detach()).exp() / corruption.ratio[i] if path_term else 0)
+    assert targets.normaliser == (possible if objective == "elbo" else scored)
+    assert got.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    ours = torch.autograd.grad(got.loss, (hidden, head))
+    for mine, theirs in zip(ours, torch.autograd.grad(expected, (hidden, head)), strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+
+
+def test_gradients_are_not_those_of_liger_0_5_8():
+    """Liger-Kernel 0.5.8, which Open-dLLM pins, scales the gradient of every row by what the first row should have got."""
+    tokens, cu_seqlens, hidden, head, corruption = make_batch()
+    corruption.corrupted[1:4] = True
+    for first_is_scored in (True, False):
+        corruption.corrupted[1] = first_is_scored  # shifted: row 0 is about token 1
+        targets = choose_targets(tokens, cu_seqlens, corruption, objective="mdm", path_term=True, shift=True)
+        loss = sum_losses(hidden.float(), head.float(), targets).loss
+        ours, = torch.autograd.grad(loss, hidden)
+        nll = F.cross_entropy(hidden @ head.T, targets.tokens, reduction="none") * targets.scored
+        upstream = (1 + (-nll.detach()).exp() * targets.path_weights) * targets.scored
+        exact, = torch.autograd.grad(nll, hidden, upstream, retain_graph=True)
+        ligers, = torch.autograd.grad(nll, hidden, upstream[0].expand_as(nll))
+        assert torch.allclose(ours, exact, atol=1e-5)
+        assert not torch.allclose(ours, ligers, atol=1e-2)
+        if not first_is_scored:
+            assert (ligers == 0).all() and (ours != 0).any()
+
+
+def test_accumulated_micro_batches_equal_the_whole():
+    tokens, cu_seqlens, hidden, head, corruption = make_batch(lengths=(7, 12, 9, 4))
+    whole = choose_targets(tokens, cu_seqlens, corruption, objective="elbo", shift=True)
+    loss = sum_losses(hidden.float(), head.float(), whole).loss / whole.normaliser
+    parts, normalisers = [], []
+    for start, end, documents in ((0, 19, slice(0, 3)), (19, 32, slice(2, 5))):
+        part = Corruption(*(field[start:end] for field in corruption))
+        targets = choose_targets(tokens[start:end], cu_seqlens[documents] - start, part, objective="elbo", shift=True)
+        parts.append(sum_losses(hidden[start:end].float(), head.float(), targets).loss)
+        normalisers.append(targets.normaliser)
+    assert sum(normalisers) == whole.normaliser
+    assert (sum(parts) / sum(normalisers)).item() == pytest.approx(loss.item(), rel=1e-6)
+
+
+def test_a_first_token_is_never_a_target_under_shift_and_nothing_crosses_documents():
+    tokens, cu_seqlens, _, _, corruption = make_batch()
+    corruption.corrupted[:] = True
+    targets = choose_targets(tokens, cu_seqlens, corruption, objective="mdm", shift=True)
+    assert not targets.scored[cu_seqlens[1:] - 1].any() and targets.scored.sum() == len(tokens) - 3
+    assert torch.equal(targets.tokens[targets.scored], tokens[[i for i in range(28) if i not in cu_seqlens]])
+
+
+def test_nothing_corrupted_gives_zero_and_no_gradient():
+    tokens, cu_seqlens, hidden, head, corruption = make_batch()
+    corruption.corrupted[:] = False
+    targets = choose_targets(tokens, cu_seqlens, corruption, objective="mdm", path_term=True, shift=False)
+    sums = sum_losses(hidden.float(), head.float(), targets)
+    gradient, = torch.autograd.grad(sums.loss, hidden)
+    assert sums.loss == 0 and targets.normaliser == 0 and (gradient == 0).all()
+
+
+def load_function(shared, name):
+    path = shared / "golden/families/functions" / f"{name}.npz"
+    return {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(path).items()}
+
+
+def score_logits(logits, tokens, corruption, *, objective, shift=False, trainable=None):
+    """Loss sum and its gradient with respect to the model's logits [B, L, V]: the head is the identity."""
+    B, L, V = logits.shape
+    hidden = logits.clone().requires_grad_()
+    targets = choose_targets(tokens.flatten(), torch.arange(B + 1) * L, corruption, objective=objective, shift=shift,
+                             trainable=trainable)
+    sums = sum_losses(hidden, torch.eye(V), targets)
+    gradient, = torch.autograd.grad(sums.loss, hidden)
+    return sums.loss.detach(), gradient, targets.normaliser
+
+
+def equal(got, expected):
+    return (got - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_elbo_equals_lladas_pretraining_loss(shared):
+    z = load_function(shared, "loss_llada_pretrain")
+    tokens = z["input_ids"]
+    corruption = corrupt(tokens.flatten(), torch.arange(4) * 16, int(z["mask_id"]), times=(1 - 1e-3) * z["u_t"] + 1e-3,
+                         uniform=z["u_mask"].flatten())
+    assert torch.equal(corruption.noisy.view(3, 16), z["noised"])
+    loss, gradient, normaliser = score_logits(z["logits"], tokens, corruption, objective="elbo")
+    assert normaliser == tokens.numel()
+    assert equal(loss / normaliser, z["loss"]) and equal(gradient / normaliser, z["dlogits"])
+
+
+def test_elbo_of_the_answers_equals_lladas_fine_tuning_loss(shared):
+    z = load_function(shared, "loss_llada_sft")
+    tokens = z["input_ids"]
+    answer = torch.arange(16) >= z["prompt_lengths"][:, None]
+    loss, gradient = 0, []
+    for row in range(3):  # its mean is over the answer of each row, then over the rows
+        corruption = corrupt(tokens[row], torch.tensor([0, 16]), int(z["mask_id"]), times=(1 - 1e-3) * z["u_t"][row:row + 1] + 1e-3,
+                             uniform=z["u_mask"][row], maskable=answer[row])
+        assert torch.equal(corruption.noisy, z["noised"][row])
+        sums, grad, normaliser = score_logits(z["logits"][row:row + 1], tokens[row:row + 1], corruption, objective="elbo",
+                                              trainable=answer[row])
+        assert normaliser == answer[row].sum()
+        loss = loss + sums / normaliser / 3
+        gradient.append(grad / normaliser / 3)
+    assert equal(loss, z["loss"]) and equal(torch.cat(gradient), z["dlogits"])
+
+
+@pytest.mark.parametrize("case, schedule, objective", [
+    ("token", "linear", "elbo"), ("uniform", "linear", "mdm"), ("shift", "linear", "elbo"), ("cosine", "cosine", "elbo")])
+def test_equals_mdlm_as_the_dllm_library_trains_it(shared, case, schedule, objective):
+    z = load_function(shared, "loss_mdlm_dllm")
+    tokens, trainable = z["input_ids"], z["labels"].flatten() != -100
+    corruption = corrupt(tokens.flatten(), torch.arange(4) * 16, int(z["mask_id"]), schedule=schedule,
+                         times=1e-3 + (1 - 1e-3) * z["u_t"], uniform=z["u_mask"].flatten(), maskable=trainable)
+    assert torch.equal(corruption.noisy.view(3, 16), z[f"{case}_noised"])
+    logits = z[f"{case}_logits"]
+    loss, gradient, _ = score_logits(logits, tokens, corruption, objective=objective, shift=case == "shift", trainable=trainable)
+    if case == "shift":  # it also scores the first token of a row, on its own logits; ours never does
+        first = logits[:, 0].clone().requires_grad_()
+        weights = (corruption.weight * corruption.corrupted).view(3, 16)[:, 0]
+        extra = (F.cross_entropy(first, tokens[:, 0], reduction="none") * weights).sum()
+        gradient[:, 0] += torch.autograd.grad(extra, first)[0]
+        loss = loss + extra.detach()
+    normaliser = trainable.sum()  # it divides by every token that could be masked, whatever the weights
+    assert equal(loss / normaliser, z[f"{case}_loss"]) and equal(gradient / normaliser, z[f"{case}_dlogits"])

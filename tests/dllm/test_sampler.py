@@ -1,0 +1,199 @@
+"""The denoising loop: recorded generations to the token, independence of the batch, what a step costs, bad requests."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_model import tiny
+
+from dllm.errors import UserError
+from dllm.model import DiffusionLM
+from dllm.sampler import MDMGenerationConfig, denoise, generate, previous_token
+from dllm.strategies import STRATEGIES
+
+MASK = 60
+
+
+# Here top-p leaves one token at five positions, so their margins are all exactly 1; torch.topk, in the original, broke the
+# tie in no stated order, our contract takes the lowest position.
+EXACT_TIE = "tied_a.topk_margin_topp.27"
+
+
+@pytest.mark.parametrize("name", ["tied_a", "untied_a", "tied_b", "untied_b"])
+def test_sequences_and_histories_equal_the_originals(shared, name):
+    folder = shared / "golden/open_dllm"
+    model = DiffusionLM.from_pretrained(folder / f"ckpt_{name}")
+    tensors, checked = load_file(folder / "generate.safetensors"), 0
+    for case in json.loads((folder / "generate.json").read_text()):
+        if case["ckpt"] != f"ckpt_{name}":
+            continue
+        fields = ("steps", "temperature", "top_p", "top_k", "alg", "alg_temp", "eps", "mask_token_id", "num_return_sequences")
+        config = MDMGenerationConfig(output_history=True, **{field: case[field] for field in fields})
+        x = tensors[f"{case['id']}.x"].long()
+        history = tensors[f"{case['id']}.history"].long()
+        if case["id"] == EXACT_TIE:
+            assert_differs_by_a_tie(model, x, replace(config, max_new_tokens=case["max_new_tokens"]), history)
+            continue
+        if case["mode"] == "infill":
+            out = denoise(model, x, config)
+        else:
+            out = model.diffusion_generate(inputs=x, generation_config=replace(config, max_new_tokens=case["max_new_tokens"]))
+        assert torch.equal(out.sequences, tensors[f"{case['id']}.sequences"].long()), case["id"]
+        assert torch.equal(torch.stack(out.history), history), case["id"]
+        assert out.steps == case["steps_run"]
+        checked += 1
+    assert checked == 36 - (name == "tied_a")
+
+
+def assert_differs_by_a_tie(model, prompt, config, history):
+    """The first step that differs commits other positions of the very same confidence, and the same number of them."""
+    steps = []
+    generate(model, prompt, config=config, on_step=lambda index, tokens, confidence: steps.append((tokens, confidence)))
+    for (tokens, confidence), recorded in zip(steps, history, strict=True):
+        different = tokens != recorded
+        if different.any():
+            assert (confidence[different] == 1).all() and different.any(1).sum() == 1
+            assert (tokens == config.mask_token_id).sum() == (recorded == config.mask_token_id).sum()
+            return
+    raise AssertionError("the recorded history is equal to ours: no tie to explain")
+
+
+RANDOM = {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "alg_temp": 0.3, "steps": 6, "max_new_tokens": 8, "mask_token_id": MASK}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("alg", STRATEGIES)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_prompt_gives_the_same_tokens_alone_and_in_any_batch(alg, temperature, side):
+    model = tiny()
+    config = MDMGenerationConfig(**{**RANDOM, "alg": alg, "temperature": temperature, "seed": 7})
+    prompts = [torch.randint(1, MASK, (n,)) for n in (5, 2, 9, 1)]
+    padded, mask = torch.zeros(4, 9, dtype=torch.long), torch.zeros(4, 9, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        place = slice(9 - len(prompt), 9) if side == "left" else slice(0, len(prompt))
+        padded[row, place], mask[row, place] = prompt, True
+    together = model.diffusion_generate(padded, mask, config).sequences[:, -8:]
+    for row, prompt in enumerate(prompts):
+        alone = model.diffusion_generate(prompt, generation_config=config).sequences[0, -8:]
+        assert torch.equal(together[row], alone)
+
+
+@pytest.mark.parametrize("alg", STRATEGIES)
+def test_a_seed_repeats_and_another_differs(alg):
+    model, prompt = tiny(), torch.randint(1, MASK, (1, 5))
+
+    def sample(**changes):
+        return model.diffusion_generate(prompt, generation_config=MDMGenerationConfig(
+            **{**RANDOM, "alg": alg, "num_return_sequences": 3, **changes})).sequences
+
+    first = sample(seed=1)
+    assert torch.equal(first, sample(seed=1))
+    assert not torch.equal(first, sample(seed=2))
+    assert not torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
+    assert torch.equal(first[:1], sample(seed=1, num_return_sequences=1))
+    torch.manual_seed(3)
+    unseeded = sample()
+    torch.manual_seed(3)
+    assert torch.equal(unseeded, sample())
+
+
+def test_return_sequences_stand_beside_each_other():
+    model, prompts = tiny(), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    out = model.diffusion_generate(prompts, generation_config=MDMGenerationConfig(**{**RANDOM, "num_return_sequences": 2}))
+    assert torch.equal(out.sequences[:, :3], prompts.repeat_interleave(2, 0))
+
+
+def test_steps_that_commit_nothing_cost_no_forward_pass():
+    model, prompt = tiny(), torch.randint(1, MASK, (1, 4))
+    calls = []
+    handle = model.model.embed_tokens.register_forward_hook(lambda *_: calls.append(1))
+    config = MDMGenerationConfig(max_new_tokens=8, steps=64, mask_token_id=MASK, output_history=True)
+    out = model.diffusion_generate(prompt, generation_config=config)
+    handle.remove()
+    assert out.steps == len(out.history) == 64
+    assert len(calls) == out.forwards == 64 - 57  # 57 as recorded from the original
+    assert out.tokens_per_forward == pytest.approx(8 / 7)
+
+
+def test_rows_that_are_finished_leave_the_forward_pass():
+    model = tiny()
+    canvas = torch.randint(1, MASK, (2, 12))
+    canvas[0, 3], canvas[1, 2:10] = MASK, MASK
+    rows = []
+    handle = model.model.embed_tokens.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
+    denoise(model, canvas, MDMGenerationConfig(steps=8, mask_token_id=MASK))
+    handle.remove()
+    assert rows[-1] >= 1 and sum(rows) < 2 * len(rows)
+
+
+def test_the_head_is_multiplied_only_at_masked_positions(monkeypatch):
+    import dllm.sampler as sampler
+
+    model, seen = tiny(), []
+
+    def counting(hidden, weight, tokens, mask_token_id, k, **keywords):
+        seen.append((int((tokens == mask_token_id).sum()), hidden.shape[1]))
+        return sampler_op(hidden, weight, tokens, mask_token_id, k, **keywords)
+
+    sampler_op = sampler.linear_topk_unmask
+    monkeypatch.setattr(sampler, "linear_topk_unmask", counting)
+    model.diffusion_generate(torch.ones(1, 20, dtype=torch.long), generation_config=MDMGenerationConfig(
+        max_new_tokens=4, steps=4, mask_token_id=MASK))
+    assert all(masked == width <= 4 for masked, width in seen) and seen
+
+
+def test_infill_fills_between_prefix_and_suffix():
+    model, prefix, suffix = tiny(), torch.tensor([1, 2, 3]), torch.tensor([4, 5])
+    out = model.infill(prefix, suffix, length=4, generation_config=MDMGenerationConfig(mask_token_id=MASK, steps=4))
+    assert out.sequences.shape == (1, 9)
+    assert out.sequences[0, :3].tolist() == [1, 2, 3] and out.sequences[0, 7:].tolist() == [4, 5]
+    canvas = torch.tensor([[1, 2, 3, MASK, MASK, MASK, MASK, 4, 5]])
+    assert torch.equal(out.sequences, denoise(model, canvas, MDMGenerationConfig(mask_token_id=MASK, steps=4)).sequences)
+
+
+def test_on_step_sees_every_step():
+    model, seen = tiny(), []
+    out = generate(model, torch.tensor([[1, 2]]), config=MDMGenerationConfig(max_new_tokens=4, steps=6, mask_token_id=MASK),
+                   on_step=lambda *step: seen.append(step))
+    assert [index for index, _, _ in seen] == list(range(6))
+    assert torch.equal(seen[-1][1], out.sequences)
+    scored = [confidence for _, _, confidence in seen if confidence is not None]
+    assert len(scored) == out.forwards and all(confidence[:, :2].eq(-torch.inf).all() for confidence in scored)
+
+
+def test_the_token_before_skips_padding():
+    mask = torch.tensor([[False, False, True, True], [True, True, False, True]])
+    places = torch.arange(4).expand(2, 4)
+    assert previous_token(places, mask)[mask].tolist() == [2, 2, 0, 0, 1]
+    assert previous_token(places, None).tolist() == [[0, 0, 1, 2]] * 2
+
+
+@pytest.mark.parametrize("field, value, message", [
+    ("steps", 0, "steps must be at least 1, not 0"),
+    ("alg", "greedy", "alg must be one of origin, maskgit_plus, entropy, topk_margin, p2, not 'greedy'"),
+    ("temperature", -1.0, "temperature must be 0 or more, not -1.0"),
+    ("top_p", 0.0, r"top_p must be in \(0, 1\], not 0.0"),
+    ("max_new_tokens", 0, "max_new_tokens must be at least 1"),
+    ("eps", 1.0, r"eps must be in \(0, 1\)"),
+])
+def test_a_request_that_cannot_work_is_refused(field, value, message):
+    with pytest.raises(UserError, match=message):
+        MDMGenerationConfig(**{field: value})
+
+
+def test_an_unknown_field_is_refused_by_name():
+    with pytest.raises(TypeError, match="max_tokens"):
+        MDMGenerationConfig(max_tokens=3)
+
+
+def test_a_model_without_mask_token_says_what_to_set():
+    with pytest.raises(UserError, match="set mask_token_id"):
+        tiny(mask_token_id=None).diffusion_generate(torch.tensor([[1]]))
+
+
+def test_a_prompt_longer_than_the_model_is_refused():
+    model = tiny(max_position_embeddings=8)
+    with pytest.raises(UserError, match="a prompt of 6 tokens and 4 new ones need 10 positions, the model has 8"):
+        model.diffusion_generate(torch.ones(1, 6, dtype=torch.long), generation_config=MDMGenerationConfig(max_new_tokens=4))

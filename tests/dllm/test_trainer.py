@@ -1,0 +1,348 @@
+"""The trainer: learns, resumes bit for bit after a kill, accumulates exactly, and refuses what cannot work in one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import dllm.trainer as trainer
+from dllm.config import Config, DataGroup, ModelGroup, TrainGroup, load_config
+from dllm.data import PackedDataset
+from dllm.errors import Failure, UserError
+from dllm.families import ModelConfig
+from dllm.model import DiffusionLM
+from dllm.optimizer import Muon, learning_rate, orthogonalize
+from dllm.train import main
+from dllm.trainer import MicroBatch, forward, make_batches, train
+
+ROOT = Path(__file__).parents[2]
+TEXTS = [f"def add_{i}(x, y):\n    return x + y + {i}\n\n" * (1 + i % 5) for i in range(40)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Equal bits need equal threads, and tiny products are slower on two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "code.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
+@pytest.fixture
+def make_config(corpus, tmp_path):
+    def make(**train_keys) -> Config:
+        keys = {"output_dir": str(tmp_path / "run"), "lr": 3e-3, "micro_batch_size": 4, "max_steps": 12, "save_steps": 4,
+                "num_train_epochs": 100, "device": "cpu", "lr_warmup_ratio": 0.2, "lr_decay_style": "cosine", **train_keys}
+        model = ModelGroup(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                           num_key_value_heads=1)
+        return Config(model=model, data=DataGroup(train_path=str(corpus), max_seq_len=48, validation_share=0.1),
+                      train=TrainGroup(**keys))
+    return make
+
+
+def losses(history: list[dict]) -> list[dict]:
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in history]
+
+
+def read_metrics(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("keys", [
+    {"objective": "mdm", "path_term": True, "eval_every": 4}, {"objective": "elbo", "optimizer": "muon", "schedule": "cosine"},
+    {"objective": "ar"}, {"objective": "mdm", "precision": "bf16", "global_batch_size": 8}], ids=str)
+def test_every_objective_lowers_the_loss_and_leaves_a_checkpoint_that_loads(make_config, keys):
+    result = train(make_config(max_steps=30, **keys))
+    history = result.history
+    assert result.steps == 30 == len(history) and history == read_metrics(result.output_dir)
+    assert sum(line["nll"] for line in history[-5:]) < 0.9 * sum(line["nll"] for line in history[:5])
+    assert history[-1]["validation_loss"] > 0 and ("validation_bound" in history[-1]) == (keys["objective"] == "mdm")
+    assert [line["step"] for line in history if "validation_loss" in line] == ([*range(4, 30, 4), 30] if "eval_every" in keys else [30])
+    model = DiffusionLM.from_pretrained(result.checkpoint)
+    assert model.dtype == torch.float32 and model.mask_token_id == 2 == model.config.mask_token_id
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(result.checkpoint)
+    assert tokenizer.mask_token_id == 2 and tokenizer.decode(tokenizer(TEXTS[0])["input_ids"]) == TEXTS[0]
+    theirs = AutoModelForCausalLM.from_pretrained(result.checkpoint)
+    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in model.parameters())
+    assert load_config(result.output_dir / "config.yaml") == make_config(max_steps=30, **keys)
+
+
+def test_a_finished_run_is_left_as_it_is(make_config):
+    first = train(make_config())
+    files = {path: path.stat().st_mtime_ns for path in first.checkpoint.rglob("*")}
+    again = train(make_config())
+    assert again == first and files == {path: path.stat().st_mtime_ns for path in first.checkpoint.rglob("*")}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_stopping_and_continuing_gives_the_same_losses_bit_for_bit(make_config, tmp_path, optimizer):
+    whole = train(make_config(output_dir=str(tmp_path / "whole"), optimizer=optimizer, eval_every=3, max_steps=10))
+    # The schedules depend on the number of steps, so the run is interrupted from outside.
+    config = make_config(optimizer=optimizer, eval_every=3, save_steps=3, max_steps=10)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer, "make_batches", interrupt_at(8))
+        train(config)
+    output = tmp_path / "run"
+    assert len(read_metrics(output)) == 8
+    with open(output / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')  # what a kill in the middle of a line leaves
+    resumed = train(config)
+    assert losses(resumed.history) == losses(whole.history) == losses(read_metrics(output))
+    before, after = (DiffusionLM.from_pretrained(r.checkpoint).state_dict() for r in (whole, resumed))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def interrupt_at(wanted):
+    def interrupting(dataset, rows, step, *rest):
+        if step == wanted:
+            raise KeyboardInterrupt
+        return make_batches(dataset, rows, step, *rest)
+    return interrupting
+
+
+DIES_WHILE_SAVING = """
+import os, signal, sys, torch
+write = torch.save
+def write_half_and_die(state, path):
+    if state["step"] == {step}:
+        path.write_bytes(b"half of it")
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(state, path)
+torch.save = write_half_and_die
+from dllm.train import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_in_a_step_and_in_a_save_changes_nothing(make_config, tmp_path):
+    config = make_config(max_steps=40, save_steps=10, optimizer="muon", eval_every=7)
+    whole = train(replace(config, train=replace(config.train, output_dir=str(tmp_path / "whole"))))
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    output = tmp_path / "run"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+
+    dying = subprocess.run([sys.executable, "-c", DIES_WHILE_SAVING.format(step=20), str(path)], env=environment)
+    assert dying.returncode == -signal.SIGKILL
+    assert [folder.name for folder in (output / "checkpoints").iterdir() if not folder.name.startswith(".")] == ["global_step_10"]
+
+    running = subprocess.Popen([sys.executable, "-m", "dllm.train", str(path)], env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (output / "checkpoints/global_step_20").exists() or len(read_lines(output)) < 24:
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    running.kill()
+    running.wait()
+
+    done = subprocess.run([sys.executable, "-m", "dllm.train", str(path)], env=environment)
+    assert done.returncode == 0
+    assert losses(read_metrics(output)) == losses(whole.history)
+
+
+def read_lines(output: Path) -> list[str]:
+    return (output / "metrics.jsonl").read_text().splitlines()
+
+
+def make_model(**keys) -> DiffusionLM:
+    torch.manual_seed(0)
+    return DiffusionLM(ModelConfig(**{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,
+                                      "num_attention_heads": 4, "num_key_value_heads": 2, "qk_norm": True, "mask_token_id": 63, **keys}))
+
+
+def make_dataset(longest: int, max_seq_len=16) -> PackedDataset:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, longest, (50,), generator=generator).tolist()
+    return PackedDataset([torch.randint(63, (n,), generator=generator) for n in lengths], max_seq_len)
+
+
+@pytest.mark.parametrize("objective", ["mdm", "elbo", "ar"])
+def test_micro_batches_of_any_size_give_the_gradients_of_the_whole(objective):
+    dataset, model = make_dataset(longest=40), make_model()
+    gradients = []
+    for size in (12, 4, 1):
+        settings = TrainGroup(output_dir="x", objective=objective, micro_batch_size=size, global_batch_size=12)
+        batches = make_batches(dataset, dataset.rows(0, 12), 5, settings, 1, model)
+        assert len(batches) == 12 // size
+        for batch in batches:
+            (forward(model, batch, torch.device("cpu")).loss / sum(b.normaliser for b in batches)).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        model.zero_grad()
+    for gradient in gradients[1:]:
+        assert (gradient - gradients[0]).norm() <= 1e-5 * gradients[0].norm()
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_packed_documents_train_as_each_of_them_alone(shift):
+    model, dataset = make_model(shift_logits=shift), make_dataset(longest=15)
+    settings = TrainGroup(output_dir="x", objective="elbo", micro_batch_size=8)
+    batch, = make_batches(dataset, dataset.rows(0, 8), 0, settings, 1, model)
+    assert batch.cu_seqlens is not None and len(batch.cu_seqlens) > 9
+    packed = forward(model, batch, torch.device("cpu")).loss
+    alone = 0
+    for start, end in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
+        targets = batch.targets._replace(**{name: getattr(batch.targets, name)[start:end] for name in ("tokens", "scored", "weights")})
+        document = MicroBatch(batch.input_ids[:, start:end], None, int(end - start), targets, None, 0, 0, 0)
+        alone = alone + forward(model, document, torch.device("cpu")).loss
+    assert packed.item() == pytest.approx(alone.item(), rel=1e-5)
+
+
+def test_rows_of_one_chunk_each_are_trained_densely():
+    dataset = PackedDataset([torch.arange(64)], 16)
+    settings = TrainGroup(output_dir="x", micro_batch_size=4)
+    batch, = make_batches(dataset, dataset.rows(0, 4), 0, settings, 1, make_model())
+    assert batch.input_ids.shape == (4, 16) and batch.cu_seqlens is None
+
+
+def test_a_steps_draws_depend_on_seed_and_step_alone_and_cover_the_times_evenly():
+    dataset, model = PackedDataset([torch.arange(63).repeat(400)], 16), make_model()
+    settings = TrainGroup(output_dir="x", objective="elbo", micro_batch_size=64)
+    rows = dataset.rows(0, 64)
+    first, again, other_step, other_seed = (make_batches(dataset, rows, step, settings, seed, model)[0]
+                                            for step, seed in ((3, 1), (3, 1), (4, 1), (3, 2)))
+    assert torch.equal(first.input_ids, again.input_ids)
+    assert not torch.equal(first.input_ids, other_step.input_ids) and not torch.equal(first.input_ids, other_seed.input_ids)
+    times = (1 / first.targets.weights).view(64, 16)[:, 0]
+    assert torch.allclose(times.sort().values.diff(), torch.tensor(1 / 64), atol=2e-3)
+
+
+def test_learning_rates_equal_open_dllms(shared):
+    for case in json.loads((shared / "golden/open_dllm/lr_schedules.json").read_text()):
+        expected, total = case.pop("lr_at_step"), case.pop("train_steps")
+        group = TrainGroup(output_dir="x", **case)
+        assert [learning_rate(step, total, group) for step in range(len(expected))] == pytest.approx(expected, rel=1e-9)
+
+
+def test_newton_schulz_makes_singular_values_nearly_one():
+    for shape in ((3, 24, 24), (2, 16, 48), (2, 48, 16)):
+        matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        got = orthogonalize(matrices)
+        u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+        values = torch.einsum("kmi,kmn,kin->ki", u, got, vh)
+        assert (values[s > 0.05 * s.amax(1, keepdim=True)] - 1).abs().max() < 0.4
+        assert (got - u @ torch.diag_embed(values) @ vh).norm() < 1e-3 * got.norm()
+
+
+def test_muon_equals_one_matrix_at_a_time():
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(8, 12, generator=generator) for _ in range(3)]
+    gradients = [[torch.randn(8, 12, generator=generator) for _ in start] for _ in range(2)]
+    together = [torch.nn.Parameter(x.clone()) for x in start]
+    optimizer = Muon(together, lr=0.1, weight_decay=0.2)
+    momenta, expected = [torch.zeros_like(x) for x in start], [x.clone() for x in start]
+    for step in gradients:
+        for i, gradient in enumerate(step):
+            together[i].grad = gradient.clone()
+            momenta[i] = 0.95 * momenta[i] + 0.05 * gradient
+            update = orthogonalize((0.05 * gradient + 0.95 * momenta[i])[None])[0]
+            expected[i] = expected[i] * (1 - 0.1 * 0.2) - 0.1 * 0.2 * 12**0.5 * update
+        optimizer.step()
+    assert all(torch.allclose(got, want, atol=1e-6) for got, want in zip(together, expected, strict=True))
+
+
+def test_a_time_limit_ends_the_run_and_the_learning_rate_with_it(make_config):
+    result = train(make_config(max_minutes=0.02, max_steps=10**6, lr_decay_style="linear"))
+    assert 0 < result.steps < 10**5 and result.history[-1]["seconds"] < 5
+    assert result.history[-1]["lr"] < 0.1 * max(line["lr"] for line in result.history)
+    assert train(make_config(max_minutes=0.02, max_steps=10**6, lr_decay_style="linear")).steps == result.steps
+
+
+def test_training_starts_from_given_weights_and_keeps_their_tokenizer(make_config, tmp_path):
+    first = train(make_config())
+    config = make_config(output_dir=str(tmp_path / "second"), max_steps=1, lr=1e-12, lr_min=0, lr_warmup_ratio=0)
+    second = train(replace(config, model=ModelGroup(model_path=str(first.checkpoint))))
+    before, after = (DiffusionLM.from_pretrained(r.checkpoint).state_dict() for r in (first, second))
+    assert all(torch.allclose(before[name], after[name], atol=1e-9) for name in before)
+    third = train(replace(config, model=ModelGroup(config_path=str(first.checkpoint)),
+                          train=replace(config.train, output_dir=str(tmp_path / "third"))))
+    fresh = DiffusionLM.from_pretrained(third.checkpoint).state_dict()
+    assert fresh["model.norm.weight"].eq(1).all() and not torch.allclose(fresh["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+
+
+def test_only_the_last_checkpoints_are_kept_when_asked(make_config, tmp_path):
+    train(make_config(keep_last=2))
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["global_step_12", "global_step_8"]
+
+
+@pytest.mark.parametrize("change, parts", [
+    (lambda c: replace(c, data=replace(c.data, max_seq_len=32)), ["data.max_seq_len 48, not 32", "another train.output_dir"]),
+    (lambda c: replace(c, model=replace(c.model, hidden_size=64)), ["model.hidden_size 32, not 64"]),
+    (lambda c: replace(c, train=replace(c.train, objective="elbo")), ["train.objective 'mdm', not 'elbo'"]),
+    (lambda c: replace(c, train=replace(c.train, auto_resume=False)), ["already holds checkpoints", "global_step_12"]),
+])
+def test_another_run_in_the_same_folder_is_refused_naming_the_difference(make_config, change, parts):
+    config = make_config()
+    train(config)
+    with pytest.raises(UserError) as error:
+        train(change(config))
+    assert all(part in str(error.value) for part in parts)
+
+
+def test_a_full_disk_while_saving_is_a_failure_and_the_run_goes_on_from_the_last_checkpoint(make_config, tmp_path, monkeypatch):
+    config = make_config()
+    write = torch.save
+
+    def full(state, path):
+        if state["step"] == 8:
+            raise OSError(28, "No space left on device")
+        write(state, path)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(Failure, match="cannot write .*global_step_8: No space left on device"):
+            train(config)
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["global_step_4"]
+    resumed = train(config)
+    whole = train(replace(config, train=replace(config.train, output_dir=str(tmp_path / "whole"))))
+    assert losses(resumed.history) == losses(whole.history)
+
+
+def test_a_loss_that_is_not_finite_stops_with_advice(make_config):
+    with pytest.raises(Failure, match="step .*lower train.lr"):
+        train(make_config(lr=1e30, lr_decay_style="constant", max_grad_norm=0, max_steps=50))
+
+
+def test_the_command_reports_bad_input_with_2_and_failure_with_1_in_one_line(make_config, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "config.yaml"
+    path.write_text(make_config(max_steps=1).to_yaml())
+    assert main([str(path), "--train.lr=-1"]) == 2
+    assert main([str(path), "--data.train_path=/no/such/folder"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 2 and "train.lr" in error and "/no/such/folder does not exist" in error
+    (tmp_path / "file").write_text("")
+    assert main([str(path), f"--train.output_dir={tmp_path / 'file'}"]) == 1
+    assert capsys.readouterr().err.startswith("error: cannot write")
+    assert main([str(path)]) == 0
+    assert "global_step_1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("group, keys, message", [
+    ("data", {"max_seq_len": 40000}, "more than the model's 32768 positions"),
+    ("model", {"vocab_size": 100}, "at least 259"),
+    ("model", {"family": "gpt9"}, "model.family must be one of"),
+])
+def test_what_the_model_cannot_do_is_refused(make_config, group, keys, message):
+    config = make_config()
+    with pytest.raises(UserError, match=message):
+        train(replace(config, **{group: replace(getattr(config, group), **keys)}))
+
+
+def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(make_config, tmp_path):
+    first = train(make_config(max_steps=1))
+    config = make_config(output_dir=str(tmp_path / "second"))
+    with pytest.raises(UserError, match="the tokenizer has 300 tokens, the model's vocabulary is 290"):
+        train(replace(config, model=replace(config.model, vocab_size=290, tokenizer_path=str(first.checkpoint))))
