@@ -7,4 +7,6 @@ STABLE_TORCH_LIBRARY(dllm_kernels_native, m) {
   m.def(
       "score_rows_cpu(Tensor logits, Tensor? uniform, Tensor(a!) token, Tensor(b!) score, int confidence, "
       "float temperature, int top_k, float top_p, bool raw) -> ()");
+  // linear.cpp. logits [M, V] = hidden [M, D] fp32 times weight [V, D], for few rows.
+  m.def("linear_rows_cpu(Tensor hidden, Tensor weight, Tensor? bias, Tensor(a!) logits) -> ()");
 }

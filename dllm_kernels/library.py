@@ -1,29 +1,34 @@
-"""The compiled extension: found where the installation put it, else built once from csrc with ninja, else a reason.
+"""The compiled extension: the one that the installation built, else one built at first use from csrc, else a reason.
 
 It uses PyTorch's stable ABI, so one build serves every torch from 2.11 on and every Python. Nothing happens at import.
+setup.py loads this file by its path, without the package, and builds with the same `compile_extension`.
 """
 
 import functools
 import hashlib
 import os
+import platform
+import shlex
 import shutil
+import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-PACKAGE = Path(__file__).parent
-COMPILE_FLAGS = ["-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-
-
-def sources() -> list[Path]:
-    """The C++ sources: beside the package in a checkout, inside it in an installed wheel."""
-    root = next((folder for folder in (PACKAGE.parent / "csrc", PACKAGE / "csrc") if folder.is_dir()), None)
-    return [] if root is None else [root / "registration.cpp", *sorted((root / "cpu").glob("*.cpp"))]
+PACKAGE = Path(__file__).resolve().parent
+INSTALLED = PACKAGE / "_native.so"
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11
+# Without the two promises about floating-point exceptions, GCC leaves some loops scalar; values do not change.
+CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", STABLE_ABI]
+NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC", STABLE_ABI, "-gencode=arch=compute_80,code=sm_80",
+              "-gencode=arch=compute_90a,code=sm_90a", "-gencode=arch=compute_90,code=compute_90"]
 
 
 def why_missing() -> str | None:
-    """Why there is no compiled extension here, None if there is. The first call may build it, in half a minute."""
+    """Why there is no compiled extension here, None if there is. The first call may build it, in ten seconds or so."""
     return _load()
 
 
@@ -34,44 +39,105 @@ def operators():
     return torch.ops.dllm_kernels_native
 
 
+def sources() -> list[Path]:
+    """What to compile: inside the package in an installed wheel, beside it in a checkout; none if csrc is not there."""
+    root = next(
+        (folder for folder in (PACKAGE / "csrc", PACKAGE.parent / "csrc") if (folder / "registration.cpp").is_file()),
+        None,
+    )
+    if root is None:
+        return []
+    kernels = sorted(root.glob("cuda/*.cu")) if torch.version.cuda and shutil.which("nvcc") else []
+    return [root / "registration.cpp", *sorted(root.glob("cpu/*.cpp")), *kernels]
+
+
+def why_unbuildable() -> str | None:
+    """Why it cannot be compiled on this machine, None if it can be tried."""
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    if not sources():
+        return "the C++ sources (csrc) are not there to build it"
+    if os.name != "posix":
+        return "building it needs Linux or macOS"
+    if not compiler or shutil.which(compiler[0]) is None:
+        return f"there is no compiler {' '.join(compiler)!r} to build it; install g++ 12 or newer, or set CXX"
+    return None
+
+
+def compile_extension(output: Path) -> None:
+    """Compile csrc, one process per source, and put the library at `output` in one move.
+
+    Raises: RuntimeError with the compiler's first error.
+    """
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    home = Path(torch.__file__).parent
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix="building-") as folder, ThreadPoolExecutor() as pool:
+        files = sources()
+        objects = [str(Path(folder, f"{file.name}.o")) for file in files]
+        commands = [[*(["nvcc", *NVCC_FLAGS] if file.suffix == ".cu" else [*compiler, *CXX_FLAGS]),
+                     f"-I{home / 'include'}", "-c", str(file), "-o", target]
+                    for file, target in zip(files, objects, strict=True)]
+        list(pool.map(_run, commands))
+        linker = ["nvcc", "-shared"] if any(file.suffix == ".cu" for file in files) else [*compiler, "-shared"]
+        _run([*linker, *objects, "-o", str(Path(folder, output.name)), f"-L{home / 'lib'}", "-ltorch_cpu"])
+        os.replace(Path(folder, output.name), output)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+        error = next((line for line in lines if "error" in line), lines[-1])
+        raise RuntimeError(f"{command[0]} failed: {error.strip()}")
+
+
 @functools.cache
 def _load() -> str | None:
-    installed = next(PACKAGE.glob("_native*.so"), None)
-    try:
-        if installed is None:
-            return _build()
-        torch.ops.load_library(installed)
-    except OSError as error:  # built for another machine, say
-        return f"{installed or 'the extension just built'} does not load: {error}"
-    return None
-
-
-def _build() -> str | None:
-    if os.environ.get("DLLM_BUILD", "1") == "0":
-        return "not installed, and DLLM_BUILD=0 forbids building it"
-    files = sources()
-    compiler = os.environ.get("CXX", "g++")
-    if not files:
-        return "not installed, and the C++ sources are not there to build it"
-    if shutil.which(compiler) is None:
-        return f"not installed, and there is no compiler {compiler!r} to build it; install g++ 11 or newer"
-    if shutil.which("ninja") is None:  # the package's program is not on the path when its environment is not activated
+    failed = "not installed"
+    if INSTALLED.is_file() and not _older_than_sources(INSTALLED):
         try:
-            import ninja
-        except ImportError:
-            return "not installed, and there is no ninja to build it; pip install ninja"
-        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), ninja.BIN_DIR])
-    key = hashlib.sha256("".join([torch.__version__, compiler, *COMPILE_FLAGS]).encode())
-    for file in (*files, *sorted(files[0].parent.glob("**/*.h"))):
-        key.update(file.read_bytes())
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dllm_kernels" / key.hexdigest()[:16]
-    print(f"dllm_kernels: building the C++ extension once, into {cache}", file=sys.stderr)
+            torch.ops.load_library(str(INSTALLED))
+            return None
+        except OSError as error:  # built on another machine, say
+            failed = f"{INSTALLED} does not load ({error})"
+    if os.environ.get("DLLM_BUILD", "1") == "0":
+        return f"{failed}, and DLLM_BUILD=0 forbids building it"
+    if reason := why_unbuildable():
+        return f"{failed}, and {reason}"
     try:
-        from torch.utils.cpp_extension import load  # needs setuptools
-
-        cache.mkdir(parents=True, exist_ok=True)
-        load("dllm_kernels_native", [str(file) for file in files], extra_cflags=COMPILE_FLAGS, build_directory=str(cache),
-             is_python_module=False)
-    except (ImportError, RuntimeError, OSError) as error:
-        return f"not installed, and building it failed: {str(error).strip().splitlines()[0]}"
+        torch.ops.load_library(str(_build_in_cache()))
+    except (RuntimeError, OSError) as error:
+        return f"{failed}, and building it failed: {error}"
     return None
+
+
+def _older_than_sources(library: Path) -> bool:
+    """Whether this is a checkout whose sources have been edited since the installation."""
+    files = sources()
+    if not files or PACKAGE in files[0].parents:
+        return False
+    return max(file.stat().st_mtime for file in files[0].parent.rglob("*.*")) > library.stat().st_mtime
+
+
+def _build_in_cache() -> Path:
+    """The library in the user's cache, built if this is the first use of these sources, compiler and torch."""
+    import fcntl
+
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+    key = hashlib.sha256(
+        repr((torch.__version__, platform.machine(), compiler, version, CXX_FLAGS, NVCC_FLAGS)).encode()
+    )
+    files = sources()
+    for file in (*files, *sorted(files[0].parent.rglob("*.h"))):
+        key.update(file.read_bytes())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dllm_kernels" / key.hexdigest()[:16]
+    library = cache / INSTALLED.name
+    if not library.is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        with open(cache / "lock", "w") as lock:  # freed by the system even if its owner is killed
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not library.is_file():
+                print(f"dllm_kernels: building the C++ extension once, into {cache}", file=sys.stderr, flush=True)
+                compile_extension(library)
+    return library

@@ -1,7 +1,7 @@
 """Registration of an operation with torch.library, so that torch.compile keeps it whole.
 
-Eager calls go to the backend directly: a custom operator costs 50 microseconds a call on a CPU, as much as the attention
-of a small model. Under torch.compile the operator is one opaque node; its backward runs the backend again and
+Eager calls go to the backend directly: a custom operator costs 50 microseconds a call on a CPU, as much as the
+attention of a small model. Under torch.compile the operator is one opaque node; its backward runs the backend again and
 differentiates it.
 """
 
@@ -27,7 +27,8 @@ def define_operator(name: str, arguments: str, run: Callable, fake: Callable, di
         with torch.no_grad():
             return run(*args)
 
-    operator = torch.library.custom_op(f"dllm_kernels::{name}", forward, mutates_args=(), schema=f"({arguments}) -> {returns}")
+    operator = torch.library.custom_op(f"dllm_kernels::{name}", forward, mutates_args=(),
+                                       schema=f"({arguments}) -> {returns}")
     operator.register_fake(fake)
     if not differentiable:
         return operator
@@ -37,7 +38,7 @@ def define_operator(name: str, arguments: str, run: Callable, fake: Callable, di
         leaves = [i for i in differentiable if args[i] is not None]
         for i in leaves:
             args[i] = args[i].detach().requires_grad_()
-        with torch.enable_grad():
+        with _recording(), torch.enable_grad():
             out = run(*args)
         return list(torch.autograd.grad(out, [args[i] for i in leaves], grad))
 
@@ -63,3 +64,11 @@ def define_operator(name: str, arguments: str, run: Callable, fake: Callable, di
 
     operator.register_autograd(backward, setup_context=setup_context)
     return operator
+
+
+def _recording():
+    """Inside an operator PyTorch's dispatcher passes autograd by; within this context it does not."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)

@@ -1,11 +1,11 @@
 // Token and confidence of rows of logits (see dllm_kernels/topk_unmask).
 //
-// A row of V logits is read block by block: a block fits the first-level cache, so its maximum and then its sums are one
-// pass over memory. The sums are relative to the running maximum m and rescaled when it rises:
+// A row of V logits is read block by block: a block fits the first-level cache, so its maximum and then its sums are
+// one pass over memory. The sums are relative to the running maximum m and rescaled when it rises:
 //     s = sum exp(x - m),   t = sum exp(x - m) (x - m),   entropy: sum p log p = t / s - log s
-// Sampling at u takes the first token whose cumulative sum passes u * s; the sums per block tell the block, and only that
-// one is read again. top-p and top-k need no sort of the row: a histogram over m - x (1,024 bins) locates the bin where
-// each bound falls, and only the elements of that bin are sorted.
+// Sampling at u takes the first token whose cumulative sum passes u * s; the sums per block tell the block, and only
+// that one is read again. top-p and top-k need no sort of the row: a histogram over m - x (1,024 bins) locates the bin
+// where each bound falls, and only the elements of that bin are sorted. A NaN makes s, and so the confidence, NaN.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
@@ -21,20 +21,14 @@
 #include <vector>
 
 #include "../checks.h"
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define DLLM_VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define DLLM_VECTORISED
-#endif
-#define DLLM_INLINE inline __attribute__((always_inline))
+#include "../vectorised.h"
 
 namespace {
 
 using torch::stable::Tensor;
 
 constexpr int64_t kBlock = 1024;  // elements; three fp32 blocks are 12 KB
-constexpr int kLanes = 16;        // independent accumulators, so that the compiler can vectorise the sums
+constexpr int kLanes = 32;        // independent accumulators: two to four vectors, so that additions overlap
 constexpr int kBins = 1024;
 constexpr float kBinsPerUnit = 32.0f;  // bins span 32 units of logit; what is smaller than exp(-32) shares the last bin
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -114,11 +108,15 @@ DLLM_VECTORISED void block_exp(const float* x, int64_t n, float m, float* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = exp_nonpositive(x[i] - m);
 }
 
-DLLM_VECTORISED void block_bins(const float* x, int64_t n, float m, int32_t* out) {
+// Returns whether there is a NaN, which falls into the last bin.
+DLLM_VECTORISED bool block_bins(const float* x, int64_t n, float m, int32_t* out) {
+  int32_t nans = 0;
   for (int64_t i = 0; i < n; ++i) {
     const float bin = (m - x[i]) * kBinsPerUnit;
     out[i] = static_cast<int32_t>(bin < kBins - 1 ? bin : kBins - 1.0f);
+    nans |= x[i] != x[i];
   }
+  return nans != 0;
 }
 
 DLLM_VECTORISED void convert(const torch::headeronly::BFloat16* from, int64_t n, float* to) {
@@ -126,8 +124,15 @@ DLLM_VECTORISED void convert(const torch::headeronly::BFloat16* from, int64_t n,
   for (int64_t i = 0; i < n; ++i) to[i] = std::bit_cast<float>(static_cast<uint32_t>(bits[i]) << 16);
 }
 
-void convert(const torch::headeronly::Half* from, int64_t n, float* to) {
-  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<float>(from[i]);
+DLLM_VECTORISED void convert(const torch::headeronly::Half* from, int64_t n, float* to) {
+  const auto* halves = reinterpret_cast<const uint16_t*>(from);
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t half = halves[i], magnitude = half & 0x7fff;
+    // The bits of a half, moved to those of a float, read 2^112 too small, subnormal ones too.
+    const float value = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
+    const uint32_t bits = magnitude >= 0x7c00 ? magnitude << 13 | 0x7f800000 : std::bit_cast<uint32_t>(value);
+    to[i] = std::bit_cast<float>(bits | (half & 0x8000) << 16);
+  }
 }
 
 DLLM_VECTORISED void divide(const float* from, int64_t n, float by, float* to) {
@@ -226,6 +231,7 @@ Statistics summarise(const Row<T>& row, bool entropy, bool sums, std::vector<Blo
 struct Cut {
   float value = -kInfinity;
   int64_t last_equal = std::numeric_limits<int64_t>::max();
+  bool nan = false;  // the row has one
 
   bool keeps(float x, int64_t id) const { return x > value || (x == value && id <= last_equal); }
 };
@@ -245,7 +251,7 @@ std::vector<Element> elements_of_bin(const Row<T>& row, float m, int32_t bin) {
     const int64_t n = row.length(block);
     block_bins(x, n, m, bins);
     for (int64_t i = 0; i < n; ++i)
-      if (bins[i] == bin) found.push_back({x[i] == x[i] ? x[i] : -kInfinity, block * kBlock + i});  // NaN sorts last
+      if (bins[i] == bin) found.push_back({x[i], block * kBlock + i});
   }
   std::sort(found.begin(), found.end(),
             [](const Element& a, const Element& b) { return a.x != b.x ? a.x > b.x : a.id < b.id; });
@@ -254,17 +260,19 @@ std::vector<Element> elements_of_bin(const Row<T>& row, float m, int32_t bin) {
 
 // top-p, then top-k. `s` is the sum over the whole row relative to its maximum `m`.
 template <typename T>
-Cut find_cut(const Row<T>& row, float m, const Settings& settings, std::vector<double>& mass, std::vector<int64_t>& count) {
+Cut find_cut(const Row<T>& row, float m, const Settings& settings, std::vector<double>& mass,
+             std::vector<int64_t>& count) {
   const bool by_mass = settings.top_p < 1;
   const bool by_count = settings.top_k > 0 && settings.top_k < row.size();
   std::fill(mass.begin(), mass.end(), 0.0);
   std::fill(count.begin(), count.end(), 0);
   alignas(64) float buffer[kBlock], e[kBlock];
   alignas(64) int32_t bins[kBlock];
+  bool nan = false;
   for (int64_t block = 0; block < row.blocks(); ++block) {
     const float* x = row.read(block, buffer);
     const int64_t n = row.length(block);
-    block_bins(x, n, m, bins);
+    nan |= block_bins(x, n, m, bins);
     if (by_mass) {
       block_exp(x, n, m, e);
       for (int64_t i = 0; i < n; ++i) mass[bins[i]] += e[i];
@@ -273,6 +281,10 @@ Cut find_cut(const Row<T>& row, float m, const Settings& settings, std::vector<d
       for (int64_t i = 0; i < n; ++i) ++count[bins[i]];
   }
   Cut cut;
+  if (nan) {
+    cut.nan = true;
+    return cut;
+  }
   if (by_mass) {
     double total = 0;
     for (double bin : mass) total += bin;
@@ -284,7 +296,7 @@ Cut find_cut(const Row<T>& row, float m, const Settings& settings, std::vector<d
     const std::vector<Element> elements = elements_of_bin(row, m, bin);
     for (const Element& element : elements) {
       if (before > bound) break;
-      cut = {element.x, element.id};
+      cut.value = element.x, cut.last_equal = element.id;
       before += exp_nonpositive(element.x - m);
     }
   }
@@ -294,7 +306,7 @@ Cut find_cut(const Row<T>& row, float m, const Settings& settings, std::vector<d
     while (bin < kBins - 1 && before + count[bin] < settings.top_k) before += count[bin++];
     const std::vector<Element> elements = elements_of_bin(row, m, bin);
     const float kth = elements[settings.top_k - before - 1].x;
-    if (kth > cut.value) cut = {kth, std::numeric_limits<int64_t>::max()};
+    if (kth > cut.value) cut.value = kth, cut.last_equal = std::numeric_limits<int64_t>::max();
   }
   return cut;
 }
@@ -326,12 +338,14 @@ Statistics summarise_kept(const Row<T>& row, const Statistics& all, const Cut& c
     block_sums[block] = {s, all.top};
   }
   if (second_equal && equal_kept < (all.top == all.second ? 2 : 1)) kept.second = -kInfinity;
+  if (cut.nan) kept.s = std::numeric_limits<double>::quiet_NaN();
   return kept;
 }
 
 // The first kept token whose cumulative sum passes u times the whole.
 template <typename T>
-int64_t sample(const Row<T>& row, const Statistics& stats, const std::vector<BlockSum>& block_sums, const Cut& cut, double u) {
+int64_t sample(const Row<T>& row, const Statistics& stats, const std::vector<BlockSum>& block_sums, const Cut& cut,
+               double u) {
   auto mass = [&](int64_t block) {
     const BlockSum& sum = block_sums[block];
     return sum.s == 0 ? 0.0 : sum.s * std::exp(static_cast<double>(sum.m) - stats.top);
@@ -370,8 +384,8 @@ float value_at(const T* data, int64_t token, float temperature) {
 }
 
 template <typename T>
-void score_row(const T* data, int64_t V, const double* uniform, const Settings& settings, Workspace& work, int64_t* token,
-               float* score) {
+void score_row(const T* data, int64_t V, const double* uniform, const Settings& settings, Workspace& work,
+               int64_t* token, float* score) {
   const bool sampled = settings.temperature > 0;
   const bool filtered = settings.top_p < 1 || (settings.top_k > 0 && settings.top_k < V);
   const bool of_filtered = !settings.raw && settings.confidence != kRandom;
@@ -394,9 +408,10 @@ void score_row(const T* data, int64_t V, const double* uniform, const Settings& 
     temperature = 0;
     stats = summarise(Row<T>(data, V, 0), settings.confidence == kEntropy, true, nullptr);
   }
+  const double chosen = value_at(data, *token, temperature);
   switch (settings.confidence) {
     case kProb:
-      *score = static_cast<float>(std::exp(static_cast<double>(value_at(data, *token, temperature)) - stats.top) / stats.s);
+      *score = static_cast<float>(std::exp(chosen - stats.top) / stats.s);
       break;
     case kMargin:
       *score = static_cast<float>((1 - std::exp(static_cast<double>(stats.second) - stats.top)) / stats.s);
@@ -411,9 +426,12 @@ void score_all(const Tensor& logits, const double* uniform, int64_t* token, floa
   const int64_t V = logits.size(1), stride = logits.stride(0);
   const T* data = static_cast<const T*>(logits.const_data_ptr());
   torch::stable::parallel_for(0, logits.size(0), 1, [&](int64_t begin, int64_t end) {
-    Workspace work{std::vector<BlockSum>((V + kBlock - 1) / kBlock), std::vector<double>(kBins), std::vector<int64_t>(kBins)};
-    for (int64_t row = begin; row < end; ++row)
-      score_row(data + row * stride, V, uniform ? uniform + 2 * row : nullptr, settings, work, token + row, score + row);
+    Workspace work{std::vector<BlockSum>((V + kBlock - 1) / kBlock), std::vector<double>(kBins),
+                   std::vector<int64_t>(kBins)};
+    for (int64_t row = begin; row < end; ++row) {
+      const double* draws = uniform ? uniform + 2 * row : nullptr;
+      score_row(data + row * stride, V, draws, settings, work, token + row, score + row);
+    }
   });
 }
 

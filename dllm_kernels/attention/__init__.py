@@ -15,7 +15,8 @@ from dllm_kernels.operators import define_operator
 
 __all__ = ["bidirectional_attention", "bidirectional_attention_varlen", "block_diffusion_attention"]
 
-DENSE_BACKENDS = (Backend("sdpa", sdpa.bidirectional_attention), Backend("reference", reference.bidirectional_attention))
+DENSE_BACKENDS = (Backend("sdpa", sdpa.bidirectional_attention),
+                  Backend("reference", reference.bidirectional_attention))
 VARLEN_BACKENDS = (Backend("sdpa", sdpa.bidirectional_attention_varlen),
                    Backend("reference", reference.bidirectional_attention_varlen))
 BLOCK_DIFFUSION_BACKENDS = (Backend("sdpa", sdpa.block_diffusion_attention),
@@ -24,8 +25,9 @@ BACKENDS = {"bidirectional_attention": DENSE_BACKENDS, "bidirectional_attention_
             "block_diffusion_attention": BLOCK_DIFFUSION_BACKENDS}
 
 
-def bidirectional_attention(q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, block_length: int | None = None,
-                            scale: float | None = None, backend: str | None = None) -> Tensor:
+def bidirectional_attention(q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None,
+                            block_length: int | None = None, scale: float | None = None,
+                            backend: str | None = None) -> Tensor:
     """Every query attends to every key, or to those that `key_mask` and `block_length` leave.
 
     Drop-in for ``F.scaled_dot_product_attention`` in the layout [B, L, H, E], with grouped-query heads.
@@ -40,13 +42,14 @@ def bidirectional_attention(q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor
     Returns: [B, Lq, Hq, E] in q's dtype.
     Raises: ValueError if shapes, dtypes or devices disagree, or if `backend` cannot run here; the message says why.
     """
+    q, k, v = _cast_under_autocast(q, k, v)
     _check("bidirectional_attention", q, k, v, 4, block_length)
     if key_mask is not None and (key_mask.shape != k.shape[:2] or key_mask.dtype != torch.bool):
         raise ValueError(f"bidirectional_attention takes key_mask [B, Lk] bool = {list(k.shape[:2])}, "
                          f"not {list(key_mask.shape)} {key_mask.dtype}")
     if block_length is not None and q.shape[1] > k.shape[1]:
-        raise ValueError(f"bidirectional_attention: with block_length the queries are the last of the keys, but there are "
-                         f"{q.shape[1]} queries and {k.shape[1]} keys")
+        raise ValueError(f"bidirectional_attention: with block_length the queries are the last of the keys, but there "
+                         f"are {q.shape[1]} queries and {k.shape[1]} keys; give the keys of the queries too")
     run = _dense if torch.compiler.is_compiling() else _run_dense
     return run(q, k, v, key_mask, block_length, q.shape[-1] ** -0.5 if scale is None else scale, backend)
 
@@ -54,7 +57,7 @@ def bidirectional_attention(q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor
 def bidirectional_attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *,
                                    block_length: int | None = None, scale: float | None = None,
                                    backend: str | None = None) -> Tensor:
-    """Packed documents: attention within each, none across. Drop-in for flash_attn_varlen_func, never causal by default.
+    """Packed documents: attention within each, none across. Drop-in for flash_attn_varlen_func with causal=False.
 
     Args:
         q: [T, Hq, E]. k, v: [T, Hkv, E].
@@ -64,10 +67,12 @@ def bidirectional_attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: 
     Returns: [T, Hq, E] in q's dtype.
     Raises: ValueError as `bidirectional_attention`. The values of cu_seqlens are not checked: that would stall a GPU.
     """
+    q, k, v = _cast_under_autocast(q, k, v)
     _check("bidirectional_attention_varlen", q, k, v, 3, block_length)
     _check_cu_seqlens("bidirectional_attention_varlen", cu_seqlens)
     if len(q) != len(k):
-        raise ValueError(f"bidirectional_attention_varlen: q has {len(q)} positions, k {len(k)}; they are the same documents")
+        raise ValueError(f"bidirectional_attention_varlen takes q and k of the same documents, but q has {len(q)} "
+                         f"positions and k {len(k)}")
     run = _varlen if torch.compiler.is_compiling() else _run_varlen
     return run(q, k, v, cu_seqlens, max_seqlen, block_length, q.shape[-1] ** -0.5 if scale is None else scale, backend)
 
@@ -81,12 +86,13 @@ def block_diffusion_attention(q: Tensor, k: Tensor, v: Tensor, block_length: int
     Args:
         q: [B, 2L, Hq, E]. k, v: [B, 2L, Hkv, E]: L noisy positions, then the same L clean ones.
         block_length: positions of a block; the last block may be shorter.
-        cu_seqlens: [S + 1] int32, from 0 to B * L: documents packed in the rows (of one copy), none longer than its row;
-            no attention across documents, blocks are counted within each. None: each row is one document.
+        cu_seqlens: [S + 1] int32, from 0 to B * L: documents packed in the rows (of one copy), each within its row; no
+            attention across documents, blocks are counted within each. None: each row is one document.
         scale, backend: as `bidirectional_attention`.
     Returns: [B, 2L, Hq, E] in q's dtype.
     Raises: ValueError as `bidirectional_attention`.
     """
+    q, k, v = _cast_under_autocast(q, k, v)
     _check("block_diffusion_attention", q, k, v, 4, block_length)
     if q.shape[1] % 2 or q.shape[1] != k.shape[1]:
         raise ValueError(f"block_diffusion_attention takes 2L queries and 2L keys, the noisy copy then the clean one, "
@@ -95,6 +101,14 @@ def block_diffusion_attention(q: Tensor, k: Tensor, v: Tensor, block_length: int
         _check_cu_seqlens("block_diffusion_attention", cu_seqlens)
     run = _block_diffusion if torch.compiler.is_compiling() else _run_block_diffusion
     return run(q, k, v, block_length, cu_seqlens, q.shape[-1] ** -0.5 if scale is None else scale, backend)
+
+
+def _cast_under_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under autocast, all three in its dtype, as PyTorch casts those of its own attention."""
+    if not torch.is_autocast_enabled(q.device.type):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(q.device.type)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
 def _check(op: str, q: Tensor, k: Tensor, v: Tensor, ndim: int, block_length: int | None) -> None:
@@ -111,7 +125,8 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, ndim: int, block_length: in
 
 def _check_cu_seqlens(op: str, cu_seqlens: Tensor) -> None:
     if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or len(cu_seqlens) < 2:
-        raise ValueError(f"{op} takes cu_seqlens [S + 1] int32, beginning with 0, not {list(cu_seqlens.shape)} {cu_seqlens.dtype}")
+        raise ValueError(f"{op} takes cu_seqlens [S + 1] int32, beginning with 0, not {list(cu_seqlens.shape)} "
+                         f"{cu_seqlens.dtype}")
 
 
 def _run_dense(q, k, v, key_mask, block_length, scale, backend):
@@ -137,12 +152,14 @@ def _contiguous(run):
 
 
 _dense = define_operator(
-    "bidirectional_attention", "Tensor q, Tensor k, Tensor v, Tensor? key_mask, int? block_length, float scale, str? backend",
+    "bidirectional_attention",
+    "Tensor q, Tensor k, Tensor v, Tensor? key_mask, int? block_length, float scale, str? backend",
     _contiguous(_run_dense), _fake, differentiable=(0, 1, 2))
 _varlen = define_operator(
     "bidirectional_attention_varlen",
     "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, int? block_length, float scale, str? backend",
     _contiguous(_run_varlen), _fake, differentiable=(0, 1, 2))
 _block_diffusion = define_operator(
-    "block_diffusion_attention", "Tensor q, Tensor k, Tensor v, int block_length, Tensor? cu_seqlens, float scale, str? backend",
+    "block_diffusion_attention",
+    "Tensor q, Tensor k, Tensor v, int block_length, Tensor? cu_seqlens, float scale, str? backend",
     _contiguous(_run_block_diffusion), _fake, differentiable=(0, 1, 2))

@@ -55,7 +55,8 @@ def varlen_mask(cu_seqlens: Tensor, count: int, block_length: int | None) -> Ten
 def block_diffusion_mask(batch: int, length: int, block_length: int, cu_seqlens: Tensor | None, device) -> Tensor:
     """[B or 1, 2L, 2L] of `block_diffusion_attention`."""
     if cu_seqlens is None:
-        document, place = torch.zeros(1, length, dtype=torch.long, device=device), torch.arange(length, device=device).view(1, -1)
+        place = torch.arange(length, device=device).view(1, -1)
+        document = torch.zeros_like(place)
     else:
         document, place = (x.view(batch, length) for x in documents(cu_seqlens, batch * length))
     block = place // block_length

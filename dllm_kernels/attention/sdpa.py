@@ -11,7 +11,7 @@ from dllm_kernels.attention.reference import block_diffusion_mask, dense_mask
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """As `reference.attend`. A row that may see no key is given all of them and its result dropped, gradient included."""
+    """As `reference.attend`. A row that may see no key is given all, and its result dropped, gradient included."""
     empty = None
     if mask is not None:
         empty = ~mask.any(-1)  # [B or 1, Lq]

@@ -31,8 +31,8 @@ def masked_cross_entropy(logits: Tensor, targets: Tensor, corrupted: Tensor, *, 
 
     Args:
         logits: [..., V], bf16, fp16 or fp32; summed in fp32 whatever the dtype.
-        targets: [...] int64 in [0, V), the clean tokens; read only where corrupted. The range is not checked: that would
-            stall a GPU.
+        targets: [...] int64 in [0, V), the clean tokens; read only where corrupted. The range is not checked: that
+            would stall a GPU.
         corrupted: [...] bool, the positions to score.
         weights: [...] fp32, a factor per position (1/t, document weights); gets no gradient.
         reduction: "none" gives weights * nll, [...] fp32, exactly 0 where not corrupted; "sum" its sum; "mean" that sum
@@ -46,11 +46,14 @@ def masked_cross_entropy(logits: Tensor, targets: Tensor, corrupted: Tensor, *, 
     return loss.view(targets.shape) if reduction == "none" else loss
 
 
-def linear_masked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, corrupted: Tensor, *, bias: Tensor | None = None,
-                                weights: Tensor | None = None, reduction: str = "mean", backend: str | None = None) -> Tensor:
+def linear_masked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, corrupted: Tensor, *,
+                                bias: Tensor | None = None, weights: Tensor | None = None, reduction: str = "mean",
+                                backend: str | None = None) -> Tensor:
     """`masked_cross_entropy` of the logits hidden @ weight.T + bias, which are never stored.
 
-    Exact for any upstream gradient, per position too. A weight or hidden that needs no gradient costs none.
+    Exact for any upstream gradient, per position too. A weight or hidden that needs no gradient costs none. With "sum"
+    and "mean" a training step takes three matrix products, with "none" four: factors known before the loss are cheaper
+    as `weights` than as upstream gradients.
 
     Args:
         hidden: [..., D], bf16, fp16 or fp32: the last hidden states. Only corrupted rows are read or multiplied.
@@ -65,7 +68,8 @@ def linear_masked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor,
         got = [list(x.shape) for x in (hidden, weight, bias) if x is not None]
         raise ValueError(f"{op} takes hidden [..., D], weight [V, D] and bias [V], not {got}")
     run = _linear_operator if torch.compiler.is_compiling() else _run_linear
-    loss = run(hidden.flatten(0, -2), weight, targets.flatten(), corrupted.flatten(), bias, _flat(weights), reduction, backend)
+    loss = run(hidden.flatten(0, -2), weight, targets.flatten(), corrupted.flatten(), bias, _flat(weights), reduction,
+               backend)
     return loss.view(targets.shape) if reduction == "none" else loss
 
 
@@ -75,8 +79,8 @@ def _check(op, name, inputs, targets, corrupted, weights, reduction):
         got = [list(x.shape) for x in (inputs, targets, corrupted, weights) if x is not None]
         raise ValueError(f"{op} takes {name}, targets [...], corrupted [...] and weights [...], not {got}")
     if targets.dtype != torch.int64 or corrupted.dtype != torch.bool or not inputs.is_floating_point():
-        raise ValueError(f"{op} takes floating {name}, int64 targets and bool corrupted, not {inputs.dtype}, {targets.dtype} "
-                         f"and {corrupted.dtype}")
+        raise ValueError(f"{op} takes floating {name}, int64 targets and bool corrupted, not {inputs.dtype}, "
+                         f"{targets.dtype} and {corrupted.dtype}")
     if reduction not in _REDUCTIONS:
         raise ValueError(f"{op}: reduction must be one of {', '.join(_REDUCTIONS)}, not {reduction!r}")
 
@@ -86,7 +90,8 @@ def _flat(weights):
 
 
 def _run_logits(logits, targets, corrupted, weights, reduction, backend):
-    return choose("masked_cross_entropy", LOGITS_BACKENDS, backend, logits).run(logits, targets, corrupted, weights, reduction)
+    chosen = choose("masked_cross_entropy", LOGITS_BACKENDS, backend, logits)
+    return chosen.run(logits, targets, corrupted, weights, reduction)
 
 
 def _run_linear(hidden, weight, targets, corrupted, bias, weights, reduction, backend):
@@ -104,9 +109,11 @@ def _fake_linear(hidden, weight, targets, corrupted, bias, weights, reduction, b
 
 
 _logits_operator = define_operator(
-    "masked_cross_entropy", "Tensor logits, Tensor targets, Tensor corrupted, Tensor? weights, str reduction, str? backend",
+    "masked_cross_entropy",
+    "Tensor logits, Tensor targets, Tensor corrupted, Tensor? weights, str reduction, str? backend",
     _run_logits, _fake_logits, differentiable=(0,))
 _linear_operator = define_operator(
     "linear_masked_cross_entropy",
-    "Tensor hidden, Tensor weight, Tensor targets, Tensor corrupted, Tensor? bias, Tensor? weights, str reduction, str? backend",
+    "Tensor hidden, Tensor weight, Tensor targets, Tensor corrupted, Tensor? bias, Tensor? weights, str reduction, "
+    "str? backend",
     _run_linear, _fake_linear, differentiable=(0, 1, 4))

@@ -8,12 +8,12 @@ gradients need the logits once more, a fourth product.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # of logits held at once
 
 
-def masked_cross_entropy(logits: Tensor, targets: Tensor, corrupted: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
+def masked_cross_entropy(logits: Tensor, targets: Tensor, corrupted: Tensor, weights: Tensor | None,
+                         reduction: str) -> Tensor:
     """[N, V] logits, flat targets, corrupted and weights [N]; [N] fp32 or a scalar."""
     return _MaskedCrossEntropy.apply(logits, targets, corrupted, weights, reduction)
 
@@ -21,7 +21,8 @@ def masked_cross_entropy(logits: Tensor, targets: Tensor, corrupted: Tensor, wei
 def linear_masked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, corrupted: Tensor, bias: Tensor | None,
                                 weights: Tensor | None, reduction: str) -> Tensor:
     """[N, D] hidden, [V, D] weight, [V] bias, flat targets, corrupted and weights [N]; [N] fp32 or a scalar."""
-    return _LinearMaskedCrossEntropy.apply(hidden, weight, bias, targets, corrupted, weights, reduction)
+    now = reduction != "none" and torch.is_grad_enabled()  # inside an autograd.Function it is always off
+    return _LinearMaskedCrossEntropy.apply(hidden, weight, bias, targets, corrupted, weights, reduction, now)
 
 
 class _MaskedCrossEntropy(torch.autograd.Function):
@@ -37,8 +38,8 @@ class _MaskedCrossEntropy(torch.autograd.Function):
         return _reduce(nll, scale, rows, len(logits), reduction)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        _refuse_second_derivative()
         logits, targets, rows, scale = ctx.saved_tensors
         scale = scale * (grad[rows] if ctx.reduction == "none" else grad)
         out = torch.zeros_like(logits, memory_format=torch.contiguous_format)
@@ -51,31 +52,40 @@ class _MaskedCrossEntropy(torch.autograd.Function):
 
 class _LinearMaskedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, corrupted, weights, reduction):
+    def forward(ctx, hidden, weight, bias, targets, corrupted, weights, reduction, gradients_now):
         with torch.autocast(hidden.device.type, enabled=False):
             rows, scale, compute = _plan(hidden, corrupted, weights, reduction)
-            wanted = ctx.needs_input_grad[:3] if reduction != "none" else (False,) * 3
+            wanted = ctx.needs_input_grad[:3] if gradients_now else (False,) * 3
             nll, *gradients = _linear(hidden, weight, bias, targets, rows, scale.to(compute), wanted)
             if reduction == "none":
                 ctx.save_for_backward(hidden, weight, bias, targets, rows, scale)
             else:
                 ctx.save_for_backward(*gradients)
-            ctx.reduction = reduction
+            ctx.reduction, ctx.dtypes = reduction, [None if x is None else x.dtype for x in (hidden, weight, bias)]
             return _reduce(nll, scale, rows, len(hidden), reduction)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        _refuse_second_derivative()
         if ctx.reduction == "none":
             hidden, weight, bias, targets, rows, scale = ctx.saved_tensors
             with torch.autocast(hidden.device.type, enabled=False):
-                gradients = _linear(hidden, weight, bias, targets, rows, scale * grad[rows], ctx.needs_input_grad[:3])[1:]
+                scale = scale * grad[rows]
+                gradients = _linear(hidden, weight, bias, targets, rows, scale, ctx.needs_input_grad[:3])[1:]
         else:
-            gradients = [None if saved is None else (saved * grad).to(saved.dtype) for saved in ctx.saved_tensors]
-        return *gradients, None, None, None, None
+            gradients = [None if saved is None else saved * grad for saved in ctx.saved_tensors]
+        gradients = [None if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
+        return *gradients, None, None, None, None, None
 
 
-def _plan(inputs: Tensor, corrupted: Tensor, weights: Tensor | None, reduction: str) -> tuple[Tensor, Tensor, torch.dtype]:
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():  # in a backward, that is create_graph=True
+        raise RuntimeError("masked cross-entropy has no second derivative, which create_graph=True asks for; "
+                           "use torch.nn.functional.cross_entropy on the corrupted rows")
+
+
+def _plan(inputs: Tensor, corrupted: Tensor, weights: Tensor | None,
+          reduction: str) -> tuple[Tensor, Tensor, torch.dtype]:
     """The corrupted rows [M], what each one's nll is multiplied by [M], and the dtype to compute in."""
     compute = torch.promote_types(inputs.dtype, torch.float32)
     rows = corrupted.nonzero().squeeze(1)
@@ -117,9 +127,12 @@ def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
             grad_w.addmm_(z.T, x[chunk])
         if wanted[2]:
             grad_b += z.sum(0)
-    gradients = (None if grad_x is None else torch.zeros_like(hidden, dtype=compute).index_copy_(0, rows, grad_x), grad_w, grad_b)
-    dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-    return nll, *(g if g is None else g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True))
+    if grad_x is not None:
+        grad_x = torch.zeros_like(hidden, dtype=compute).index_copy_(0, rows, grad_x)
+    inputs, gradients = (hidden, weight, bias), (grad_x, grad_w, grad_b)
+    # fp16 would lose what a gradient scaler's upstream gradient is still to lift into its range.
+    return nll, *(g if g is None or x.dtype == torch.float16 else g.to(x.dtype)
+                  for g, x in zip(gradients, inputs, strict=True))
 
 
 def _to_gradient(z: Tensor, targets: Tensor, scale: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One denoising step of a masked diffusion model: choose a token for every masked position, score it, commit the surest.
+"""One denoising step of a masked diffusion model: choose a token for each masked position, score it, commit the surest.
 
 For each masked position, with logits z over V words:
     p = softmax(filter(z / temperature)), token = argmax p, or a sample of p
@@ -21,7 +21,9 @@ from dllm_kernels.topk_unmask import cpu, reference
 from dllm_kernels.topk_unmask.random import philox_uniform
 from dllm_kernels.topk_unmask.selection import select
 
-__all__ = ["Scores", "Unmasked", "linear_token_scores", "linear_topk_unmask", "philox_uniform", "token_scores", "topk_unmask"]
+__all__ = [
+    "Scores", "Unmasked", "linear_token_scores", "linear_topk_unmask", "philox_uniform", "token_scores", "topk_unmask",
+]
 
 LOGITS_BACKENDS = (Backend("cpu", cpu.score_rows, cpu.missing, cpu.refuses), Backend("reference", reference.score_rows))
 LINEAR_BACKENDS = (Backend("cpu", cpu.linear_score_rows, cpu.missing, cpu.refuses),
@@ -50,26 +52,32 @@ def topk_unmask(logits: Tensor, tokens: Tensor, mask_token_id: int, k: Tensor | 
     """Fill the k[b] masked positions of each row that the logits are surest of.
 
     Args:
-        logits: [B, L, V], or [M, V] holding only the masked rows in row-major order; bf16, fp16 or fp32, summed in fp32.
+        logits: [B, L, V], or [M, V] holding only the masked rows in row-major order; bf16, fp16 or fp32, summed in
+            fp32.
         tokens: [B, L] int64; a position is masked where it equals `mask_token_id`.
         k: [B] int64 or an int: positions to commit per row; 0, or more than are masked, is allowed.
         confidence: "prob" (of the chosen token), "margin" (top-1 minus top-2), "entropy" (sum p log p, so larger is
             surer), or "random".
-        temperature: 0 takes the most likely token, the lowest id among equals; else logits are divided by it and sampled.
+        temperature: 0 takes the most likely token, the lowest id among equals; else logits / temperature are sampled.
         top_k, top_p: filters of the tempered distribution, top-p first (as Dream and Open-dLLM).
         selection_temperature: 0 commits the highest confidences; else noise is added, see `selection.select`.
         threshold: commit every position whose confidence is at least this too.
-        confidence_of: "filtered", the tempered and filtered distribution (Dream, Open-dLLM); "raw", the untouched (LLaDA).
-        generator: a torch.Generator (None: the global one), or the uniforms themselves, float64 [B, L, 2] in (0, 1), as
-            `philox_uniform` gives them.
+        confidence_of: the tempered and "filtered" distribution (Dream, Open-dLLM), or the untouched, "raw" (LLaDA).
+        generator: a torch.Generator (None: the global one; torch.compile takes no other), or the uniforms themselves,
+            float64 [B, L, 2] in (0, 1), as `philox_uniform` gives them.
         backend: a name of the backends, None takes the first that can run.
-    Returns: `Unmasked`. Ties between positions go to the lowest.
+    Returns: `Unmasked`. Ties between positions go to the lowest. A row of logits with a NaN or +inf, or of -inf alone,
+        has the confidence NaN, which is committed after all others; its token means nothing. It is not looked for:
+        that would stall a GPU.
     Raises: ValueError if shapes or settings cannot work, or `backend` cannot run here; the message says why.
     """
     op = "topk_unmask"
-    _check_step(op, tokens, k)
+    _check_step(op, tokens, mask_token_id, k, logits.shape[-1])
     if logits.ndim not in (2, 3) or (logits.ndim == 3 and logits.shape[:2] != tokens.shape):
-        raise ValueError(f"{op} takes logits [B, L, V] or [M, V] and tokens [B, L], not {list(logits.shape)} and {list(tokens.shape)}")
+        raise ValueError(
+            f"{op} takes logits [B, L, V] or [M, V] and tokens [B, L], not "
+            f"{list(logits.shape)} and {list(tokens.shape)}"
+        )
     settings = _check_settings(op, confidence, temperature, top_k, top_p, confidence_of, selection_temperature)
     uniform = _uniforms(op, generator, tokens.shape, tokens.device, confidence, temperature, selection_temperature)
     run = _unmask_operator if torch.compiler.is_compiling() else _unmask
@@ -78,21 +86,23 @@ def topk_unmask(logits: Tensor, tokens: Tensor, mask_token_id: int, k: Tensor | 
 
 
 def linear_topk_unmask(hidden: Tensor, weight: Tensor, tokens: Tensor, mask_token_id: int, k: Tensor | int, *,
-                       bias: Tensor | None = None, confidence: str = "prob", temperature: float = 0.0, top_k: int | None = None,
-                       top_p: float | None = None, selection_temperature: float = 0.0, threshold: float | None = None,
-                       confidence_of: str = "filtered", generator: torch.Generator | Tensor | None = None,
-                       backend: str | None = None) -> Unmasked:
-    """`topk_unmask` of the logits hidden @ weight.T + bias, multiplied at the masked positions alone and never all stored.
+                       bias: Tensor | None = None, confidence: str = "prob", temperature: float = 0.0,
+                       top_k: int | None = None, top_p: float | None = None, selection_temperature: float = 0.0,
+                       threshold: float | None = None, confidence_of: str = "filtered",
+                       generator: torch.Generator | Tensor | None = None, backend: str | None = None) -> Unmasked:
+    """`topk_unmask` of the logits hidden @ weight.T + bias, multiplied at the masked positions alone, never all stored.
 
     Args:
         hidden: [B, L, D], read only where masked. weight: [V, D]. bias: [V].
         The others, the result and the errors: as `topk_unmask`.
     """
     op = "linear_topk_unmask"
-    _check_step(op, tokens, k)
     _check_head(op, hidden, weight, bias)
+    _check_step(op, tokens, mask_token_id, k, weight.shape[0])
     if hidden.shape[:-1] != tokens.shape:
-        raise ValueError(f"{op} takes hidden [B, L, D] and tokens [B, L], not {list(hidden.shape)} and {list(tokens.shape)}")
+        raise ValueError(
+            f"{op} takes hidden [B, L, D] and tokens [B, L], not {list(hidden.shape)} and {list(tokens.shape)}"
+        )
     settings = _check_settings(op, confidence, temperature, top_k, top_p, confidence_of, selection_temperature)
     uniform = _uniforms(op, generator, tokens.shape, tokens.device, confidence, temperature, selection_temperature)
     run = _unmask_operator if torch.compiler.is_compiling() else _unmask
@@ -107,18 +117,20 @@ def token_scores(logits: Tensor, *, confidence: str = "prob", temperature: float
 
     Args: as `topk_unmask`; a tensor given as `generator` is [M, 2].
     """
-    if logits.ndim != 2:
-        raise ValueError(f"token_scores takes logits [M, V], not {list(logits.shape)}; flatten B and L first")
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        raise ValueError(
+            f"token_scores takes logits [M, V], V at least 1, not {list(logits.shape)}; flatten B and L first"
+        )
     settings = _check_settings("token_scores", confidence, temperature, top_k, top_p, confidence_of)
     uniform = _uniforms("token_scores", generator, logits.shape[:1], logits.device, confidence, temperature)
     run = _scores_operator if torch.compiler.is_compiling() else _scores
     return Scores(*run(logits, None, None, None, uniform, *settings, backend))
 
 
-def linear_token_scores(hidden: Tensor, weight: Tensor, positions: Tensor, *, bias: Tensor | None = None, confidence: str = "prob",
-                        temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
-                        confidence_of: str = "filtered", generator: torch.Generator | Tensor | None = None,
-                        backend: str | None = None) -> Scores:
+def linear_token_scores(hidden: Tensor, weight: Tensor, positions: Tensor, *, bias: Tensor | None = None,
+                        confidence: str = "prob", temperature: float = 0.0, top_k: int | None = None,
+                        top_p: float | None = None, confidence_of: str = "filtered",
+                        generator: torch.Generator | Tensor | None = None, backend: str | None = None) -> Scores:
     """`token_scores` of the logits hidden @ weight.T + bias at some positions, which are never all stored.
 
     Args:
@@ -136,15 +148,19 @@ def linear_token_scores(hidden: Tensor, weight: Tensor, positions: Tensor, *, bi
     return Scores(*run(hidden, weight, bias, positions, uniform, *settings, backend))
 
 
-def _check_step(op, tokens, k):
+def _check_step(op, tokens, mask_token_id, k, words):
+    if not 0 <= mask_token_id < words:
+        raise ValueError(f"{op}: mask_token_id {mask_token_id} is outside the vocabulary of {words}")
+    if not isinstance(k, Tensor) and k < 0:
+        raise ValueError(f"{op}: k must be 0 or more, not {k}")
     if tokens.ndim != 2 or tokens.dtype != torch.int64:
         raise ValueError(f"{op} takes tokens [B, L] int64, not {list(tokens.shape)} {tokens.dtype}")
     if isinstance(k, Tensor) and (k.shape != tokens.shape[:1] or k.dtype != torch.int64):
-        raise ValueError(f"{op} takes k [B] int64 = [{len(tokens)}] or an int, not {list(k.shape)} {k.dtype}")
+        raise ValueError(f"{op} takes k [B] int64 = [{tokens.shape[0]}] or an int, not {list(k.shape)} {k.dtype}")
 
 
 def _check_head(op, hidden, weight, bias):
-    if (hidden.ndim < 2 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]
+    if (hidden.ndim < 2 or weight.ndim != 2 or weight.shape[0] == 0 or hidden.shape[-1] != weight.shape[1]
             or (bias is not None and bias.shape != weight.shape[:1])):
         got = [list(x.shape) for x in (hidden, weight, bias) if x is not None]
         raise ValueError(f"{op} takes hidden [..., D], weight [V, D] and bias [V], not {got}")
@@ -155,8 +171,10 @@ def _check_settings(op, confidence, temperature, top_k, top_p, confidence_of, se
         raise ValueError(f"{op}: confidence must be one of {', '.join(CONFIDENCES)}, not {confidence!r}")
     if confidence_of not in ("filtered", "raw"):
         raise ValueError(f"{op}: confidence_of must be 'filtered' or 'raw', not {confidence_of!r}")
-    if temperature < 0 or selection_temperature < 0:
-        raise ValueError(f"{op}: temperatures must be 0 or more, not {temperature} and {selection_temperature}")
+    if not (0 <= temperature < torch.inf and 0 <= selection_temperature < torch.inf):
+        raise ValueError(
+            f"{op}: temperatures must be 0 or more and finite, not {temperature} and {selection_temperature}"
+        )
     if top_k is not None and top_k < 1:
         raise ValueError(f"{op}: top_k must be at least 1, or None for no limit, not {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
@@ -168,16 +186,21 @@ def _uniforms(op, generator, shape, device, confidence, temperature, selection_t
     """The uniforms [*shape, 2], or None where nothing is random."""
     if isinstance(generator, Tensor):
         if generator.shape != (*shape, 2) or generator.dtype != torch.float64:
-            raise ValueError(f"{op} takes uniforms {[*shape, 2]} float64, not {list(generator.shape)} {generator.dtype}")
+            raise ValueError(
+                f"{op} takes uniforms {[*shape, 2]} float64, not {list(generator.shape)} {generator.dtype}"
+            )
         return generator
     if temperature > 0 or selection_temperature > 0 or confidence == "random":
         # 0 and, after rounding, 1 would be infinite Gumbel noise
-        return torch.rand((*shape, 2), dtype=torch.float64, device=device, generator=generator).clamp_(2.0**-54, 1 - 2.0**-53)
+        uniform = torch.rand((*shape, 2), dtype=torch.float64, device=device, generator=generator)
+        return uniform.clamp_(2.0**-54, 1 - 2.0**-53)
     return None
 
 
 def _as_tensor(k, tokens):
-    return k.to(tokens.device) if isinstance(k, Tensor) else torch.full((len(tokens),), k, dtype=torch.int64, device=tokens.device)
+    if isinstance(k, Tensor):
+        return k.to(tokens.device)
+    return torch.full(tokens.shape[:1], k, dtype=torch.int64, device=tokens.device)
 
 
 def _score(inputs, weight, bias, uniform, *settings_and_backend):
@@ -185,7 +208,8 @@ def _score(inputs, weight, bias, uniform, *settings_and_backend):
     with torch.no_grad():
         if weight is None:
             return choose("token_scores", LOGITS_BACKENDS, backend, inputs).run(inputs, uniform, *settings)
-        return choose("linear_token_scores", LINEAR_BACKENDS, backend, inputs).run(inputs, weight, bias, uniform, *settings)
+        chosen = choose("linear_token_scores", LINEAR_BACKENDS, backend, inputs)
+        return chosen.run(inputs, weight, bias, uniform, *settings)
 
 
 def _unmask(inputs, weight, bias, tokens, mask_token_id, k, uniform, confidence, temperature, top_k, top_p, raw,
@@ -195,10 +219,12 @@ def _unmask(inputs, weight, bias, tokens, mask_token_id, k, uniform, confidence,
     if inputs.ndim == 3:
         rows = rows[masked]
     elif len(rows) != int(masked.sum()):
-        raise ValueError(f"topk_unmask takes one row of logits per masked position: {len(rows)} rows, {int(masked.sum())} masked")
-    token, score = _score(rows, weight, bias, None if uniform is None else uniform[masked], confidence, temperature, top_k,
-                          top_p, raw, backend)
-    scores = torch.full(tokens.shape, -torch.inf, dtype=torch.float32, device=tokens.device).masked_scatter(masked, score)
+        raise ValueError(
+            f"topk_unmask takes one row of logits per masked position: {len(rows)} rows, {int(masked.sum())} masked"
+        )
+    token, score = _score(rows, weight, bias, None if uniform is None else uniform[masked], confidence, temperature,
+                          top_k, top_p, raw, backend)
+    scores = torch.full_like(tokens, -torch.inf, dtype=torch.float32).masked_scatter(masked, score)
     committed = select(scores, masked, k, selection_temperature, threshold, uniform)
     return torch.where(committed, tokens.masked_scatter(masked, token), tokens), scores, committed
 
@@ -211,11 +237,11 @@ def _scores(inputs, weight, bias, positions, uniform, *settings_and_backend):
 
 
 def _fake_unmask(inputs, weight, bias, tokens, *rest):
-    return torch.empty_like(tokens), torch.empty_like(tokens, dtype=torch.float32), torch.empty_like(tokens, dtype=torch.bool)
+    return tuple(torch.empty_like(tokens, dtype=dtype) for dtype in (torch.int64, torch.float32, torch.bool))
 
 
 def _fake_scores(inputs, weight, bias, positions, *rest):
-    count = len(inputs) if positions is None else len(positions)
+    count = (inputs if positions is None else positions).shape[0]
     return inputs.new_empty(count, dtype=torch.int64), inputs.new_empty(count, dtype=torch.float32)
 
 

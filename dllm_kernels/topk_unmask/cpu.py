@@ -1,4 +1,4 @@
-"""The C++ backend on the CPU: one pass over each row, in parallel over rows (csrc/cpu/topk_unmask.cpp)."""
+"""The C++ backend on the CPU: one pass over each row, in parallel over rows (csrc/cpu/topk_unmask.cpp, linear.cpp)."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,8 @@ from torch import Tensor
 from dllm_kernels import library
 
 _CONFIDENCES = ("prob", "margin", "entropy", "random")
-_WORKSPACE_BYTES = 16 << 20  # of logits between the product with the head and the pass over them; about the last-level cache
+_WORKSPACE_BYTES = 64 << 20  # of logits between the product with the head and the pass over them
+_MAX_ROWS = 128  # in one product, so that the hidden rows stay in the cache
 
 
 def missing() -> str | None:
@@ -32,24 +33,18 @@ def score_rows(logits: Tensor, uniform: Tensor | None, confidence: str, temperat
 
 def linear_score_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, uniform: Tensor | None,
                       *settings) -> tuple[Tensor, Tensor]:
-    """As `reference.linear_score_rows`.
-
-    The products are in fp32: on CPUs without bf16 instructions a bf16 product is several times slower than converting.
-    """
+    """As `reference.linear_score_rows`, with fp32 products whatever the dtype."""
     tokens = torch.empty(len(hidden), dtype=torch.int64)
     scores = torch.empty(len(hidden), dtype=torch.float32)
-    hidden = hidden.float()
-    rows = max(8, _WORKSPACE_BYTES // (4 * max(len(weight), 1)))
+    hidden, bias = hidden.float().contiguous(), None if bias is None else bias.float().contiguous()
+    if weight.dtype == torch.float16 or weight.stride(1) != 1:
+        weight = weight.float().contiguous()
+    rows = min(_MAX_ROWS, max(8, _WORKSPACE_BYTES // (4 * max(len(weight), 1))))
     buffer = torch.empty(min(rows, len(hidden)), len(weight))
-    words = 4096  # of the head at once: a block of it and of the hidden rows stay in the cache
     for start in range(0, len(hidden), rows):
         part = slice(start, start + rows)
         logits = buffer[: len(hidden[part])]
-        for word in range(0, len(weight), words):
-            block = slice(word, word + words)
-            torch.mm(hidden[part], weight[block].float().T, out=logits[:, block])
-            if bias is not None:
-                logits[:, block] += bias[block]
+        library.operators().linear_rows_cpu(hidden[part], weight, bias, logits)
         _score_into(logits, None if uniform is None else uniform[part], tokens[part], scores[part], *settings)
     return tokens, scores
 
@@ -57,5 +52,7 @@ def linear_score_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, unifo
 def _score_into(logits, uniform, tokens, scores, confidence, temperature, top_k, top_p, raw):
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
-    library.operators().score_rows_cpu(logits, None if uniform is None else uniform.contiguous(), tokens, scores,
-                                       _CONFIDENCES.index(confidence), temperature, top_k or 0, 1.0 if top_p is None else top_p, raw)
+    uniform = None if uniform is None else uniform.contiguous()
+    top_p = 1.0 if top_p is None else top_p
+    library.operators().score_rows_cpu(logits, uniform, tokens, scores, _CONFIDENCES.index(confidence), temperature,
+                                       top_k or 0, top_p, raw)

@@ -12,14 +12,21 @@ _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ten rounds on four 32-bit words, each an int64 tensor below 2**32; four random words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
         # The int64 products wrap around; their 64 bits are still those of the unsigned product.
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = ((product1 >> 32) & _LOW) ^ c1 ^ k0, product1 & _LOW, ((product0 >> 32) & _LOW) ^ c3 ^ k1, product0 & _LOW
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & _LOW) ^ c1 ^ k0,
+            product1 & _LOW,
+            ((product0 >> 32) & _LOW) ^ c3 ^ k1,
+            product0 & _LOW,
+        )
         k0, k1 = (k0 + _KEY_INCREMENTS[0]) & _LOW, (k1 + _KEY_INCREMENTS[1]) & _LOW
     return c0, c1, c2, c3
 
@@ -31,10 +38,10 @@ def philox_uniform(seed: int, sequence: Tensor, step: int, position: Tensor) -> 
         seed: any integer; its low 64 bits are the key.
         sequence, position: int64 tensors below 2**32 that broadcast together, to [B, L] say.
         step: below 2**32.
-    Returns: float64 [B, L, 2], multiples of 2**-53 shifted off 0. [..., 0] picks the token, [..., 1] is for selection.
+    Returns: float64 [B, L, 2], odd multiples of 2**-53. [..., 0] picks the token, [..., 1] is for selection.
     """
     sequence, position = torch.broadcast_tensors(sequence, position)
     step_word = torch.full_like(position, step)
     words = philox((position, step_word, sequence, torch.zeros_like(position)), (seed & _LOW, (seed >> 32) & _LOW))
-    pairs = torch.stack((words[0] << 21 ^ words[1] >> 11, words[2] << 21 ^ words[3] >> 11), dim=-1)
-    return (pairs.double() + 0.5) * 2.0**-53
+    pairs = torch.stack((words[0] << 20 | words[1] >> 12, words[2] << 20 | words[3] >> 12), dim=-1)
+    return (pairs.double() + 0.5) * 2.0**-52  # exact: 53 bits and the half would round the largest to 1

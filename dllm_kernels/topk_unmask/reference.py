@@ -48,13 +48,15 @@ def score_rows(logits: Tensor, uniform: Tensor | None, confidence: str, temperat
 
 def linear_score_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, uniform: Tensor | None,
                       *settings) -> tuple[Tensor, Tensor]:
-    """`score_rows` of the logits hidden [M, D] @ weight.T + bias, some rows at a time."""
+    """`score_rows` of the logits hidden [M, D] @ weight.T + bias in fp32, some rows at a time."""
     size = max(1, (256 << 20) // (4 * max(len(weight), 1)))
     tokens, scores = [hidden.new_empty(0, dtype=torch.int64)], [hidden.new_empty(0, dtype=torch.float32)]
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
-            logits = torch.nn.functional.linear(hidden[part].to(weight.dtype), weight, bias)
+            logits = torch.nn.functional.linear(hidden[part].to(dtype), weight, bias)
             token, score = score_rows(logits, None if uniform is None else uniform[part], *settings)
             tokens.append(token)
             scores.append(score)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 def select(confidence: Tensor, masked: Tensor, k: Tensor, selection_temperature: float, threshold: float | None,
            uniform: Tensor | None) -> Tensor:
-    """committed [B, L] bool: the k[b] best masked positions of each row, and all whose confidence reaches the threshold.
+    """committed [B, L] bool: the k[b] best masked positions of each row, and all that reach the threshold.
 
     The score is the confidence, or confidence / selection_temperature + Gumbel noise, which samples k positions without
     replacement in proportion to exp(confidence / selection_temperature). Among equals the lowest position; NaN is last.
@@ -17,7 +17,9 @@ def select(confidence: Tensor, masked: Tensor, k: Tensor, selection_temperature:
     finite = torch.finfo(score.dtype)
     score = torch.where(score.isnan(), -torch.inf, score).clamp(min=finite.min).masked_fill(~masked, -torch.inf)
     order = score.argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
     committed = rank < k.unsqueeze(1)
     if threshold is not None:
         committed = committed | (confidence >= threshold)

@@ -1,0 +1,138 @@
+// logits [M, V] = hidden [M, D] weight[V, D]^T + bias, for the few rows of a denoising step.
+//
+// A library's matrix product repacks the weights for every call, which for M of a few dozen costs as much as the product.
+// Both factors are contiguous along D, so here every number is a dot product along D, in tiles of 3 rows by 4 words whose
+// twelve accumulators stay in registers; each weight is read from memory once and meets all rows in the cache.
+// The weights may be bf16: they are widened on the way into the registers.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+
+#include "../checks.h"
+#include "../vectorised.h"
+
+namespace {
+
+using torch::headeronly::BFloat16;
+using torch::stable::Tensor;
+
+constexpr int kWidth = 8, kRows = 3, kWords = 4;
+typedef float Vector __attribute__((vector_size(kWidth * sizeof(float))));
+typedef uint32_t Bits __attribute__((vector_size(kWidth * sizeof(uint32_t))));
+typedef uint16_t Halves __attribute__((vector_size(kWidth * sizeof(uint16_t))));
+
+DLLM_INLINE void load(const float* from, Vector& to) { std::memcpy(&to, from, sizeof(to)); }
+
+DLLM_INLINE void load(const BFloat16* from, Vector& to) {
+  Halves halves;
+  std::memcpy(&halves, from, sizeof(halves));
+  const Bits bits = __builtin_convertvector(halves, Bits) << 16;
+  std::memcpy(&to, &bits, sizeof(to));
+}
+
+// The sums of four vectors, together: adding neighbours of pairs of vectors takes half the steps of one after the other.
+DLLM_INLINE void sum_four(const Vector (&v)[4], float* out) {
+  const Vector ab = __builtin_shufflevector(v[0], v[1], 0, 8, 2, 10, 4, 12, 6, 14) +
+                    __builtin_shufflevector(v[0], v[1], 1, 9, 3, 11, 5, 13, 7, 15);
+  const Vector cd = __builtin_shufflevector(v[2], v[3], 0, 8, 2, 10, 4, 12, 6, 14) +
+                    __builtin_shufflevector(v[2], v[3], 1, 9, 3, 11, 5, 13, 7, 15);
+  const Vector abcd = __builtin_shufflevector(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) +
+                      __builtin_shufflevector(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
+  typedef float Quarter __attribute__((vector_size(4 * sizeof(float))));
+  const Quarter sums = __builtin_shufflevector(abcd, abcd, 0, 1, 2, 3) + __builtin_shufflevector(abcd, abcd, 4, 5, 6, 7);
+  std::memcpy(out, &sums, sizeof(sums));
+}
+
+DLLM_INLINE float sum(const Vector& v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+
+// out[r * out_stride + c] = x[r] . w[c], for rows <= kRows and words <= kWords, both known to the compiler.
+template <int rows, int words, typename T>
+DLLM_INLINE void tile(const float* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t D, float* out, int64_t out_stride) {
+  Vector sums[rows][words] = {};
+  int64_t d = 0;
+  for (; d + kWidth <= D; d += kWidth) {
+    Vector a[rows], b;
+    for (int r = 0; r < rows; ++r) load(x + r * x_stride + d, a[r]);
+    for (int c = 0; c < words; ++c) {
+      load(w + c * w_stride + d, b);
+      for (int r = 0; r < rows; ++r) sums[r][c] += a[r] * b;
+    }
+  }
+  for (int r = 0; r < rows; ++r) {
+    float totals[words];
+    if constexpr (words == 4) {
+      sum_four(sums[r], totals);
+    } else {
+      for (int c = 0; c < words; ++c) totals[c] = sum(sums[r][c]);
+    }
+    for (int64_t rest = d; rest < D; ++rest)
+      for (int c = 0; c < words; ++c) totals[c] += x[r * x_stride + rest] * static_cast<float>(w[c * w_stride + rest]);
+    std::memcpy(out + r * out_stride, totals, sizeof(totals));
+  }
+}
+
+template <int words, typename T>
+DLLM_INLINE void all_rows(const float* x, int64_t M, const T* w, int64_t w_stride, int64_t D, float* out, int64_t out_stride) {
+  int64_t m = 0;
+  for (; m + kRows <= M; m += kRows) tile<kRows, words>(x + m * D, D, w, w_stride, D, out + m * out_stride, out_stride);
+  for (; m < M; ++m) tile<1, words>(x + m * D, D, w, w_stride, D, out + m * out_stride, out_stride);
+}
+
+template <typename T>
+DLLM_INLINE void words_of(const float* x, int64_t M, const T* w, int64_t w_stride, int64_t D, int64_t begin, int64_t end,
+                          float* out, int64_t out_stride) {
+  int64_t v = begin;
+  for (; v + kWords <= end; v += kWords) all_rows<kWords>(x, M, w + v * w_stride, w_stride, D, out + v, out_stride);
+  for (; v < end; ++v) all_rows<1>(x, M, w + v * w_stride, w_stride, D, out + v, out_stride);
+}
+
+DLLM_VECTORISED void multiply(const float* x, int64_t M, const float* w, int64_t w_stride, int64_t D, int64_t begin, int64_t end,
+                              float* out, int64_t out_stride) {
+  words_of(x, M, w, w_stride, D, begin, end, out, out_stride);
+}
+
+DLLM_VECTORISED void multiply(const float* x, int64_t M, const BFloat16* w, int64_t w_stride, int64_t D, int64_t begin, int64_t end,
+                              float* out, int64_t out_stride) {
+  words_of(x, M, w, w_stride, D, begin, end, out, out_stride);
+}
+
+template <typename T>
+void run(const Tensor& hidden, const Tensor& weight, const float* bias, Tensor& logits) {
+  const int64_t M = hidden.size(0), D = hidden.size(1), V = weight.size(0), stride = logits.stride(0);
+  const auto* x = static_cast<const float*>(hidden.const_data_ptr());
+  const auto* w = static_cast<const T*>(weight.const_data_ptr());
+  auto* out = static_cast<float*>(logits.mutable_data_ptr());
+  const int64_t per_task = 256;  // words
+  torch::stable::parallel_for(0, (V + per_task - 1) / per_task, 1, [&](int64_t first, int64_t last) {
+    const int64_t begin = first * per_task, end = std::min(last * per_task, V);
+    multiply(x, M, w, weight.stride(0), D, begin, end, out, stride);
+    if (bias)
+      for (int64_t m = 0; m < M; ++m)
+        for (int64_t v = begin; v < end; ++v) out[m * stride + v] += bias[v];
+  });
+}
+
+void linear_rows(const Tensor& hidden, const Tensor& weight, std::optional<Tensor> bias, Tensor logits) {
+  dllm::check_rows(weight, 2, "weight");
+  dllm::check_rows(logits, 2, "logits");
+  STD_TORCH_CHECK(hidden.is_contiguous() && hidden.size(1) == weight.size(1) && logits.size(0) == hidden.size(0) &&
+                      logits.size(1) == weight.size(0),
+                  "linear_rows_cpu: shapes disagree");
+  const float* b = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
+  if (weight.scalar_type() == torch::headeronly::ScalarType::Float) {
+    run<float>(hidden, weight, b, logits);
+  } else {
+    STD_TORCH_CHECK(weight.scalar_type() == torch::headeronly::ScalarType::BFloat16, "linear_rows_cpu takes fp32 and bf16 weights");
+    run<BFloat16>(hidden, weight, b, logits);
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(dllm_kernels_native, CPU, m) { m.impl("linear_rows_cpu", TORCH_BOX(&linear_rows)); }

@@ -1,0 +1,284 @@
+"""Drop-in use in Hugging Face Transformers: an attention implementation, and patches of model classes or instances.
+
+    dllm_kernels.register_attention()
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="dllm")   # attention in both directions
+
+    undo = dllm_kernels.apply_dllm_kernels_to_qwen2(model=model)                       # and the loss without logits
+    undo()
+
+Without `model=` the classes are patched, for the models made afterwards. Transformers is imported when one of these is
+called.
+"""
+
+import functools
+import importlib
+import inspect
+import sys
+import weakref
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dllm_kernels.attention import bidirectional_attention
+from dllm_kernels.masked_cross_entropy import linear_masked_cross_entropy
+
+__all__ = ["apply_dllm_kernels_to_dream", "apply_dllm_kernels_to_llada", "apply_dllm_kernels_to_llama",
+           "apply_dllm_kernels_to_qwen2", "apply_dllm_kernels_to_qwen3", "register_attention"]
+
+Undo = Callable[[], None]
+
+
+def register_attention() -> None:
+    """Register "dllm" with Transformers, so that ``attn_implementation="dllm"`` gives attention in both directions.
+
+    Padding is handled: no query sees a key whose attention_mask is 0, and a query that sees none gives zeros. Padded
+    queries give numbers that mean nothing, as everywhere in Transformers. Calling it twice does no harm.
+
+    Raises: ImportError without Transformers 4.54 or newer. At the model's call, ValueError for what this attention does
+        not have: dropout, sliding windows, soft capping, sinks, packed position_ids, 4-D masks.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register("dllm", _attention_forward)
+    AttentionMaskInterface.register("dllm", _key_mask)
+
+
+def apply_dllm_kernels_to_qwen2(*, attention: bool = True, fused_linear_cross_entropy: bool = True,
+                                model: nn.Module | None = None) -> Undo:
+    """Patch Qwen2: attention in both directions, and a loss that never stores the logits.
+
+    Args:
+        attention: set the attention implementation to "dllm" (see `register_attention`).
+        fused_linear_cross_entropy: in training mode, ``model(..., labels=labels).loss`` comes from
+            `linear_masked_cross_entropy` of the positions whose label is not ignore_index, and ``.logits`` is None. The
+            value is that of Transformers: labels are shifted (position i predicts label i + 1) unless they come as
+            `shift_labels`. So for models that predict the masked position itself, give the labels as both.
+        model: patch this model alone; None patches the classes, for models made afterwards.
+    Returns: a function that undoes the patch, on the models it reached too.
+    Raises: ValueError if `model` is not such a model; ImportError without Transformers.
+    """
+    return _apply("qwen2", "Qwen2", attention, fused_linear_cross_entropy, model)
+
+
+def apply_dllm_kernels_to_qwen3(*, attention: bool = True, fused_linear_cross_entropy: bool = True,
+                                model: nn.Module | None = None) -> Undo:
+    """Patch Qwen3; arguments, result and errors as `apply_dllm_kernels_to_qwen2`."""
+    return _apply("qwen3", "Qwen3", attention, fused_linear_cross_entropy, model)
+
+
+def apply_dllm_kernels_to_llama(*, attention: bool = True, fused_linear_cross_entropy: bool = True,
+                                model: nn.Module | None = None) -> Undo:
+    """Patch Llama; arguments, result and errors as `apply_dllm_kernels_to_qwen2`."""
+    return _apply("llama", "Llama", attention, fused_linear_cross_entropy, model)
+
+
+def apply_dllm_kernels_to_llada(*, model: nn.Module) -> Undo:
+    """Patch the attention of a LLaDA model, whose code comes with its checkpoint (trust_remote_code).
+
+    A call with a mask, with dropout, or that asks for causality is left to the model's own code. The loss of LLaDA is
+    computed outside of the model: take the hidden states and `linear_masked_cross_entropy` there.
+
+    Args:
+        model: the model; its code is not a class of Transformers that could be patched beforehand.
+    Returns: a function that undoes the patch.
+    Raises: ValueError if no layer of `model` has the attention method of LLaDA's published code.
+    """
+    wanted = ["q", "k", "v", "attn_mask", "dropout_p", "is_causal"]
+    layers = [layer for layer in _modules("llada", model)
+              if _parameters(getattr(layer, "_scaled_dot_product_attention", None)) == wanted]
+    if not layers:
+        raise ValueError(f"apply_dllm_kernels_to_llada: no layer of {type(model).__name__} has a method "
+                         f"_scaled_dot_product_attention({', '.join(wanted)}); give a model of LLaDA's published code")
+
+    def patched(original, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
+        if attn_mask is not None or dropout_p or is_causal:
+            return original(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal)
+        return bidirectional_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+    return _replace([(layer, "_scaled_dot_product_attention", patched) for layer in layers])
+
+
+def apply_dllm_kernels_to_dream(*, model: nn.Module) -> Undo:
+    """Patch the attention of a Dream model, whose code comes with its checkpoint (trust_remote_code).
+
+    A call with a mask, a cache or dropout, or that asks for the attention weights, is left to the model's own code.
+
+    Args, returns: as `apply_dllm_kernels_to_llada`.
+    Raises: ValueError if no layer of `model` is a DreamSdpaAttention of Dream's published code.
+    """
+    layers = [layer for layer in _modules("dream", model) if type(layer).__name__ == "DreamSdpaAttention"]
+    if not layers:
+        raise ValueError(f"apply_dllm_kernels_to_dream: {type(model).__name__} has no layer DreamSdpaAttention; give a "
+                         f"model of Dream's published code, loaded with attn_implementation='sdpa'")
+
+    def patch(layer):
+        rotate = sys.modules[type(layer).__module__].apply_rotary_pos_emb
+
+        def patched(original, hidden_states, attention_mask=None, *args, position_embeddings=None, **others):
+            known = {name: value for name, value in others.items() if name not in ("position_ids", "cache_position")}
+            if (args or isinstance(attention_mask, Tensor) or position_embeddings is None
+                    or any(value is not None and value is not False for value in known.values())
+                    or (layer.training and layer.attention_dropout)):
+                return original(hidden_states, attention_mask, *args, position_embeddings=position_embeddings, **others)
+            heads = (*hidden_states.shape[:2], -1, layer.head_dim)
+            q, k, v = (project(hidden_states).view(heads) for project in (layer.q_proj, layer.k_proj, layer.v_proj))
+            q, k = rotate(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
+            out = bidirectional_attention(q.transpose(1, 2), k.transpose(1, 2), v)
+            return layer.o_proj(out.flatten(2)), None, None
+
+        return patched
+
+    return _replace([(layer, "forward", patch(layer)) for layer in layers])
+
+
+def _attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+                       attention_mask: Tensor | None = None, scaling: float | None = None, dropout: float = 0.0,
+                       **others) -> tuple[Tensor, None]:
+    """Transformers' attention interface: q [B, Hq, Lq, E], k and v [B, Hkv, Lk, E] -> [B, Lq, Hq, E]."""
+    if dropout:
+        raise ValueError(f"attn_implementation 'dllm' has no dropout, and the model asks for {dropout}; "
+                         f"set attention_dropout to 0 in its config")
+    for name in ("sliding_window", "softcap", "s_aux", "position_bias"):
+        if others.get(name) is not None:
+            raise ValueError(f"attn_implementation 'dllm' does not have the {name} that {type(module).__name__} asks "
+                             f"for; load the model with 'sdpa' or 'eager'")
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError(f"attn_implementation 'dllm' takes an attention_mask [B, L], not "
+                         f"{list(attention_mask.shape)}: every query sees every key that is not padding")
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    key_mask = None if attention_mask is None else attention_mask[:, :k.shape[1]].bool()
+    return bidirectional_attention(q, k, v, key_mask=key_mask, scale=scaling), None
+
+
+def _key_mask(batch_size: int, *, kv_length: int, kv_offset: int = 0, mask_function: Callable | None = None,
+              attention_mask: Tensor | None = None, **others) -> Tensor | None:
+    """Transformers' mask interface: [B, Lk] bool, True = may be attended; None where there is no padding."""
+    plain = ("causal_mask_function", "bidirectional_mask_function")
+    if mask_function is not None and getattr(mask_function, "__name__", "") not in plain:
+        raise ValueError(
+            "attn_implementation 'dllm' has neither sliding windows nor packed position_ids nor other masks: every "
+            "query sees every key of its row that is not padding. Under torch.compile give an attention_mask, because "
+            "without one Transformers takes all position_ids for packed; else load the model with 'sdpa' or 'eager'")
+    if attention_mask is None:
+        # Keys that a static cache has not been given yet must not be seen. Transformers 4 gives cache_position only.
+        where = others.get("cache_position")
+        seen = others["q_offset"] + others["q_length"] if where is None else where[-1] + 1
+        if isinstance(seen, int) and seen >= kv_length + kv_offset:
+            return None
+        device = where.device if where is not None else others.get("device")
+        return (torch.arange(kv_offset, kv_offset + kv_length, device=device) < seen).expand(batch_size, -1)
+    mask = F.pad(attention_mask.bool(), (0, max(0, kv_offset + kv_length - attention_mask.shape[1])))
+    mask = mask[:, kv_offset:kv_offset + kv_length]
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all()):
+        return None
+    return mask
+
+
+def _apply(module: str, prefix: str, attention: bool, loss: bool, model: nn.Module | None) -> Undo:
+    modeling = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+    base, causal = getattr(modeling, f"{prefix}PreTrainedModel"), getattr(modeling, f"{prefix}ForCausalLM")
+    if model is not None and not isinstance(model, base):
+        raise ValueError(f"apply_dllm_kernels_to_{module} takes a {prefix} model of Transformers, "
+                         f"not {type(model).__name__}")
+    if model is not None and loss and not isinstance(model, causal):
+        raise ValueError(f"apply_dllm_kernels_to_{module}: {type(model).__name__} has no language modelling head; "
+                         f"set fused_linear_cross_entropy=False or give a {causal.__name__}")
+    changed: list[tuple[Callable, str]] = []  # configurations reached, and the attention implementation they had
+
+    def use_dllm(config):
+        if config._attn_implementation != "dllm":
+            reference = weakref.ref(config)
+            changed.append((reference, config._attn_implementation))
+            config._attn_implementation = "dllm"
+
+    replacements = []
+    if attention:
+        register_attention()
+        if model is not None:
+            use_dllm(model.config)
+        else:
+            def init(original, self, *args, **kwargs):
+                original(self, *args, **kwargs)
+                use_dllm(self.config)
+
+            replacements.append((base, "__init__", init))
+    if loss:
+        replacements.append((causal if model is None else model, "forward", _forward_with_loss))
+    restore = _replace(replacements)
+
+    def undo() -> None:
+        restore()
+        for reference, before in changed:
+            if (config := reference()) is not None:
+                config._attn_implementation = before
+        changed.clear()
+
+    return undo
+
+
+def _forward_with_loss(original, *args, labels=None, logits_to_keep=0, return_dict=None, **kwargs):
+    """The forward of a causal model of Transformers; in training with labels, the loss comes without the logits."""
+    bound = getattr(original, "__self__", None)
+    self, inputs = (args[0], args[1:]) if bound is None else (bound, args)
+    head = self.lm_head
+    if (labels is None or not self.training or return_dict is False or type(head) is not nn.Linear
+            or not isinstance(logits_to_keep, int) or logits_to_keep):
+        return original(*args, labels=labels, logits_to_keep=logits_to_keep, return_dict=return_dict, **kwargs)
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    names = ("shift_labels", "num_items_in_batch", "ignore_index")
+    of_loss = {name: kwargs.pop(name) for name in names if name in kwargs}
+    outputs = self.model(*inputs, **kwargs)
+    loss = _shifted_loss(outputs.last_hidden_state, head, labels, **of_loss)
+    return CausalLMOutputWithPast(loss=loss, past_key_values=outputs.past_key_values,
+                                  hidden_states=outputs.hidden_states, attentions=outputs.attentions)
+
+
+def _shifted_loss(hidden: Tensor, head: nn.Linear, labels: Tensor, shift_labels: Tensor | None = None,
+                  num_items_in_batch: Tensor | int | None = None, ignore_index: int = -100) -> Tensor:
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    shift_labels = shift_labels.to(hidden.device).view(hidden.shape[:-1])
+    loss = linear_masked_cross_entropy(hidden, head.weight, shift_labels, shift_labels != ignore_index, bias=head.bias,
+                                       reduction="mean" if num_items_in_batch is None else "sum")
+    return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+def _replace(replacements: list[tuple[object, str, Callable]]) -> Undo:
+    """Set method `name` of each class or instance to `patched(original, ...)`; returns what restores them."""
+    restores = []
+    for owner, name, patched in replacements:
+        original, own = getattr(owner, name), name in vars(owner)
+        setattr(owner, name, _bind(patched, original))
+        restores.append((owner, name, original if own else None))
+
+    def undo() -> None:
+        while restores:
+            owner, name, original = restores.pop()
+            if original is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
+
+    return undo
+
+
+def _bind(patched: Callable, original: Callable) -> Callable:
+    @functools.wraps(original)  # Transformers' Trainer reads the signature to know which columns the model takes
+    def method(*args, **kwargs):
+        return patched(original, *args, **kwargs)
+
+    return method
+
+
+def _modules(family: str, model: nn.Module):
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"apply_dllm_kernels_to_{family} takes model=, a loaded model, not {type(model).__name__}: "
+                         f"its code comes with its checkpoint, so there is no class to patch beforehand")
+    return model.modules()
+
+
+def _parameters(method: Callable | None) -> list[str]:
+    return [] if method is None else list(inspect.signature(method).parameters)

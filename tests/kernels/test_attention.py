@@ -1,0 +1,243 @@
+"""Attention against a float64 definition written out position by position."""
+
+import numpy as np
+import pytest
+import torch
+
+from dllm_kernels import bidirectional_attention, bidirectional_attention_varlen, block_diffusion_attention
+from dllm_kernels.attention import BLOCK_DIFFUSION_BACKENDS, DENSE_BACKENDS, VARLEN_BACKENDS
+from dllm_kernels.dispatch import runnable
+
+dense_backends = pytest.mark.parametrize("backend", runnable(DENSE_BACKENDS))
+SHAPES = [(1, 1, 1, 1, 1, 8), (2, 7, 7, 4, 2, 16), (3, 5, 13, 6, 1, 24), (1, 33, 65, 4, 4, 40)]  # B, Lq, Lk, Hq, Hkv, E
+
+
+def make(B, Lq, Lk, Hq, Hkv, E, dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(B, L, H, E, generator=g).to(dtype) for L, H in ((Lq, Hq), (Lk, Hkv), (Lk, Hkv)))
+
+
+def exact(q, k, v, sees):
+    """float64, one query at a time; sees(b, i) -> bool [Lk]."""
+    q, k, v = (x.double() for x in (q, k, v))
+    out = torch.zeros_like(q)
+    for b in range(q.shape[0]):
+        for i in range(q.shape[1]):
+            allowed = sees(b, i)
+            for h in range(q.shape[2]):
+                g = h * k.shape[2] // q.shape[2]
+                if allowed.any():
+                    weights = (k[b, allowed, g] @ q[b, i, h] * q.shape[-1] ** -0.5).softmax(0)
+                    out[b, i, h] = weights @ v[b, allowed, g]
+    return out
+
+
+def assert_as_exact_as_eager(ours, truth, eager):
+    assert (ours.double() - truth).abs().max() <= 2 * (eager.double() - truth).abs().max() + 1e-6
+
+
+@dense_backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_query_sees_every_key(shape, dtype, backend):
+    q, k, v = make(*shape, dtype)
+    truth = exact(q, k, v, lambda b, i: torch.ones(shape[2], dtype=torch.bool))
+    group = shape[3] // shape[4]
+    scores = torch.einsum("bqhe,bkhe->bhqk", q, k.repeat_interleave(group, 2)) * shape[-1] ** -0.5
+    eager = torch.einsum("bhqk,bkhe->bqhe", scores.softmax(-1), v.repeat_interleave(group, 2))
+    ours = bidirectional_attention(q, k, v, backend=backend)
+    assert ours.dtype == dtype and ours.shape == q.shape
+    assert_as_exact_as_eager(ours, truth, eager)
+
+
+@dense_backends
+@pytest.mark.parametrize("shape", SHAPES)
+def test_masked_keys_are_never_seen_and_a_row_without_keys_gives_zeros(shape, backend):
+    q, k, v = (x.requires_grad_() for x in make(*shape))
+    key_mask = torch.rand(shape[0], shape[2], generator=torch.Generator().manual_seed(1)) < 0.6
+    key_mask[-1] = False
+    ours = bidirectional_attention(q, k, v, key_mask=key_mask, backend=backend)
+    assert (ours - exact(q, k, v, lambda b, i: key_mask[b])).abs().max() < 1e-5
+    assert (ours[-1] == 0).all()
+    gradients = torch.autograd.grad(ours.sum(), (q, k, v))
+    assert all(gradient.isfinite().all() and (gradient[-1] == 0).all() for gradient in gradients)
+    poisoned = [torch.where(key_mask[:, :, None, None], x, torch.full_like(x, 3e4)) for x in (k, v)]
+    assert torch.equal(bidirectional_attention(q, *poisoned, key_mask=key_mask, backend=backend), ours)
+
+
+@dense_backends
+def test_a_mask_that_allows_all_changes_nothing(backend):
+    q, k, v = make(2, 5, 9, 4, 2, 16)
+    plain = bidirectional_attention(q, k, v, backend=backend)
+    masked = bidirectional_attention(q, k, v, key_mask=torch.ones(2, 9, dtype=torch.bool), backend=backend)
+    assert (masked - plain).abs().max() < 1e-6
+
+
+@dense_backends
+@pytest.mark.parametrize("block_length", [1, 4, 100])
+@pytest.mark.parametrize("Lq", [11, 3])
+def test_blocks_see_themselves_and_those_before(Lq, block_length, backend):
+    q, k, v = make(2, Lq, 11, 2, 1, 16)
+    key_mask = torch.ones(2, 11, dtype=torch.bool)
+    key_mask[1, :5] = False
+    block = torch.arange(11) // block_length
+    truth = exact(q, k, v, lambda b, i: key_mask[b] & (block <= block[i + 11 - Lq]))
+    ours = bidirectional_attention(q, k, v, key_mask=key_mask, block_length=block_length, backend=backend)
+    assert (ours - truth).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("backend", runnable(VARLEN_BACKENDS))
+@pytest.mark.parametrize("lengths", [[4, 4, 4], [3, 1, 7, 3, 1], [12], [5, 0, 7]])
+@pytest.mark.parametrize("block_length", [None, 1, 2])
+def test_packed_documents_are_as_if_alone(lengths, block_length, backend):
+    q, k, v = (x[0].requires_grad_() for x in make(1, sum(lengths), sum(lengths), 4, 2, 16))
+    cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    ours = bidirectional_attention_varlen(q, k, v, cu_seqlens, max(lengths), block_length=block_length, backend=backend)
+    alone = torch.cat([
+        bidirectional_attention(*(x[None, a:b] for x in (q, k, v)), block_length=block_length, backend="reference")[0]
+        for a, b in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True) if b > a])
+    assert (ours - alone).abs().max() < 1e-5
+    seed = torch.randn_like(ours)
+    gradients = [torch.autograd.grad(out, (q, k, v), seed) for out in (ours, alone)]
+    for mine, theirs in zip(*gradients, strict=True):
+        assert (mine - theirs).abs().max() < 1e-5
+
+
+def block_diffusion_sees(L, n, document):
+    """BD3-LM, as written in the paper: one row per query of [noisy; clean]."""
+    def sees(b, i):
+        place, allowed = i % L, torch.zeros(2 * L, dtype=torch.bool)
+        start = min(j for j in range(L) if document[b][j] == document[b][place])
+        for j in range(L):
+            if document[b][j] != document[b][place]:
+                continue
+            mine, its = (place - start) // n, (j - start) // n
+            allowed[j] = i < L and its == mine
+            allowed[L + j] = its < mine if i < L else its <= mine
+        return allowed
+    return sees
+
+
+@pytest.mark.parametrize("backend", runnable(BLOCK_DIFFUSION_BACKENDS))
+@pytest.mark.parametrize("block_length", [1, 3, 4, 20])
+def test_block_diffusion_mask(block_length, backend):
+    q, k, v = make(2, 18, 18, 4, 2, 16)
+    truth = exact(q, k, v, block_diffusion_sees(9, block_length, [[0] * 9] * 2))
+    assert (block_diffusion_attention(q, k, v, block_length, backend=backend) - truth).abs().max() < 1e-5
+    cu_seqlens = torch.tensor([0, 4, 9, 16, 18], dtype=torch.int32)
+    truth = exact(q, k, v, block_diffusion_sees(9, block_length, [[0] * 4 + [1] * 5, [2] * 7 + [3] * 2]))
+    ours = block_diffusion_attention(q, k, v, block_length, cu_seqlens=cu_seqlens, backend=backend)
+    assert (ours - truth).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("backend", runnable(BLOCK_DIFFUSION_BACKENDS))
+@pytest.mark.parametrize("length, block_length", [(8, 4), (12, 4), (16, 16), (10, 4), (6, 1)])
+def test_block_diffusion_equals_the_mask_of_bd3lms(length, block_length, backend, shared):
+    masks = np.load(shared / "golden/families/functions/bd3lm_masks.npz")
+    mask = torch.from_numpy(masks[f"train_n{length}_b{block_length}"])
+    q, k, v = make(1, 2 * length, 2 * length, 2, 1, 16)
+    truth = exact(q, k, v, lambda b, i: mask[i])
+    assert (block_diffusion_attention(q, k, v, block_length, backend=backend) - truth).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("backend", runnable(BLOCK_DIFFUSION_BACKENDS))
+def test_uninitialised_memory_is_never_read(backend):
+    q, k, v = make(2, 6, 6, 4, 2, 16)
+    key_mask = torch.tensor([[True, True, False, True, True, True], [False] * 6])
+    cu_seqlens = torch.tensor([0, 2, 6], dtype=torch.int32)
+
+    def all_three():
+        return (bidirectional_attention(q, k, v, key_mask=key_mask, backend=backend),
+                bidirectional_attention_varlen(q[0], k[0], v[0], cu_seqlens, 4, backend=backend),
+                block_diffusion_attention(q, k, v, 2, backend=backend))
+
+    plain = all_three()
+    torch.use_deterministic_algorithms(True)  # torch.empty then gives NaN
+    try:
+        assert all(torch.equal(mine, its) for mine, its in zip(all_three(), plain, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@dense_backends
+def test_gradients_in_double(backend):
+    q, k, v = (x.requires_grad_() for x in make(2, 3, 5, 2, 1, 8, torch.float64))
+    key_mask = torch.tensor([[True, False, True, True, True], [False] * 5])
+    assert torch.autograd.gradcheck(
+        lambda *x: bidirectional_attention(*x, key_mask=key_mask, block_length=2, backend=backend), (q, k, v),
+        fast_mode=True)
+
+
+@dense_backends
+def test_any_strides_and_empty_inputs(backend):
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in make(2, 5, 7, 4, 2, 16))
+    plain = bidirectional_attention(*(x.contiguous() for x in (q, k, v)), backend=backend)
+    assert (bidirectional_attention(q, k, v, backend=backend) - plain).abs().max() < 1e-6
+    assert bidirectional_attention(*make(0, 5, 7, 4, 2, 16), backend=backend).shape == (0, 5, 4, 16)
+    assert bidirectional_attention(*make(2, 0, 7, 4, 2, 16), backend=backend).shape == (2, 0, 4, 16)
+
+
+@dense_backends
+def test_huge_scores_do_not_overflow(backend):
+    q, k, v = make(1, 4, 6, 2, 2, 16)
+    assert bidirectional_attention(q * 1e4, k * 1e4, v, backend=backend).isfinite().all()
+
+
+def test_compiles_whole_and_passes_opcheck():
+    q, k, v = (x.requires_grad_() for x in make(2, 5, 5, 4, 2, 16))
+    key_mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
+    cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32)
+    scale = 16 ** -0.5
+    ops = torch.ops.dllm_kernels
+    torch.library.opcheck(ops.bidirectional_attention.default, (q, k, v, key_mask, 2, scale, None))
+    torch.library.opcheck(ops.bidirectional_attention_varlen.default,
+                          (*(x[0].detach().requires_grad_() for x in (q, k, v)), cu_seqlens, 3, None, scale, None))
+    torch.library.opcheck(ops.block_diffusion_attention.default, (*(x[:, :4] for x in (q, k, v)), 2, None, scale, None))
+
+    def both(q, k, v):
+        return (bidirectional_attention(q, k, v, key_mask=key_mask)
+                + bidirectional_attention_varlen(q[0], k[0], v[0], cu_seqlens, 3).unsqueeze(0))
+
+    eager, compiled = both(q, k, v), torch.compile(both, fullgraph=True, backend="aot_eager")(q, k, v)
+    assert (compiled - eager).abs().max() < 1e-6
+    gradients = [torch.autograd.grad(out.sum(), (q, k, v)) for out in (compiled, eager)]
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours - theirs).abs().max() < 1e-5
+
+
+def test_autocast_brings_mixed_dtypes_to_its_own_and_compiles():
+    q, k, v = (x.detach() for x in make(2, 6, 6, 4, 2, 16))
+    cu_seqlens = torch.tensor([0, 2, 6], dtype=torch.int32)
+
+    def all_three(q, k, v):
+        return (bidirectional_attention(q, k, v), block_diffusion_attention(q, k, v, 2),
+                bidirectional_attention_varlen(q[0], k[0], v[0], cu_seqlens, 4))
+
+    expected = all_three(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):  # as after an fp32 rotary embedding: q and k fp32, v bf16
+        got = all_three(q, k, v.bfloat16())
+        compiled = torch.compile(all_three, fullgraph=True, backend="aot_eager")(q, k, v.bfloat16())
+    for wanted, ours, ours_compiled in zip(expected, got, compiled, strict=True):
+        assert ours.dtype == torch.bfloat16 and torch.equal(ours, wanted) and torch.equal(ours_compiled, wanted)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda q, k, v: bidirectional_attention(q[0], k, v),
+     "takes q [B, Lq, Hq, E], k and v [B, Lk, Hkv, E], Hq a multiple of Hkv"),
+    (lambda q, k, v: bidirectional_attention(q[:, :, :3], k, v),
+     "Hq a multiple of Hkv, not [[2, 5, 3, 16], [2, 5, 2, 16]"),
+    (lambda q, k, v: bidirectional_attention(q.half(), k, v),
+     "q, k and v must share dtype and device, not ['torch.float16"),
+    (lambda q, k, v: bidirectional_attention(q, k, v, key_mask=torch.ones(2, 4)),
+     "key_mask [B, Lk] bool = [2, 5], not [2, 4]"),
+    (lambda q, k, v: bidirectional_attention(q, k, v, block_length=0), "block_length must be at least 1, not 0"),
+    (lambda q, k, v: bidirectional_attention(q, k[:, :3], v[:, :3], block_length=2), "5 queries and 3 keys"),
+    (lambda q, k, v: bidirectional_attention(q, k, v, backend="cuda9"), "there is no backend 'cuda9'"),
+    (lambda q, k, v: bidirectional_attention_varlen(q[0], k[0], v[0], torch.tensor([0, 5]), 5),
+     "cu_seqlens [S + 1] int32"),
+    (lambda q, k, v: block_diffusion_attention(q, k, v, 2), "takes 2L queries and 2L keys"),
+])
+def test_errors_say_what_was_wanted_and_what_came(change, message):
+    with pytest.raises(ValueError) as error:
+        change(*make(2, 5, 5, 4, 2, 16))
+    assert message in str(error.value)

@@ -1,0 +1,274 @@
+"""Masked cross-entropy against float64, its gradients for any upstream gradient, and what it never touches."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dllm_kernels import linear_masked_cross_entropy, masked_cross_entropy
+from dllm_kernels.dispatch import runnable
+from dllm_kernels.masked_cross_entropy import LINEAR_BACKENDS, LOGITS_BACKENDS, reference
+
+linear_backends = pytest.mark.parametrize("backend", runnable(LINEAR_BACKENDS))
+logits_backends = pytest.mark.parametrize("backend", runnable(LOGITS_BACKENDS))
+reductions = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+SHAPES = [(1, 3, 2), (7, 5, 41), (33, 16, 1001)]  # N, D, V
+
+
+def make(N, D, V, dtype=torch.float32, share=0.5):
+    g = torch.Generator().manual_seed(N)
+    hidden, weight, bias = (torch.randn(*shape, generator=g).to(dtype) for shape in ((N, D), (V, D), (V,)))
+    targets, corrupted = torch.randint(V, (N,), generator=g), torch.rand(N, generator=g) < share
+    return hidden, weight, bias, targets, corrupted, torch.rand(N, generator=g) * 9
+
+
+def exact(logits, targets, corrupted, weights, reduction):
+    nll = torch.where(corrupted, F.cross_entropy(logits, targets, reduction="none") * weights.to(logits.dtype), 0.0)
+    return nll if reduction == "none" else nll.sum() / (max(int(corrupted.sum()), 1) if reduction == "mean" else 1)
+
+
+@linear_backends
+@reductions
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_loss_and_gradients_are_as_exact_as_eager(shape, dtype, share, reduction, backend):
+    hidden, weight, bias, targets, corrupted, weights = make(*shape, dtype, share)
+    upstream = torch.linspace(0.5, 1.5, len(hidden)) if reduction == "none" else torch.tensor(0.7)
+
+    def run(function, cast):
+        leaves = [x.to(cast).requires_grad_() for x in (hidden, weight, bias)]
+        loss = function(*leaves)
+        loss.backward(upstream.to(loss.dtype).view_as(loss))
+        return [loss.detach(), *(leaf.grad for leaf in leaves)]
+
+    def eager(h, w, b):
+        return exact(F.linear(h, w, b), targets, corrupted, weights, reduction)
+
+    truth, peers = run(eager, torch.double), run(eager, dtype)
+    ours = run(lambda h, w, b: linear_masked_cross_entropy(h, w, targets, corrupted, bias=b, weights=weights,
+                                                           reduction=reduction, backend=backend), dtype)
+    assert ours[0].dtype == torch.float32
+    for name, mine, theirs, true in zip(("loss", "hidden", "weight", "bias"), ours, peers, truth, strict=True):
+        bound = 2 * (theirs.double() - true).abs().max() + 2e-6 * true.abs().max() + 1e-9
+        assert (mine.double() - true).abs().max() <= bound, name
+    if reduction == "none":
+        assert (ours[0][~corrupted] == 0).all()
+    assert (ours[1][~corrupted] == 0).all()
+
+
+@logits_backends
+@reductions
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_from_logits_equals_from_hidden_states(dtype, reduction, backend):
+    hidden, weight, _, targets, corrupted, weights = make(33, 16, 1001, dtype)
+    logits = F.linear(hidden, weight).requires_grad_()
+    loss = masked_cross_entropy(logits, targets, corrupted, weights=weights, reduction=reduction, backend=backend)
+    truth = logits.detach().double().requires_grad_()
+    expected = exact(truth, targets, corrupted, weights, reduction)
+    upstream = torch.linspace(-1, 2, loss.numel()).view_as(loss)
+    loss.backward(upstream)
+    expected.backward(upstream.double())
+    assert (loss - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (logits.grad - truth.grad).abs().max() <= (1e-6 if dtype == torch.float32 else 4e-3) * truth.grad.abs().max()
+    assert (logits.grad[~corrupted] == 0).all()
+
+
+@linear_backends
+def test_each_row_is_scaled_by_its_own_upstream_gradient(backend):
+    """Liger-Kernel before 0.8.5 scales every row by the first row's: 0 here, as the first position is not corrupted."""
+    hidden, weight, _, targets, corrupted, _ = make(9, 4, 17)
+    corrupted[0], corrupted[1:] = False, True
+    hidden.requires_grad_()
+    upstream = torch.arange(9.0)
+    loss = linear_masked_cross_entropy(hidden, weight, targets, corrupted, reduction="none", backend=backend)
+    loss.backward(upstream)
+    single = []
+    for n in range(9):
+        row = hidden.detach()[n:n + 1].requires_grad_()
+        F.cross_entropy(F.linear(row, weight), targets[n:n + 1]).backward()
+        single.append(row.grad * upstream[n])
+    assert (hidden.grad - torch.cat(single)).abs().max() < 1e-5
+
+
+@linear_backends
+@reductions
+def test_rows_that_are_not_corrupted_are_never_read(reduction, backend):
+    hidden, weight, _, targets, corrupted, weights = make(33, 16, 1001)
+    settings = {"reduction": reduction, "backend": backend}
+    clean = linear_masked_cross_entropy(hidden, weight, targets, corrupted, weights=weights, **settings)
+    poison = ~corrupted.unsqueeze(1)
+    out = linear_masked_cross_entropy(
+        hidden.masked_fill(poison, torch.nan), weight, targets.masked_fill(~corrupted, -100), corrupted,
+        weights=weights.masked_fill(~corrupted, torch.nan), **settings)
+    assert torch.equal(out, clean)
+
+
+@linear_backends
+@reductions
+def test_nothing_corrupted_gives_zero_and_zero_gradients(reduction, backend):
+    hidden, weight, _, targets, _, _ = make(7, 5, 41)
+    hidden.requires_grad_(), weight.requires_grad_()
+    nothing = torch.zeros(7, dtype=torch.bool)
+    loss = linear_masked_cross_entropy(hidden, weight, targets, nothing, reduction=reduction, backend=backend)
+    loss.sum().backward()
+    assert (loss == 0).all() and (hidden.grad == 0).all() and (weight.grad == 0).all()
+
+
+@linear_backends
+def test_huge_and_infinite_logits(backend):
+    weight = torch.tensor([[1e4], [-1e4], [0.0], [-torch.inf]])
+    hidden, targets = torch.tensor([[1.0], [1.0]]), torch.tensor([0, 2])
+    both = torch.ones(2, dtype=torch.bool)
+    loss = linear_masked_cross_entropy(hidden, weight, targets, both, reduction="none", backend=backend)
+    assert loss.tolist() == [0.0, 1e4]
+
+
+@linear_backends
+@pytest.mark.parametrize("frozen", [0, 1])
+@reductions
+def test_what_is_frozen_costs_no_product(frozen, reduction, backend, monkeypatch):
+    hidden, weight, _, targets, corrupted, _ = make(33, 16, 101)
+    leaves = [hidden.requires_grad_(frozen != 0), weight.requires_grad_(frozen != 1)]
+    asked, original = [], reference._linear
+    monkeypatch.setattr(reference, "_linear", lambda *a: asked.append(a[-1]) or original(*a))
+    linear_masked_cross_entropy(*leaves, targets, corrupted, reduction=reduction, backend=backend).sum().backward()
+    assert all(not wanted[frozen] for wanted in asked) and any(wanted[1 - frozen] for wanted in asked)
+    assert leaves[frozen].grad is None and leaves[1 - frozen].grad is not None
+    with torch.no_grad():
+        asked.clear()
+        linear_masked_cross_entropy(*leaves, targets, corrupted, reduction=reduction, backend=backend)
+    assert not any(asked[0])
+
+
+@linear_backends
+def test_the_logits_are_never_all_stored(backend, monkeypatch):
+    monkeypatch.setitem(reference.WORKSPACE_BYTES, "cpu", 4 * 1001 * 5)  # five rows
+    hidden, weight, _, targets, corrupted, weights = make(33, 16, 1001, share=1.0)
+    sizes, original = [], torch.mm
+
+    def watching(a, b, out=None):
+        sizes.append(out.numel())
+        return original(a, b, out=out)
+
+    monkeypatch.setattr(torch, "mm", watching)
+    hidden.requires_grad_()
+    loss = linear_masked_cross_entropy(hidden, weight, targets, corrupted, weights=weights, backend=backend)
+    assert max(sizes) <= 5 * 1001
+    truth = exact(F.linear(hidden, weight).double(), targets, corrupted, weights, "mean")
+    assert loss.item() == pytest.approx(truth.item(), rel=1e-5)
+
+
+@linear_backends
+def test_backward_twice_gives_the_same(backend):
+    hidden, weight, _, targets, corrupted, _ = make(33, 16, 101)
+    hidden.requires_grad_()
+    loss = linear_masked_cross_entropy(hidden, weight, targets, corrupted, backend=backend)
+    first, = torch.autograd.grad(loss, hidden, retain_graph=True)
+    first = first.clone()
+    second, = torch.autograd.grad(loss, hidden, 3 * torch.ones(()))
+    assert (second - 3 * first).abs().max() < 1e-6
+
+
+@linear_backends
+@reductions
+def test_a_second_derivative_is_refused(reduction, backend):
+    hidden, weight, _, targets, corrupted, _ = make(7, 5, 41)
+    hidden.requires_grad_()
+    loss = linear_masked_cross_entropy(hidden, weight, targets, corrupted, reduction=reduction, backend=backend).sum()
+    with pytest.raises(RuntimeError, match="no second derivative, which create_graph=True asks for"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+@linear_backends
+@reductions
+def test_a_gradient_scaler_lifts_fp16_gradients_before_they_are_rounded(reduction, backend):
+    hidden, weight, _, targets, corrupted, _ = make(33, 16, 1001, torch.float16)
+    hidden.requires_grad_()
+    weights = torch.full((33,), 1e-7)  # gradients under the smallest fp16
+    loss = linear_masked_cross_entropy(hidden, weight, targets, corrupted, weights=weights, reduction=reduction,
+                                       backend=backend).sum()
+    gradient, = torch.autograd.grad(loss, hidden, torch.tensor(65536.0))
+    truth = hidden.detach().double().requires_grad_()
+    exact(F.linear(truth, weight.double()), targets, corrupted, weights.double(), reduction).sum().backward()
+    assert (gradient.double() / 65536 - truth.grad).norm() <= 0.02 * truth.grad.norm()
+
+
+@linear_backends
+@reductions
+def test_uninitialised_memory_is_never_read_and_empty_inputs_work(reduction, backend):
+    hidden, weight, bias, targets, corrupted, weights = make(33, 16, 101)
+    leaves = hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()
+
+    def run(share):
+        loss = linear_masked_cross_entropy(*leaves[:2], targets, corrupted & share, bias=bias, weights=weights,
+                                           reduction=reduction, backend=backend)
+        return loss, *torch.autograd.grad(loss.sum(), leaves)
+
+    for share in (True, False):
+        plain = run(share)
+        torch.use_deterministic_algorithms(True)  # torch.empty then gives NaN
+        try:
+            assert all(torch.equal(mine, its) for mine, its in zip(run(share), plain, strict=True))
+        finally:
+            torch.use_deterministic_algorithms(False)
+    loss = linear_masked_cross_entropy(hidden[:0], weight, targets[:0], corrupted[:0], reduction=reduction,
+                                       backend=backend)
+    assert loss.shape == ((0,) if reduction == "none" else ()) and loss.sum() == 0
+
+
+@linear_backends
+def test_shapes_strides_and_autocast(backend):
+    hidden, weight, _, targets, corrupted, weights = make(12, 16, 101)
+    settings = {"reduction": "none", "backend": backend}
+    flat = linear_masked_cross_entropy(hidden, weight, targets, corrupted, weights=weights, **settings)
+    strided = hidden.T.contiguous().T.view(3, 4, 16), weight.T.contiguous().T, targets.view(3, 4), corrupted.view(3, 4)
+    out = linear_masked_cross_entropy(*strided, weights=weights.view(3, 4), **settings)
+    assert out.shape == (3, 4) and (out.flatten() - flat).abs().max() < 1e-5
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = linear_masked_cross_entropy(hidden, weight, targets, corrupted, weights=weights, **settings)
+    assert out.dtype == torch.float32 and torch.equal(out, flat)
+
+
+@reductions
+def test_compiles_whole_and_passes_opcheck(reduction):
+    hidden, weight, bias, targets, corrupted, weights = make(9, 4, 17)
+    hidden.requires_grad_(), weight.requires_grad_()
+    ops = torch.ops.dllm_kernels
+    torch.library.opcheck(ops.linear_masked_cross_entropy.default,
+                          (hidden, weight, targets, corrupted, bias, weights, reduction, None))
+    logits = F.linear(hidden, weight).detach().requires_grad_()
+    torch.library.opcheck(ops.masked_cross_entropy.default, (logits, targets, corrupted, None, reduction, None))
+
+    def loss(hidden, weight):
+        return linear_masked_cross_entropy(hidden * 2, weight, targets, corrupted, weights=weights, reduction=reduction)
+
+    eager, compiled = loss(hidden, weight), torch.compile(loss, fullgraph=True, backend="aot_eager")(hidden, weight)
+    assert torch.equal(compiled, eager)
+    gradients = [torch.autograd.grad(out.sum(), (hidden, weight)) for out in (compiled, eager)]
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours - theirs).abs().max() < 1e-6
+
+
+def test_gradients_in_double():
+    hidden, weight, bias, targets, corrupted, weights = make(5, 3, 7, torch.float64)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    for reduction in ("mean", "none"):
+        assert torch.autograd.gradcheck(lambda h, w, b, r=reduction: linear_masked_cross_entropy(
+            h, w, targets, corrupted, bias=b, weights=weights.double(), reduction=r), leaves)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"targets": torch.zeros(3, dtype=torch.long)},
+     "takes hidden [..., D], targets [...], corrupted [...] and weights [...], not [[9, 4], [3]"),
+    ({"weight": torch.zeros(17, 5)}, "takes hidden [..., D], weight [V, D] and bias [V], not [[9, 4], [17, 5]]"),
+    ({"corrupted": torch.zeros(9)},
+     "int64 targets and bool corrupted, not torch.float32, torch.int64 and torch.float32"),
+    ({"reduction": "average"}, "reduction must be one of mean, sum, none, not 'average'"),
+    ({"backend": "triton9"}, "there is no backend 'triton9'"),
+])
+def test_errors_say_what_was_wanted_and_what_came(changes, message):
+    hidden, weight, _, targets, corrupted, _ = make(9, 4, 17)
+    arguments = {"hidden": hidden, "weight": weight, "targets": targets, "corrupted": corrupted, **changes}
+    with pytest.raises(ValueError) as error:
+        linear_masked_cross_entropy(**arguments)
+    assert message in str(error.value)
