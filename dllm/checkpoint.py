@@ -71,7 +71,8 @@ def save_checkpoint(checkpoints: Path, step: int, write_model: Callable[[Path], 
             shutil.rmtree(leftover, ignore_errors=True)
         (temporary / "hf_ckpt").mkdir(parents=True)
         write_model(temporary / "hf_ckpt")
-        torch.save(state, temporary / "trainer_state.pt")
+        with open(temporary / "trainer_state.pt", "wb") as file:
+            torch.save(state, file)
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         manifest = {path.relative_to(temporary).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest(path)}
                     for path in files}
@@ -85,7 +86,7 @@ def save_checkpoint(checkpoints: Path, step: int, write_model: Callable[[Path], 
             os.replace(folder, replaced)
         os.replace(temporary, folder)
         _sync_folder(checkpoints)
-    except Exception as error:  # a full disk is an OSError, a RuntimeError (torch.save) or an Exception (tokenizers)
+    except Exception as error:  # a full disk is an OSError, a RuntimeError over one (torch), any (tokenizers)
         shutil.rmtree(temporary, ignore_errors=True)
         raise _cannot_write(folder, error) from error
     shutil.rmtree(replaced, ignore_errors=True)
@@ -155,5 +156,6 @@ def _sync_folder(folder: Path) -> None:
 def _cannot_write(path: Path, error: Exception) -> Failure:
     if isinstance(error, Failure):
         return error
-    reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
+    cause = error.__context__ if isinstance(error.__context__, OSError) else error
+    reason = getattr(cause, "strerror", None) or (str(cause) or type(cause).__name__).splitlines()[0]
     return Failure(f"cannot write {path}: {reason}; free space or choose another folder (what was there is unchanged)")

@@ -1,4 +1,8 @@
-"""The two errors a user can meet: what was wanted, what came, what to do, in one line."""
+"""The two errors a user can meet: what was wanted, what came, what to do, in one line; and how a program then ends."""
+
+import os
+import sys
+from collections.abc import Callable
 
 
 class UserError(ValueError):
@@ -7,3 +11,30 @@ class UserError(ValueError):
 
 class Failure(RuntimeError):
     """Good input, but the machine could not do it (a full disk, say). The command line exits with 1."""
+
+
+def run_command(command: Callable[[], int], debug: bool = False) -> int:
+    """Run a program's main part and turn what it raises into one line on stderr and an exit code.
+
+    2: bad input (any ValueError); 1: every other error; 130: interrupted. With `debug`, or DLLM_DEBUG=1 in the
+    environment, errors are raised as they are.
+    """
+    debug = debug or os.environ.get("DLLM_DEBUG", "0") not in ("", "0")
+    try:
+        code = command()
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("dllm: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has seen enough; Python would complain again when it flushes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        if not isinstance(error, (UserError, Failure, OSError)):  # not foreseen: say where to look
+            text = f"{type(error).__name__}: {text or 'no reason given'} (DLLM_DEBUG=1 shows where)"
+        print(f"dllm: error: {text}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1

@@ -1,8 +1,7 @@
-"""The demo's report: one HTML page with everything inside it, readable without a network, on a phone, dark and light."""
+"""The demo's report: one HTML page with everything inside it, made for no network, phones, dark and light screens."""
 
 import html
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -54,8 +53,8 @@ def write_report(report: Report) -> str:
 <header>
 <h1>A masked diffusion language model, trained on this machine</h1>
 <p class="lead">{html.escape(_lead(report.facts))}</p>
-<p class="verdict {"good" if report.success else "bad"}"><span aria-hidden="true">{"✓" if report.success else "✗"}</span>
-<span>{html.escape(report.verdict)}</span></p>
+<p class="verdict {"good" if report.success else "bad"}">
+<span aria-hidden="true">{"✓" if report.success else "✗"}</span> <span>{html.escape(report.verdict)}</span></p>
 <div class="tiles">
 {_tile(f"{report.masked[last].accuracy:.1%}", f"of hidden tokens predicted with {shares[last]} hidden",
        f"bigram {report.baselines[last].bigram.accuracy:.1%}, unigram {report.baselines[last].unigram.accuracy:.1%}")}
@@ -72,17 +71,19 @@ def write_report(report: Report) -> str:
 <p>Statements of a held-out function are hidden and filled in, the surest token first. Source:
 <code>{html.escape(report.animation_source)}</code></p>
 <div class="card">{report.animation}</div>
-<details><summary>What the author had written</summary><pre class="card">{html.escape(report.animation_truth)}</pre></details>
+<details><summary>What the author had written</summary>
+<pre class="card">{html.escape(report.animation_truth)}</pre></details>
 </section>
 
 <section aria-labelledby="numbers">
 <h2 id="numbers">Against counting words</h2>
-<p>Tokens of held-out files are hidden at random and must be predicted. The baselines count the training files and are asked
-about exactly the same tokens: <em>unigram</em> knows how frequent each token is, <em>bigram</em> (interpolated Kneser-Ney) also
-what follows the left neighbour, where that is visible.</p>
+<p>Tokens of held-out files are hidden at random and must be predicted. The baselines count the training files and are
+asked about exactly the same tokens: <em>unigram</em> knows how frequent each token is, <em>bigram</em> (interpolated
+Kneser-Ney) also what follows the left neighbour, where that is visible.</p>
 {_comparison(report.masked, report.baselines)}
 <p class="soft">± is the standard error were other files held out. The perplexity bound is a Monte Carlo estimate over
-{report.perplexity.windows:,} windows ({report.perplexity.tokens:,} tokens, {report.perplexity.samples} corrupted copies each):
+{report.perplexity.windows:,} windows ({report.perplexity.tokens:,} tokens, {report.perplexity.samples} copies corrupted
+differently): at most
 {report.perplexity.nats_per_token:.3f}{_error(report.perplexity.nats_per_token_stderr)} nats per token,
 {report.perplexity.bits_per_byte:.3f}{_error(report.perplexity.bits_per_byte_stderr)} bits per byte.</p>
 </section>
@@ -90,14 +91,15 @@ what follows the left neighbour, where that is visible.</p>
 <section aria-labelledby="loss">
 <h2 id="loss">Loss</h2>
 <figure class="card">{loss_curve(report.training, report.validation)}
-<figcaption class="key"><span class="train">training</span><span class="validation">validation</span></figcaption></figure>
+<figcaption class="key"><span class="train">training</span><span class="validation">validation</span></figcaption>
+</figure>
 </section>
 
 <section aria-labelledby="infilled">
 <h2 id="infilled">Lines filled in</h2>
 <p>One line of each function is hidden, and the model is told how many tokens it has. These are the first
 {min(EXAMPLES_SHOWN, len(report.infilling.examples))} of {report.infilling.lines} drawn by the seed, not chosen.</p>
-<div class="examples">{"".join(_example(example) for example in report.infilling.examples[:EXAMPLES_SHOWN])}</div>
+<div class="examples">{"".join(map(_example, report.infilling.examples[:EXAMPLES_SHOWN]))}</div>
 </section>
 
 <section aria-labelledby="how">
@@ -139,9 +141,8 @@ def _comparison(masked: Sequence[MaskedResult], baselines: Sequence[BaselineResu
             accuracy = result.accuracy == max(rival.accuracy for rival in rivals)
             nats = result.nats == min(rival.nats for rival in rivals)
             spread = "" if result.accuracy_stderr is None else f"<small> ± {100 * result.accuracy_stderr:.1f}</small>"
-            cells += (f'<td{" class=best" * accuracy}><i style="width:{result.accuracy:.1%}"></i>'
-                      f'<span>{100 * result.accuracy:.1f}%{spread}</span></td>'
-                      f'<td{" class=best" * nats}><span>{result.nats:.2f}</span></td>')
+            cells += (f'<td{" class=best" * accuracy}>{100 * result.accuracy:.1f}%{spread}</td>'
+                      f'<td{" class=best" * nats}>{result.nats:.2f}</td>')
         body += f'<tr><th scope="row">{name}</th>{cells}</tr>'
     return (f'<div class="card scroll"><table><thead><tr><td></td>{head}</tr><tr><td></td>{units}</tr></thead>'
             f"<tbody>{body}</tbody></table></div>")
@@ -151,7 +152,8 @@ def _example(example: InfillingExample) -> str:
     """A function with the masked tokens filled in, above the truth; long functions are shortened around the line."""
     before, _, start = example.prefix.rpartition("\n")
     rest, _, after = example.suffix.partition("\n")
-    lines_before, lines_after = before.split("\n") if before else [], after.rstrip().split("\n") if after.strip() else []
+    lines_before = before.split("\n") if before else []
+    lines_after = after.rstrip().split("\n") if after.strip() else []
     lines_before = ["…"] * (len(lines_before) > CONTEXT_LINES) + lines_before[-CONTEXT_LINES:]
     lines_after = lines_after[:CONTEXT_LINES] + ["…"] * (len(lines_after) > CONTEXT_LINES)
     indent = min((len(line) - len(line.lstrip()) for line in [*lines_before, start + "x", *lines_after]
@@ -162,22 +164,23 @@ def _example(example: InfillingExample) -> str:
 
     def row(kind: str, label: str, text: str) -> str:
         middle = html.escape(text).replace("\n", "↵\n")
-        return (f'<span class="row {kind}"><b>{label}</b>{code([start])}<mark>{middle}</mark>{html.escape(rest)}</span>')
+        return f'<span class="row {kind}"><b>{label}</b>{code([start])}<mark>{middle}</mark>{html.escape(rest)}</span>'
 
     verdict = "exact" if example.exact else "differs"
     rows = row(verdict, "model ", example.infilled)
     rows += "" if example.exact else row("truth", "truth ", example.truth)
-    return (f'<article class="card"><h3><span class="badge {verdict}">{"✓ exact" if example.exact else "✗ differs"}</span>'
+    badge = "✓ exact" if example.exact else "✗ differs"
+    return (f'<article class="card"><h3><span class="badge {verdict}">{badge}</span>'
             f'<code>{html.escape(example.source)}</code><small>{example.tokens} tokens</small></h3>'
-            f'<pre><span class="context">{code(lines_before)}</span>{rows}<span class="context">{code(lines_after)}</span></pre>'
-            "</article>")
+            f'<pre><span class="context">{code(lines_before)}</span>{rows}'
+            f'<span class="context">{code(lines_after)}</span></pre></article>')
 
 
 def loss_curve(training: Sequence[tuple[float, float]], validation: Sequence[tuple[float, float]]) -> str:
     """An SVG line chart of (step, loss) points; the training loss raw and faint, and smoothed over 1/20 of the run."""
     if not training:
         return "<p>No training step was recorded.</p>"
-    width, height, left, bottom, top, right = 720, 300, 44, 34, 12, 12
+    width, height, left, bottom, top, right = 720, 300, 48, 34, 14, 34
     smooth = moving_average([loss for _, loss in training], max(1, len(training) // 40))
     values = [*smooth, *(loss for _, loss in validation)]
     highest = max(values + [loss for _, loss in training[len(training) // 50:]])
@@ -204,12 +207,14 @@ def loss_curve(training: Sequence[tuple[float, float]], validation: Sequence[tup
         if n * step_tick <= last:
             grid += f'<text x="{x(n * step_tick):.1f}" y="{height - 12}" text-anchor="middle">{n * step_tick:,g}</text>'
     steps = [step for step, _ in training]
-    dots = "".join(f'<circle cx="{x(step):.1f}" cy="{y(loss):.1f}" r="3.5"><title>step {step:,g}: {loss:.3f}</title></circle>'
-                   for step, loss in validation)
+    dots = "".join(
+        f'<circle cx="{x(step):.1f}" cy="{y(loss):.1f}" r="3"><title>step {step:,g}: {loss:.3f}</title></circle>'
+        for step, loss in validation)
+    smooth_points = list(zip(steps, smooth, strict=True))
+    lines = line(training, "raw") + line(smooth_points, "train") + line(validation, "validation")
     return (f'<svg class="curve" viewBox="0 0 {width} {height}" role="img" '
-            f'aria-label="Loss in nats over {last:,g} steps: training ends at {smooth[-1]:.2f}"><g class="grid">{grid}</g>'
-            f'{line(training, "raw")}{line(list(zip(steps, smooth, strict=True)), "train")}{line(validation, "validation")}'
-            f'<g class="dots">{dots}</g></svg>')
+            f'aria-label="Loss in nats over {last:,g} steps: training ends at {smooth[-1]:.2f}">'
+            f'<g class="grid">{grid}</g>{lines}<g class="dots">{dots}</g></svg>')
 
 
 def moving_average(values: Sequence[float], reach: int) -> list[float]:
@@ -222,34 +227,34 @@ def moving_average(values: Sequence[float], reach: int) -> list[float]:
 
 
 def round_axis(low: float, high: float) -> tuple[float, float, float]:
-    """An axis around low..high with about five ticks, at 1, 2 or 5 times a power of ten: (start, end, distance of ticks)."""
-    rough = max(high - low, 1e-6) / 5
+    """An axis around low..high, about five ticks, 1, 2 or 5 times a power of ten apart: (start, end, that distance)."""
+    high = max(high, low + 1e-3 * max(abs(low), 1))  # one value alone makes an axis too
+    rough = (high - low) / 5
     power = 10 ** math.floor(math.log10(rough))
     tick = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
     return math.floor(low / tick) * tick, math.ceil(high / tick) * tick, tick
 
 
-def shorten_function(text: str) -> str:
-    """The text without the indentation that all its lines share."""
-    return textwrap.dedent(text).strip("\n")
-
-
 PAGE_STYLE = """
-:root { --ground: #f7f7f4; --card: #ffffff; --ink: #1c2024; --soft: #5b636b; --line: #dcdfe2; --accent: #2266b3; --mask: #c6ccd2;
-  --good: #1b7a3d; --good-ground: #e0f3e4; --bad: #a8480a; --bad-ground: #fcebdc; --raw: #2266b340; --valid: #b8510c; }
-@media (prefers-color-scheme: dark) { :root { --ground: #14171a; --card: #1c2126; --ink: #e6e9ec; --soft: #9aa4ae; --line: #343b43;
-  --accent: #6fb1f5; --mask: #4a535c; --good: #7fd69a; --good-ground: #193524; --bad: #f5ab74; --bad-ground: #402617;
-  --raw: #6fb1f540; --valid: #f5ab74; } }
+:root { --ground: #f7f7f4; --card: #ffffff; --ink: #1c2024; --soft: #5b636b; --line: #dcdfe2; --accent: #2266b3;
+  --mask: #c6ccd2; --good: #1b7a3d; --good-ground: #e0f3e4; --bad: #a8480a; --bad-ground: #fcebdc; --raw: #2266b340;
+  --valid: #b8510c; }
+@media (prefers-color-scheme: dark) { :root { --ground: #14171a; --card: #1c2126; --ink: #e6e9ec; --soft: #9aa4ae;
+  --line: #343b43; --accent: #6fb1f5; --mask: #4a535c; --good: #7fd69a; --good-ground: #193524; --bad: #f5ab74;
+  --bad-ground: #402617; --raw: #6fb1f540; --valid: #f5ab74; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--ink); font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto,
+body { margin: 0; background: var(--ground); color: var(--ink);
+  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto,
   "Helvetica Neue", "DejaVu Sans", sans-serif; -webkit-text-size-adjust: 100%; }
 main { max-width: 56rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
-h1 { font-size: clamp(1.6rem, 4.5vw, 2.3rem); line-height: 1.15; letter-spacing: -.02em; margin: 0 0 .6rem; text-wrap: balance; }
+h1 { font-size: clamp(1.6rem, 4.5vw, 2.3rem); line-height: 1.15; letter-spacing: -.02em; margin: 0 0 .6rem;
+  text-wrap: balance; }
 h2 { font-size: 1.3rem; letter-spacing: -.01em; margin: 2.8rem 0 .5rem; }
 p { margin: .5rem 0 .9rem; max-width: 46rem; }
 .lead { font-size: 1.1rem; color: var(--soft); }
 .soft, small { color: var(--soft); font-size: .87rem; }
-code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: .84rem; }
+code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  font-size: .84rem; }
 code { overflow-wrap: anywhere; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 1rem 1.1rem; }
 pre { line-height: 1.5; margin: 0; overflow-x: auto; }
@@ -268,10 +273,8 @@ th[scope=row] { text-align: left; font-weight: 600; }
 th[scope=colgroup] { border-bottom: 1px solid var(--line); }
 th[scope=col] { color: var(--soft); font-weight: 400; font-size: .87rem; }
 tbody tr { border-top: 1px solid var(--line); }
-td { position: relative; }
-td i { position: absolute; left: .3rem; bottom: .25rem; height: 3px; border-radius: 2px; background: var(--accent); opacity: .55;
-  max-width: calc(100% - .6rem); }
-td.best span { font-weight: 700; }
+td.best { font-weight: 700; }
+td small { font-weight: 400; }
 figure { margin: 0; }
 .curve { display: block; width: 100%; height: auto; }
 .curve polyline { fill: none; stroke-width: 2; stroke-linejoin: round; }
@@ -282,11 +285,12 @@ figure { margin: 0; }
 .curve .grid line { stroke: var(--line); }
 .curve text { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
 .key { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; color: var(--soft); font-size: .87rem; margin-top: .4rem; }
-.key span::before { content: ""; display: inline-block; width: 1.4rem; height: 3px; border-radius: 2px; margin-right: .45rem;
-  vertical-align: middle; background: var(--accent); }
+.key span::before { content: ""; display: inline-block; width: 1.4rem; height: 3px; border-radius: 2px;
+  margin-right: .45rem; vertical-align: middle; background: var(--accent); }
 .key .validation::before { background: var(--valid); }
-.examples { display: grid; gap: .9rem; }
-.examples h3 { display: flex; flex-wrap: wrap; align-items: baseline; gap: .3rem .7rem; margin: 0 0 .6rem; font-weight: 400; }
+.examples { display: grid; gap: .9rem; grid-template-columns: minmax(0, 1fr); }
+.examples h3 { display: flex; flex-wrap: wrap; align-items: baseline; gap: .3rem .7rem; margin: 0 0 .6rem;
+  font-weight: 400; }
 .badge { font-size: .8rem; font-weight: 600; padding: .05rem .55rem; border-radius: 99px; white-space: nowrap; }
 .exact, .row.truth { color: var(--good); }
 .differs { color: var(--bad); }
@@ -294,7 +298,7 @@ figure { margin: 0; }
 .badge.differs, .row.differs mark { background: var(--bad-ground); }
 pre .row, pre .context { display: block; }
 pre .context { color: var(--soft); padding-left: 3.8rem; }
-pre .row { padding-left: 3.8rem; position: relative; min-width: max-content; }
+pre .row { padding-left: 3.8rem; position: relative; }
 pre .row b { position: absolute; left: 0; font-weight: 600; font-size: .78rem; line-height: 1.6; }
 mark { color: inherit; border-radius: 3px; }
 dl { display: grid; grid-template-columns: minmax(7rem, auto) 1fr; gap: .35rem 1.2rem; margin: 0; }
@@ -304,5 +308,6 @@ details { margin-top: .8rem; }
 summary { cursor: pointer; color: var(--accent); padding: .3rem 0; }
 summary:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 4px; }
 @media (max-width: 34rem) { main { padding: 1.5rem .9rem 3rem; } .card { padding: .8rem; border-radius: 10px; }
-  th, td { padding: .45rem .4rem; } dl { grid-template-columns: 1fr; gap: .1rem; } dd { margin-bottom: .55rem; } }
+  th, td { padding: .45rem .35rem; } th[scope=col] { white-space: normal; } td small { display: none; }
+  .curve text { font-size: 22px; } dl { grid-template-columns: 1fr; gap: .1rem; } dd { margin-bottom: .55rem; } }
 """

@@ -63,6 +63,9 @@ def train(config: Config) -> TrainResult:
     optimizers = build_optimizers(model, settings)
     total = count_steps(config, dataset)
 
+    print(f"{len(training)} documents, {len(dataset.tokens):,} tokens in {len(dataset):,} rows; {len(held_out)} "
+          f"documents held out; {sum(p.numel() for p in model.parameters()):,} parameters on {device}", file=sys.stderr)
+
     step, tokens_seen, seconds_before = 0, 0, 0.0
     if resumed is not None:
         step, tokens_seen, seconds_before = (resumed.state[name] for name in ("step", "tokens", "seconds"))
@@ -81,7 +84,7 @@ def train(config: Config) -> TrainResult:
                                settings.keep_last)
 
     finished = step >= total or clock.expired
-    with Progress(total, clock) as progress:
+    with Progress(step, total, clock) as progress:
         while not finished:
             place = max(step, clock.share * total)
             rate = set_learning_rate(optimizers, settings, place, total)
@@ -104,19 +107,21 @@ def train(config: Config) -> TrainResult:
 
             finished = step >= total or clock.expired
             measure = validation and (finished or settings.eval_every and step % settings.eval_every == 0)
-            if measure or finished or step % settings.log_steps == 0:
+            periodic = settings.save_steps and step % settings.save_steps == 0
+            saving = finished or periodic or clock.due(settings.save_time_interval_minutes)
+            logging = finished or measure or step % settings.log_steps == 0
+            if (saving or logging) and not math.isfinite(loss.item() + norm.item()):
+                raise Failure(f"step {step}: loss {loss.item()}, gradient norm {norm.item()}; lower train.lr, now "
+                              f"{settings.lr}, or lengthen the warm-up, and start again")
+            if logging:
                 scored = max(sum(batch.scored for batch in batches), 1)
                 line = {"step": step, "loss": loss.item(), "nll": nll.item() / scored, "grad_norm": norm.item(),
                         "lr": rate, "tokens": tokens_seen, "seconds": round(clock.seconds, 3)}
-                if not math.isfinite(line["loss"] + line["grad_norm"]):
-                    raise Failure(f"step {step}: loss {line['loss']}, gradient norm {line['grad_norm']}; lower train.lr"
-                                  f", now {settings.lr}, or lengthen the warm-up, and start again")
                 if measure:
                     line |= validate(model, validation, autocast, device)
                 metrics.append(line)
                 progress.show(line, tell=bool(measure or finished))
-            periodic = settings.save_steps and step % settings.save_steps == 0
-            if finished or periodic or clock.due(settings.save_time_interval_minutes):
+            if saving:
                 checkpoint = save()
     return TrainResult(output_dir=output, checkpoint=checkpoint / "hf_ckpt", steps=step, history=metrics.lines)
 
@@ -353,9 +358,9 @@ class Metrics:
 class Progress:
     """A bar on a terminal; elsewhere one line per measurement."""
 
-    def __init__(self, total: int, clock: Clock):
+    def __init__(self, step: int, total: int, clock: Clock):
         self.total, self.clock, self.last = total, clock, (clock.seconds, None)
-        self.bar = tqdm(total=1.0, disable=not sys.stderr.isatty(),
+        self.bar = tqdm(total=1.0, initial=max(step / total, clock.share), disable=not sys.stderr.isatty(),
                         bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
 
     def __enter__(self) -> "Progress":

@@ -18,7 +18,7 @@ from torch import Tensor
 from dllm.model import DiffusionLM
 from dllm.sampler import MDMGenerationConfig, OnStep, denoise, find_mask_token
 
-# Backgrounds from unsure to sure, told apart by lightness too (for the colour-blind); black text has contrast >= 7 on each.
+# Backgrounds from unsure to sure; black text has a contrast of at least 7 on each.
 RAMP = ("#f4a582", "#fdc98f", "#fdeaa7", "#d3ecab", "#a6dba0")
 MASK_GLYPH = "▒"
 
@@ -27,7 +27,7 @@ def confidence_level(confidence: float, alg: str) -> int:
     """The place on RAMP, 0..4, of a confidence of this algorithm: probabilities and margins are shares already, and an
     entropy (sum of p log p) counts as the probability that has it when all words are equally likely."""
     share = math.exp(confidence) if alg == "entropy" else confidence
-    return min(len(RAMP) - 1, max(0, int(share * len(RAMP))))
+    return int(min(max(share, 0.0) * len(RAMP), len(RAMP) - 1))
 
 
 @dataclass(slots=True)
@@ -39,7 +39,7 @@ class Trace:
     alg: str
     row: int = 0
     levels: dict[int, int] = field(default_factory=dict)  # position -> place on RAMP of its committed token
-    steps: list[list[tuple[int, int, int]]] = field(default_factory=list)  # per step (position, token, level) that changed
+    steps: list[list[tuple[int, int, int]]] = field(default_factory=list)  # what each changed: (position, token, level)
     fresh: frozenset[int] = frozenset()  # the positions that the last step changed
 
     def __call__(self, index: int, tokens: Tensor, confidence: Tensor | None) -> None:
@@ -90,8 +90,8 @@ def watch(tokenizer, canvas: Tensor, mask_token_id: int, alg: str, attention_mas
           console: Console | None = None) -> Iterator[OnStep]:
     """Show rows [B, L] being denoised: `with watch(...) as on_step: denoise(..., on_step=on_step)`.
 
-    In a terminal the canvas is drawn after every step and stays, coloured, at the end. Elsewhere (a pipe, a file) only the
-    final text is printed, without colours. `canvas` and `attention_mask` are what `denoise` gets.
+    In a terminal the canvas is drawn after every step and stays, coloured, at the end. Elsewhere (a pipe, a file) only
+    the final text is printed, without colours. `canvas` and `attention_mask` are what `denoise` gets.
     """
     console = console or Console()
     traces = [Trace(row.cpu(), mask_token_id, alg, index) for index, row in enumerate(canvas)]
@@ -135,11 +135,11 @@ def legend() -> Text:
                                                    zip(RAMP, ("low", "", "", "", "high"), strict=True)))
 
 
-# For the page's <style> and, after the animations, its <script>. Colours --accent, --mask, --line, --card and --soft are the page's.
+# For a page's <style> and, after the animations, its <script>. The page sets --accent, --mask, --line, --card, --soft.
 ANIMATION_STYLE = """
 .denoise pre { white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4; margin: 0; }
 .denoise .slot { border-radius: 3px; }
-.denoise .mask { background: var(--mask); color: transparent; box-decoration-break: clone; -webkit-box-decoration-break: clone; }
+.denoise .mask { background: var(--mask); color: transparent; }
 .denoise .l0, .denoise .l1, .denoise .l2, .denoise .l3, .denoise .l4 { color: #111; }
 """ + "".join(f".denoise .l{level} {{ background: {color}; }}\n" for level, color in enumerate(RAMP)) + """
 .denoise .fresh { outline: 2px solid var(--accent); outline-offset: -1px; }
@@ -150,8 +150,8 @@ ANIMATION_STYLE = """
 .denoise button:hover { border-color: var(--accent); }
 .denoise :is(button, input):focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 .denoise output { min-width: 7.5rem; font-variant-numeric: tabular-nums; color: var(--soft); }
-.denoise .legend { display: flex; flex-wrap: wrap; gap: .3rem .5rem; align-items: center; color: var(--soft); font-size: .85rem;
-  margin-top: .6rem; }
+.denoise .legend { display: flex; flex-wrap: wrap; gap: .3rem .5rem; align-items: center; color: var(--soft);
+  font-size: .85rem; margin-top: .6rem; }
 .denoise .legend span.swatch { display: inline-block; width: 1.6rem; height: .9rem; border-radius: 3px; }
 """
 
@@ -180,7 +180,8 @@ for (const root of document.querySelectorAll(".denoise")) {
     frames[now].forEach((slot, i) => {
       if (start[i] !== null && slot.level === undefined) return;   // given text never changes
       slots[i].textContent = slot.mask ? "\\u00a0\\u00a0" : slot.text;
-      slots[i].className = slot.mask ? "slot mask" : "slot l" + slot.level + (slot.fresh && now < frames.length - 1 ? " fresh" : "");
+      const fresh = slot.fresh && now < frames.length - 1 ? " fresh" : "";
+      slots[i].className = slot.mask ? "slot mask" : "slot l" + slot.level + fresh;
     });
     slider.value = now;
     output.textContent = "step " + now + " of " + (frames.length - 1);
@@ -190,7 +191,8 @@ for (const root of document.querySelectorAll(".denoise")) {
   const go = () => {
     if (now === frames.length - 1) show(0);
     play.textContent = "Pause";
-    timer = setInterval(() => { show(now + 1); if (now === frames.length - 1) stop(); }, Math.max(60, Math.min(400, 9000 / frames.length)));
+    const next = () => { show(now + 1); if (now === frames.length - 1) stop(); };
+    timer = setInterval(next, Math.max(60, Math.min(400, 9000 / frames.length)));
   };
   const act = {
     play: () => timer ? stop() : go(),
@@ -206,17 +208,23 @@ for (const root of document.querySelectorAll(".denoise")) {
 """
 
 
-def animation(trace: Trace, tokenizer, start: Sequence[int]) -> str:
-    """HTML of a recorded denoising with play, step and slider controls; `start` are the tokens [L] it began with.
+def animation(trace: Trace, tokenizer, start: Sequence[int], shown: range | None = None) -> str:
+    """HTML of a recorded denoising with play, step and slider controls.
 
+    `start` are the tokens [L] it began with, `shown` the positions to show (None: all), those that changed among them.
     Goes into the body of a page that has ANIMATION_STYLE and, after it, ANIMATION_SCRIPT. Nothing is fetched.
     """
     def text(token: int) -> str | None:
         return None if token == trace.mask_token_id else piece(tokenizer, token)
 
-    data = {"start": [text(token) for token in start],
-            "steps": [[(position, text(token), level) for position, token, level in changes] for changes in trace.steps]}
-    # In a script element only "</" and "<!--" can end or change the data; < as an escape means the same to JSON.
+    shown = shown or range(len(start))
+    given = [text(start[position]) for position in shown]
+    if given and given[0]:
+        given[0] = given[0].lstrip("\r\n")  # what is shown begins with a line, not with the end of the one before
+    data = {"start": given,
+            "steps": [[(shown.index(position), text(token), level) for position, token, level in step]
+                      for step in trace.steps]}
+    # In a script element only "</" and "<!--" can end or change the data; an escaped < means the same to JSON.
     payload = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     last = len(trace.steps)
     swatches = "".join(f'<span class="swatch" style="background:{color}"></span>' for color in RAMP)
@@ -230,5 +238,5 @@ def animation(trace: Trace, tokenizer, start: Sequence[int]) -> str:
 <input type="range" min="0" max="{last}" value="0" step="1" aria-label="step">
 <output aria-live="off">step 0 of {last}</output>
 </div>
-<div class="legend"><span>less sure</span>{swatches}<span>surer; grey is still masked, unmarked text was given</span></div>
+<div class="legend"><span>less sure</span>{swatches}<span>surer; grey is still hidden, the rest was given</span></div>
 </div>"""

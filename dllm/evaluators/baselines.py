@@ -53,7 +53,7 @@ def count_ngrams(sequences: Iterable[Tensor], vocab_size: int) -> NgramCounts:
     for tokens in sequences:
         words += tokens.bincount(minlength=V)
         pairs.append(tokens[:-1] * V + tokens[1:])
-    unigram = (words + 0.5) / (words.sum() + 0.5 * V).double()
+    unigram = (words.double() + 0.5) / (words.sum() + 0.5 * V)
 
     pairs, counts = torch.cat(pairs).unique(return_counts=True)
     left, right = pairs // V, pairs % V
@@ -77,7 +77,8 @@ def _discounted(counts: Tensor, context: Tensor, contexts: int) -> tuple[Tensor,
     n1, n2, n3, n4 = ((counts == n).sum().item() for n in (1, 2, 3, 4))
     y = n1 / (n1 + 2 * n2) if n1 else 0.5
     # Too few data can make an estimate senseless (none of its counts, or out of order); the plain discount then serves.
-    d1, d2, d3 = (n - (n + 1) * y * more / some if some else y for n, some, more in ((1, n1, n2), (2, n2, n3), (3, n3, n4)))
+    d1, d2, d3 = (n - (n + 1) * y * more / some if some else y
+                  for n, some, more in ((1, n1, n2), (2, n2, n3), (3, n3, n4)))
     if not 0 < d1 <= d2 <= d3 < 3 or d1 >= 1 or d2 >= 2:
         d1 = d2 = d3 = min(y, 0.9)
     discount = torch.tensor([0.0, d1, d2, d3], dtype=torch.float64)[counts.clamp(max=3)]
@@ -89,7 +90,7 @@ def _discounted(counts: Tensor, context: Tensor, contexts: int) -> tuple[Tensor,
 
 def baseline_accuracy(counts: NgramCounts, tokenizer, documents: Sequence[Document],
                       settings: HeldOutSettings | None = None) -> tuple[BaselineResult, ...]:
-    """Both baselines at each of `settings.shares`, on exactly the positions `masked_accuracy` scores with these arguments.
+    """Both baselines at each of `settings.shares`, on the very positions `masked_accuracy` scores with these arguments.
 
     Raises: UserError if there is no text.
     """
@@ -102,13 +103,14 @@ def baseline_accuracy(counts: NgramCounts, tokenizer, documents: Sequence[Docume
         nats: dict[str, list[Tensor]] = {"unigram": [], "bigram": []}
         for window, where in zip(windows, corrupt_share(windows, share, settings.seed), strict=True):
             truth, place = window.tokens[where], where.nonzero().squeeze(1)
-            left = window.tokens[(place - 1).clamp(min=0)]
-            visible = (place > 0) & ~where[(place - 1).clamp(min=0)]
+            left, visible = window.tokens[place - 1], ~where[place - 1]
             alone = counts.unigram[truth]
             paired = torch.where(visible, counts.bigram_probability(left, truth), alone)
-            for name, probability, guess in (("unigram", alone, commonest),
-                                             ("bigram", paired, torch.where(visible, counts.favourite[left], commonest))):
+            favourite = torch.where(visible, counts.favourite[left], commonest)
+            for name, probability, guess in (("unigram", alone, commonest), ("bigram", paired, favourite)):
                 right[name].append(guess == truth)
                 nats[name].append(-probability.log())
-        results.append(BaselineResult(**{name: summarize_share(share, windows, right[name], nats[name]) for name in right}))
+        results.append(BaselineResult(
+            unigram=summarize_share(share, windows, right["unigram"], nats["unigram"]),
+            bigram=summarize_share(share, windows, right["bigram"], nats["bigram"])))
     return tuple(results)

@@ -1,7 +1,7 @@
-"""Exact-match line infilling: one line of a held-out function is masked, at its true length, and must come back exactly.
+"""Exact-match line infilling: a line of a held-out function is masked, at its true length, and must come back exactly.
 
-Lines are those on which a statement of a Python function begins (docstrings apart); a document that is not Python gives its
-lines that are not blank. One line per function, each in as much of its surroundings as the window holds.
+Lines are those on which a statement of a Python function begins (docstrings apart); a document that is not Python gives
+its lines that are not blank. One line per function, each in as much of its surroundings as the window holds.
 """
 
 import ast
@@ -38,15 +38,15 @@ class InfillingSettings:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.max_seq_len <= self.max_line_tokens:
-            raise UserError(f"max_seq_len {self.max_seq_len} leaves no room around lines of up to {self.max_line_tokens} "
-                            "tokens; raise it, or lower max_line_tokens")
+            raise UserError(f"max_seq_len {self.max_seq_len} leaves no room around lines of up to "
+                            f"{self.max_line_tokens} tokens; raise it, or lower max_line_tokens")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InfillingExample:
     source: str  # the document's
-    prefix: str  # the function, as far as the model saw it, before the masked tokens ...
-    suffix: str  # ... and after them
+    prefix: str  # the function, as far as the model saw it, before the masked tokens; "…" where it saw no more
+    suffix: str  # and after them
     truth: str
     infilled: str
     tokens: int  # masked
@@ -73,6 +73,8 @@ class Gap:
     tokens: Tensor  # [L] int64, the truth
     start: int  # the positions start..end are masked
     end: int
+    function: range  # the positions of the function around them, as far as they are in the window
+    whole: bool  # whether that is all of it
     source: str
     prefix: str
     suffix: str
@@ -90,7 +92,7 @@ class Block:
 
 def line_infilling(model: DiffusionLM, tokenizer, documents: Sequence[Document],
                    settings: InfillingSettings | None = None) -> InfillingResult:
-    """Mask a line of each of `settings.lines` held-out functions, drawn by the seed, denoise, and compare with the truth.
+    """Mask a line of each of `settings.lines` held-out functions, drawn by the seed, denoise, compare with the truth.
 
     The masked tokens are those of the undisturbed text that touch the line, so both sides keep the tokens they have in
     training. Fewer lines are scored where the documents have fewer functions.
@@ -127,8 +129,9 @@ def _judge(tokenizer, gap: Gap, tokens: Tensor) -> InfillingExample:
                             tokens=gap.end - gap.start, exact=infilled.strip() == truth.strip())
 
 
-def draw_gaps(tokenizer, documents: Sequence[Document], settings: InfillingSettings, lines_per_gap: int = 1) -> list[Gap]:
-    """One gap of `lines_per_gap` consecutive statements in each of up to `settings.lines` functions, drawn by the seed.
+def draw_gaps(tokenizer, documents: Sequence[Document], settings: InfillingSettings,
+              lines_per_gap: int = 1) -> list[Gap]:
+    """One gap of so many consecutive statements in each of up to `settings.lines` functions, drawn by the seed.
 
     Raises: UserError if there is none.
     """
@@ -156,24 +159,30 @@ def draw_gaps(tokenizer, documents: Sequence[Document], settings: InfillingSetti
     return gaps
 
 
-def _cut_gap(tokenizer, document: Document, tokens: Tensor, offsets: list[int], block: Block, line_start: int, line_end: int,
-             settings: InfillingSettings) -> Gap | None:
+def _cut_gap(tokenizer, document: Document, tokens: Tensor, offsets: list[int], block: Block, line_start: int,
+             line_end: int, settings: InfillingSettings) -> Gap | None:
     """The window around characters line_start..line_end: the function in its middle if it fits, else the line."""
     start, end = _tokens_touching(offsets, line_start, line_end)
-    if end - start > settings.max_line_tokens:
+    if end - start > settings.max_line_tokens or start == 0:  # models with right shift cannot predict the first token
         return None
     shown = _tokens_touching(offsets, block.start, block.end)
     around = shown if shown[1] - shown[0] <= settings.max_seq_len else (start, end)
     low = around[0] - (settings.max_seq_len - (around[1] - around[0])) // 2
     low = max(0, min(low, len(tokens) - settings.max_seq_len))
     high = min(low + settings.max_seq_len, len(tokens))
-    prefix, suffix = tokens[max(low, shown[0]):start], tokens[end:min(high, shown[1])]
-    return Gap(tokens[low:high], start - low, end - low, document.source,
-               decode(tokenizer, prefix).lstrip("\r\n"), decode(tokenizer, suffix))
+    prefix = decode(tokenizer, tokens[max(low, shown[0]):start]).lstrip("\r\n")
+    suffix = decode(tokenizer, tokens[end:min(high, shown[1])])
+    if low > shown[0] and "\n" in prefix:  # cut in the middle of a line: show whole ones
+        prefix = "…" + prefix[prefix.index("\n"):]
+    if high < shown[1] and "\n" in suffix:
+        suffix = suffix[:suffix.rindex("\n") + 1] + "…"
+    function = range(max(low, shown[0]) - low, min(high, shown[1]) - low)
+    return Gap(tokens[low:high], start - low, end - low, function, len(function) == shown[1] - shown[0],
+               document.source, prefix, suffix)
 
 
 def _tokens_touching(offsets: list[int], start: int, end: int) -> tuple[int, int]:
-    """The tokens that characters start..end lie in, as a range; several tokens can begin at one character of many bytes."""
+    """The tokens that characters start..end lie in, as a range; several can begin at one character of many bytes."""
     first = bisect.bisect_right(offsets, start) - 1
     return bisect.bisect_left(offsets, offsets[first]), min(bisect.bisect_left(offsets, end), len(offsets) - 1)
 
@@ -197,9 +206,9 @@ def find_blocks(text: str, document: int) -> list[Block]:
     for function in ast.walk(tree):
         if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
             first = min([function.lineno, *(decorator.lineno for decorator in function.decorator_list)])
-            begun = {node.lineno for statement in function.body for node in ast.walk(statement)
-                     if isinstance(node, ast.stmt) and not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))}
-            lines = tuple(bounds[number - 1] for number in sorted(begun) if bounds[number - 1][0] < bounds[number - 1][1])
+            begun = {node.lineno for node in ast.walk(function) if isinstance(node, ast.stmt) and node is not function
+                     and not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))}
+            lines = tuple(bounds[n - 1] for n in sorted(begun) if bounds[n - 1][0] < bounds[n - 1][1])
             if lines:
                 blocks.append(Block(document, begins[first - 1], bounds[function.end_lineno - 1][1], lines))
     return blocks

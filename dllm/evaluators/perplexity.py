@@ -1,4 +1,4 @@
-"""How well a masked diffusion model predicts held-out text: a bound on its perplexity, and accuracy at fixed corruption."""
+"""How well a masked diffusion model predicts held-out text: a bound on its perplexity, accuracy at fixed shares."""
 
 import math
 from collections.abc import Sequence
@@ -10,15 +10,21 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dllm.data import Document
 from dllm.errors import UserError
-from dllm.evaluators.held_out import HeldOutSettings, Window, corrupt_exactly, corrupt_share, cut_windows, ratio_with_error
+from dllm.evaluators.held_out import (
+    HeldOutSettings,
+    Window,
+    corrupt_exactly,
+    corrupt_share,
+    cut_windows,
+    ratio_with_error,
+)
 from dllm.model import DiffusionLM
-from dllm.sampler import previous_token
 from dllm_kernels import linear_masked_cross_entropy, linear_token_scores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PerplexityResult:
-    """An upper bound on the negative log-likelihood of the held-out windows."""
+    """An upper bound on the negative log-likelihood of the held-out windows, given the first token of each."""
 
     nats_per_token: float
     nats_per_token_stderr: float | None  # were other documents drawn; None for a single document
@@ -27,8 +33,8 @@ class PerplexityResult:
     bits_per_byte_stderr: float | None  # were other documents drawn
     documents: int
     windows: int
-    tokens: int
-    bytes: int
+    tokens: int  # scored
+    bytes: int  # that these tokens stand for
     samples: int  # corrupted copies of each window
 
     def to_dict(self) -> dict:
@@ -52,12 +58,12 @@ class MaskedResult:
 
 def perplexity_bound(model: DiffusionLM, tokenizer, documents: Sequence[Document],
                      settings: HeldOutSettings | None = None) -> PerplexityResult:
-    """Monte Carlo estimate of the model's bound on -log p(window), summed over windows.
+    """Monte Carlo estimate of the model's bound on -log p(window | its first token), over the windows' sizes.
 
-    The bound is the ELBO with its integral over time done exactly, which is the same for every schedule: with n uniform on
-    1..L and S a uniform set of n positions, -log p <= E[L / n * sum over S of -log p(token | the other L - n)]
-    (arXiv:2110.02037, arXiv:2406.03736; LLaDA evaluates so, arXiv:2502.09992). It has less variance than drawing a time
-    and corrupting each position by chance. n is stratified twice: evenly over the windows in every sample, and evenly over
+    The bound is the ELBO with its integral over time done exactly, which is the same for every schedule: with n uniform
+    on 1..L and S a uniform set of n of L positions, -log p <= E[L / n * sum over S of -log p(token | what is visible)]
+    (arXiv:2110.02037, arXiv:2406.03736; LLaDA evaluates so, arXiv:2502.09992). It varies less than drawing a time and
+    corrupting each position by chance. n is stratified twice: evenly over the windows in every sample, and evenly over
     the samples of every window.
 
     Raises: UserError if there is no text, or windows are longer than the model's positions.
@@ -66,17 +72,18 @@ def perplexity_bound(model: DiffusionLM, tokenizer, documents: Sequence[Document
     windows = cut_windows(tokenizer, documents, settings)
     generator = torch.Generator().manual_seed(settings.seed)
     count = len(windows)
-    strata = (torch.randperm(count, generator=generator) + torch.rand((), generator=generator, dtype=torch.float64)) / count
+    offset = torch.rand((), generator=generator, dtype=torch.float64)
+    strata = (torch.randperm(count, generator=generator) + offset) / count
     nats = torch.zeros(settings.samples, count, dtype=torch.float64)
     for sample in range(settings.samples):
         times = ((strata + sample / settings.samples) % 1).tolist()
-        counts = [int(t * len(window.tokens)) + 1 for t, window in zip(times, windows, strict=True)]
+        counts = [int(t * window.scored) + 1 for t, window in zip(times, windows, strict=True)]
         corrupted = corrupt_exactly(windows, counts, generator)
         for i, (scored, _) in enumerate(score_positions(model, windows, corrupted, settings.batch_tokens)):
-            nats[sample, i] = scored.mean() * len(windows[i].tokens)
+            nats[sample, i] = scored.mean() * windows[i].scored
 
     per_window, of_document = nats.mean(0).tolist(), [window.document for window in windows]
-    lengths, sizes = [len(window.tokens) for window in windows], [window.bytes for window in windows]
+    lengths, sizes = [window.scored for window in windows], [window.bytes for window in windows]
     per_token, per_token_error = ratio_with_error(per_window, lengths, of_document)
     per_byte, per_byte_error = ratio_with_error(per_window, sizes, of_document)
     monte_carlo = None
@@ -107,7 +114,8 @@ def masked_accuracy(model: DiffusionLM, tokenizer, documents: Sequence[Document]
     return tuple(results)
 
 
-def summarize_share(share: float, windows: Sequence[Window], right: Sequence[Tensor], nats: Sequence[Tensor]) -> MaskedResult:
+def summarize_share(share: float, windows: Sequence[Window], right: Sequence[Tensor],
+                    nats: Sequence[Tensor]) -> MaskedResult:
     """From bool and float64 values per corrupted position of each window to the result for this share."""
     sizes, of_document = [len(hits) for hits in right], [window.document for window in windows]
     accuracy, accuracy_error = ratio_with_error([float(hits.sum()) for hits in right], sizes, of_document)
@@ -119,29 +127,30 @@ def summarize_share(share: float, windows: Sequence[Window], right: Sequence[Ten
 @torch.no_grad()
 def score_positions(model: DiffusionLM, windows: Sequence[Window], corrupted: Sequence[Tensor], batch_tokens: int,
                     *, predict: bool = False) -> list[tuple[Tensor, Tensor | None]]:
-    """Per window, at its n corrupted positions in order: negative log-likelihoods [n] float64 and, with `predict`, the most
-    likely tokens [n] int64. The head is multiplied at these positions alone."""
+    """Per window, at its n corrupted positions in order: negative log-likelihoods [n] float64 and, with `predict`, the
+    most likely tokens [n] int64. The head is multiplied at these positions alone."""
     mask_token_id = model.mask_token_id
     if mask_token_id is None:
-        raise UserError("neither the checkpoint's config.json nor its tokenizer names a mask token; add mask_token_id there")
+        raise UserError("neither the checkpoint's config.json nor its tokenizer names a mask token; "
+                        "add mask_token_id to config.json")
     longest = max(len(window.tokens) for window in windows)
     if longest > model.config.max_position_embeddings:
-        raise UserError(f"windows of {longest} tokens, but the model has {model.config.max_position_embeddings} positions; "
-                        "lower max_seq_len")
+        raise UserError(f"windows of {longest} tokens, but the model has {model.config.max_position_embeddings} "
+                        "positions; lower max_seq_len")
     results: list[tuple[Tensor, Tensor | None] | None] = [None] * len(windows)
     for batch in batches_of_similar_length([len(window.tokens) for window in windows], batch_tokens):
         tokens = pad_sequence([windows[i].tokens for i in batch], batch_first=True).to(model.device)
         where = pad_sequence([corrupted[i] for i in batch], batch_first=True).to(model.device)
         lengths = torch.tensor([len(windows[i].tokens) for i in batch], device=model.device)
         real = torch.arange(tokens.shape[1], device=model.device) < lengths.unsqueeze(1)
-        hidden = model.hidden_states(tokens.masked_fill(where, mask_token_id), attention_mask=None if real.all() else real)
+        noisy = tokens.masked_fill(where, mask_token_id)
+        hidden = model.hidden_states(noisy, attention_mask=None if real.all() else real)
         rows, places = where.nonzero(as_tuple=True)
         if model.config.shift_logits:
-            sources = torch.arange(tokens.shape[1], device=model.device).expand_as(tokens)
-            places = previous_token(sources, None)[rows, places]
+            places = places - 1  # padding is on the right, and the first token is not corrupted
         hidden, targets = hidden[rows, places], tokens[where]
-        nats = linear_masked_cross_entropy(hidden, model.head_weight, targets, torch.ones_like(targets, dtype=torch.bool),
-                                           reduction="none").double().cpu()
+        scored = torch.ones_like(targets, dtype=torch.bool)
+        nats = linear_masked_cross_entropy(hidden, model.head_weight, targets, scored, reduction="none").double().cpu()
         sizes = where.sum(1).tolist()
         best = [None] * len(batch)
         if predict:

@@ -1,6 +1,7 @@
 """Checkpoints: whole or absent, whatever happens while they are written; damage is found and said."""
 
 import errno
+import io
 import os
 import resource
 
@@ -40,9 +41,9 @@ def test_saving_a_step_again_replaces_it_and_old_ones_go_when_asked(tmp_path):
 
 
 @pytest.mark.parametrize("damage, reason", [
-    (lambda f: (f / "trainer_state.pt").write_bytes((f / "trainer_state.pt").read_bytes()[:100]), "trainer_state.pt has 100 bytes"),
+    (lambda f: os.truncate(f / "trainer_state.pt", 100), "trainer_state.pt has 100 bytes"),
     (lambda f: (f / "hf_ckpt/model.safetensors").unlink(), "hf_ckpt/model.safetensors is missing"),
-    (lambda f: (f / "hf_ckpt/model.safetensors").write_bytes(b"weighty" * 1000), "the content of hf_ckpt/model.safetensors"),
+    (lambda f: (f / "hf_ckpt/model.safetensors").write_bytes(b"weighty" * 1000), "the content of hf_ckpt/model"),
     (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing"),
     (lambda f: (f / "manifest.json").write_text("{"), "manifest.json cannot be read"),
     (lambda f: (f / "manifest.json").write_text("[1]"), "manifest.json cannot be read"),
@@ -52,7 +53,8 @@ def test_a_damaged_checkpoint_is_passed_over_in_one_line_and_alone_refused(tmp_p
     damage(save(tmp_path, 2))
     assert load_latest(tmp_path).state["step"] == 1
     line = capsys.readouterr().err
-    assert line.count("\n") == 1 and reason in line and "global_step_2" in line and "continuing from global_step_1" in line
+    assert line.count("\n") == 1 and reason in line
+    assert "global_step_2" in line and "continuing from global_step_1" in line
     damage(tmp_path / "global_step_1")
     with pytest.raises(UserError, match="every checkpoint in .* is damaged") as error:
         load_latest(tmp_path)
@@ -67,10 +69,11 @@ def fail_writing_the_model(monkeypatch):
 
 
 def fail_writing_the_state(monkeypatch):
-    def full(state, path):
-        path.write_bytes(b"x")
-        raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file data/0: No space left")
-    monkeypatch.setattr(torch, "save", full)
+    class FullFile(io.BytesIO):
+        def write(self, content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    write = torch.save
+    monkeypatch.setattr(torch, "save", lambda state, file: write(state, FullFile()))
 
 
 def fail_synchronising(monkeypatch):
@@ -83,7 +86,7 @@ def fail_synchronising(monkeypatch):
 def test_a_full_disk_is_a_failure_and_leaves_what_was_there(tmp_path, monkeypatch, fail):
     before = content(save(tmp_path, 1).parent)
     for step in (1, 2):
-        with monkeypatch.context() as patch, pytest.raises(Failure, match="cannot write .*[Nn]o space left.*free space") as error:
+        with monkeypatch.context() as patch, pytest.raises(Failure, match="cannot write .*No space left") as error:
             fail(patch)
             save(tmp_path, step)
         assert "\n" not in str(error.value)

@@ -39,7 +39,8 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(write):
 
 @pytest.mark.parametrize("flag, value", [("data.train_size=1_000_000", 10**6), ("data.train_size=1e12", 10**12),
                                          ("train.max_steps=null", None), ("train.auto_resume=false", False),
-                                         ("train.lr=3.0e-4", 3e-4), ("data.train_path=123", "123"), ("data.train_path=", None)])
+                                         ("train.lr=3.0e-4", 3e-4), ("data.train_path=123", "123"),
+                                         ("data.train_path=", None)])
 def test_values_become_the_type_of_their_field(flag, value):
     group, name = flag.split("=")[0].split(".")
     got = getattr(getattr(load_config(None, ["--train.output_dir=out", f"--{flag}"]), group), name)
@@ -103,17 +104,17 @@ def test_unreadable_files_are_refused_in_one_line(write, tmp_path):
 
 
 def test_keys_of_open_dllm_that_change_nothing_are_named_and_accepted(capsys):
-    flags = ["--train.output_dir=out", "--train.ckpt_manager=dcp", "--train.rmpad_with_pos_ids=true", "--train.ulysses_parallel_size=1"]
-    load_config(None, flags)
+    load_config(None, ["--train.output_dir=out", "--train.ckpt_manager=dcp", "--train.rmpad_with_pos_ids=true",
+                       "--train.ulysses_parallel_size=1"])
     note = capsys.readouterr().err
     assert note.count("\n") == 1 and "train.ckpt_manager" in note and "documents are always packed" in note
     assert "ulysses" not in note  # 1 asks for nothing
 
 
-@pytest.mark.parametrize("flag, advice", [("--train.repr_align_wt=10", "set it to 0"), ("--data.data_type=conversation", "plaintext"),
-                                          ("--train.ulysses_parallel_size=2", "set it to 1"),
-                                          ("--train.enable_gradient_checkpointing=true", "train.micro_batch_size"),
-                                          ("--train.load_checkpoint_path=x", "model.model_path")])
+@pytest.mark.parametrize("flag, advice", [
+    ("--train.repr_align_wt=10", "set it to 0"), ("--data.data_type=conversation", "plaintext"),
+    ("--train.ulysses_parallel_size=2", "set it to 1"), ("--train.load_checkpoint_path=x", "model.model_path"),
+    ("--train.enable_gradient_checkpointing=true", "train.micro_batch_size")])
 def test_keys_of_open_dllm_that_we_lack_are_refused_by_name_with_an_alternative(flag, advice):
     message = refusal(flag)
     assert flag[2:].split("=")[0] in message and advice in message
@@ -134,16 +135,16 @@ def test_enable_masking_means_open_dllms_two_objectives():
 
 def test_open_dllms_readme_flags_work_on_our_copy_of_its_recipe(capsys):
     config = load_config(ROOT / "configs/pretrain/qwen2_5_coder_500M.yaml", [
-        "--data.train_path=data/data", "--train.ckpt_manager=dcp", "--train.micro_batch_size=16", "--train.global_batch_size=512",
-        "--train.output_dir=logs/Qwen2.5-Coder-0.5B_mdm", "--train.save_steps=10000"])
+        "--data.train_path=data/data", "--train.ckpt_manager=dcp", "--train.micro_batch_size=16",
+        "--train.global_batch_size=512", "--train.output_dir=logs/Qwen2.5-Coder-0.5B_mdm", "--train.save_steps=10000"])
     assert (config.train.lr, config.train.lr_min, config.train.rows_per_step) == (3e-4, 3e-6, 512)
     assert (config.data.max_seq_len, config.data.train_size) == (4096, 10**12)
 
 
 def test_every_shipped_configuration_loads():
     for path in (ROOT / "configs").rglob("*.yaml"):
-        flags = [] if "output_dir" in (yaml.safe_load(path.read_text()).get("train") or {}) else ["--train.output_dir=out"]
-        load_config(path, flags)
+        has_output = "output_dir" in (yaml.safe_load(path.read_text()).get("train") or {})
+        load_config(path, [] if has_output else ["--train.output_dir=out"])
 
 
 def test_reading_a_configuration_does_not_import_torch():

@@ -1,4 +1,4 @@
-"""Corruption: the original's collator bit for bit, the schedules against their derivatives, the statistics of masking."""
+"""Corruption: the original's collator bit for bit, schedules against their derivatives, the statistics of masking."""
 
 import json
 
@@ -42,8 +42,8 @@ def test_the_bound_of_a_constant_loss_does_not_depend_on_the_schedule(name):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_each_document_is_masked_at_its_own_rate(name):
     times = torch.tensor([0.1, 0.5, 0.9])
-    got = corrupt(torch.zeros(30000, dtype=torch.long), torch.tensor([0, 10000, 20000, 30000]), 9, schedule=name, times=times,
-                  generator=torch.Generator().manual_seed(0))
+    got = corrupt(torch.zeros(30000, dtype=torch.long), torch.tensor([0, 10000, 20000, 30000]), 9, schedule=name,
+                  times=times, generator=torch.Generator().manual_seed(0))
     rates = got.corrupted.view(3, -1).float().mean(1)
     assert torch.allclose(rates, 1 - SCHEDULES[name].alpha(times), atol=0.015)
     assert torch.equal(got.t.view(3, -1)[:, 0], times)
@@ -51,12 +51,13 @@ def test_each_document_is_masked_at_its_own_rate(name):
 
 def test_what_is_not_maskable_stays():
     maskable = torch.tensor([False, True] * 50)
-    got = corrupt(torch.zeros(100, dtype=torch.long), torch.tensor([0, 100]), 9, times=torch.tensor([0.99]), maskable=maskable,
-                  generator=torch.Generator().manual_seed(0))
+    got = corrupt(torch.zeros(100, dtype=torch.long), torch.tensor([0, 100]), 9, times=torch.tensor([0.99]),
+                  maskable=maskable, generator=torch.Generator().manual_seed(0))
     assert not got.corrupted[~maskable].any() and got.corrupted[maskable].sum() > 40
     assert (got.noisy == 9).equal(got.corrupted)
 
 
 def test_drawn_times_bound_the_weights():
-    got = corrupt(torch.zeros(5000, dtype=torch.long), torch.arange(5001), 9, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    got = corrupt(torch.zeros(5000, dtype=torch.long), torch.arange(5001), 9, generator=generator)
     assert got.t.min() >= T_MIN and got.t.max() <= 1 - T_MIN and got.weight.max() <= 500.1

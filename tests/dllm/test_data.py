@@ -32,9 +32,10 @@ def test_a_folder_gives_its_files_in_order_and_skips_and_counts_what_is_no_text(
 def test_jsonl_and_parquet_give_one_document_per_record(tmp_path, capsys):
     import pyarrow
     import pyarrow.parquet
-    records = ['{"text": "one"}', '{"content": "x", "text": "two\\nlines"}', "", "not json", '{"text": 5}', '{"text": ""}']
+    records = ['{"text": "one"}', '{"id": 1, "text": "two\\nlines"}', "", "not json", '{"text": 5}', '{"text": ""}']
     (tmp_path / "a.jsonl").write_text("\n".join(records))
-    pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2, 3], "text": ["three", None, "four\u2028same"]}), tmp_path / "b.parquet")
+    table = pyarrow.table({"id": [1, 2, 3], "text": ["three", None, "four\u2028same"]})
+    pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
     (tmp_path / "c.parquet").write_bytes(b"PAR1 cut short")
     documents = read_documents([tmp_path])
     assert [d.text for d in documents] == ["one", "two\nlines", "three", "four\u2028same"]
@@ -125,7 +126,8 @@ def test_rows_depend_on_the_seed_and_place_alone_and_epochs_differ():
     first, again = (PackedDataset(make_sequences(), 16, seed=3) for _ in range(2))
     n = len(first)
     order = first.rows(0, 3 * n)
-    assert torch.equal(torch.cat([again.rows(i, 5) for i in range(0, 3 * n - 5, 5)]), order[:len(range(0, 3 * n - 5, 5)) * 5])
+    pieces = torch.cat([again.rows(i, 5) for i in range(0, 3 * n - 5, 5)])
+    assert torch.equal(pieces, order[:len(pieces)])
     assert all(sorted(order[i * n:(i + 1) * n].tolist()) == list(range(n)) for i in range(3))
     assert not torch.equal(order[:n], order[n:2 * n])
     assert not torch.equal(order[:n], PackedDataset(make_sequences(), 16, seed=4).rows(0, n))

@@ -1,4 +1,4 @@
-"""The objectives: values and gradients of the originals, exact gradients per position, packing equal to documents alone."""
+"""The objectives: values and gradients of the originals, and of the formulas in float64, position by position."""
 
 import json
 
@@ -27,13 +27,14 @@ def test_loss_and_gradients_equal_open_dllms(shared, checkpoint, case_name):
     input_ids, labels = tensors["input_ids"].long(), tensors["labels"][0].long()
     cu_seqlens = torch.tensor([0, *cases[name]["doc_lengths"]]).cumsum(0).int()
     ar = case_name.startswith("ar")
-    # The golden's labels are the scored tokens; some are replaced by the model's own guess, the rest of the row is clean.
+    # The golden's labels are the scored tokens (some are the model's own guess); the rest of the row is clean.
     tokens = torch.where(labels == -100, input_ids[0], labels)
     corruption = None
     if not ar:
         ratio = tensors["mask_ratio"][0]
         corruption = Corruption(input_ids[0], labels != -100, ratio, ratio, 1 / ratio)
-    targets = choose_targets(tokens, cu_seqlens, corruption, objective="ar" if ar else "mdm", path_term=not ar, shift=True)
+    targets = choose_targets(tokens, cu_seqlens, corruption, objective="ar" if ar else "mdm", path_term=not ar,
+                             shift=True)
     if case_name in ("single", "packed_full"):  # the latter attends across documents, as the original does under SDPA
         packed = {"position_ids": tensors["position_ids"].long()}
     else:
@@ -93,7 +94,7 @@ def test_every_objective_equals_its_formula_position_by_position(objective, path
 
 
 def test_gradients_are_not_those_of_liger_0_5_8():
-    """Liger-Kernel 0.5.8, which Open-dLLM pins, scales the gradient of every row by what the first row should have got."""
+    """Liger-Kernel 0.5.8, which Open-dLLM pins, scales every row's gradient by what the first row should have got."""
     tokens, cu_seqlens, hidden, head, corruption = make_batch()
     corruption.corrupted[1:4] = True
     for first_is_scored in (True, False):
@@ -179,11 +180,11 @@ def test_elbo_of_the_answers_equals_lladas_fine_tuning_loss(shared):
     answer = torch.arange(16) >= z["prompt_lengths"][:, None]
     loss, gradient = 0, []
     for row in range(3):  # its mean is over the answer of each row, then over the rows
-        corruption = corrupt(tokens[row], torch.tensor([0, 16]), int(z["mask_id"]), times=(1 - 1e-3) * z["u_t"][row:row + 1] + 1e-3,
-                             uniform=z["u_mask"][row], maskable=answer[row])
+        corruption = corrupt(tokens[row], torch.tensor([0, 16]), int(z["mask_id"]), uniform=z["u_mask"][row],
+                             times=(1 - 1e-3) * z["u_t"][row:row + 1] + 1e-3, maskable=answer[row])
         assert torch.equal(corruption.noisy, z["noised"][row])
-        sums, grad, normaliser = score_logits(z["logits"][row:row + 1], tokens[row:row + 1], corruption, objective="elbo",
-                                              trainable=answer[row])
+        sums, grad, normaliser = score_logits(z["logits"][row:row + 1], tokens[row:row + 1], corruption,
+                                              objective="elbo", trainable=answer[row])
         assert normaliser == answer[row].sum()
         loss = loss + sums / normaliser / 3
         gradient.append(grad / normaliser / 3)
@@ -191,7 +192,8 @@ def test_elbo_of_the_answers_equals_lladas_fine_tuning_loss(shared):
 
 
 @pytest.mark.parametrize("case, schedule, objective", [
-    ("token", "linear", "elbo"), ("uniform", "linear", "mdm"), ("shift", "linear", "elbo"), ("cosine", "cosine", "elbo")])
+    ("token", "linear", "elbo"), ("uniform", "linear", "mdm"), ("shift", "linear", "elbo"),
+    ("cosine", "cosine", "elbo")])
 def test_equals_mdlm_as_the_dllm_library_trains_it(shared, case, schedule, objective):
     z = load_function(shared, "loss_mdlm_dllm")
     tokens, trainable = z["input_ids"], z["labels"].flatten() != -100
@@ -199,7 +201,8 @@ def test_equals_mdlm_as_the_dllm_library_trains_it(shared, case, schedule, objec
                          times=1e-3 + (1 - 1e-3) * z["u_t"], uniform=z["u_mask"].flatten(), maskable=trainable)
     assert torch.equal(corruption.noisy.view(3, 16), z[f"{case}_noised"])
     logits = z[f"{case}_logits"]
-    loss, gradient, _ = score_logits(logits, tokens, corruption, objective=objective, shift=case == "shift", trainable=trainable)
+    loss, gradient, _ = score_logits(logits, tokens, corruption, objective=objective, shift=case == "shift",
+                                     trainable=trainable)
     if case == "shift":  # it also scores the first token of a row, on its own logits; ours never does
         first = logits[:, 0].clone().requires_grad_()
         weights = (corruption.weight * corruption.corrupted).view(3, 16)[:, 0]

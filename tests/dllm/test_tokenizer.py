@@ -38,7 +38,8 @@ def test_special_tokens_never_come_from_ordinary_text_of_other_spelling(tokenize
 @pytest.fixture
 def maskless(tokenizer, tmp_path):
     from transformers import PreTrainedTokenizerFast
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|endoftext|>").save_pretrained(tmp_path)
+    plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|endoftext|>")
+    plain.save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -71,7 +72,7 @@ def test_a_vocabulary_that_does_not_fit_is_refused_naming_both_sizes(tokenizer):
     check_vocabulary(tokenizer, 300)
     with pytest.raises(UserError, match=r"has 300 tokens, the model's vocabulary is 299.*at least 300"):
         check_vocabulary(tokenizer, 299)
-    with pytest.raises(UserError, match=r"mask token <\|mask\|> has id 2, outside the model's vocabulary of 2.*at least 3"):
+    with pytest.raises(UserError, match=r"mask token <\|mask\|> has id 2, outside .* vocabulary of 2.*at least 3"):
         check_vocabulary(tokenizer, 2)
 
 

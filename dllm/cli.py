@@ -1,0 +1,410 @@
+"""The command `dllm`. Nothing heavy is imported before a command needs it, so that --help is quick."""
+
+import argparse
+import difflib
+import json
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from dllm.errors import UserError, run_command
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0, 2 for bad input, 1 for another failure, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    return run_command(lambda: dispatch([argument for argument in arguments if argument != "--debug"]), debug)
+
+
+def dispatch(arguments: list[str]) -> int:
+    if arguments[:1] == ["train"] and not {"-h", "--help"} & set(arguments):
+        return train(arguments[1:])  # its flags are the keys of the configuration, which dllm.config knows
+    try:
+        args = build_parser(describe_keys=arguments[:1] == ["train"]).parse_args(arguments)
+    except SystemExit as end:  # after --help
+        return end.code
+    return args.run(args)
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UserError where argparse would print its usage and exit, and names the nearest flag or command."""
+
+    def __init__(self, **keywords):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **keywords)
+
+    def parse_known_args(self, args=None, namespace=None):
+        flags = self._option_string_actions
+        for argument in args:  # before argparse complains of what is missing
+            if self._subparsers is not None and not argument.startswith("-"):
+                break  # a command, whose own parser checks the rest
+            flag = argument.partition("=")[0]
+            if flag.startswith("--") and flag not in flags:
+                raise UserError(f"{self.prog} has no flag {flag}{name_nearest(flag, flags)}; see {self.prog} --help")
+        return super().parse_known_args(args, namespace)
+
+    def _check_value(self, action, value):
+        if action.choices is not None and value not in action.choices:
+            name = action.option_strings[0] if action.option_strings else action.metavar
+            raise UserError(f"{name} is one of {', '.join(action.choices)}, not {value!r}"
+                            + name_nearest(str(value), action.choices))
+
+    def error(self, message: str):
+        raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+
+
+def name_nearest(word: str, valid: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(valid), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def build_parser(describe_keys: bool = False) -> Parser:
+    parser = Parser(prog="dllm", description="Train, evaluate and sample masked diffusion language models.",
+                    epilog="dllm COMMAND --help says more. --debug, or DLLM_DEBUG=1, shows where an error came from.")
+    from dllm import __version__
+
+    parser.add_argument("--version", action="version", version=f"dllm {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    demo = commands.add_parser(
+        "demo", help="train a small model on Python's library, evaluate it, infill, write a report",
+        description="Train a small model on the source of Python's standard library, measure it on held-out files,\n"
+                    "infill held-out functions and write a report. Needs no network.")
+    demo.add_argument("--output-dir", default="demo", metavar="DIR", help="default: demo")
+    demo.set_defaults(run=run_demo)
+
+    train_help = commands.add_parser(
+        "train", help="train, or continue training, as a YAML file and flags say",
+        usage="dllm train [CONFIG.yaml] [--group.key=value ...]",
+        description="Train as CONFIG.yaml and the flags say. A stopped run continues from its last checkpoint.")
+    if describe_keys:
+        train_help.epilog = list_config_keys()
+
+    sample = commands.add_parser(
+        "sample", help="continue a prompt",
+        description="Continue a prompt. The text goes to stdout, a line about the run to stderr.")
+    add_model(sample)
+    source = sample.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT", help="default: standard input, or nothing on a terminal")
+    source.add_argument("--prompt-file", type=Path, metavar="FILE")
+    sample.add_argument("--max-new-tokens", type=whole, metavar="N", help="default: 128")
+    add_generation(sample)
+    sample.set_defaults(run=run_sample)
+
+    infill = commands.add_parser("infill", help="fill in a gap in a text",
+                                 description="Fill in a gap of --length tokens. The whole text goes to stdout.")
+    add_model(infill)
+    infill.add_argument("--prefix", metavar="TEXT", help="what comes before the gap")
+    infill.add_argument("--suffix", metavar="TEXT", help="what comes after it")
+    infill.add_argument("--file", type=Path, metavar="FILE", help="or: a text that has the marker at the gap")
+    infill.add_argument("--marker", default="<FILL>", metavar="TEXT", help="default: <FILL>")
+    infill.add_argument("--length", type=whole, required=True, metavar="N", help="tokens to fill in")
+    add_generation(infill)
+    infill.set_defaults(run=run_infill)
+
+    evaluate = commands.add_parser("eval", help="measure a model on text", description="Measure a model on text.")
+    tasks = evaluate.add_subparsers(metavar="TASK", required=True)
+    for name, text in (("perplexity", "bound on the perplexity, in nats per token and bits per byte"),
+                       ("masked_accuracy", "accuracy at the corrupted tokens, at fixed shares of corruption"),
+                       ("infill", "exact match of infilled lines of Python functions")):
+        task = tasks.add_parser(name, help=text, description=f"Measure: {text}. The result goes to stdout as JSON.")
+        task.add_argument("--model", required=True, metavar="MODEL", help="folder, or hub repository as owner/name")
+        add_device(task)
+        task.add_argument("--data", metavar="PATHS", help="folders and files, separated by commas; default: the "
+                                                          "standard library of the running Python")
+        task.add_argument("--text-keys", default="text", metavar="NAMES",
+                          help="columns of JSONL and Parquet files, the first present is taken; default: text")
+        task.add_argument("--validation-share", type=number, metavar="SHARE",
+                          help="only the documents that a training run with this data.validation_share holds out")
+        add_setting(task, "--max-seq-len", "tokens of a window; default: 512")
+        add_setting(task, "--seed", "default: 0")
+        if name == "infill":
+            add_setting(task, "--lines", "lines to fill in; default: 100")
+            add_setting(task, "--max-line-tokens", "of a line; default: 64")
+        else:
+            add_setting(task, "--windows", "windows scored, at most; default: 256")
+        if name == "perplexity":
+            add_setting(task, "--samples", "corrupted copies of each window; default: 4")
+        if name == "masked_accuracy":
+            task.add_argument("--shares", type=numbers, default=argparse.SUPPRESS, metavar="SHARES",
+                              help="corrupted shares, separated by commas; default: 0.15,0.5")
+        task.add_argument("--output", type=Path, metavar="FILE",
+                          help="write the JSON here too" + (", with every line" if name == "infill" else ""))
+        task.set_defaults(run=run_eval, task=name)
+
+    doctor = commands.add_parser("doctor", help="what is installed, what runs here, what to install",
+                                 description="Print versions, devices, backends with reasons, and what to install.")
+    doctor.set_defaults(run=run_doctor)
+    return parser
+
+
+def add_model(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder, or hub repository as owner/name")
+    add_device(parser)
+
+
+def add_device(parser: Parser) -> None:
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+                        help="auto: the GPU if there is one")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+                        help="auto: bfloat16 on a GPU, else float32")
+
+
+def add_generation(parser: Parser) -> None:
+    """Flags for the fields of `MDMGenerationConfig`; those not given keep its defaults."""
+    add_setting(parser, "--steps", "denoising steps at most; default: 512")
+    add_setting(parser, "--temperature", "0 takes the most likely token; default: 0", number)
+    add_setting(parser, "--top-p", "keep the most likely tokens until their probability passes this", number)
+    add_setting(parser, "--top-k", "keep the K most likely tokens")
+    add_setting(parser, "--alg", "origin, maskgit_plus, entropy, topk_margin or p2; default: entropy", str)
+    add_setting(parser, "--alg-temp", "noise on the confidences; default: 0", number)
+    add_setting(parser, "--seed", "default: a fresh one, which is printed")
+    add_setting(parser, "--num-return-sequences", "default: 1")
+    parser.add_argument("--watch", action="store_true", help="show the text being unmasked, coloured by confidence")
+    parser.add_argument("--output", type=Path, metavar="FILE",
+                        help="write the texts, the settings and the counts here, as JSON")
+
+
+def add_setting(parser: Parser, flag: str, text: str, kind: Callable | None = None) -> None:
+    metavar = "N" if kind is None else "X"
+    parser.add_argument(flag, type=kind or whole, default=argparse.SUPPRESS, metavar=metavar, help=text)
+
+
+def whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a whole number is wanted, not {text!r}") from None
+
+
+def number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a number is wanted, not {text!r}") from None
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    return tuple(number(part) for part in text.split(","))
+
+
+def list_config_keys() -> str:
+    from dllm.config import GROUPS
+
+    lines = ["keys and their defaults (what each means: dllm/config.py):"]
+    for group, cls in GROUPS.items():
+        for field in fields(cls):
+            required = field.default is field.default_factory  # both MISSING
+            lines.append(f"  --{group}.{field.name}=" + ("(required)" if required else str(field.default)))
+    return "\n".join(lines)
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    from dllm.demo import run
+
+    return run(args.output_dir)
+
+
+def train(arguments: list[str]) -> int:
+    from dllm.train import run
+
+    return run(arguments)
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    from dllm.doctor import report
+
+    report()
+    return 0
+
+
+def run_sample(args: argparse.Namespace) -> int:
+    from dllm.sampler import generate
+
+    config = generation_config(args)
+    prompt = read_prompt(args)
+    model, tokenizer = load_model(args)
+    ids = encode(tokenizer, prompt)
+    masks = config.max_new_tokens
+    out, seconds = denoise_shown(args, config, model, tokenizer, ids, masks, ids[:0],
+                                 lambda on_step: generate(model, ids.unsqueeze(0), None, config, on_step))
+    texts = [decode_after(tokenizer, ids, cut_at_end(tokenizer, row[len(ids):])) for row in out.sequences.cpu()]
+    if not args.watch:
+        print_texts([prompt + text for text in texts])
+    finish(args, config, out, seconds, {"prompt": prompt, "texts": texts})
+    return 0
+
+
+def run_infill(args: argparse.Namespace) -> int:
+    from dllm.sampler import infill
+
+    before, after = read_gap(args)
+    config = generation_config(args)
+    model, tokenizer = load_model(args)
+    prefix, suffix = encode(tokenizer, before), encode(tokenizer, after)
+    out, seconds = denoise_shown(
+        args, config, model, tokenizer, prefix, args.length, suffix,
+        lambda on_step: infill(model, prefix, suffix, length=args.length, generation_config=config, on_step=on_step))
+    texts = [decode_after(tokenizer, prefix, row[len(prefix):len(prefix) + args.length]) for row in out.sequences.cpu()]
+    if not args.watch:
+        print_texts([before + text + after for text in texts])
+    finish(args, config, out, seconds, {"prefix": before, "suffix": after, "texts": texts})
+    return 0
+
+
+def generation_config(args: argparse.Namespace):
+    """What the flags say, with a seed that can be told."""
+    from dllm.sampler import MDMGenerationConfig
+
+    given = {field.name: getattr(args, field.name) for field in fields(MDMGenerationConfig)
+             if getattr(args, field.name, None) is not None}
+    return MDMGenerationConfig(**{"seed": secrets.randbelow(2**31), **given})
+
+
+def load_model(args: argparse.Namespace):
+    """The model on its device, and its tokenizer."""
+    import torch
+
+    from dllm.model import DiffusionLM
+    from dllm.tokenizer import check_vocabulary, load_tokenizer
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is cuda, but this torch sees no GPU; leave it out, or install a CUDA build of torch")
+    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    dtype = {"cpu": "float32", "cuda": "bfloat16"}[device] if args.dtype == "auto" else args.dtype
+    model = DiffusionLM.from_pretrained(args.model, dtype=getattr(torch, dtype), device=device)
+    tokenizer = load_tokenizer(args.model, model.mask_token_id)
+    check_vocabulary(tokenizer, model.config.vocab_size)
+    return model, tokenizer
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    if args.prompt is not None:
+        return args.prompt
+    if args.prompt_file is not None:
+        return read_text(args.prompt_file)
+    return "" if sys.stdin.isatty() else sys.stdin.read()
+
+
+def read_gap(args: argparse.Namespace) -> tuple[str, str]:
+    """The texts before and after the gap."""
+    if args.file is None:
+        if args.prefix is None and args.suffix is None:
+            raise UserError(f"give --prefix and --suffix, or --file FILE with {args.marker} at the gap")
+        return args.prefix or "", args.suffix or ""
+    if args.prefix is not None or args.suffix is not None:
+        raise UserError("--file already has what comes before and after the gap; leave out --prefix and --suffix")
+    parts = read_text(args.file).split(args.marker) if args.marker else []
+    if len(parts) != 2:
+        raise UserError(f"{args.file} must have the marker {args.marker!r} once, not {max(len(parts) - 1, 0)} times; "
+                        "put it at the gap, or name another with --marker")
+    return parts[0], parts[1]
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give a text file") from None
+
+
+def encode(tokenizer, text: str):
+    """int64 [N], with nothing added: documents are trained on without a beginning-of-text token."""
+    import torch
+
+    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
+
+
+def decode_after(tokenizer, before, ids) -> str:
+    """The text of tokens ids [N], as it reads after the tokens before it (some tokenizers drop a leading blank)."""
+    def decode(tokens) -> str:
+        return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    return decode([*before.tolist(), *ids.tolist()])[len(decode(before.tolist())):]
+
+
+def cut_at_end(tokenizer, ids):
+    """ids up to the first end-of-text token: a model packs documents, so what follows belongs to another one."""
+    end = (ids == tokenizer.eos_token_id).nonzero()
+    return ids[:int(end[0])] if len(end) else ids
+
+
+def denoise_shown(args: argparse.Namespace, config, model, tokenizer, prefix, length: int, suffix, run: Callable):
+    """Call run(on_step), drawing each step with --watch. Returns its output and the seconds that it took."""
+    import torch
+
+    from dllm.sampler import find_mask_token
+
+    shown = nullcontext()
+    if args.watch:
+        from dllm.visualize import watch
+
+        mask_token_id = find_mask_token(model, config)
+        canvas = torch.cat((prefix, prefix.new_full((length,), mask_token_id), suffix))
+        shown = watch(tokenizer, canvas.expand(config.num_return_sequences, -1), mask_token_id, config.alg)
+    start = time.perf_counter()
+    with shown as on_step:
+        out = run(on_step)
+    return out, time.perf_counter() - start
+
+
+def print_texts(texts: list[str]) -> None:
+    for index, text in enumerate(texts, start=1):
+        if len(texts) > 1:
+            print(f"--- {index} of {len(texts)} ---")
+        print(text)
+
+
+def finish(args: argparse.Namespace, config, out, seconds: float, texts: dict) -> None:
+    """A line about the run on stderr, and its record in --output."""
+    print(f"{out.steps} steps, {out.forwards} forward passes, {out.tokens_per_forward:.2f} tokens in each, "
+          f"{seconds:.2f} s, seed {config.seed}", file=sys.stderr)
+    if args.output is not None:
+        write_json(args.output, {"model": args.model, **texts, "settings": asdict(config), "steps": out.steps,
+                                 "forwards": out.forwards, "tokens_per_forward": out.tokens_per_forward,
+                                 "seconds": round(seconds, 3)})
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    from dllm.data import read_documents, split_documents
+    from dllm.evaluators import (
+        HeldOutSettings,
+        InfillingSettings,
+        line_infilling,
+        masked_accuracy,
+        perplexity_bound,
+    )
+
+    evaluator, kind = {"perplexity": (perplexity_bound, HeldOutSettings), "infill": (line_infilling, InfillingSettings),
+                       "masked_accuracy": (masked_accuracy, HeldOutSettings)}[args.task]
+    settings = kind(**{field.name: getattr(args, field.name) for field in fields(kind) if hasattr(args, field.name)})
+    share = args.validation_share
+    if share is not None and not 0 < share < 1:
+        raise UserError(f"--validation-share must be between 0 and 1, not {share}")
+    paths = None if args.data is None else [path.strip() for path in args.data.split(",")]
+    documents = read_documents(paths, args.text_keys.split(","))
+    if share is not None:
+        documents = split_documents(documents, share)[1]
+    model, tokenizer = load_model(args)
+    result = evaluator(model, tokenizer, documents, settings)
+    result = [part.to_dict() for part in result] if isinstance(result, tuple) else result.to_dict()
+    record = {"task": args.task, "model": args.model, "data": args.data, "documents": len(documents),
+              "validation_share": share, "settings": asdict(settings), "result": result}
+    if args.output is not None:
+        write_json(args.output, record)
+    if args.task == "infill":
+        del record["result"]["examples"]
+    print(json.dumps(record, indent=2, ensure_ascii=False))
+    return 0
+
+
+def write_json(path: Path, record: dict) -> None:
+    from dllm.checkpoint import write_atomically
+
+    write_atomically(path, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass"))

@@ -1,0 +1,83 @@
+"""What is installed, what runs here and why the rest does not, and what to install."""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+import dllm
+import dllm_kernels
+
+_REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "pyarrow")
+_OPTIONAL = ("triton", "flash-attn", "liger-kernel")
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+# program -> (names it goes by, what is lost without it)
+_PROGRAMS = {
+    "g++": ((os.environ.get("CXX", "g++"),), "the C++ extension cannot be built"),
+    "nvcc": (("nvcc",), "CUDA sources cannot be built"),
+    "chromium": (_BROWSERS, "the test that looks at the demo's report is skipped"),
+}
+
+
+def report() -> None:
+    """Print the report to stdout. Builds the C++ extension if it is not there yet and can be built."""
+    hints = []
+    _line("dllm", f"{dllm.__version__}, dllm_kernels {dllm_kernels.__version__}")
+    _line("python", f"{platform.python_version()} on {platform.platform(terse=True)}")
+    for name in (*_REQUIRED, *_OPTIONAL):
+        try:
+            _line(name, version(name))
+        except PackageNotFoundError:
+            _line(name, "not installed")
+            if name in _REQUIRED:
+                hints.append(f"pip install {name}")
+    print()
+    _line("cpu", f"{_cpu_name()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        _line(f"cuda:{index}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}")
+    if not torch.cuda.is_available():
+        cuda = torch.version.cuda
+        _line("gpu", "none: this torch is a CPU build" if cuda is None else f"none seen by this torch, for CUDA {cuda}")
+        if torch.version.cuda is None and shutil.which("nvidia-smi"):
+            hints.append("a CUDA build of torch (pytorch.org/get-started), for the GPU of this machine")
+
+    print()
+    for name, (names, loss) in _PROGRAMS.items():
+        path = next((found for candidate in names if (found := shutil.which(candidate))), None)
+        if path is not None:
+            _line(name, " ".join(filter(None, (path, _program_version(path)))))
+        else:
+            _line(name, f"not found: {loss}")
+            if name == "g++":
+                hints.append("g++ 11 or newer (apt-get install g++), for the C++ extension")
+
+    print()
+    dllm_kernels.describe_backends()
+    print("\nto install: " + ("\n            ".join(hints) if hints else "nothing"))
+
+
+def _line(name: str, text: str) -> None:
+    print(f"{name:<16} {text}")
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _program_version(path: str) -> str:
+    """The first number with a dot in what `--version` prints."""
+    try:
+        done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    found = re.search(r"\d+\.\d[\d.]*", done.stdout)
+    return found[0] if found else ""

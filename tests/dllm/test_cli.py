@@ -1,0 +1,391 @@
+"""The command line: what each command gives, and one line with the right exit code for everything that is wrong."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import dllm
+from dllm import cli
+from dllm.errors import run_command
+from dllm.evaluators import HeldOutSettings, InfillingSettings
+from dllm.sampler import MDMGenerationConfig
+from dllm.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).parents[2]
+CODE = "".join(f"def add_{i}(x, y):\n    total = x + y + {i}\n    return total\n\n\n" for i in range(30))
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for i in range(6):
+        (folder / f"file_{i}.py").write_text(CODE.replace("add", f"add{i}"))
+    return folder
+
+
+@pytest.fixture
+def broken(model_folder, tmp_path) -> Path:
+    """A copy of the model to break."""
+    return Path(shutil.copytree(model_folder, tmp_path / "broken"))
+
+
+@pytest.fixture
+def fails(capsys):
+    """Run a command that must fail: its one line on stderr is returned."""
+    def run(code: int, *arguments) -> str:
+        capsys.readouterr()
+        assert cli.main([str(argument) for argument in arguments]) == code
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("dllm: error: ") and err.count("\n") == 1, err
+        return err
+    return run
+
+
+@contextmanager
+def full_disk(limit: int):
+    """No file can grow beyond `limit` bytes: what a write to a full disk does, an error of the system in the middle."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def edit_json(path: Path, **values) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+# What each command gives
+
+
+def test_sample_prints_prompt_and_continuation_the_same_for_the_same_seed(model_folder, capsys, monkeypatch, tmp_path):
+    flags = ["--max-new-tokens", "12", "--steps", "12", "--temperature", "1", "--seed", "3"]
+    (tmp_path / "prompt").write_text("def f(x):")
+    monkeypatch.setattr(sys, "stdin", open(tmp_path / "prompt"))
+    texts = []
+    for source in (["--prompt", "def f(x):"], ["--prompt-file", str(tmp_path / "prompt")], []):
+        assert cli.main(["sample", str(model_folder), *source, *flags]) == 0
+        out, err = capsys.readouterr()
+        texts.append(out)
+        assert re.search(r"12 steps, \d+ forward passes, .* seed 3\n$", err)
+    assert texts[0].startswith("def f(x):") and len(texts[0]) > len("def f(x):\n")
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_sample_without_a_seed_takes_and_tells_a_fresh_one(model_folder, capsys):
+    seeds = set()
+    for _ in range(2):
+        assert cli.main(["sample", str(model_folder), "--prompt", "x", "--max-new-tokens", "2", "--steps", "2"]) == 0
+        seeds.add(re.search(r"seed (\d+)\n", capsys.readouterr().err)[1])
+    assert len(seeds) == 2
+
+
+def test_sample_equals_the_library_and_its_record_says_how(model_folder, capsys, tmp_path):
+    file = tmp_path / "new" / "record.json"
+    assert cli.main(["sample", str(model_folder), "--prompt", "x = ", "--max-new-tokens", "10", "--steps", "5",
+                     "--temperature", "0.8", "--top-p", "0.9", "--top-k", "50", "--alg", "p2", "--seed", "7",
+                     "--num-return-sequences", "2", "--output", str(file)]) == 0
+    record = json.loads(file.read_text())
+    model, tokenizer = dllm.DiffusionLM.from_pretrained(model_folder), load_tokenizer(model_folder)
+    config = dllm.MDMGenerationConfig(max_new_tokens=10, steps=5, temperature=0.8, top_p=0.9, top_k=50, alg="p2",
+                                      seed=7, num_return_sequences=2)
+    ids = tokenizer("x = ", return_tensors="pt")["input_ids"]
+    out = model.diffusion_generate(inputs=ids, generation_config=config)
+    assert [dllm.MDMGenerationConfig(**record["settings"])] == [config]
+    assert record["forwards"] == out.forwards and len(record["texts"]) == 2
+    for text, row in zip(record["texts"], out.sequences, strict=True):
+        new = row[ids.shape[1]:].tolist()
+        new = new[:new.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in new else new
+        assert text == tokenizer.decode(new, skip_special_tokens=True)
+    assert capsys.readouterr().out == "".join(
+        f"--- {i} of 2 ---\nx = {text}\n" for i, text in enumerate(record["texts"], start=1))
+
+
+def test_sample_stops_the_text_at_the_end_of_text_token(model_folder):
+    tokenizer = load_tokenizer(model_folder)
+    ids = torch.tensor([5, 6, tokenizer.eos_token_id, 7, tokenizer.eos_token_id])
+    assert cli.cut_at_end(tokenizer, ids).tolist() == [5, 6]
+    assert cli.cut_at_end(tokenizer, ids[:2]).tolist() == [5, 6]
+
+
+def test_sample_watch_shows_the_text_that_sample_prints(model_folder, capsys):
+    flags = ["sample", str(model_folder), "--prompt", "x", "--max-new-tokens", "6", "--steps", "6", "--seed", "1"]
+    shown = []
+    for command in (flags, [*flags, "--watch"]):
+        assert cli.main(command) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] and len(shown[0]) > 3
+
+
+def test_infill_keeps_what_is_around_the_gap(model_folder, capsys, tmp_path):
+    flags = ["--length", "5", "--steps", "5", "--seed", "1"]
+    assert cli.main(["infill", str(model_folder), "--prefix", "def f(x):\n    ", "--suffix", "\n    return y", *flags,
+                     "--output", str(tmp_path / "record.json")]) == 0
+    text = capsys.readouterr().out
+    middle = json.loads((tmp_path / "record.json").read_text())["texts"][0]
+    assert middle and text == f"def f(x):\n    {middle}\n    return y\n"
+    (tmp_path / "gap.py").write_text("def f(x):\n    <FILL>\n    return y")
+    assert cli.main(["infill", str(model_folder), "--file", str(tmp_path / "gap.py"), *flags]) == 0
+    assert capsys.readouterr().out == text
+
+
+@pytest.mark.parametrize("task, flags, keys", [
+    ("perplexity", ["--samples", "2"], {"perplexity_bound", "nats_per_token", "bits_per_byte"}),
+    ("masked_accuracy", ["--shares", "0.15,0.5"], {"share", "accuracy", "nats"}),
+    ("infill", ["--lines", "4"], {"exact_match", "low", "high", "tokens_per_forward"}),
+])
+def test_eval_gives_json_on_stdout_and_in_a_file(task, flags, keys, model_folder, corpus, capsys, tmp_path):
+    arguments = ["eval", task, "--model", str(model_folder), "--data", str(corpus), "--max-seq-len", "128", *flags]
+    assert cli.main([*arguments, "--output", str(tmp_path / "result.json")]) == 0
+    printed, written = json.loads(capsys.readouterr().out), json.loads((tmp_path / "result.json").read_text())
+    result = printed["result"]
+    assert keys <= set(result if isinstance(result, dict) else result[0]) and printed["documents"] == 6
+    if task == "infill":
+        assert len(written["result"].pop("examples")) == 4
+    assert written == printed
+
+
+def test_eval_can_keep_to_the_held_out_documents(model_folder, corpus, capsys):
+    assert cli.main(["eval", "masked_accuracy", "--model", str(model_folder), "--data", str(corpus), "--shares", "0.5",
+                     "--max-seq-len", "64", "--windows", "4", "--validation-share", "0.3"]) == 0
+    assert 0 < json.loads(capsys.readouterr().out)["documents"] < 6
+
+
+def test_train_writes_a_model_that_sample_takes(corpus, capsys, tmp_path):
+    assert cli.main(["train", f"--data.train_path={corpus}", *tiny_training(tmp_path / "run")]) == 0
+    folder = re.search(r"2 steps; the model is in (\S+)", capsys.readouterr().out)[1]
+    assert cli.main(["sample", folder, "--prompt", "def", "--max-new-tokens", "3", "--steps", "3"]) == 0
+    assert capsys.readouterr().out.startswith("def")
+
+
+def tiny_training(output: Path, steps: int = 2) -> list[str]:
+    return [f"--train.output_dir={output}", f"--train.max_steps={steps}", "--train.save_steps=1", "--train.device=cpu",
+            "--train.eval_tokens=64", "--data.max_seq_len=64", "--model.vocab_size=300", "--model.hidden_size=16",
+            "--model.intermediate_size=16", "--model.num_hidden_layers=1", "--model.num_attention_heads=2",
+            "--model.num_key_value_heads=2"]
+
+
+def test_help_states_the_defaults_that_are_taken(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    told = {}
+    for command, kind in ((["sample"], MDMGenerationConfig), (["infill"], MDMGenerationConfig),
+                          (["eval", "perplexity"], HeldOutSettings), (["eval", "masked_accuracy"], HeldOutSettings),
+                          (["eval", "infill"], InfillingSettings)):
+        assert cli.main([*command, "--help"]) == 0
+        defaults = {field.name: field.default for field in fields(kind)}
+        for flag, text in re.findall(r"--([a-z-]+) \S+ +.*default: ([0-9a-z_.,]+)$", capsys.readouterr().out, re.M):
+            name = flag.replace("-", "_")
+            if name in defaults:
+                default = defaults[name]
+                assert text in (str(default), f"{default:g}" if isinstance(default, float) else "",
+                                ",".join(map(str, default)) if isinstance(default, tuple) else ""), (command, flag)
+                told[name] = text
+    assert {"max_new_tokens", "steps", "alg", "lines", "windows", "samples", "shares", "max_seq_len"} <= set(told)
+
+
+def test_train_help_lists_every_key(capsys):
+    assert cli.main(["train", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--train.output_dir=(required)" in out and "--data.max_seq_len=2048" in out and "--model.hidden_size=" in out
+
+
+def test_doctor_reports_versions_devices_and_backends(capsys):
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for wanted in (dllm.__version__, torch.__version__, "cpu", "g++", "topk_unmask", "reference", "to install:"):
+        assert wanted in out
+
+
+# Everything that can be wrong
+
+
+def test_missing_folders(fails, model_folder, tmp_path):
+    assert "/no/such/model is not a folder" in fails(2, "sample", "/no/such/model", "--prompt", "x")
+    err = fails(2, "eval", "perplexity", "--model", model_folder, "--data", "/no/such/data")
+    assert "/no/such/data does not exist" in err
+    err = fails(2, "train", "--data.train_path=/no/such/data", *tiny_training(tmp_path / "run"))
+    assert "/no/such/data does not exist" in err
+    assert "no_such.yaml" in fails(2, "train", "no_such.yaml")
+    assert "no_such.txt" in fails(2, "sample", model_folder, "--prompt-file", "no_such.txt")
+    (tmp_path / "empty").mkdir()
+    assert "config.json does not exist" in fails(2, "sample", tmp_path / "empty", "--prompt", "x")
+
+
+def test_empty_corpus(fails, model_folder, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "nothing.py").write_text("")
+    assert f"no text in {empty}" in fails(2, "train", f"--data.train_path={empty}", *tiny_training(tmp_path / "run"))
+    assert f"no text in {empty}" in fails(2, "eval", "infill", "--model", model_folder, "--data", empty)
+
+
+def test_undecodable_files_are_skipped_and_counted(model_folder, corpus, capsys, fails):
+    (corpus / "picture.png").write_bytes(b"\x89PNG\xff\xfe")
+    assert cli.main(["eval", "masked_accuracy", "--model", str(model_folder), "--data", str(corpus), "--windows", "2",
+                     "--max-seq-len", "64"]) == 0
+    out, err = capsys.readouterr()
+    assert "skipped 1 " in err and "picture.png" in err and json.loads(out)["documents"] == 6
+    assert "picture.png is not UTF-8 text" in fails(2, "sample", model_folder, "--prompt-file", corpus / "picture.png")
+
+
+def test_truncated_weights(fails, broken):
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    err = fails(2, "sample", broken, "--prompt", "x")
+    assert f"{weights} is truncated or corrupt" in err and "again" in err
+
+
+def test_unknown_family(fails, broken):
+    edit_json(broken / "config.json", model_type="mamba")
+    err = fails(2, "sample", broken, "--prompt", "x")
+    assert "model_type 'mamba'" in err and "qwen2, qwen3, llama" in err
+
+
+def test_config_json_that_is_not_json(fails, broken):
+    (broken / "config.json").write_text('{"model_type": ')
+    assert f"{broken / 'config.json'} is not a readable JSON file" in fails(2, "sample", broken, "--prompt", "x")
+
+
+def test_vocabulary_mismatch(fails, broken, corpus, tmp_path):
+    tokenizer = load_tokenizer(broken)
+    tokenizer.add_tokens([f"<|extra_{i}|>" for i in range(20)])
+    tokenizer.save_pretrained(broken)
+    for command in (["sample", broken, "--prompt", "x"], ["eval", "perplexity", "--model", broken, "--data", corpus],
+                    ["train", f"--model.model_path={broken}", f"--data.train_path={corpus}", "--data.max_seq_len=64",
+                     f"--train.output_dir={tmp_path / 'run'}"]):
+        err = fails(2, *command)
+        assert f"tokenizer has {len(tokenizer)} tokens" in err and "vocabulary is 400" in err
+    edit_json(broken / "config.json", vocab_size=500)
+    assert "has shape [400, 32], config.json asks for [500, 32]" in fails(2, "sample", broken, "--prompt", "x")
+
+
+def test_a_prompt_longer_than_the_models_positions(fails, model_folder):
+    err = fails(2, "sample", model_folder, "--prompt", "x y z " * 80, "--max-new-tokens", "10")
+    assert "the model has 256" in err and "shorten the prompt" in err
+    err = fails(2, "infill", model_folder, "--prefix", "x", "--length", "300")
+    assert "301" in err and "256" in err and "shorten" in err
+
+
+@pytest.mark.parametrize("flags, wanted", [
+    (["--steps", "0"], "steps must be at least 1, not 0"),
+    (["--max-new-tokens", "-3"], "max_new_tokens must be at least 1, not -3"),
+    (["--temperature", "-1"], "temperature must be 0 or more, not -1"),
+    (["--top-p", "1.5"], "top_p must be in (0, 1], not 1.5"),
+    (["--alg", "beam"], "alg must be one of origin, maskgit_plus, entropy, topk_margin, p2, not 'beam'"),
+    (["--steps", "many"], "--steps: a whole number is wanted, not 'many'"),
+    (["--promt", "x"], "has no flag --promt; did you mean --prompt?"),
+    (["--device", "gpu"], "--device is one of auto, cpu, cuda, not 'gpu'"),
+    (["--seed"], "--seed: expected one argument"),
+])
+def test_bad_values_and_unknown_flags_of_sample(flags, wanted, fails, model_folder):
+    assert wanted in fails(2, "sample", model_folder, "--prompt", "x", *flags)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_a_device_that_is_not_there(fails, model_folder):
+    assert "sees no GPU" in fails(2, "sample", model_folder, "--prompt", "x", "--device", "cuda")
+
+
+@pytest.mark.parametrize("arguments, wanted", [
+    ([], "required: COMMAND"),
+    (["trian"], "did you mean train?"),
+    (["--versoin"], "did you mean --version?"),
+    (["eval", "perplexty"], "did you mean perplexity?"),
+    (["eval", "perplexity", "--modle", "x"], "did you mean --model?"),
+    (["eval", "perplexity"], "--model"),
+    (["doctor", "now"], "unrecognized arguments: now"),
+    (["train", "--train.lrr=1"], "no configuration key train.lrr; did you mean train.lr?"),
+    (["train", "--lr=1"], "--train.lr=1e-3"),
+    (["train", "--train.lr=fast", "--train.output_dir=x"], "train.lr must be a number, not 'fast'"),
+    (["infill", "model", "--prefix", "x"], "required: --length"),
+    (["infill", "model", "--length", "3"], "give --prefix and --suffix, or --file"),
+    (["infill", "model", "--length", "3", "--file", __file__, "--suffix", "x"], "leave out --prefix and --suffix"),
+    (["infill", "model", "--length", "3", "--file", __file__, "--marker", "import "], "once, not"),
+])
+def test_bad_command_lines(arguments, wanted, fails):
+    assert wanted in fails(2, *arguments)
+
+
+def test_an_unknown_key_in_a_configuration_file(fails, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("train:\n  output_dir: runs/x\n  warmup: 3\n")
+    assert "train.warmup" in fails(2, "train", file)
+    file.write_text("train: [unclosed\n")
+    assert f"{file} is not valid YAML" in fails(2, "train", file)
+
+
+def test_a_full_disk_while_saving_leaves_the_previous_checkpoint_intact(corpus, capsys, tmp_path):
+    data = f"--data.train_path={corpus}"
+    assert cli.main(["train", data, *tiny_training(tmp_path / "run")]) == 0
+    checkpoint = tmp_path / "run" / "checkpoints" / "global_step_2"
+    before = {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    with full_disk(min(path.stat().st_size for path in before if path.name == "model.safetensors") // 2):
+        assert cli.main(["train", data, *tiny_training(tmp_path / "run", steps=4)]) == 1
+    err = capsys.readouterr().err.splitlines()
+    assert err[-1].startswith("dllm: error: cannot write ") and "global_step_3" in err[-1] and "free space" in err[-1]
+    assert not [line for line in err if "Traceback" in line]
+    assert {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()} == before
+    assert cli.main(["train", data, *tiny_training(tmp_path / "run", steps=4)]) == 0  # with space again, it goes on
+    assert load_file(tmp_path / "run" / "checkpoints" / "global_step_4" / "hf_ckpt" / "model.safetensors")
+
+
+def test_a_full_disk_while_writing_a_result(model_folder, capsys, tmp_path):
+    file = tmp_path / "record.json"
+    file.write_text("the previous one")
+    with full_disk(100):
+        assert cli.main(["sample", str(model_folder), "--prompt", "x", "--max-new-tokens", "2", "--steps", "2",
+                         "--output", str(file)]) == 1
+    assert f"dllm: error: cannot write {file}" in capsys.readouterr().err and file.read_text() == "the previous one"
+    assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
+
+
+# How a program ends
+
+
+@pytest.mark.parametrize("error, code, line", [
+    (dllm.UserError("x is 3"), 2, "dllm: error: x is 3"),
+    (ValueError("from a\nlibrary"), 2, "dllm: error: ValueError: from a library (DLLM_DEBUG=1 shows where)"),
+    (dllm.Failure("disk"), 1, "dllm: error: disk"),
+    (PermissionError(13, "Permission denied", "a.txt"), 1, "dllm: error: [Errno 13] Permission denied: 'a.txt'"),
+    (RuntimeError(), 1, "dllm: error: RuntimeError: no reason given (DLLM_DEBUG=1 shows where)"),
+    (KeyboardInterrupt(), 130, "dllm: interrupted"),
+])
+def test_each_kind_of_error_has_its_exit_code_and_one_line(error, code, line, capsys):
+    def command():
+        raise error
+
+    assert run_command(command) == code
+    assert capsys.readouterr().err == line + "\n"
+
+
+def test_debug_shows_where_an_error_came_from(monkeypatch):
+    with pytest.raises(dllm.UserError):
+        cli.main(["--debug", "train", "no_such.yaml"])
+    monkeypatch.setenv("DLLM_DEBUG", "1")
+    with pytest.raises(dllm.UserError):
+        cli.main(["train", "no_such.yaml"])
+
+
+@pytest.mark.parametrize("characters", [10, 10**6])  # left in the buffer until the end; written at once
+def test_a_reader_that_stops_reading_is_no_error_to_tell_of(characters):
+    code = ("import sys; from dllm.errors import run_command; "
+            f"sys.exit(run_command(lambda: print('x' * {characters}) or 0))")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, cwd=ROOT)
+    os.close(writer)
+    assert done.returncode == 1 and done.stderr == b""

@@ -1,0 +1,260 @@
+"""Evaluators: numbers worked out by hand or by enumeration, the same positions for all, errors, bad input."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dllm.data import Document
+from dllm.errors import UserError
+from dllm.evaluators import (
+    HeldOutSettings,
+    InfillingSettings,
+    baseline_accuracy,
+    count_ngrams,
+    line_infilling,
+    masked_accuracy,
+    perplexity_bound,
+)
+from dllm.evaluators.held_out import Window, corrupt_share, cut_windows, decode, ratio_with_error
+from dllm.evaluators.infilling import draw_gaps, find_blocks, wilson_interval
+from dllm.evaluators.perplexity import score_positions
+from dllm.model import DiffusionLM
+from dllm.tokenizer import load_tokenizer
+
+TEXT = "".join(f"def function_{i}(a, b):\n    '''Say é.'''\n    c = a * b + {i}\n    return c\n\n\n" for i in range(12))
+DOCUMENTS = [Document(TEXT, "a.py"), Document(TEXT[40:900], "b.py"), Document("x = 1\n", "c.py")]
+
+
+@pytest.fixture
+def model(model_folder):
+    return DiffusionLM.from_pretrained(model_folder)
+
+
+@pytest.fixture
+def tokenizer(model_folder):
+    return load_tokenizer(model_folder)
+
+
+class KnownModel:
+    """Says what it is told: logits [L, V] as a function of the noisy tokens [L]."""
+
+    def __init__(self, logits, vocab_size, mask_token_id):
+        self.logits, self.mask_token_id, self.device = logits, mask_token_id, torch.device("cpu")
+        self.head_weight = torch.eye(vocab_size)
+        shape = {"max_position_embeddings": 1024, "shift_logits": False, "vocab_size": vocab_size}
+        self.config = type("Config", (), shape)
+
+    def hidden_states(self, tokens, attention_mask=None):
+        return torch.stack([self.logits(row) for row in tokens])
+
+
+def test_bound_of_a_model_that_knows_only_frequencies_is_their_cross_entropy(tokenizer):
+    V = len(tokenizer)
+    probability = torch.rand(V, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.1
+    probability /= probability.sum()
+    model = KnownModel(lambda row: probability.log().float().expand(len(row), V), V, tokenizer.mask_token_id)
+    settings = HeldOutSettings(max_seq_len=50, windows=None, samples=40)
+    result = perplexity_bound(model, tokenizer, DOCUMENTS, settings)
+    windows = cut_windows(tokenizer, DOCUMENTS, settings)
+    scored = torch.cat([window.tokens[1:] for window in windows])
+    exact = -probability[scored].log().mean().item()
+    assert result.tokens == len(scored)
+    assert abs(result.nats_per_token - exact) < 5 * result.monte_carlo_stderr < 0.2
+    assert result.bits_per_byte == pytest.approx(result.nats_per_token * result.tokens / result.bytes / math.log(2))
+
+
+def test_a_uniform_model_has_the_logarithm_of_the_vocabulary_without_any_error(tokenizer):
+    V = len(tokenizer)
+    model = KnownModel(lambda row: torch.zeros(len(row), V), V, tokenizer.mask_token_id)
+    result = perplexity_bound(model, tokenizer, DOCUMENTS, HeldOutSettings(max_seq_len=64))
+    assert result.nats_per_token == pytest.approx(math.log(V), rel=1e-6)
+    assert result.nats_per_token_stderr < 1e-6 and result.monte_carlo_stderr < 1e-6 < result.bits_per_byte_stderr
+    assert result.to_dict()["perplexity_bound"] == pytest.approx(V, rel=1e-5)
+
+
+def test_bound_equals_the_enumeration_of_all_sets_of_corrupted_positions(tokenizer, monkeypatch):
+    """nll depends on how many are masked and where, so a wrong weight of a set size would show."""
+    V, L, mask = 7, 5, 6
+    tokens = torch.tensor([3, 1, 4, 0, 5, 2])
+
+    def logits(row):
+        masked = (row == mask).sum()
+        return torch.sin(torch.arange(len(row))[:, None] * (1 + masked) + torch.arange(V)[None]) * 3
+
+    def nll(chosen):
+        noisy = tokens.clone()
+        noisy[list(chosen)] = mask
+        return sum(F.cross_entropy(logits(noisy)[i], tokens[i]).item() for i in chosen)
+
+    exact = 0.0
+    for n in range(1, L + 1):
+        sets = list(itertools.combinations(range(1, L + 1), n))
+        exact += sum(nll(chosen) for chosen in sets) / len(sets) / n
+    monkeypatch.setattr("dllm.evaluators.perplexity.cut_windows", lambda *_: [Window(tokens, 0, 9)] * 4)
+    result = perplexity_bound(KnownModel(logits, V, mask), None, [], HeldOutSettings(samples=3000))
+    assert abs(result.nats_per_token - exact / L) < 4 * result.monte_carlo_stderr < 0.05
+    assert result.nats_per_token_stderr is None  # of a single document nothing can be said about others
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_scores_are_those_of_the_logits_whatever_the_batch(model, tokenizer, shift):
+    object.__setattr__(model.config, "shift_logits", shift)
+    windows = cut_windows(tokenizer, DOCUMENTS, HeldOutSettings(max_seq_len=37))
+    corrupted = corrupt_share(windows, 0.4, 0)
+    assert len({len(window.tokens) for window in windows}) > 1  # so that there is padding
+    results = score_positions(model, windows, corrupted, 150, predict=True)
+    for window, where, (nats, predicted) in zip(windows, corrupted, results, strict=True):
+        logits = model(window.tokens.masked_fill(where, model.mask_token_id).unsqueeze(0)).logits[0].double()
+        rows = logits[where.nonzero().squeeze(1) - int(shift)]
+        expected = F.cross_entropy(rows, window.tokens[where], reduction="none")
+        torch.testing.assert_close(nats, expected, atol=1e-4, rtol=0)
+        assert torch.equal(predicted, rows.argmax(1))
+
+
+def test_windows_hold_every_token_once_and_their_bytes_add_up(tokenizer):
+    whole = cut_windows(tokenizer, DOCUMENTS[:1], HeldOutSettings(max_seq_len=10_000, windows=None))
+    parts = cut_windows(tokenizer, DOCUMENTS[:1], HeldOutSettings(max_seq_len=14, windows=None))
+    assert torch.equal(torch.cat([window.tokens for window in parts]), whole[0].tokens)
+    assert whole[0].tokens[-1] == tokenizer.eos_token_id
+    first = len(decode(tokenizer, whole[0].tokens[:1]).encode())
+    assert whole[0].bytes == len(TEXT.encode()) - first
+    given = sum(len(decode(tokenizer, window.tokens[:1]).encode()) for window in parts)
+    assert sum(window.bytes for window in parts) == pytest.approx(len(TEXT.encode()) - given, abs=24)  # é: 2 bytes
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(model, tokenizer):
+    def measure(seed):
+        settings = HeldOutSettings(max_seq_len=32, windows=20, samples=2, seed=seed)
+        return (perplexity_bound(model, tokenizer, DOCUMENTS, settings),
+                masked_accuracy(model, tokenizer, DOCUMENTS, settings),
+                line_infilling(model, tokenizer, DOCUMENTS, InfillingSettings(lines=4, max_seq_len=96, seed=seed)))
+    first, again, other = measure(0), measure(0), measure(1)
+    assert first == again
+    assert first[0] != other[0] and first[1] != other[1] and first[2] != other[2]
+
+
+def test_results_are_json(model, tokenizer):
+    settings = HeldOutSettings(max_seq_len=64, samples=1)
+    results = [perplexity_bound(model, tokenizer, DOCUMENTS, settings),
+               *masked_accuracy(model, tokenizer, DOCUMENTS, settings),
+               line_infilling(model, tokenizer, DOCUMENTS, InfillingSettings(lines=2, max_seq_len=96))]
+    for result in results:
+        assert json.loads(json.dumps(result.to_dict()))
+
+
+def test_standard_error_is_that_of_the_mean_for_documents_of_one_size():
+    """Windows that repeat each other within a document add no certainty."""
+    values = torch.randn(50, dtype=torch.float64)
+    once = ratio_with_error(values.tolist(), [1] * 50, range(50))
+    four_times = ratio_with_error(values.repeat(4).tolist(), [1] * 200, list(range(50)) * 4)
+    assert once[0] == pytest.approx(values.mean().item())
+    assert once[1] == pytest.approx(values.std().item() / math.sqrt(50))
+    assert four_times == pytest.approx(once)
+
+
+def test_baselines_by_hand():
+    counts = count_ngrams([torch.tensor([0, 1, 0, 1, 0, 2])], 4)
+    torch.testing.assert_close(counts.unigram, torch.tensor([3.5, 2.5, 1.5, 0.5], dtype=torch.float64) / 8)
+    # Too few counts for three discounts: 0.2 for bigrams (n1 = 1, n2 = 2), 0.9 for endings (n1 = 3, n2 = 0).
+    seen, unseen = 0.1 / 3 + 0.9 / 4, 0.9 / 4
+    torch.testing.assert_close(counts.continuation, torch.tensor([seen, seen, seen, unseen], dtype=torch.float64))
+    left, word = torch.tensor([0, 0, 0, 2]), torch.tensor([1, 2, 3, 0])
+    by_hand = [1.8 / 3 + 0.4 / 3 * seen, 0.8 / 3 + 0.4 / 3 * seen, 0.4 / 3 * unseen, seen]
+    torch.testing.assert_close(counts.bigram_probability(left, word), torch.tensor(by_hand, dtype=torch.float64))
+    assert counts.favourite[:2].tolist() == [1, 0]
+
+
+def test_bigram_probabilities_sum_to_one_and_the_favourite_is_the_most_likely():
+    V, generator = 40, torch.Generator().manual_seed(0)
+    weights = 1 / torch.arange(1, V - 1)  # the last two words never occur
+    sequences = [weights.multinomial(n, replacement=True, generator=generator) for n in (900, 1, 400, 2500)]
+    counts = count_ngrams(sequences, V)
+    left, word = torch.meshgrid(torch.arange(V), torch.arange(V), indexing="ij")
+    table = counts.bigram_probability(left, word)
+    torch.testing.assert_close(table.sum(1), torch.ones(V, dtype=torch.float64))
+    assert (table > 0).all()
+    best = table.gather(1, counts.favourite.unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(best, table.max(1).values, rtol=1e-12, atol=0)
+
+
+def test_bigram_uses_the_left_neighbour_only_where_it_is_visible(tokenizer):
+    """In a text that repeats two tokens, a visible neighbour tells all, a corrupted one nothing."""
+    document = Document("ab" * 400, "ab")
+    plain = tokenizer("ab" * 400, add_special_tokens=False)["input_ids"]
+    counts = count_ngrams([torch.tensor(plain)], len(tokenizer))
+    settings = HeldOutSettings(max_seq_len=40, windows=None, shares=(0.05, 1.0))
+    few, all_hidden = baseline_accuracy(counts, tokenizer, [document, Document(document.text, "again")], settings)
+    assert few.bigram.nats < few.unigram.nats
+    assert all_hidden.bigram.accuracy == pytest.approx(all_hidden.unigram.accuracy, abs=0.05)  # the first is visible
+
+
+def test_model_and_baselines_are_scored_on_the_same_number_of_positions(model, tokenizer):
+    settings = HeldOutSettings(max_seq_len=32)
+    counts = count_ngrams([torch.tensor(tokenizer(TEXT)["input_ids"])], len(tokenizer))
+    ours = masked_accuracy(model, tokenizer, DOCUMENTS, settings)
+    theirs = baseline_accuracy(counts, tokenizer, DOCUMENTS, settings)
+    for result, baseline in zip(ours, theirs, strict=True):
+        assert result.positions == baseline.unigram.positions == baseline.bigram.positions
+        assert result.share == baseline.bigram.share
+
+
+def test_a_gap_holds_the_whole_line_and_the_window_is_undisturbed_text(tokenizer):
+    settings = InfillingSettings(lines=30, max_seq_len=80, max_line_tokens=40)
+    gaps = draw_gaps(tokenizer, DOCUMENTS, settings)
+    lines = {line.strip() for line in TEXT.splitlines()} | {"x = 1"}
+    for gap in gaps:
+        middle = decode(tokenizer, gap.tokens[gap.start:gap.end])
+        assert middle.strip() in lines
+        assert len(gap.tokens) <= 80 and decode(tokenizer, gap.tokens) in "".join(d.text for d in DOCUMENTS)
+        assert (gap.prefix + middle + gap.suffix).replace("…", "") in TEXT + "x = 1\n"
+    assert any(gap.source == "a.py" for gap in gaps) and not any("'''" in decode(tokenizer, g.tokens[g.start:g.end])
+                                                                 for g in gaps if g.source == "a.py")
+
+
+def test_blocks_are_functions_with_their_decorators_and_statements():
+    text = "import os\n\n@cache\ndef f(x):\n    'doc'\n    # why\n    if x:\n        return (1,\n                2)\n"
+    (block,) = find_blocks(text, 5)
+    assert text[block.start:block.end] == text[text.index("@"):].rstrip()
+    assert [text[a:b] for a, b in block.lines] == ["if x:", "return (1,"]
+    (prose,) = find_blocks("Not Python, \n\n  but two lines.", 0)
+    assert len(prose.lines) == 2
+    assert find_blocks("x = 1\n", 0) == []
+
+
+def test_a_model_that_knows_the_text_infills_every_line(tokenizer):
+    """Every token follows from its position: the exact match must be 1, and the examples the truth."""
+    document = Document(TEXT[:200], "known.py")
+    truth = torch.tensor(tokenizer(document.text, add_special_tokens=False)["input_ids"])
+
+    class Knows(KnownModel):
+        def hidden_states(self, tokens, attention_mask=None, position_ids=None, queries=None):
+            hidden = F.one_hot(truth[:tokens.shape[1]], len(tokenizer)).float().expand(len(tokens), -1, -1) * 50
+            return hidden.gather(1, queries.unsqueeze(2).expand(-1, -1, hidden.shape[2]))
+
+    known = Knows(None, len(tokenizer), tokenizer.mask_token_id)
+    settings = InfillingSettings(lines=3, max_seq_len=len(truth), max_line_tokens=40)
+    result = line_infilling(known, tokenizer, [document], settings)
+    assert result.exact_match == 1 and result.high == 1 and 0 < result.low < 1
+    assert all(example.infilled == example.truth and example.exact for example in result.examples)
+
+
+def test_wilson_interval_by_hand():
+    assert wilson_interval(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
+    assert wilson_interval(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+
+
+@pytest.mark.parametrize("call, says", [
+    (lambda m, t: perplexity_bound(m, t, []), "nothing to evaluate"),
+    (lambda m, t: perplexity_bound(m, t, [Document(TEXT, "a")], HeldOutSettings(max_seq_len=300)), "256 positions"),
+    (lambda m, t: line_infilling(m, t, [Document("", "a")]), "nothing to infill"),
+    (lambda m, t: HeldOutSettings(shares=(0.5, 1.5)), "shares must be"),
+    (lambda m, t: HeldOutSettings(samples=0), "samples must be at least 1, not 0"),
+    (lambda m, t: InfillingSettings(max_seq_len=10, max_line_tokens=10), "leaves no room"),
+])
+def test_what_cannot_be_measured_is_refused_with_the_reason(model, tokenizer, call, says):
+    with pytest.raises(UserError, match=says):
+        call(model, tokenizer)

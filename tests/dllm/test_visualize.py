@@ -1,0 +1,129 @@
+"""Denoising made visible: what is shown is what happened, in a terminal, in a pipe and as an animation."""
+
+import io
+import json
+import re
+
+import pytest
+import torch
+from rich.console import Console
+
+from dllm.model import DiffusionLM
+from dllm.sampler import MDMGenerationConfig, denoise
+from dllm.tokenizer import load_tokenizer
+from dllm.visualize import MASK_GLYPH, RAMP, Trace, animation, confidence_level, record, watch
+
+
+@pytest.fixture
+def model(model_folder):
+    return DiffusionLM.from_pretrained(model_folder)
+
+
+@pytest.fixture
+def tokenizer(model_folder):
+    return load_tokenizer(model_folder)
+
+
+@pytest.fixture
+def canvas(model, tokenizer):
+    ids = tokenizer("def f(</script>): <!-- & \n    return", add_special_tokens=False)["input_ids"]
+    return torch.tensor([*ids, *[model.mask_token_id] * 9, *ids[:3]])
+
+
+def data_of(markup: str) -> dict:
+    return json.loads(re.search(r'<script type="application/json">(.*?)</script>', markup, re.DOTALL)[1])
+
+
+@pytest.mark.parametrize("alg", ["entropy", "maskgit_plus", "topk_margin", "p2", "origin"])
+def test_replaying_the_animation_gives_the_denoised_text(model, tokenizer, canvas, alg):
+    config = MDMGenerationConfig(alg=alg, steps=6, temperature=1.0, seed=3)
+    data = data_of(animation(record(model, canvas, config), tokenizer, canvas.tolist()))
+    pieces = list(data["start"])
+    assert [text is None for text in pieces] == (canvas == model.mask_token_id).tolist()
+    for changes in data["steps"]:
+        assert changes
+        for position, text, level in changes:
+            pieces[position] = text
+            assert 0 <= level < len(RAMP) and canvas[position] == model.mask_token_id
+    final = denoise(model, canvas.unsqueeze(0), config).sequences[0].tolist()
+    assert pieces == [None if token == model.mask_token_id else tokenizer.decode([token]) for token in final]
+
+
+def test_the_animation_can_show_a_part(model, tokenizer, canvas):
+    trace = record(model, canvas, MDMGenerationConfig(steps=4))
+    part = range(int((canvas == model.mask_token_id).nonzero()[0]) - 1, len(canvas) - 2)
+    every = data_of(animation(trace, tokenizer, canvas.tolist()))
+    some = data_of(animation(trace, tokenizer, canvas.tolist(), part))
+    assert some["start"] == every["start"][part.start:part.stop]
+    assert some["steps"] == [[[place - part.start, *rest] for place, *rest in step] for step in every["steps"]]
+
+
+def test_text_that_looks_like_markup_cannot_leave_the_data(model, tokenizer, canvas):
+    markup = animation(record(model, canvas, MDMGenerationConfig(steps=3)), tokenizer, canvas.tolist())
+    assert "".join(text for text in data_of(markup)["start"] if text).startswith("def f(</script>): <!-- & ")
+    assert markup.count("</script>") == 1 and "<!--" not in markup
+
+
+def test_a_position_masked_again_is_shown_as_masked(tokenizer):
+    """P2 takes back what it committed."""
+    mask = tokenizer.mask_token_id
+    trace = Trace(torch.tensor([5, mask]), mask, "p2")
+    confidence = torch.tensor([[0.0, 0.9]])
+    for index, tokens in enumerate(([5, 7], [5, 7], [5, mask], [5, 8])):
+        trace(index, torch.tensor([tokens]), confidence)
+    steps = data_of(animation(trace, tokenizer, [5, mask]))["steps"]
+    first, second = tokenizer.decode([7]), tokenizer.decode([8])
+    assert [[text for _, text, _ in step] for step in steps] == [[first], [None], [second]]
+
+
+@pytest.mark.parametrize("confidence, alg, level", [
+    (0.0, "maskgit_plus", 0), (0.19, "p2", 0), (0.5, "topk_margin", 2), (1.0, "maskgit_plus", 4),
+    (0.0, "entropy", 4), (-0.7, "entropy", 2), (-9.0, "entropy", 0), (float("-inf"), "origin", 0),
+])
+def test_levels_of_confidence(confidence, alg, level):
+    assert confidence_level(confidence, alg) == level
+
+
+def test_black_text_is_legible_on_every_colour():
+    def luminance(color: str) -> float:
+        channels = [int(color[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    assert all((luminance(color) + 0.05) / 0.05 >= 7 for color in RAMP)
+
+
+def show(model, tokenizer, canvas, terminal: bool, width: int = 100) -> tuple[str, torch.Tensor]:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=width, color_system="truecolor" if terminal else None)
+    rows, config = canvas.expand(2, -1), MDMGenerationConfig(steps=9, seed=1, temperature=0.5)
+    with watch(tokenizer, rows, model.mask_token_id, config.alg, console=console) as on_step:
+        result = denoise(model, rows, config, on_step=on_step)
+    return out.getvalue(), result.sequences
+
+
+def test_a_pipe_gets_the_final_texts_alone(model, tokenizer, canvas):
+    text, sequences = show(model, tokenizer, canvas, terminal=False)
+    assert text == "".join(tokenizer.decode(row, skip_special_tokens=True) + "\n" for row in sequences.tolist())
+
+
+def test_a_terminal_sees_masks_first_and_the_coloured_text_at_the_end(model, tokenizer, canvas):
+    text, sequences = show(model, tokenizer, canvas, terminal=True)
+    assert "step 0, 18 still masked" in text and "step 9, 0 still masked" in text
+    assert MASK_GLYPH * 9 in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    end = text[text.rindex("step 9"):]
+    assert MASK_GLYPH not in end and "\x1b[30;48;2;" in end
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", end)
+    for row in sequences.tolist():
+        first_line = "".join(tokenizer.decode([token]) for token in row).split("\n")[0]
+        assert first_line.rstrip() in plain
+
+
+def test_padding_is_left_out(model, tokenizer):
+    out = io.StringIO()
+    tokens = tokenizer("abc", add_special_tokens=False)["input_ids"]
+    rows = torch.tensor([[9, 9, *tokens, model.mask_token_id]])
+    real = torch.tensor([[0, 0, *[1] * len(tokens), 1]])
+    console = Console(file=out)
+    with watch(tokenizer, rows, model.mask_token_id, "entropy", real, console) as on_step:
+        denoise(model, rows, MDMGenerationConfig(steps=1), real, on_step)
+    assert out.getvalue().startswith("abc")
