@@ -54,7 +54,7 @@ def naive_denoise(model, canvas: Tensor, *, steps: int, alg: str = "entropy", te
             tokens, scores = filter_and_score(logits.flatten(0, 1), temperature, top_p, top_k, "prob")
             tokens, scores = tokens.view_as(x), scores.view(x.shape).masked_fill(fixed, torch.inf)
             count = ((~fixed).sum(1).float() * (1 - (i + 1) / steps)).floor().long()
-            order = scores.argsort(1, stable=True)
+            order = scores.argsort(dim=1, stable=True)
             remask = torch.zeros_like(masked).scatter(1, order, torch.arange(x.shape[1]) < count[:, None])
             x = torch.where(masked & ~remask, tokens, x).masked_fill(remask, mask_token_id)
             continue

@@ -13,3 +13,25 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the recorded goldens (../shared) are not on this machine")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    """A folder with a random tiny model (400 tokens, 256 positions) and a tokenizer of its own. Do not change it."""
+    import torch
+
+    from dllm.families import ModelConfig
+    from dllm.model import DiffusionLM
+    from dllm.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tokenizer = train_tokenizer([Path(__file__).read_text()], 400)
+    torch.manual_seed(0)
+    model = DiffusionLM(ModelConfig(
+        family="qwen3", vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, qk_norm=True, tie_word_embeddings=True,
+        max_position_embeddings=256, initializer_range=0.2, mask_token_id=tokenizer.mask_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

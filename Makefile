@@ -1,0 +1,32 @@
+# make demo | test | bench | lint | clean. Each sets up .venv first, where that is not done or something it depends on changed.
+
+PYTHON ?= python3
+PIP := .venv/bin/python -m pip --disable-pip-version-check
+RESULTS ?= benchmarks/latest.json
+PYTEST_FLAGS ?=
+
+demo: .venv/.installed
+	.venv/bin/dllm demo
+
+test: .venv/.installed
+	.venv/bin/python -m pytest $(PYTEST_FLAGS)
+
+bench: .venv/.installed
+	.venv/bin/python -m pytest benchmarks --benchmark-json=$(RESULTS) $(PYTEST_FLAGS)
+	.venv/bin/python benchmarks/gate.py $(RESULTS)
+
+lint: .venv/.installed
+	.venv/bin/ruff check .
+
+clean:
+	rm -rf .venv build dist dllm.egg-info dllm_kernels/_native.so demo $(RESULTS)
+
+# Without build isolation, so that setup.py finds torch and builds the extension; hence torch and the build tools come first.
+.venv/.installed: pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"dllm needs Python 3.11 or newer, $(PYTHON) is {sys.version.split()[0]}; run make PYTHON=python3.12, say")'
+	$(PYTHON) -m venv .venv
+	$(PIP) install --quiet --constraint constraints.txt setuptools wheel torch
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+.PHONY: demo test bench lint clean

@@ -1,0 +1,108 @@
+"""The code blocks of the README, run as they stand in a temporary folder with a tiny model and a little code.
+
+A block after `<!-- network -->` names a model of the hub; the tiny model takes its place. Training stops after 2 steps.
+"""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dllm import cli
+from dllm.config import load_config
+
+ROOT = Path(__file__).parents[1]
+HUB = ("fredzzp/open-dcoder-0.5B", "Qwen/Qwen2.5-Coder-0.5B")
+BRIEF = ["--train.max_steps=2", "--train.max_minutes=", "--train.micro_batch_size=2", "--train.global_batch_size=2",
+         "--train.save_time_interval_minutes=0"]
+BLOCK = re.compile(r"^(?P<mark><!-- network -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
+BLOCKS = list(BLOCK.finditer((ROOT / "README.md").read_text()))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, model_folder) -> Path:
+    """A folder with what the README's commands name: my_model, my_code, data/data, configs."""
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copytree(model_folder, folder / "my_model")
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    code = "".join(f"def add_{i}(x, y):\n    total = x + y + {i}\n    return total\n\n\n" for i in range(60))
+    for name in ("my_code", "data/data"):
+        (folder / name).mkdir(parents=True)
+        for i in range(5):
+            (folder / name / f"file_{i}.py").write_text(code.replace("add", f"add{i}"))
+    (folder / "my_code" / "example.py").write_text("def f(x):\n")
+    (folder / "my_code" / "gap.py").write_text("def f(x):\n    <FILL>\n    return y\n")
+    (folder / "my_code" / "data.jsonl").write_text('{"text": "x = 1\\n"}\n{"text": "y = 2\\n"}\n' * 200)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def inside(place, monkeypatch):
+    monkeypatch.chdir(place)
+
+
+def blocks(language: str):
+    found = [block for block in BLOCKS if block["language"] == language]
+    return [pytest.param(block, id=f"line {block.string[:block.start()].count(chr(10)) + 2}") for block in found]
+
+
+def make_local(text: str) -> str:
+    for name in HUB:
+        text = text.replace(name, "my_model")
+    return text
+
+
+def test_every_block_is_in_a_language_that_is_run():
+    assert {block["language"] for block in BLOCKS} == {"bash", "python"} and len(BLOCKS) >= 8
+    assert (ROOT / "README.md").read_text().count("```") == 2 * len(BLOCKS)
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_python_blocks(block, capsys):
+    code = make_local(block["code"]) if block["mark"] else block["code"]
+    assert block["mark"] or not any(name in code for name in HUB), "this block needs the mark <!-- network -->"
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("block", blocks("bash"))
+def test_commands(block, place, capsys):
+    for line in block["code"].splitlines():
+        words = shlex.split(line, comments=True)
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
+        elif words[:3] == ["python", "-m", "dllm.train"]:
+            check_recipe(place, words[3:])
+        else:
+            assert words[0] == "dllm", f"the README runs {words[0]}, which this test does not"
+            assert cli.main([*words[1:], *(BRIEF if words[1] == "train" else [])]) == 0, capsys.readouterr().err
+
+
+def check_recipe(place: Path, arguments: list[str]) -> None:
+    """Train by a published model's recipe, cut down to the tiny model: two steps of short rows."""
+    file, *flags = arguments
+    load_config(file, flags)
+    cut = place / "recipe.yaml"
+    cut.write_text(make_local(Path(file).read_text()))
+    assert cli.main(["train", str(cut), *flags, "--data.max_seq_len=64", *BRIEF, "--train.device=cpu"]) == 0
+    assert list(place.glob("logs/*/checkpoints/global_step_2/hf_ckpt/model.safetensors"))
+
+
+def test_links_lead_to_files_that_exist():
+    for page in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
+            assert (ROOT / target).exists(), f"{page} links to {target}"
+
+
+def test_the_map_of_the_tree_names_what_is_there_and_all_of_it():
+    text = (ROOT / "README.md").read_text().split("## The tree")[1].split("\n## ")[0]
+    for package in ("dllm", "dllm_kernels"):
+        for path in (ROOT / package).iterdir():
+            if not path.name.startswith(("_", ".")) and (path.suffix == ".py" or path.is_dir()):
+                if path.name not in ("errors.py", "train.py", "operators.py"):
+                    assert path.name in text, f"the README's map lacks {package}/{path.name}"
+    names = re.findall(r"\b[a-z_]+\.(?:py|yaml|cpp)\b", text)
+    for name in names:
+        assert list(ROOT.glob(f"*/{name}")) or list(ROOT.glob(f"*/*/{name}")), f"there is no {name}"
