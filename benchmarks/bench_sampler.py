@@ -24,8 +24,9 @@ def make_canvas(model: DiffusionLM) -> torch.Tensor:
     return torch.cat((prompt, prompt.new_full((1, NEW), model.mask_token_id)), 1)
 
 
-@pytest.mark.parametrize("vocab_size, layers, at_least", [(32768, 6, 2.5), (151936, 2, 4.5)])
+@pytest.mark.parametrize("vocab_size, layers, at_least", [(32768, 6, 2.0), (151936, 2, 4.5)])
 def bench_greedy(paired, vocab_size, layers, at_least):
+    """With 6 layers the naive sampler multiplies 1.95 times as much; softmax and copies make the rest of the ratio."""
     model = make_model(vocab_size, layers)
     canvas, config = make_canvas(model), MDMGenerationConfig(steps=NEW)
     expected, naive_forwards = naive_denoise(model, canvas, steps=NEW)

@@ -61,8 +61,8 @@ def read_documents(paths: Sequence[str | Path] | None = None,
         more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
         print(f"skipped {len(skipped)} that could not be read as text: {', '.join(skipped[:3])}{more}", file=sys.stderr)
     if not documents:
-        raise UserError(f"no text in {where} ({len(skipped)} skipped); give a folder of text files, .jsonl or .parquet "
-                        "files in data.train_path")
+        raise UserError(f"no text in {where} ({len(skipped)} skipped); give a folder of text files, or .jsonl or "
+                        ".parquet files")
     return documents
 
 
@@ -73,12 +73,12 @@ def list_files(paths: Sequence[str | Path] | None) -> Iterator[tuple[Path, str]]
         names = sorted(file.relative_to(root).as_posix() for file in root.rglob("*.py"))
         names = [name for name in names if not (_TEST_FOLDERS | _NOT_SOURCE) & set(name.split("/")[:-1])]
         if not names:
-            raise UserError(f"this Python's standard library is not in files below {root}; set data.train_path")
+            raise UserError(f"this Python's standard library is not in files below {root}; name a folder of text")
         yield from ((root / name, name) for name in names)
         return
     for path in map(Path, paths):
         if not path.exists():
-            raise UserError(f"{path} does not exist; give a folder or file that does in data.train_path")
+            raise UserError(f"{path} does not exist; give a folder or file of text that does")
         if path.is_file():
             yield path, path.name
             continue
@@ -132,7 +132,7 @@ def _find_column(present: Iterable[str], keys: list[str], where: str) -> str:
         if key in present:
             return key
     raise UserError(f"{where} has no column {' or '.join(map(repr, keys))}; it has {', '.join(present) or 'none'}; "
-                    "set data.text_keys")
+                    "name one of them in data.text_keys (--text-keys)")
 
 
 def split_documents(documents: Sequence[Document], validation_share: float) -> tuple[list[Document], list[Document]]:

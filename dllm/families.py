@@ -36,7 +36,7 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm of every query and key head, before the rotary embedding
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02  # standard deviation of a random initialisation
-    shift_logits: bool = True  # the logits at position i are about token i + 1, as in the autoregressive model it came from
+    shift_logits: bool = True  # the logits at position i are about token i + 1, as in autoregressive models
     mask_token_id: int | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -91,8 +91,8 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2": Family(architecture="Qwen2ForCausalLM", keys=_COMMON, fixed={"qkv_bias": True}, only=_ONLY),
     "qwen3": Family(architecture="Qwen3ForCausalLM", keys=_COMMON, fixed={"qk_norm": True},
                     only={**_ONLY, "attention_bias": (False,)}),
-    "llama": Family(architecture="LlamaForCausalLM", keys={**_COMMON, "mlp_bias": "mlp_bias", "attention_bias": "qkv_bias"},
-                    fixed={}, only=_ONLY),
+    "llama": Family(architecture="LlamaForCausalLM", fixed={}, only=_ONLY,
+                    keys={**_COMMON, "mlp_bias": "mlp_bias", "attention_bias": "qkv_bias"}),
 }
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -105,7 +105,8 @@ def read_config(raw: Mapping, where: str = "config.json") -> ModelConfig:
     """
     name = raw.get("model_type")
     if name not in FAMILIES:
-        raise UserError(f"{where}: model_type {name!r} is not a family this version loads; it loads {', '.join(FAMILIES)}")
+        raise UserError(f"{where}: model_type {name!r} is not a family this version loads; "
+                        f"it loads {', '.join(FAMILIES)}")
     family = FAMILIES[name]
     raw_keys = _flatten_rope(raw)
     if missing := [key for key in _REQUIRED if raw_keys.get(key) is None]:
@@ -117,8 +118,8 @@ def read_config(raw: Mapping, where: str = "config.json") -> ModelConfig:
                             f"supported: {', '.join(map(repr, family.only[key]))}")
         if key not in known and key not in IGNORED:
             near = difflib.get_close_matches(key, known, n=1)
-            raise UserError(f"{where}: {name} has no configuration key {key!r}" + (f"; did you mean {near[0]!r}?" if near else
-                            "; remove it if the model does not depend on it"))
+            hint = f"did you mean {near[0]!r}?" if near else "remove it if the model does not depend on it"
+            raise UserError(f"{where}: {name} has no configuration key {key!r}; {hint}")
     if sliding := [kind for kind in raw_keys.get("layer_types") or [] if kind != "full_attention"]:
         raise UserError(f"{where}: layer_types {sliding[0]!r} is not supported; supported: 'full_attention'")
     values = {target: raw_keys[key] for key, target in family.keys.items() if raw_keys.get(key) is not None}
@@ -135,7 +136,8 @@ def write_config(config: ModelConfig, dtype: str) -> dict:
     family = FAMILIES[config.family]
     raw = dict(config.source)
     if not raw:
-        raw = {"architectures": [family.architecture], "model_type": config.family, "hidden_act": "silu", "dtype": dtype}
+        raw = {"architectures": [family.architecture], "model_type": config.family, "hidden_act": "silu",
+               "dtype": dtype}
         raw |= {key: value for key, target in family.keys.items() if (value := getattr(config, target)) is not None}
         return raw
     before = read_config(raw)
@@ -184,7 +186,8 @@ def mask_token_id_of(folder: Path) -> int | None:
     if named is None:
         return None
     text = named["content"] if isinstance(named, dict) else named
-    for token_id, token in read_json(folder / "tokenizer_config.json", missing={}).get("added_tokens_decoder", {}).items():
+    settings = read_json(folder / "tokenizer_config.json", missing={})
+    for token_id, token in settings.get("added_tokens_decoder", {}).items():
         if token["content"] == text:
             return int(token_id)
     tokenizer = read_json(folder / "tokenizer.json", missing={})

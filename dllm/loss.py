@@ -26,7 +26,7 @@ class Targets(NamedTuple):
 
     tokens: Tensor  # [T] int64
     scored: Tensor  # [T] bool
-    weights: Tensor  # [T] fp32
+    weights: Tensor | None  # [T] fp32; None: all 1
     path_weights: Tensor | None  # [T] fp32: 1 / r, if there is a path term
     normaliser: Tensor  # int64 scalar: N or M above; divide the sum over all micro-batches of a step by their total
 
@@ -52,12 +52,12 @@ def choose_targets(tokens: Tensor, cu_seqlens: Tensor, corruption: Corruption | 
     if shift or objective == "ar":
         possible[cu_seqlens[:-1].long()] = False
     scored = possible if corruption is None else possible & corruption.corrupted
-    weights = corruption.weight if objective == "elbo" else torch.ones(len(tokens), device=tokens.device)
+    weights = corruption.weight if objective == "elbo" else None
     path_weights = 1 / corruption.ratio if path_term else None
     normaliser = (possible if objective == "elbo" else scored).sum()
     if shift or objective == "ar":  # what wraps around is a first token, which is not scored
-        tokens, scored, weights = tokens.roll(-1), scored.roll(-1), weights.roll(-1)
-        path_weights = None if path_weights is None else path_weights.roll(-1)
+        tokens, scored = tokens.roll(-1), scored.roll(-1)
+        weights, path_weights = (None if w is None else w.roll(-1) for w in (weights, path_weights))
     return Targets(tokens, scored, weights, path_weights, normaliser)
 
 
@@ -70,9 +70,15 @@ def sum_losses(hidden: Tensor, head_weight: Tensor, targets: Targets, *, backend
         targets: of these T positions.
         backend: of `dllm_kernels.linear_masked_cross_entropy`.
     """
-    nll = linear_masked_cross_entropy(hidden.flatten(0, -2), head_weight, targets.tokens, targets.scored,
-                                      reduction="none", backend=backend)
-    weights = targets.weights
+    def nll(reduction: str) -> Tensor:
+        return linear_masked_cross_entropy(hidden.flatten(0, -2), head_weight, targets.tokens, targets.scored,
+                                           reduction=reduction, backend=backend)
+
+    if targets.weights is None and targets.path_weights is None:
+        total = nll("sum")  # whose gradients come with the loss, one product with the head less
+        return LossSums(total, total.detach())
+    each = nll("none")
+    weights = torch.ones_like(each) if targets.weights is None else targets.weights
     if targets.path_weights is not None:
-        weights = weights + (-nll.detach()).exp() * targets.path_weights
-    return LossSums((nll * weights).sum(), nll.detach().sum())
+        weights = weights + (-each.detach()).exp() * targets.path_weights
+    return LossSums((each * weights).sum(), each.detach().sum())

@@ -35,7 +35,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # Under autocast a query is bf16 and the weight fp32; PyTorch's fused kernel wants one dtype.
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 @dataclass(slots=True)
@@ -130,15 +131,17 @@ class Backbone(nn.Module):
 class DiffusionLM(nn.Module):
     """A masked diffusion language model: one bidirectional Transformer, driven by `ModelConfig`.
 
-    `DiffusionLM(config)` is randomly initialised (normal, standard deviation `initializer_range`; biases zero, norms one)
-    from torch's global generator; `from_pretrained` loads a published or a trained one.
+    `DiffusionLM(config)` is randomly initialised (normal, standard deviation `initializer_range`; biases zero, norms
+    one) from torch's global generator; `from_pretrained` loads a published or a trained one.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.model = Backbone(config)
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mask_token_id = config.mask_token_id  # or, after from_pretrained, the one the folder's tokenizer names
         self.generation_defaults: dict | None = None  # generation_config.json, kept for saving
         for module in self.modules():
@@ -168,8 +171,9 @@ class DiffusionLM(nn.Module):
         hidden = self.hidden_states(input_ids, attention_mask=attention_mask)
         return ModelOutput(F.linear(hidden, self.head_weight))
 
-    def hidden_states(self, input_ids: Tensor, *, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
-                      cu_seqlens: Tensor | None = None, max_seqlen: int | None = None, block_length: int | None = None,
+    def hidden_states(self, input_ids: Tensor, *, attention_mask: Tensor | None = None,
+                      position_ids: Tensor | None = None, cu_seqlens: Tensor | None = None,
+                      max_seqlen: int | None = None, block_length: int | None = None,
                       queries: Tensor | None = None) -> Tensor:
         """The hidden states after the final norm, [B, L, D].
 
@@ -192,7 +196,8 @@ class DiffusionLM(nn.Module):
         if length is None:
             raise ValueError("hidden_states: cu_seqlens needs max_seqlen, the length of the longest document")
         if length > self.config.max_position_embeddings:
-            raise UserError(f"the input has {length} positions, the model {self.config.max_position_embeddings}; shorten it")
+            raise UserError(f"the input has {length} positions, the model {self.config.max_position_embeddings}; "
+                            "shorten it")
         if cu_seqlens is not None and (attention_mask is not None or queries is not None):
             raise ValueError("hidden_states: cu_seqlens excludes attention_mask and queries")
         if queries is not None and block_length is not None:
@@ -200,7 +205,8 @@ class DiffusionLM(nn.Module):
         key_mask = None
         if attention_mask is not None:
             if attention_mask.shape != input_ids.shape:
-                raise UserError(f"attention_mask has shape {list(attention_mask.shape)}, input_ids {list(input_ids.shape)}")
+                raise UserError(f"attention_mask has shape {list(attention_mask.shape)}, input_ids "
+                                f"{list(input_ids.shape)}; they must be the same")
             key_mask = attention_mask.bool()
         if position_ids is None:
             position_ids = number_tokens(input_ids, key_mask, cu_seqlens)
@@ -281,7 +287,8 @@ class DiffusionLM(nn.Module):
             write_atomically(folder / "model.safetensors.index.json", _dump(index))
         if self.generation_defaults is not None:
             write_atomically(folder / "generation_config.json", _dump(self.generation_defaults))
-        write_atomically(folder / "config.json", _dump(write_config(self.config, str(self.dtype).removeprefix("torch."))))
+        config = write_config(self.config, str(self.dtype).removeprefix("torch."))
+        write_atomically(folder / "config.json", _dump(config))
 
 
 def gather_positions(x: Tensor, positions: Tensor) -> Tensor:
@@ -301,7 +308,7 @@ def number_tokens(input_ids: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
-    """Angle per position of each rotary pair, fp32 [E / 2]; with Llama 3's rescaling of long wavelengths if configured."""
+    """Angle per position of each rotary pair, fp32 [E / 2]; long wavelengths rescaled as by Llama 3, if configured."""
     exponents = torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling
@@ -332,7 +339,8 @@ def find_model(path_or_hub_id: str | os.PathLike) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
     except Exception as error:  # the hub client raises a dozen kinds; each means: not to be had
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{name} is neither a folder here nor a hub repository that can be reached ({reason})") from error
+        raise UserError(f"{name} is neither a folder here nor a hub repository that can be reached "
+                        f"({reason})") from error
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -349,7 +357,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         try:
             state |= load_file(folder / file)
         except FileNotFoundError:
-            raise UserError(f"{folder / file} does not exist; a model folder holds config.json and model.safetensors") from None
+            raise UserError(f"{folder / file} does not exist; a model folder holds config.json and "
+                            "model.safetensors") from None
         except (SafetensorError, OSError) as error:
             raise UserError(f"{folder / file} is truncated or corrupt ({error}); fetch or save it again") from None
     return state

@@ -83,13 +83,17 @@ def generate(model: DiffusionLM, inputs: Tensor, attention_mask: Tensor | None =
                         f"{inputs.shape[1] + config.max_new_tokens} positions, the model has {limit}; "
                         "shorten the prompt or lower max_new_tokens")
     if attention_mask is not None:
-        attention_mask = torch.cat((attention_mask.reshape(inputs.shape).bool(), torch.ones_like(new, dtype=torch.bool)), 1)
+        prompt_mask = attention_mask.reshape(inputs.shape).bool()
+        attention_mask = torch.cat((prompt_mask, torch.ones_like(new, dtype=torch.bool)), 1)
     return denoise(model, torch.cat((inputs, new), 1), config, attention_mask, on_step)
 
 
 def infill(model: DiffusionLM, prefix_ids: Tensor, suffix_ids: Tensor, *, length: int,
            generation_config: MDMGenerationConfig | None = None, on_step: OnStep | None = None) -> GenerationOutput:
-    """Denoise `length` masked positions between prefix [B, P] or [P] and suffix [B, S] or [S]; sequences [B, P + length + S]."""
+    """Denoise `length` masked positions between prefix [B, P] or [P] and suffix [B, S] or [S].
+
+    The sequences of the output are [B, P + length + S].
+    """
     config = generation_config or MDMGenerationConfig()
     if length < 1:
         raise UserError(f"length must be at least 1, not {length}: the number of tokens to fill in")
@@ -179,7 +183,11 @@ class HeadScorer:
         return Update(self._place(nothing, positions, scores.token), self._place(None, positions, scores.confidence))
 
     def _hidden(self, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """rows [R] that want anything, index [R, Q] of the wanted positions filled up with 0, valid [R, Q], hidden [R, Q, D]."""
+        """What the positions `wanted` [B, L] are predicted from.
+
+        Returns: rows [R] that want anything, index [R, Q] of the wanted positions filled up with 0, valid [R, Q], and
+            hidden [R, Q, D].
+        """
         rows = wanted.any(1).nonzero().squeeze(1)
         wanted = wanted[rows]
         counts = wanted.sum(1)
@@ -212,8 +220,8 @@ def find_mask_token(model: DiffusionLM, config: MDMGenerationConfig) -> int:
     """The mask token of the config, the checkpoint or its tokenizer, in this order."""
     token_id = model.mask_token_id if config.mask_token_id is None else config.mask_token_id
     if token_id is None:
-        raise UserError("neither the generation config, the checkpoint's config.json nor its tokenizer names a mask token; "
-                        "set mask_token_id")
+        raise UserError("neither the generation config, the checkpoint's config.json nor its tokenizer names a mask "
+                        "token; set mask_token_id")
     if not 0 <= token_id < model.config.vocab_size:
         raise UserError(f"mask_token_id {token_id} is outside the model's vocabulary of {model.config.vocab_size}")
     return token_id

@@ -49,7 +49,7 @@ class Scorer(Protocol):
         """Commit the k[b] most confident masked positions of each row."""
 
     def score(self, positions: Tensor) -> Update:
-        """Choose and score a token for every position [B, L] of the mask; `tokens` are those at `positions`, else -1."""
+        """Choose and score a token where `positions` [B, L] is True; elsewhere the update's tokens are -1."""
 
 
 Strategy = Callable[[Step, Scorer], Update]
@@ -79,7 +79,7 @@ def commit_at_random(step: Step, scorer: Scorer) -> Update:
 
 
 def plan_and_remask(step: Step, scorer: Scorer) -> Update:
-    """P2 (arXiv:2502.03540): score every editable position anew and mask the floor(editable * (1 - (i+1)/n)) least sure.
+    """P2 (arXiv:2502.03540): score every editable position anew, mask the floor(editable * (1 - (i+1)/n)) least sure.
 
     A position that stays revealed keeps its token; its confidence is that of the token it would get now.
     """

@@ -36,7 +36,7 @@ def register_attention() -> None:
     Padding is handled: no query sees a key whose attention_mask is 0, and a query that sees none gives zeros. Padded
     queries give numbers that mean nothing, as everywhere in Transformers. Calling it twice does no harm.
 
-    Raises: ImportError without Transformers 4.54 or newer. At the model's call, ValueError for what this attention does
+    Raises: ImportError without Transformers 5. At the model's call, ValueError for what this attention does
         not have: dropout, sliding windows, soft capping, sinks, packed position_ids, 4-D masks.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -162,7 +162,8 @@ def _key_mask(batch_size: int, *, kv_length: int, kv_offset: int = 0, mask_funct
             "query sees every key of its row that is not padding. Under torch.compile give an attention_mask, because "
             "without one Transformers takes all position_ids for packed; else load the model with 'sdpa' or 'eager'")
     if attention_mask is None:
-        # Keys that a static cache has not been given yet must not be seen. Transformers 4 gives cache_position only.
+        # Keys that a static cache has not been given yet must not be seen. Transformers 5.0 says it by
+        # cache_position.
         where = others.get("cache_position")
         seen = others["q_offset"] + others["q_length"] if where is None else where[-1] + 1
         if isinstance(seen, int) and seen >= kv_length + kv_offset:

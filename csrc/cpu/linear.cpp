@@ -77,11 +77,23 @@ DLLM_INLINE void tile(const float* x, int64_t x_stride, const T* w, int64_t w_st
   }
 }
 
+// While these words meet the rows, the next ones come from memory, a share of them with each tile of rows.
 template <int words, typename T>
 DLLM_INLINE void all_rows(const float* x, int64_t M, const T* w, int64_t w_stride, int64_t D, float* out, int64_t out_stride) {
-  int64_t m = 0;
-  for (; m + kRows <= M; m += kRows) tile<kRows, words>(x + m * D, D, w, w_stride, D, out + m * out_stride, out_stride);
-  for (; m < M; ++m) tile<1, words>(x + m * D, D, w, w_stride, D, out + m * out_stride, out_stride);
+  constexpr int64_t kLine = 64;
+  const char* next = reinterpret_cast<const char*>(w + words * w_stride);
+  const int64_t bytes = words * w_stride * static_cast<int64_t>(sizeof(T)), tiles = (M + kRows - 1) / kRows;
+  const int64_t share = (bytes / kLine / tiles + 1) * kLine;
+  for (int64_t m = 0; m < M; next += share) {
+    for (int64_t line = 0; line < share; line += kLine) __builtin_prefetch(next + line);
+    if (m + kRows <= M) {
+      tile<kRows, words>(x + m * D, D, w, w_stride, D, out + m * out_stride, out_stride);
+      m += kRows;
+    } else {
+      tile<1, words>(x + m * D, D, w, w_stride, D, out + m * out_stride, out_stride);
+      ++m;
+    }
+  }
 }
 
 template <typename T>

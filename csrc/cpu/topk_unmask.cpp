@@ -152,6 +152,9 @@ class Row {
   const float* read(int64_t block, float* buffer) const {
     const T* from = data_ + block * kBlock;
     const int64_t n = length(block);
+    // The next block comes from memory while this one is worked on.
+    const char* next = reinterpret_cast<const char*>(from + kBlock);
+    for (int64_t line = 0; line < kBlock * static_cast<int64_t>(sizeof(T)); line += 64) __builtin_prefetch(next + line);
     const float* values;
     if constexpr (std::is_same_v<T, float>) {
       values = from;

@@ -175,7 +175,8 @@ def truncate(folder):
 
 
 @pytest.mark.parametrize("damage, message", [
-    (break_config(model_type="gpt_neo"), "model_type 'gpt_neo' is not a family this version loads; it loads qwen2, qwen3, llama"),
+    (break_config(model_type="gpt_neo"),
+     "model_type 'gpt_neo' is not a family this version loads; it loads qwen2, qwen3, llama"),
     (break_config(hidden_sizes=3), "no configuration key 'hidden_sizes'; did you mean 'hidden_size'"),
     (break_config(hidden_size=None), "qwen3 needs the key hidden_size"),
     (break_config(hidden_act="gelu"), "hidden_act 'gelu' is not supported for qwen3; supported: 'silu'"),

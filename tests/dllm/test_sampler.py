@@ -16,8 +16,8 @@ from dllm.strategies import STRATEGIES
 MASK = 60
 
 
-# Here top-p leaves one token at five positions, so their margins are all exactly 1; torch.topk, in the original, broke the
-# tie in no stated order, our contract takes the lowest position.
+# Here top-p leaves one token at five positions, so their margins are all exactly 1; torch.topk, in the original, broke
+# the tie in no stated order, our contract takes the lowest position.
 EXACT_TIE = "tied_a.topk_margin_topp.27"
 
 
@@ -29,7 +29,8 @@ def test_sequences_and_histories_equal_the_originals(shared, name):
     for case in json.loads((folder / "generate.json").read_text()):
         if case["ckpt"] != f"ckpt_{name}":
             continue
-        fields = ("steps", "temperature", "top_p", "top_k", "alg", "alg_temp", "eps", "mask_token_id", "num_return_sequences")
+        fields = ("steps", "temperature", "top_p", "top_k", "alg", "alg_temp", "eps", "mask_token_id",
+                  "num_return_sequences")
         config = MDMGenerationConfig(output_history=True, **{field: case[field] for field in fields})
         x = tensors[f"{case['id']}.x"].long()
         history = tensors[f"{case['id']}.history"].long()
@@ -39,7 +40,8 @@ def test_sequences_and_histories_equal_the_originals(shared, name):
         if case["mode"] == "infill":
             out = denoise(model, x, config)
         else:
-            out = model.diffusion_generate(inputs=x, generation_config=replace(config, max_new_tokens=case["max_new_tokens"]))
+            config = replace(config, max_new_tokens=case["max_new_tokens"])
+            out = model.diffusion_generate(inputs=x, generation_config=config)
         assert torch.equal(out.sequences, tensors[f"{case['id']}.sequences"].long()), case["id"]
         assert torch.equal(torch.stack(out.history), history), case["id"]
         assert out.steps == case["steps_run"]
@@ -60,7 +62,8 @@ def assert_differs_by_a_tie(model, prompt, config, history):
     raise AssertionError("the recorded history is equal to ours: no tie to explain")
 
 
-RANDOM = {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "alg_temp": 0.3, "steps": 6, "max_new_tokens": 8, "mask_token_id": MASK}
+RANDOM = {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "alg_temp": 0.3, "steps": 6, "max_new_tokens": 8,
+          "mask_token_id": MASK}
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -101,7 +104,8 @@ def test_a_seed_repeats_and_another_differs(alg):
 
 def test_return_sequences_stand_beside_each_other():
     model, prompts = tiny(), torch.tensor([[1, 2, 3], [4, 5, 6]])
-    out = model.diffusion_generate(prompts, generation_config=MDMGenerationConfig(**{**RANDOM, "num_return_sequences": 2}))
+    config = MDMGenerationConfig(**RANDOM, num_return_sequences=2)
+    out = model.diffusion_generate(prompts, generation_config=config)
     assert torch.equal(out.sequences[:, :3], prompts.repeat_interleave(2, 0))
 
 
@@ -150,13 +154,14 @@ def test_infill_fills_between_prefix_and_suffix():
     assert out.sequences.shape == (1, 9)
     assert out.sequences[0, :3].tolist() == [1, 2, 3] and out.sequences[0, 7:].tolist() == [4, 5]
     canvas = torch.tensor([[1, 2, 3, MASK, MASK, MASK, MASK, 4, 5]])
-    assert torch.equal(out.sequences, denoise(model, canvas, MDMGenerationConfig(mask_token_id=MASK, steps=4)).sequences)
+    denoised = denoise(model, canvas, MDMGenerationConfig(mask_token_id=MASK, steps=4))
+    assert torch.equal(out.sequences, denoised.sequences)
 
 
 def test_on_step_sees_every_step():
     model, seen = tiny(), []
-    out = generate(model, torch.tensor([[1, 2]]), config=MDMGenerationConfig(max_new_tokens=4, steps=6, mask_token_id=MASK),
-                   on_step=lambda *step: seen.append(step))
+    config = MDMGenerationConfig(max_new_tokens=4, steps=6, mask_token_id=MASK)
+    out = generate(model, torch.tensor([[1, 2]]), config=config, on_step=lambda *step: seen.append(step))
     assert [index for index, _, _ in seen] == list(range(6))
     assert torch.equal(seen[-1][1], out.sequences)
     scored = [confidence for _, _, confidence in seen if confidence is not None]
@@ -196,4 +201,5 @@ def test_a_model_without_mask_token_says_what_to_set():
 def test_a_prompt_longer_than_the_model_is_refused():
     model = tiny(max_position_embeddings=8)
     with pytest.raises(UserError, match="a prompt of 6 tokens and 4 new ones need 10 positions, the model has 8"):
-        model.diffusion_generate(torch.ones(1, 6, dtype=torch.long), generation_config=MDMGenerationConfig(max_new_tokens=4))
+        model.diffusion_generate(torch.ones(1, 6, dtype=torch.long),
+                                 generation_config=MDMGenerationConfig(max_new_tokens=4))

@@ -18,7 +18,8 @@ class Table:
     def unmask(self, k, confidence):
         self.asked.append((k.tolist(), confidence))
         masked = self.canvas == MASK
-        rank = torch.where(masked, self.confidence, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        confidence = torch.where(masked, self.confidence, -torch.inf)
+        rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         commit = masked & (rank < k[:, None])
         return Update(torch.where(commit, self.tokens, self.canvas), self.confidence)
 
@@ -30,11 +31,13 @@ class Table:
 def step(canvas, index=0, total=4, editable=None, uniform=None, eps=1e-3):
     tokens = torch.tensor([canvas])
     masked = tokens == MASK
-    return Step(index, total, eps, tokens, masked, masked if editable is None else torch.tensor([editable]), MASK, uniform)
+    editable = masked if editable is None else torch.tensor([editable])
+    return Step(index, total, eps, tokens, masked, editable, MASK, uniform)
 
 
 @pytest.mark.parametrize("masked, steps, free", [
-    (64, 64, 1), (128, 128, 1), (128, 200, 73), (128, 300, 173), (16, 64, 49), (8, 64, 57), (128, 512, 385), (200, 2000, 1803)])
+    (64, 64, 1), (128, 128, 1), (128, 200, 73), (128, 300, 173), (16, 64, 49), (8, 64, 57), (128, 512, 385),
+    (200, 2000, 1803)])
 def test_as_many_steps_are_free_as_recorded_from_the_original(masked, steps, free):
     left, count = masked, 0
     for index in range(steps):
@@ -54,7 +57,8 @@ def test_as_many_steps_are_free_as_recorded_from_the_original(masked, steps, fre
     assert count == free and left == 0
 
 
-@pytest.mark.parametrize("alg, confidence", [("maskgit_plus", "prob"), ("entropy", "entropy"), ("topk_margin", "margin")])
+@pytest.mark.parametrize("alg, confidence", [
+    ("maskgit_plus", "prob"), ("entropy", "entropy"), ("topk_margin", "margin")])
 def test_the_share_of_the_schedule_is_committed_and_all_at_last(alg, confidence):
     canvas = [1, MASK, MASK, MASK, MASK, 2]
     table = Table([3, 4, 5, 6, 7, 8], [0.0, 0.1, 0.9, 0.5, 0.2, 0.0], torch.tensor([canvas]))
