@@ -47,7 +47,7 @@ def test_jsonl_and_parquet_give_one_document_per_record(tmp_path, capsys):
 def test_the_first_present_text_key_is_taken_and_a_missing_one_refused_with_those_there(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"content": "yes", "id": 1}))
     assert read_documents([tmp_path / "a.jsonl"], ["text", "content"])[0].text == "yes"
-    with pytest.raises(UserError, match="a.jsonl line 1 has no column 'text'; it has content, id; name one of them in "):
+    with pytest.raises(UserError, match="a.jsonl line 1 has no column 'text'; it has content, id; name one of "):
         read_documents([tmp_path / "a.jsonl"])
 
 

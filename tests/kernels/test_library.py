@@ -1,10 +1,9 @@
-"""The compiled extension: found, built once, or a reason; and what setup.py puts into a wheel."""
+"""The compiled extension: found, built once, or a reason."""
 
 import os
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -114,47 +113,6 @@ while [ $# -gt 0 ]; do if [ "$1" = -o ]; then echo not a library > "$2"; fi; shi
     versions = 4  # each process asks for the compiler's version, which is part of the key
     assert calls == versions - 1 + len(library.sources()) + 1
     assert (tmp_path / "calls").read_text().count("call") == calls + 1
-
-
-@needs_compiler
-@pytest.mark.slow
-def test_wheel_holds_the_extension_and_its_sources(tmp_path):
-    """Built from a copy, without isolation; the extension is then loaded out of the unpacked wheel, from elsewhere."""
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "csrc", "configs", "dllm", "dllm_kernels"):
-        if (ROOT / name).is_dir():
-            shutil.copytree(
-                ROOT / name, tmp_path / "source" / name, ignore=shutil.ignore_patterns("*.so", "__pycache__")
-            )
-        else:
-            (tmp_path / "source").mkdir(exist_ok=True)
-            shutil.copy(ROOT / name, tmp_path / "source")
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            "--no-deps",
-            "--no-build-isolation",
-            "--quiet",
-            "--wheel-dir",
-            tmp_path / "wheels",
-            tmp_path / "source",
-        ],
-        check=True,
-        env={**os.environ, "PYTHONPATH": ""},
-    )
-    wheel, = (tmp_path / "wheels").iterdir()
-    assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-        archive.extractall(tmp_path / "site")
-    assert {"dllm_kernels/_native.so", "dllm_kernels/csrc/registration.cpp", "dllm_kernels/csrc/checks.h"} <= set(names)
-    code = "from dllm_kernels import library; print(library.why_missing(), library.INSTALLED)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True,
-                          env={**os.environ, "PYTHONPATH": str(tmp_path / "site"), "DLLM_BUILD": "0"})
-    assert done.stdout.strip() == f"None {tmp_path / 'site' / 'dllm_kernels' / '_native.so'}"
-    assert "building" not in done.stderr
 
 
 def test_the_extension_that_is_there_registers_its_operators():
