@@ -22,21 +22,9 @@ from dllm.evaluators import (
 from dllm.evaluators.held_out import Window, corrupt_share, cut_windows, decode, ratio_with_error
 from dllm.evaluators.infilling import draw_gaps, find_blocks, wilson_interval
 from dllm.evaluators.perplexity import score_positions
-from dllm.model import DiffusionLM
-from dllm.tokenizer import load_tokenizer
 
 TEXT = "".join(f"def function_{i}(a, b):\n    '''Say é.'''\n    c = a * b + {i}\n    return c\n\n\n" for i in range(12))
 DOCUMENTS = [Document(TEXT, "a.py"), Document(TEXT[40:900], "b.py"), Document("x = 1\n", "c.py")]
-
-
-@pytest.fixture
-def model(model_folder):
-    return DiffusionLM.from_pretrained(model_folder)
-
-
-@pytest.fixture
-def tokenizer(model_folder):
-    return load_tokenizer(model_folder)
 
 
 class KnownModel:

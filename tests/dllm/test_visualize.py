@@ -8,20 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from dllm.model import DiffusionLM
 from dllm.sampler import MDMGenerationConfig, denoise
-from dllm.tokenizer import load_tokenizer
 from dllm.visualize import MASK_GLYPH, RAMP, Trace, animation, confidence_level, record, watch
-
-
-@pytest.fixture
-def model(model_folder):
-    return DiffusionLM.from_pretrained(model_folder)
-
-
-@pytest.fixture
-def tokenizer(model_folder):
-    return load_tokenizer(model_folder)
 
 
 @pytest.fixture
