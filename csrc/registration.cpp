@@ -9,4 +9,13 @@ STABLE_TORCH_LIBRARY(dllm_kernels_native, m) {
       "float temperature, int top_k, float top_p, bool raw) -> ()");
   // linear.cpp. logits [M, V] = hidden [M, D] fp32 times weight [V, D], for few rows.
   m.def("linear_rows_cpu(Tensor hidden, Tensor weight, Tensor? bias, Tensor(a!) logits) -> ()");
+  // masked_cross_entropy.cpp. x [M, D] fp32, weight [V, D], the rest [M] fp32; softcap 0: none. The gradients are fp32;
+  // those of weight and bias are added to what is there, or (add false) that of weight replaces it.
+  m.def(
+      "linear_cross_entropy_statistics_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor targets, float softcap, "
+      "Tensor(a!) top, Tensor(b!) total, Tensor(c!) target_logit) -> ()");
+  m.def(
+      "linear_cross_entropy_gradients_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor targets, float softcap, "
+      "Tensor top, Tensor probability_scale, Tensor target_scale, Tensor(a!)? grad_x, Tensor(b!)? grad_weight, "
+      "Tensor(c!)? grad_bias, bool add) -> ()");
 }

@@ -22,9 +22,11 @@
 
 #include "../checks.h"
 #include "../vectorised.h"
+#include "numbers.h"
 
 namespace {
 
+using dllm::exp_nonpositive;
 using torch::stable::Tensor;
 
 constexpr int64_t kBlock = 1024;  // elements; three fp32 blocks are 12 KB
@@ -42,24 +44,6 @@ struct Settings {
   double top_p;
   bool raw;
 };
-
-// exp(x) for x <= 0, relative error below 2e-7: 2^n times a polynomial on [-ln2/2, ln2/2]. 0 below -87.
-DLLM_INLINE float exp_nonpositive(float x) {
-  const float clamped = x < -87.0f ? -87.0f : x;
-  const float rounded = clamped * 1.44269504088896341f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
-  const float n = rounded - 12582912.0f;
-  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = (p * r) * r + r + 1.0f;
-  const int32_t exponent = (std::bit_cast<int32_t>(rounded) - 0x4b400000 + 127) << 23;
-  const float value = p * std::bit_cast<float>(exponent);
-  return x < -87.0f ? 0.0f : value;
-}
 
 DLLM_VECTORISED float block_maximum(const float* x, int64_t n) {
   float lanes[kLanes];
@@ -119,21 +103,9 @@ DLLM_VECTORISED bool block_bins(const float* x, int64_t n, float m, int32_t* out
   return nans != 0;
 }
 
-DLLM_VECTORISED void convert(const torch::headeronly::BFloat16* from, int64_t n, float* to) {
-  const auto* bits = reinterpret_cast<const uint16_t*>(from);
-  for (int64_t i = 0; i < n; ++i) to[i] = std::bit_cast<float>(static_cast<uint32_t>(bits[i]) << 16);
-}
+DLLM_VECTORISED void widen(const torch::headeronly::BFloat16* from, int64_t n, float* to) { dllm::convert(from, n, to); }
 
-DLLM_VECTORISED void convert(const torch::headeronly::Half* from, int64_t n, float* to) {
-  const auto* halves = reinterpret_cast<const uint16_t*>(from);
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t half = halves[i], magnitude = half & 0x7fff;
-    // The bits of a half, moved to those of a float, read 2^112 too small, subnormal ones too.
-    const float value = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
-    const uint32_t bits = magnitude >= 0x7c00 ? magnitude << 13 | 0x7f800000 : std::bit_cast<uint32_t>(value);
-    to[i] = std::bit_cast<float>(bits | (half & 0x8000) << 16);
-  }
-}
+DLLM_VECTORISED void widen(const torch::headeronly::Half* from, int64_t n, float* to) { dllm::convert(from, n, to); }
 
 DLLM_VECTORISED void divide(const float* from, int64_t n, float by, float* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = from[i] / by;
@@ -159,7 +131,7 @@ class Row {
     if constexpr (std::is_same_v<T, float>) {
       values = from;
     } else {
-      convert(from, n, buffer);
+      widen(from, n, buffer);
       values = buffer;
     }
     if (temperature_ > 0 && temperature_ != 1) {

@@ -2,6 +2,8 @@
 
 nll[n] = logsumexp(z[n]) - z[n, targets[n]], in nats, where corrupted[n]; z = logits, or hidden @ weight.T + bias.
 loss = weights * nll per position ("none"), its sum ("sum"), or that sum divided by the number corrupted ("mean").
+softcap c puts c * tanh(z / c) in the place of z (Gemma 2, arXiv:2408.00118); z_loss adds z_loss * logsumexp(z)^2 to nll
+(ST-MoE, arXiv:2202.08906).
 
 N positions (batch and length flattened), V words, D hidden size. Half of a batch is typically not corrupted: those rows
 are never read, and with `linear_masked_cross_entropy` the [N, V] logits never exist.
@@ -11,69 +13,74 @@ import torch
 from torch import Tensor
 
 from dllm_kernels.dispatch import Backend, choose
-from dllm_kernels.masked_cross_entropy import reference
+from dllm_kernels.masked_cross_entropy import cpu, reference
 from dllm_kernels.operators import define_operator
 
 __all__ = ["linear_masked_cross_entropy", "masked_cross_entropy"]
 
 LOGITS_BACKENDS = (Backend("reference", reference.masked_cross_entropy),)
-LINEAR_BACKENDS = (Backend("reference", reference.linear_masked_cross_entropy),)
+LINEAR_BACKENDS = (Backend("cpu", cpu.linear_masked_cross_entropy, cpu.missing, cpu.refuses),
+                   Backend("reference", reference.linear_masked_cross_entropy))
 BACKENDS = {"masked_cross_entropy": LOGITS_BACKENDS, "linear_masked_cross_entropy": LINEAR_BACKENDS}
 
 _REDUCTIONS = ("mean", "sum", "none")
 
 
 def masked_cross_entropy(logits: Tensor, targets: Tensor, corrupted: Tensor, *, weights: Tensor | None = None,
-                         reduction: str = "mean", backend: str | None = None) -> Tensor:
+                         reduction: str = "mean", softcap: float | None = None, z_loss: float = 0.0,
+                         backend: str | None = None) -> Tensor:
     """Negative log-likelihood, in nats, of the tokens that a masked-diffusion batch corrupted, from its logits.
 
     Drop-in for ``F.cross_entropy(logits, targets, reduction="none") * corrupted``, without the rows it zeroes.
 
     Args:
         logits: [..., V], bf16, fp16 or fp32; summed in fp32 whatever the dtype.
-        targets: [...] int64 in [0, V), the clean tokens; read only where corrupted. The range is not checked: that
-            would stall a GPU.
+        targets: [...] int64 in [0, V), the clean tokens; read only where corrupted. The range is checked on a CPU
+            (on a GPU that would stall it).
         corrupted: [...] bool, the positions to score.
         weights: [...] fp32, a factor per position (1/t, document weights); gets no gradient.
         reduction: "none" gives weights * nll, [...] fp32, exactly 0 where not corrupted; "sum" its sum; "mean" that sum
             divided by the number corrupted (0 if none is).
+        softcap: bounds the logits smoothly; None does not.
+        z_loss: factor of the penalty on the normaliser.
         backend: a name of the backends, None takes the first that can run.
-    Raises: ValueError if shapes or dtypes disagree, or if `backend` cannot run here; the message says why.
+    Raises: ValueError if shapes, dtypes or devices disagree, a target is out of range, or `backend` cannot run here;
+        the message says why.
     """
-    _check("masked_cross_entropy", "logits [..., V]", logits, targets, corrupted, weights, reduction)
+    _check("masked_cross_entropy", "logits [..., V]", logits, targets, corrupted, weights, reduction, softcap)
     run = _logits_operator if torch.compiler.is_compiling() else _run_logits
-    loss = run(logits.flatten(0, -2), targets.flatten(), corrupted.flatten(), _flat(weights), reduction, backend)
+    loss = run(logits.flatten(0, -2), targets.flatten(), corrupted.flatten(), _flat(weights), reduction, softcap,
+               z_loss, backend)
     return loss.view(targets.shape) if reduction == "none" else loss
 
 
 def linear_masked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, corrupted: Tensor, *,
                                 bias: Tensor | None = None, weights: Tensor | None = None, reduction: str = "mean",
+                                softcap: float | None = None, z_loss: float = 0.0,
                                 backend: str | None = None) -> Tensor:
     """`masked_cross_entropy` of the logits hidden @ weight.T + bias, which are never stored.
 
-    Exact for any upstream gradient, per position too. A weight or hidden that needs no gradient costs none. With "sum"
-    and "mean" a training step takes three matrix products, with "none" four: factors known before the loss are cheaper
-    as `weights` than as upstream gradients.
+    Exact for any upstream gradient, per position too. A weight or hidden that needs no gradient costs no product.
 
     Args:
         hidden: [..., D], bf16, fp16 or fp32: the last hidden states. Only corrupted rows are read or multiplied.
         weight: [V, D], the head. Its gradient is summed in fp32.
         bias: [V].
-        targets, corrupted, weights, reduction, backend: as `masked_cross_entropy`.
+        targets, corrupted, weights, reduction, softcap, z_loss, backend: as `masked_cross_entropy`.
     Raises: ValueError as `masked_cross_entropy`.
     """
     op = "linear_masked_cross_entropy"
-    _check(op, "hidden [..., D]", hidden, targets, corrupted, weights, reduction)
+    _check(op, "hidden [..., D]", hidden, targets, corrupted, weights, reduction, softcap)
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or (bias is not None and bias.shape != weight.shape[:1]):
         got = [list(x.shape) for x in (hidden, weight, bias) if x is not None]
         raise ValueError(f"{op} takes hidden [..., D], weight [V, D] and bias [V], not {got}")
     run = _linear_operator if torch.compiler.is_compiling() else _run_linear
     loss = run(hidden.flatten(0, -2), weight, targets.flatten(), corrupted.flatten(), bias, _flat(weights), reduction,
-               backend)
+               softcap, z_loss, backend)
     return loss.view(targets.shape) if reduction == "none" else loss
 
 
-def _check(op, name, inputs, targets, corrupted, weights, reduction):
+def _check(op, name, inputs, targets, corrupted, weights, reduction, softcap):
     shapes = [inputs.shape[:-1], targets.shape, corrupted.shape, *([] if weights is None else [weights.shape])]
     if inputs.ndim < 2 or any(shape != shapes[0] for shape in shapes):
         got = [list(x.shape) for x in (inputs, targets, corrupted, weights) if x is not None]
@@ -83,37 +90,54 @@ def _check(op, name, inputs, targets, corrupted, weights, reduction):
                          f"{targets.dtype} and {corrupted.dtype}")
     if reduction not in _REDUCTIONS:
         raise ValueError(f"{op}: reduction must be one of {', '.join(_REDUCTIONS)}, not {reduction!r}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{op}: softcap must be above 0, or None for none, not {softcap}")
+    devices = {str(x.device) for x in (inputs, targets, corrupted, weights) if x is not None}
+    if len(devices) > 1:
+        raise ValueError(f"{op}: inputs are on {', '.join(sorted(devices))}; move them to one device")
+
+
+def _check_targets(op, targets, corrupted, words):
+    if targets.device.type != "cpu" or not corrupted.any():
+        return
+    low, high = (int(bound) for bound in targets[corrupted].aminmax())
+    if low < 0 or high >= words:
+        raise ValueError(f"{op}: targets of corrupted positions must be in [0, {words}), not {low} to {high}; is the "
+                         "vocabulary that of the tokenizer?")
 
 
 def _flat(weights):
     return None if weights is None else weights.detach().flatten()
 
 
-def _run_logits(logits, targets, corrupted, weights, reduction, backend):
+def _run_logits(logits, targets, corrupted, weights, reduction, softcap, z_loss, backend):
     chosen = choose("masked_cross_entropy", LOGITS_BACKENDS, backend, logits)
-    return chosen.run(logits, targets, corrupted, weights, reduction)
+    _check_targets("masked_cross_entropy", targets, corrupted, logits.shape[1])
+    return chosen.run(logits, targets, corrupted, weights, reduction, softcap, z_loss)
 
 
-def _run_linear(hidden, weight, targets, corrupted, bias, weights, reduction, backend):
+def _run_linear(hidden, weight, targets, corrupted, bias, weights, reduction, softcap, z_loss, backend):
     chosen = choose("linear_masked_cross_entropy", LINEAR_BACKENDS, backend, hidden)
-    return chosen.run(hidden, weight, targets, corrupted, bias, weights, reduction)
+    _check_targets("linear_masked_cross_entropy", targets, corrupted, len(weight))
+    return chosen.run(hidden, weight, targets, corrupted, bias, weights, reduction, softcap, z_loss)
 
 
-def _fake_logits(logits, targets, corrupted, weights, reduction, backend):
+def _fake_logits(logits, targets, corrupted, weights, reduction, *_):
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return logits.new_empty(targets.shape if reduction == "none" else (), dtype=dtype)
 
 
-def _fake_linear(hidden, weight, targets, corrupted, bias, weights, reduction, backend):
-    return _fake_logits(hidden, targets, corrupted, weights, reduction, backend)
+def _fake_linear(hidden, weight, targets, corrupted, bias, weights, reduction, *_):
+    return _fake_logits(hidden, targets, corrupted, weights, reduction)
 
 
 _logits_operator = define_operator(
     "masked_cross_entropy",
-    "Tensor logits, Tensor targets, Tensor corrupted, Tensor? weights, str reduction, str? backend",
+    "Tensor logits, Tensor targets, Tensor corrupted, Tensor? weights, str reduction, float? softcap, float z_loss, "
+    "str? backend",
     _run_logits, _fake_logits, differentiable=(0,))
 _linear_operator = define_operator(
     "linear_masked_cross_entropy",
     "Tensor hidden, Tensor weight, Tensor targets, Tensor corrupted, Tensor? bias, Tensor? weights, str reduction, "
-    "str? backend",
+    "float? softcap, float z_loss, str? backend",
     _run_linear, _fake_linear, differentiable=(0, 1, 4))

@@ -1,6 +1,7 @@
 """The compiled extension: found, built once, or a reason."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -14,14 +15,19 @@ from dllm_kernels import library
 ROOT = Path(__file__).parents[2]
 
 
-def reason_in_new_process(tmp_path, **environment) -> tuple[str, str]:
-    """why_missing() and standard error of a copy of the package that was never built."""
+def copy_checkout(tmp_path) -> Path:
+    """A copy of the package and its sources that was never built."""
     copy = tmp_path / "checkout"
     if not copy.is_dir():
-        shutil.copytree(
-            ROOT / "dllm_kernels", copy / "dllm_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__", "csrc")
-        )
+        leave = shutil.ignore_patterns("*.so", "__pycache__", "csrc")
+        shutil.copytree(ROOT / "dllm_kernels", copy / "dllm_kernels", ignore=leave)
         shutil.copytree(ROOT / "csrc", copy / "csrc")
+    return copy
+
+
+def reason_in_new_process(tmp_path, **environment) -> tuple[str, str]:
+    """why_missing() and standard error of a copy of the package that was never built."""
+    copy = copy_checkout(tmp_path)
     done = subprocess.run(
         [sys.executable, "-c", "from dllm_kernels import library; print(library.why_missing())"],
         cwd=copy,
@@ -113,6 +119,22 @@ while [ $# -gt 0 ]; do if [ "$1" = -o ]; then echo not a library > "$2"; fi; shi
     versions = 4  # each process asks for the compiler's version, which is part of the key
     assert calls == versions - 1 + len(library.sources()) + 1
     assert (tmp_path / "calls").read_text().count("call") == calls + 1
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have one width")
+@pytest.mark.parametrize("width", [4, 8])
+def test_narrower_vectors_than_this_machine_has_compute_the_same(width, tmp_path):
+    copy = copy_checkout(tmp_path)
+    shutil.copytree(ROOT / "tests" / "kernels", copy / "tests")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu and not compile",
+         "tests/test_masked_cross_entropy.py", "tests/test_topk_unmask.py"],
+        cwd=copy, capture_output=True, text=True, env={
+            **os.environ, "PYTHONPATH": str(copy), "XDG_CACHE_HOME": str(tmp_path), "CXX": f"g++ -DDLLM_WIDTH={width}"})
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert " passed" in done.stdout and "no compiled extension" not in done.stdout
 
 
 def test_the_extension_that_is_there_registers_its_operators():

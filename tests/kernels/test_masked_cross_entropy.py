@@ -4,14 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dllm_kernels import linear_masked_cross_entropy, masked_cross_entropy
+from dllm_kernels import library, linear_masked_cross_entropy, masked_cross_entropy
 from dllm_kernels.dispatch import runnable
 from dllm_kernels.masked_cross_entropy import LINEAR_BACKENDS, LOGITS_BACKENDS, reference
 
 linear_backends = pytest.mark.parametrize("backend", runnable(LINEAR_BACKENDS))
 logits_backends = pytest.mark.parametrize("backend", runnable(LOGITS_BACKENDS))
+needs_cpu_backend = pytest.mark.skipif("cpu" not in runnable(LINEAR_BACKENDS), reason="no compiled extension")
 reductions = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-SHAPES = [(1, 3, 2), (7, 5, 41), (33, 16, 1001)]  # N, D, V
+SHAPES = [(1, 3, 2), (7, 5, 41), (33, 16, 1001), (500, 50, 260)]  # N, D, V
 
 
 def make(N, D, V, dtype=torch.float32, share=0.5):
@@ -123,24 +124,108 @@ def test_huge_and_infinite_logits(backend):
     assert loss.tolist() == [0.0, 1e4]
 
 
-@linear_backends
 @pytest.mark.parametrize("frozen", [0, 1])
 @reductions
-def test_what_is_frozen_costs_no_product(frozen, reduction, backend, monkeypatch):
+def test_what_is_frozen_costs_no_product_on_the_reference(frozen, reduction, monkeypatch):
     hidden, weight, _, targets, corrupted, _ = make(33, 16, 101)
     leaves = [hidden.requires_grad_(frozen != 0), weight.requires_grad_(frozen != 1)]
     asked, original = [], reference._linear
     monkeypatch.setattr(reference, "_linear", lambda *a: asked.append(a[-1]) or original(*a))
-    linear_masked_cross_entropy(*leaves, targets, corrupted, reduction=reduction, backend=backend).sum().backward()
+    settings = {"reduction": reduction, "backend": "reference"}
+    linear_masked_cross_entropy(*leaves, targets, corrupted, **settings).sum().backward()
     assert all(not wanted[frozen] for wanted in asked) and any(wanted[1 - frozen] for wanted in asked)
     assert leaves[frozen].grad is None and leaves[1 - frozen].grad is not None
     with torch.no_grad():
         asked.clear()
-        linear_masked_cross_entropy(*leaves, targets, corrupted, reduction=reduction, backend=backend)
+        linear_masked_cross_entropy(*leaves, targets, corrupted, **settings)
     assert not any(asked[0])
 
 
+@needs_cpu_backend
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_what_is_frozen_costs_no_product_on_the_cpu(frozen, monkeypatch):
+    hidden, weight, _, targets, corrupted, _ = make(33, 16, 101)
+    leaves = [hidden.requires_grad_(frozen != 0), weight.requires_grad_(frozen != 1)]
+    calls, operators = [], library.operators()
+
+    class Recorder:
+        linear_cross_entropy_statistics_cpu = operators.linear_cross_entropy_statistics_cpu
+
+        @staticmethod
+        def linear_cross_entropy_gradients_cpu(*arguments):
+            calls.append(arguments[8:10])
+            return operators.linear_cross_entropy_gradients_cpu(*arguments)
+
+    monkeypatch.setattr(library, "operators", lambda: Recorder)
+    linear_masked_cross_entropy(*leaves, targets, corrupted, backend="cpu").backward()
+    (gradients,) = calls
+    assert gradients[frozen] is None and gradients[1 - frozen] is not None
+    assert leaves[frozen].grad is None and leaves[1 - frozen].grad is not None
+
+
+@needs_cpu_backend
+@pytest.mark.parametrize("rows", [4096, 4097, 9000])
+def test_many_rows_are_worked_off_in_parts(rows, monkeypatch):
+    hidden, weight, bias, targets, _, weights = make(rows, 6, 150)
+    leaves, corrupted = [x.requires_grad_() for x in (hidden, weight, bias)], torch.ones(rows, dtype=torch.bool)
+
+    def gradients(backend):
+        loss = linear_masked_cross_entropy(*leaves[:2], targets, corrupted, bias=bias, weights=weights, backend=backend)
+        return torch.autograd.grad(loss, leaves)
+
+    for ours, theirs in zip(gradients("cpu"), gradients("reference"), strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+@needs_cpu_backend
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_runs_of_the_same_threads_agree_to_the_bit(threads):
+    hidden, weight, bias, targets, corrupted, _ = make(250, 33, 1001)
+    leaves, before = [x.requires_grad_() for x in (hidden, weight, bias)], torch.get_num_threads()
+
+    def run():
+        loss = linear_masked_cross_entropy(*leaves[:2], targets, corrupted, bias=bias, backend="cpu")
+        return loss, *torch.autograd.grad(loss, leaves)
+
+    torch.set_num_threads(threads)
+    try:
+        first = run()
+        for _ in range(5):
+            assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
 @linear_backends
+@reductions
+@pytest.mark.parametrize("softcap, z_loss", [(5.0, 0.0), (None, 0.1), (5.0, 0.1)])
+def test_soft_cap_and_z_loss(softcap, z_loss, reduction, backend):
+    hidden, weight, bias, targets, corrupted, weights = make(33, 16, 300)
+
+    def run(function, cast):
+        leaves = [x.to(cast).requires_grad_() for x in (hidden, weight, bias)]
+        loss = function(*leaves)
+        loss.backward(torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype).view_as(loss))
+        return [loss.detach(), *(leaf.grad for leaf in leaves)]
+
+    def eager(h, w, b):
+        z = F.linear(h, w, b)
+        z = z if softcap is None else softcap * torch.tanh(z / softcap)
+        loss = F.cross_entropy(z, targets, reduction="none") + z_loss * z.logsumexp(1) ** 2
+        loss = torch.where(corrupted, loss * weights.to(loss.dtype), 0.0)
+        return loss if reduction == "none" else loss.sum() / (int(corrupted.sum()) if reduction == "mean" else 1)
+
+    settings = {"weights": weights, "reduction": reduction, "softcap": softcap, "z_loss": z_loss, "backend": backend}
+    truth, peers = run(eager, torch.double), run(eager, torch.float32)
+    ours = run(lambda h, w, b: linear_masked_cross_entropy(h, w, targets, corrupted, bias=b, **settings), torch.float32)
+    logits = F.linear(hidden, weight, bias).requires_grad_()
+    from_logits = masked_cross_entropy(logits, targets, corrupted, **{**settings, "backend": None})
+    assert (from_logits - truth[0]).abs().max() <= 1e-5 * truth[0].abs().max()
+    for mine, theirs, true in zip(ours, peers, truth, strict=True):
+        assert (mine - true).abs().max() <= 2 * (theirs - true).abs().max() + 2e-6 * true.abs().max()
+
+
+@pytest.mark.parametrize("backend", ["reference"])
 def test_the_logits_are_never_all_stored(backend, monkeypatch):
     monkeypatch.setitem(reference.WORKSPACE_BYTES, "cpu", 4 * 1001 * 5)  # five rows
     hidden, weight, _, targets, corrupted, weights = make(33, 16, 1001, share=1.0)
@@ -235,9 +320,10 @@ def test_compiles_whole_and_passes_opcheck(reduction):
     hidden.requires_grad_(), weight.requires_grad_()
     ops = torch.ops.dllm_kernels
     torch.library.opcheck(ops.linear_masked_cross_entropy.default,
-                          (hidden, weight, targets, corrupted, bias, weights, reduction, None))
+                          (hidden, weight, targets, corrupted, bias, weights, reduction, 9.0, 0.1, None))
     logits = F.linear(hidden, weight).detach().requires_grad_()
-    torch.library.opcheck(ops.masked_cross_entropy.default, (logits, targets, corrupted, None, reduction, None))
+    torch.library.opcheck(ops.masked_cross_entropy.default,
+                          (logits, targets, corrupted, None, reduction, None, 0.0, None))
 
     def loss(hidden, weight):
         return linear_masked_cross_entropy(hidden * 2, weight, targets, corrupted, weights=weights, reduction=reduction)
@@ -265,6 +351,10 @@ def test_gradients_in_double():
      "int64 targets and bool corrupted, not torch.float32, torch.int64 and torch.float32"),
     ({"reduction": "average"}, "reduction must be one of mean, sum, none, not 'average'"),
     ({"backend": "triton9"}, "there is no backend 'triton9'"),
+    ({"softcap": 0.0}, "softcap must be above 0, or None for none, not 0.0"),
+    ({"targets": torch.full((9,), 17)}, "must be in [0, 17), not 17 to 17; is the vocabulary that of the tokenizer?"),
+    ({"targets": torch.full((9,), -100)}, "must be in [0, 17), not -100 to -100"),
+    ({"targets": torch.zeros(9, dtype=torch.long, device="meta")}, "inputs are on cpu, meta; move them to one device"),
 ])
 def test_errors_say_what_was_wanted_and_what_came(changes, message):
     hidden, weight, _, targets, corrupted, _ = make(9, 4, 17)

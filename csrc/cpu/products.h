@@ -1,0 +1,90 @@
+// Products of small dense matrices on one core: one factor in panels, the sums in registers.
+//
+// A panel is some 3 vectors wide and holds its columns row by row, so that the inner loop reads it in order:
+//     matrix [K x N], N a multiple of the vector width -> panels of [K x kPanel], the last one narrower.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "../vectorised.h"
+
+namespace dllm {
+
+// Of `width` floats a vector. The sums take 24 of AVX-512's 32 registers, 12 of the 16 of AVX2 and SSE.
+template <int width>
+struct Tile {
+  static constexpr int kRows = width == 16 ? 8 : 4, kColumns = 3, kPanel = kColumns * width;
+  typedef float Vector __attribute__((vector_size(width * sizeof(float))));
+};
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// c[i][j] = (add ? c[i][j] : 0) + sum over k < K of a(i, k) panel[k][j], for kRows rows i and all columns j of the panel.
+template <int width, int columns>
+DLLM_INLINE void multiply_tile(const float* a, int64_t a_row, int64_t a_step, const float* panel, int64_t K, float* c,
+                               int64_t c_row, bool add) {
+  using Vector = typename Tile<width>::Vector;
+  constexpr int rows = Tile<width>::kRows;
+  Vector sums[rows][columns] = {};  // copied vector by vector: as a whole, the compiler would keep them in memory
+  if (add)
+    for (int i = 0; i < rows; ++i)
+      for (int j = 0; j < columns; ++j) std::memcpy(&sums[i][j], c + i * c_row + j * width, sizeof(Vector));
+  for (int64_t k = 0; k < K; ++k) {
+    Vector b[columns];
+    for (int j = 0; j < columns; ++j) std::memcpy(&b[j], panel + (k * columns + j) * width, sizeof(Vector));
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+      const float factor = a[i * a_row + k * a_step];
+      for (int j = 0; j < columns; ++j) sums[i][j] += factor * b[j];
+    }
+  }
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < columns; ++j) std::memcpy(c + i * c_row + j * width, &sums[i][j], sizeof(Vector));
+}
+
+// c [M x N] = (add ? c : 0) + a [M x K] b [K x N], M a multiple of kRows; a(i, k) = a[i * a_row + k * a_step]; b is the
+// rows first..first + K of a matrix of `height` rows in panels.
+template <int width>
+DLLM_INLINE void multiply(const float* a, int64_t a_row, int64_t a_step, int64_t M, const float* panels, int64_t height,
+                          int64_t first, int64_t K, int64_t N, float* c, int64_t c_row, bool add) {
+  using T = Tile<width>;
+  for (int64_t n = 0; n < N; n += T::kPanel) {
+    const int64_t columns = std::min<int64_t>(T::kPanel, N - n) / width;
+    const float* panel = panels + n * height + first * columns * width;
+    for (int64_t m = 0; m < M; m += T::kRows) {
+      const float* factors = a + m * a_row;
+      float* out = c + m * c_row + n;
+      if (columns == 3) {
+        multiply_tile<width, 3>(factors, a_row, a_step, panel, K, out, c_row, add);
+      } else if (columns == 2) {
+        multiply_tile<width, 2>(factors, a_row, a_step, panel, K, out, c_row, add);
+      } else {
+        multiply_tile<width, 1>(factors, a_row, a_step, panel, K, out, c_row, add);
+      }
+    }
+  }
+}
+
+// The panels of from [K x columns], from(k, j) = from[k * row + j * step], with zeros up to N columns and K_padded rows.
+template <int width>
+DLLM_INLINE void pack(const float* from, int64_t row, int64_t step, int64_t K, int64_t columns, int64_t K_padded, int64_t N,
+                      float* panels) {
+  for (int64_t n = 0; n < N; n += Tile<width>::kPanel) {
+    const int64_t wide = std::min<int64_t>(Tile<width>::kPanel, N - n), there = std::clamp<int64_t>(columns - n, 0, wide);
+    float* panel = panels + n * K_padded;
+    for (int64_t k = 0; k < K_padded; ++k, panel += wide) {
+      const float* source = from + k * row + n * step;
+      const int64_t some = k < K ? there : 0;
+      if (step == 1) {
+        if (some > 0) std::memcpy(panel, source, some * sizeof(float));
+      } else {
+        for (int64_t j = 0; j < some; ++j) panel[j] = source[j * step];
+      }
+      std::fill(panel + some, panel + wide, 0.0f);
+    }
+  }
+}
+
+}  // namespace dllm
