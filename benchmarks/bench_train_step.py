@@ -1,11 +1,9 @@
 """A training step (forward, loss, backward) against the same model with the loss over all positions."""
 
-import subprocess
-import sys
-
 import torch
 import torch.nn.functional as F
 
+from benchmarks.memory import peak_memory_mib
 from dllm.families import ModelConfig
 from dllm.model import DiffusionLM
 from dllm_kernels import linear_masked_cross_entropy
@@ -39,19 +37,6 @@ def naive_step(model, clean, corrupted, noisy):
     return loss
 
 
-def resident_peak_mib() -> float:
-    """Of this process so far; ru_maxrss of getrusage would begin with the peak of the process that started this one."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) / 1024 for line in file if line.startswith("VmHWM:"))
-
-
-def peak_memory_mib(step: str) -> float:
-    """Peak resident memory of one step in a fresh process, above what the process held before it."""
-    code = (f"from benchmarks.bench_train_step import *; torch.set_num_threads(1); case = make_case();"
-            f"before = resident_peak_mib(); {step}(*case); print(resident_peak_mib() - before)")
-    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
-
-
 def bench_train_step(paired):
     case = make_case()
     model = case[0]
@@ -66,7 +51,7 @@ def bench_train_step(paired):
         model.zero_grad()
         step(*case)
 
-    ours, naive = peak_memory_mib("our_step"), peak_memory_mib("naive_step")
+    ours, naive = (peak_memory_mib("bench_train_step", step) for step in ("our_step", "naive_step"))
     assert 0 < ours <= 0.6 * naive, f"peak memory {ours:.0f} MiB is not 40% below {naive:.0f} MiB"
     paired(ours=lambda: run(our_step), baseline=lambda: run(naive_step), rounds=3, at_least=1.7,
            peak_memory_mib=round(ours), naive_peak_memory_mib=round(naive))

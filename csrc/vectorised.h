@@ -11,21 +11,23 @@
 // of always inlined code: 16, 8 or 4 floats. DLLM_WIDTH=8, say, takes that width everywhere (a test compiles it so).
 #if defined(DLLM_WIDTH)
 #define DLLM_BY_WIDTH(name, parameters, arguments)                                                        \
-  __attribute__((target("arch=x86-64-v3"))) void name parameters { name##_of_width<DLLM_WIDTH> arguments; }
+  __attribute__((target("arch=x86-64-v3"))) inline void name parameters { name##_of_width<DLLM_WIDTH> arguments; }
 #elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define DLLM_BY_WIDTH(name, parameters, arguments)                                                        \
-  __attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))) void name##_16 parameters {           \
+  __attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))) inline void name##_16 parameters {    \
     name##_of_width<16> arguments;                                                                        \
   }                                                                                                       \
-  __attribute__((target("arch=x86-64-v3"))) void name##_8 parameters { name##_of_width<8> arguments; }    \
-  void name parameters {                                                                                  \
+  __attribute__((target("arch=x86-64-v3"))) inline void name##_8 parameters {                             \
+    name##_of_width<8> arguments;                                                                         \
+  }                                                                                                       \
+  inline void name parameters {                                                                           \
     if (__builtin_cpu_supports("x86-64-v4")) return name##_16 arguments;                                  \
     if (__builtin_cpu_supports("x86-64-v3")) return name##_8 arguments;                                   \
     name##_of_width<4> arguments;                                                                         \
   }
 #else
 #define DLLM_BY_WIDTH(name, parameters, arguments) \
-  void name parameters { name##_of_width<4> arguments; }
+  inline void name parameters { name##_of_width<4> arguments; }
 #endif
 
 // Inlined into each of the versions; a function called from them would be compiled for the oldest machine only.

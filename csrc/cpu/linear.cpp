@@ -1,9 +1,10 @@
-// logits [M, V] = hidden [M, D] weight[V, D]^T + bias, for the few rows of a denoising step.
+// logits [M, V] = hidden [M, D] weight[V, D]^T + bias, for the rows of a denoising step.
 //
 // A library's matrix product repacks the weights for every call, which for M of a few dozen costs as much as the product.
-// Both factors are contiguous along D, so here every number is a dot product along D, in tiles of 3 rows by 4 words whose
-// twelve accumulators stay in registers; each weight is read from memory once and meets all rows in the cache.
-// The weights may be bf16: they are widened on the way into the registers.
+// Here the weights are read once, in order, as they are. From some rows on they are turned, so that a vector holds
+// as many rows and a weight multiplies them all (products.h); fewer would leave it half empty, so then every number is a
+// dot product along D, in tiles of 3 rows by 4 words whose twelve accumulators stay in registers. While some words are
+// worked on, the next ones come from memory. bf16 weights are widened on the way.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
@@ -14,12 +15,11 @@
 #include <cstring>
 #include <optional>
 
-#include "../checks.h"
-#include "../vectorised.h"
+#include "head.h"
 
 namespace {
 
-using torch::headeronly::BFloat16;
+using dllm::BFloat16;
 using torch::stable::Tensor;
 
 constexpr int kWidth = 8, kRows = 3, kWords = 4;
@@ -114,6 +114,39 @@ DLLM_VECTORISED void multiply(const float* x, int64_t M, const BFloat16* w, int6
   words_of(x, M, w, w_stride, D, begin, end, out, out_stride);
 }
 
+// Words of tiles begin..end for M <= dllm::kBlock rows.
+template <int width>
+DLLM_INLINE void multiply_turned_of_width(const dllm::Head& head, int64_t M, const float* x_turned, int64_t begin,
+                                          int64_t end, float* out, int64_t out_stride) {
+  const dllm::Buffer staged(dllm::kWords * head.D), tile(dllm::kWords * dllm::kBlock);
+  const float* z = tile.get();
+  for (int64_t first = begin * dllm::kWords; first < std::min(end * dllm::kWords, head.V); first += dllm::kWords) {
+    const int64_t words = std::min(dllm::kWords, head.V - first);
+    int64_t w_row;
+    const float* w = dllm::read_words(head, first, words, staged.get(), &w_row);
+    dllm::logits_of_tile<width>(head, w, w_row, first, words, x_turned, 0, dllm::round_up(M, width), tile.get());
+    for (int64_t m = 0; m < M; ++m)
+      for (int64_t v = 0; v < words; ++v) out[m * out_stride + first + v] = z[v * dllm::kBlock + m];
+  }
+}
+
+DLLM_BY_WIDTH(multiply_turned, (const dllm::Head& head, int64_t M, const float* x_turned, int64_t begin, int64_t end,
+                                float* out, int64_t out_stride),
+              (head, M, x_turned, begin, end, out, out_stride))
+
+void run_turned(const Tensor& hidden, const dllm::Head& head, Tensor& logits) {
+  const int64_t M = hidden.size(0), stride = logits.stride(0);
+  const dllm::Buffer x_turned(dllm::round_up(std::min(M, dllm::kBlock), dllm::vector_width()) * head.D);
+  for (int64_t row = 0; row < M; row += dllm::kBlock) {
+    const int64_t rows = std::min(dllm::kBlock, M - row);
+    dllm::pack_rows(static_cast<const float*>(hidden.const_data_ptr()) + row * head.D, rows, head.D, true, x_turned.get());
+    auto* out = static_cast<float*>(logits.mutable_data_ptr()) + row * stride;
+    torch::stable::parallel_for(0, (head.V + dllm::kWords - 1) / dllm::kWords, 1, [&](int64_t begin, int64_t end) {
+      multiply_turned(head, rows, x_turned.get(), begin, end, out, stride);
+    });
+  }
+}
+
 template <typename T>
 void run(const Tensor& hidden, const Tensor& weight, const float* bias, Tensor& logits) {
   const int64_t M = hidden.size(0), D = hidden.size(1), V = weight.size(0), stride = logits.stride(0);
@@ -136,12 +169,13 @@ void linear_rows(const Tensor& hidden, const Tensor& weight, std::optional<Tenso
   STD_TORCH_CHECK(hidden.is_contiguous() && hidden.size(1) == weight.size(1) && logits.size(0) == hidden.size(0) &&
                       logits.size(1) == weight.size(0),
                   "linear_rows_cpu: shapes disagree");
-  const float* b = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
-  if (weight.scalar_type() == torch::headeronly::ScalarType::Float) {
-    run<float>(hidden, weight, b, logits);
+  const dllm::Head head = dllm::describe_head(weight, bias, 0);
+  if (3 * hidden.size(0) > 2 * dllm::vector_width() || head.dtype == dllm::ScalarType::Half) {
+    run_turned(hidden, head, logits);
+  } else if (head.dtype == dllm::ScalarType::Float) {
+    run<float>(hidden, weight, head.bias, logits);
   } else {
-    STD_TORCH_CHECK(weight.scalar_type() == torch::headeronly::ScalarType::BFloat16, "linear_rows_cpu takes fp32 and bf16 weights");
-    run<BFloat16>(hidden, weight, b, logits);
+    run<BFloat16>(hidden, weight, head.bias, logits);
   }
 }
 

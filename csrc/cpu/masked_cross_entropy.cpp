@@ -11,50 +11,24 @@
 
 #include <cmath>
 #include <limits>
-#include <memory>
 #include <mutex>
 #include <optional>
 #include <vector>
 
-#include "../checks.h"
-#include "numbers.h"
-#include "products.h"
+#include "head.h"
 
 namespace {
 
+using dllm::Buffer;
 using dllm::exp_nonpositive;
+using dllm::Head;
+using dllm::kBlock;
+using dllm::kWords;
 using dllm::round_up;
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kWords = 128;       // of a tile
-constexpr int64_t kBlock = 192;       // rows whose logits are held at once: whole panels for every vector width
 constexpr float kLowest = std::numeric_limits<float>::lowest();
-
-// Memory aligned to vectors and cache lines.
-class Buffer {
- public:
-  explicit Buffer(int64_t size) : data_(static_cast<float*>(std::aligned_alloc(64, round_up(size, 16) * sizeof(float) + 64))) {
-    STD_TORCH_CHECK(data_ != nullptr, "out of memory: ", size, " floats");
-  }
-  float* get() const { return data_.get(); }
-
- private:
-  struct Free {
-    void operator()(float* data) const { std::free(data); }
-  };
-  std::unique_ptr<float, Free> data_;
-};
-
-struct Head {
-  const void* weight;  // [V, D], rows `stride` elements apart
-  ScalarType dtype;
-  int64_t V, D, stride;
-  const float* bias;  // [V] or nullptr
-  float softcap;      // 0: none
-};
 
 struct Rows {
   int64_t M;
@@ -70,47 +44,8 @@ struct Statistics {
   std::vector<float> target_logit;
 };
 
-// The weights of a tile, fp32 [kWords, D], rows past the vocabulary zero.
-DLLM_INLINE const float* read_words(const Head& head, int64_t first, int64_t words, float* buffer, int64_t* row) {
-  if (head.dtype == ScalarType::Float && words == kWords) {
-    *row = head.stride;
-    return static_cast<const float*>(head.weight) + first * head.stride;
-  }
-  *row = head.D;
-  for (int64_t v = 0; v < words; ++v) {
-    const int64_t at = (first + v) * head.stride;
-    float* to = buffer + v * head.D;
-    if (head.dtype == ScalarType::Float) {
-      dllm::convert(static_cast<const float*>(head.weight) + at, head.D, to);
-    } else if (head.dtype == ScalarType::BFloat16) {
-      dllm::convert(static_cast<const BFloat16*>(head.weight) + at, head.D, to);
-    } else {
-      dllm::convert(static_cast<const Half*>(head.weight) + at, head.D, to);
-    }
-  }
-  std::fill(buffer + words * head.D, buffer + kWords * head.D, 0.0f);
-  return buffer;
-}
-
-// z [kWords, kBlock], of `rows` rows from row `first_row` on: words first..first + words, bias and soft cap included.
 template <int width>
-DLLM_INLINE void logits_of_tile(const Head& head, const float* w, int64_t w_row, int64_t first, int64_t words,
-                                const float* x_panels, int64_t first_row, int64_t rows, float* z) {
-  dllm::multiply<width>(w, w_row, 1, kWords, x_panels + first_row * head.D, head.D, 0, head.D, rows, z, kBlock, false);
-  if (head.bias)
-    for (int64_t v = 0; v < words; ++v)
-      for (int64_t n = 0; n < rows; ++n) z[v * kBlock + n] += head.bias[first + v];
-  if (head.softcap > 0)
-    for (int64_t v = 0; v < words; ++v)
-      for (int64_t n = 0; n < rows; ++n) {
-        const float value = z[v * kBlock + n] / head.softcap;
-        const float e = exp_nonpositive(-2.0f * std::fabs(value)), tanh = (1.0f - e) / (1.0f + e);
-        z[v * kBlock + n] = head.softcap * (value < 0 ? -tanh : tanh);
-      }
-}
-
-template <int width>
-DLLM_INLINE void find_statistics_of_width(const Head& head, const Rows& rows, const float* x_panels, int64_t begin,
+DLLM_INLINE void find_statistics_of_width(const Head& head, const Rows& rows, const float* x_turned, int64_t begin,
                                           int64_t end, Statistics& stats) {
   const int64_t padded = round_up(rows.M, width);
   const Buffer staged(kWords * head.D), logits(kWords * kBlock);
@@ -119,10 +54,10 @@ DLLM_INLINE void find_statistics_of_width(const Head& head, const Rows& rows, co
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t first = tile * kWords, words = std::min(kWords, head.V - first);
     int64_t w_row;
-    const float* w = read_words(head, first, words, staged.get(), &w_row);
+    const float* w = dllm::read_words(head, first, words, staged.get(), &w_row);
     for (int64_t row = 0; row < rows.M; row += kBlock) {
       const int64_t count = std::min(kBlock, rows.M - row), wide = std::min(kBlock, padded - row);
-      logits_of_tile<width>(head, w, w_row, first, words, x_panels, row, wide, z);
+      dllm::logits_of_tile<width>(head, w, w_row, first, words, x_turned, row, wide, z);
       for (int64_t n = 0; n < wide; ++n) top[n] = n < count ? stats.top[row + n] : kLowest;
       for (int64_t v = 0; v < words; ++v)
         for (int64_t n = 0; n < wide; ++n) top[n] = z[v * kBlock + n] > top[n] ? z[v * kBlock + n] : top[n];
@@ -141,9 +76,9 @@ DLLM_INLINE void find_statistics_of_width(const Head& head, const Rows& rows, co
   }
 }
 
-DLLM_BY_WIDTH(find_statistics, (const Head& head, const Rows& rows, const float* x_panels, int64_t begin, int64_t end,
+DLLM_BY_WIDTH(find_statistics, (const Head& head, const Rows& rows, const float* x_turned, int64_t begin, int64_t end,
                                 Statistics& stats),
-              (head, rows, x_panels, begin, end, stats))
+              (head, rows, x_turned, begin, end, stats))
 
 struct Scales {
   const float *top, *probability, *target;  // [M] each
@@ -167,11 +102,11 @@ DLLM_INLINE void find_gradients_of_width(const Head& head, const Rows& rows, con
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t first = tile * kWords, words = std::min(kWords, head.V - first);
     int64_t w_row;
-    const float* w = read_words(head, first, words, staged.get(), &w_row);
+    const float* w = dllm::read_words(head, first, words, staged.get(), &w_row);
     if (out.x) dllm::pack<width>(w, w_row, 1, kWords, D, kWords, wide_D, w_panels.get());
     for (int64_t row = 0; row < rows.M; row += kBlock) {
       const int64_t count = std::min(kBlock, rows.M - row), wide = std::min(kBlock, padded - row);
-      logits_of_tile<width>(head, w, w_row, first, words, x_turned, row, wide, z);
+      dllm::logits_of_tile<width>(head, w, w_row, first, words, x_turned, row, wide, z);
       for (int64_t n = 0; n < wide; ++n) {
         top[n] = n < count ? scales.top[row + n] : 0;
         scale[n] = n < count ? scales.probability[row + n] : 0;
@@ -225,41 +160,6 @@ DLLM_BY_WIDTH(find_gradients, (const Head& head, const Rows& rows, const Scales&
                                const float* x_panels, int64_t begin, int64_t end, const Gradients& out),
               (head, rows, scales, x_turned, x_panels, begin, end, out))
 
-// The rows turned (a panel holds rows side by side, [D x rows]) or as they are ([rows x D]).
-template <int width>
-DLLM_INLINE void pack_rows_of_width(const Rows& rows, int64_t D, bool turned, float* panels) {
-  const int64_t padded = round_up(rows.M, width), wide_D = round_up(D, width);
-  if (turned) {
-    dllm::pack<width>(rows.x, 1, D, D, rows.M, D, padded, panels);
-  } else {
-    dllm::pack<width>(rows.x, D, 1, rows.M, D, padded, wide_D, panels);
-  }
-}
-
-DLLM_BY_WIDTH(pack_rows, (const Rows& rows, int64_t D, bool turned, float* panels), (rows, D, turned, panels))
-
-template <int width>
-DLLM_INLINE void width_of_width(int& out) {
-  out = width;
-}
-
-DLLM_BY_WIDTH(width, (int& out), (out))
-
-int vector_width() {
-  int out;
-  width(out);
-  return out;
-}
-
-Head describe_head(const Tensor& weight, const std::optional<Tensor>& bias, double softcap) {
-  dllm::check_rows(weight, 2, "weight");
-  const auto dtype = weight.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                  "masked cross-entropy on the CPU takes fp32, bf16 and fp16 weights");
-  return {weight.const_data_ptr(), dtype, weight.size(0), weight.size(1), weight.stride(0),
-          bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr, static_cast<float>(softcap)};
-}
-
 Rows describe_rows(const Tensor& x, const Tensor& targets, const Head& head) {
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == ScalarType::Float && x.size(1) == head.D &&
                       targets.size(0) == x.size(0),
@@ -285,10 +185,10 @@ class Parts {
 
 void linear_statistics(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, const Tensor& targets,
                        double softcap, Tensor top, Tensor total, Tensor target_logit) {
-  const Head head = describe_head(weight, bias, softcap);
+  const Head head = dllm::describe_head(weight, bias, softcap);
   const Rows rows = describe_rows(x, targets, head);
-  const Buffer x_turned(round_up(rows.M, vector_width()) * head.D);
-  pack_rows(rows, head.D, true, x_turned.get());
+  const Buffer x_turned(round_up(rows.M, dllm::vector_width()) * head.D);
+  dllm::pack_rows(rows.x, rows.M, head.D, true, x_turned.get());
   Parts<Statistics> parts;
   torch::stable::parallel_for(0, (head.V + kWords - 1) / kWords, 1, [&](int64_t begin, int64_t end) {
     Statistics mine(rows.M);
@@ -315,12 +215,12 @@ void linear_gradients(const Tensor& x, const Tensor& weight, std::optional<Tenso
                       double softcap, const Tensor& top, const Tensor& probability_scale, const Tensor& target_scale,
                       std::optional<Tensor> grad_x, std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias,
                       bool add) {
-  const Head head = describe_head(weight, bias, softcap);
+  const Head head = dllm::describe_head(weight, bias, softcap);
   const Rows rows = describe_rows(x, targets, head);
-  const int64_t padded = round_up(rows.M, vector_width()), wide_D = round_up(head.D, vector_width());
+  const int64_t padded = round_up(rows.M, dllm::vector_width()), wide_D = round_up(head.D, dllm::vector_width());
   const Buffer x_turned(padded * head.D), x_panels(grad_weight ? padded * wide_D : 0);
-  pack_rows(rows, head.D, true, x_turned.get());
-  if (grad_weight) pack_rows(rows, head.D, false, x_panels.get());
+  dllm::pack_rows(rows.x, rows.M, head.D, true, x_turned.get());
+  if (grad_weight) dllm::pack_rows(rows.x, rows.M, head.D, false, x_panels.get());
   const auto pointer = [](const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); };
   const auto out = [](std::optional<Tensor>& tensor) {
     return tensor ? static_cast<float*>(tensor->mutable_data_ptr()) : nullptr;

@@ -45,10 +45,11 @@ DLLM_INLINE void multiply_tile(const float* a, int64_t a_row, int64_t a_step, co
 }
 
 // c [M x N] = (add ? c : 0) + a [M x K] b [K x N], M a multiple of kRows; a(i, k) = a[i * a_row + k * a_step]; b is the
-// rows first..first + K of a matrix of `height` rows in panels.
+// rows first..first + K of a matrix of `height` rows in panels. While some rows of a meet the first panel, so many floats
+// of each row after them as `ahead` says are fetched from memory.
 template <int width>
 DLLM_INLINE void multiply(const float* a, int64_t a_row, int64_t a_step, int64_t M, const float* panels, int64_t height,
-                          int64_t first, int64_t K, int64_t N, float* c, int64_t c_row, bool add) {
+                          int64_t first, int64_t K, int64_t N, float* c, int64_t c_row, bool add, int64_t ahead = 0) {
   using T = Tile<width>;
   for (int64_t n = 0; n < N; n += T::kPanel) {
     const int64_t columns = std::min<int64_t>(T::kPanel, N - n) / width;
@@ -56,6 +57,9 @@ DLLM_INLINE void multiply(const float* a, int64_t a_row, int64_t a_step, int64_t
     for (int64_t m = 0; m < M; m += T::kRows) {
       const float* factors = a + m * a_row;
       float* out = c + m * c_row + n;
+      if (n == 0)
+        for (int64_t i = 0; i < T::kRows; ++i)
+          for (int64_t k = 0; k < ahead; k += 16) __builtin_prefetch(factors + (T::kRows + i) * a_row + k);
       if (columns == 3) {
         multiply_tile<width, 3>(factors, a_row, a_step, panel, K, out, c_row, add);
       } else if (columns == 2) {

@@ -37,8 +37,8 @@ def linear_score_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, unifo
     tokens = torch.empty(len(hidden), dtype=torch.int64)
     scores = torch.empty(len(hidden), dtype=torch.float32)
     hidden, bias = hidden.float().contiguous(), None if bias is None else bias.float().contiguous()
-    if weight.dtype == torch.float16 or weight.stride(1) != 1:
-        weight = weight.float().contiguous()
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
     rows = min(_MAX_ROWS, max(8, _WORKSPACE_BYTES // (4 * max(len(weight), 1))))
     buffer = torch.empty(min(rows, len(hidden)), len(weight))
     for start in range(0, len(hidden), rows):
