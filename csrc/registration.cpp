@@ -9,6 +9,14 @@ STABLE_TORCH_LIBRARY(dllm_kernels_native, m) {
       "float temperature, int top_k, float top_p, bool raw) -> ()");
   // linear.cpp. logits [M, V] = hidden [M, D] fp32 times weight [V, D], for few rows.
   m.def("linear_rows_cpu(Tensor hidden, Tensor weight, Tensor? bias, Tensor(a!) logits) -> ()");
+  // masked_cross_entropy.cpp. Rows [M] int64 of logits [N, V]; the rest [M] fp32; softcap 0: none. grad [N, V] of the
+  // logits' dtype, of which only these rows are written.
+  m.def(
+      "cross_entropy_statistics_cpu(Tensor logits, Tensor rows, Tensor targets, float softcap, Tensor(a!) top, "
+      "Tensor(b!) total, Tensor(c!) target_logit) -> ()");
+  m.def(
+      "cross_entropy_gradients_cpu(Tensor logits, Tensor rows, Tensor targets, float softcap, Tensor top, "
+      "Tensor probability_scale, Tensor target_scale, Tensor(a!) grad) -> ()");
   // masked_cross_entropy.cpp. x [M, D] fp32, weight [V, D], the rest [M] fp32; softcap 0: none. The gradients are fp32;
   // those of weight and bias are added to what is there, or (add false) that of weight replaces it.
   m.def(

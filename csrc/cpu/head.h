@@ -76,12 +76,7 @@ DLLM_INLINE void logits_of_tile(const Head& head, const float* w, int64_t w_row,
     for (int64_t v = 0; v < words; ++v)
       for (int64_t n = 0; n < rows; ++n) z[v * kBlock + n] += head.bias[first + v];
   if (head.softcap > 0)
-    for (int64_t v = 0; v < words; ++v)
-      for (int64_t n = 0; n < rows; ++n) {
-        const float value = z[v * kBlock + n] / head.softcap;
-        const float e = exp_nonpositive(-2.0f * std::fabs(value)), tanh = (1.0f - e) / (1.0f + e);
-        z[v * kBlock + n] = head.softcap * (value < 0 ? -tanh : tanh);
-      }
+    for (int64_t v = 0; v < words; ++v) cap(z + v * kBlock, rows, head.softcap, z + v * kBlock);
 }
 
 // The rows turned (a panel holds rows side by side, [D x rows]) or as they are ([rows x D]).

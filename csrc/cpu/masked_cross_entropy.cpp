@@ -1,6 +1,7 @@
-// Cross-entropy of M rows of hidden states, and its gradients, without the logits (see dllm_kernels/masked_cross_entropy).
+// Cross-entropy of M rows and its gradients (see dllm_kernels/masked_cross_entropy): from logits, in one pass over them
+// forward and one backward; and from hidden states, without the logits.
 //
-// The vocabulary is cut into tiles of 128 words. The logits of a tile and some rows lie in the cache, words by rows, so
+// From hidden states: the vocabulary is cut into tiles of 128 words. The logits of a tile and some rows lie in the cache, words by rows, so
 // that a vector holds as many rows: maximum, exponentials and gradient need no sums across a vector.
 //     statistics   z = w x;  top = max z, total = sum exp(z - top), and z at the target, kept per row
 //     gradients    z again;  g = probability_scale exp(z - top) - target_scale [target];  grad_x += g w, grad_w = g x
@@ -244,9 +245,123 @@ void linear_gradients(const Tensor& x, const Tensor& weight, std::optional<Tenso
     }
 }
 
+struct Logits {
+  const void* data;  // [N, V], rows `stride` elements apart
+  ScalarType dtype;
+  int64_t V, stride;
+  float softcap;  // 0: none
+  const int64_t *rows, *targets;
+};
+
+constexpr int64_t kPart = 1024;  // logits of a row worked on at once, in the cache
+
+// So many logits of row `row` from word `first` on, fp32, capped; `buffer` where they have to be written.
+DLLM_INLINE const float* read_part(const Logits& logits, int64_t row, int64_t first, int64_t count, float* buffer) {
+  const int64_t at = row * logits.stride + first;
+  const float* x = buffer;
+  if (logits.dtype == ScalarType::Float) {
+    x = static_cast<const float*>(logits.data) + at;
+  } else if (logits.dtype == ScalarType::BFloat16) {
+    dllm::convert(static_cast<const dllm::BFloat16*>(logits.data) + at, count, buffer);
+  } else {
+    dllm::convert(static_cast<const dllm::Half*>(logits.data) + at, count, buffer);
+  }
+  if (logits.softcap == 0) return x;
+  dllm::cap(x, count, logits.softcap, buffer);
+  return buffer;
+}
+
+template <int width>
+DLLM_INLINE void statistics_of_row_of_width(const Logits& logits, int64_t m, float* top_out, float* total_out,
+                                            float* target_logit) {
+  constexpr int lanes = 2 * width;
+  alignas(64) float buffer[kPart];
+  float top = kLowest;
+  double total = 0;
+  for (int64_t first = 0; first < logits.V; first += kPart) {
+    const int64_t count = std::min(kPart, logits.V - first);
+    const float* x = read_part(logits, logits.rows[m], first, count, buffer);
+    float highest[lanes], sums[lanes] = {};
+    for (int j = 0; j < lanes; ++j) highest[j] = top;
+    int64_t i = 0;
+    for (; i + lanes <= count; i += lanes)
+      for (int j = 0; j < lanes; ++j) highest[j] = x[i + j] > highest[j] ? x[i + j] : highest[j];
+    for (int j = 0; i + j < count; ++j) highest[j] = x[i + j] > highest[j] ? x[i + j] : highest[j];
+    const float before = top;
+    for (int j = 0; j < lanes; ++j) top = highest[j] > top ? highest[j] : top;
+    if (top != before) total *= std::exp(static_cast<double>(before) - top);
+    for (i = 0; i + lanes <= count; i += lanes)
+      for (int j = 0; j < lanes; ++j) sums[j] += exp_nonpositive(x[i + j] - top);
+    for (int j = 0; i + j < count; ++j) sums[j] += exp_nonpositive(x[i + j] - top);
+    for (int j = 0; j < lanes; ++j) total += sums[j];
+    const int64_t place = logits.targets[m] - first;
+    if (place >= 0 && place < count) *target_logit = x[place];
+  }
+  *top_out = top;
+  *total_out = static_cast<float>(total);
+}
+
+DLLM_BY_WIDTH(statistics_of_row, (const Logits& logits, int64_t m, float* top, float* total, float* target_logit),
+              (logits, m, top, total, target_logit))
+
+template <int width>
+DLLM_INLINE void gradients_of_row_of_width(const Logits& logits, int64_t m, const Scales& scales, void* out,
+                                           int64_t out_stride) {
+  alignas(64) float buffer[kPart], gradient[kPart];
+  const float top = scales.top[m], scale = scales.probability[m];
+  for (int64_t first = 0; first < logits.V; first += kPart) {
+    const int64_t count = std::min(kPart, logits.V - first), at = logits.rows[m] * out_stride + first;
+    const float* x = read_part(logits, logits.rows[m], first, count, buffer);
+    float* g = logits.dtype == ScalarType::Float ? static_cast<float*>(out) + at : gradient;
+    for (int64_t i = 0; i < count; ++i) g[i] = scale * exp_nonpositive(x[i] - top);
+    const int64_t place = logits.targets[m] - first;
+    if (place >= 0 && place < count) g[place] -= scales.target[m];
+    if (logits.softcap > 0)
+      for (int64_t i = 0; i < count; ++i) g[i] *= 1.0f - (x[i] / logits.softcap) * (x[i] / logits.softcap);
+    if (logits.dtype == ScalarType::BFloat16) dllm::narrow(g, count, static_cast<dllm::BFloat16*>(out) + at);
+    if (logits.dtype == ScalarType::Half) dllm::narrow(g, count, static_cast<dllm::Half*>(out) + at);
+  }
+}
+
+DLLM_BY_WIDTH(gradients_of_row, (const Logits& logits, int64_t m, const Scales& scales, void* out, int64_t out_stride),
+              (logits, m, scales, out, out_stride))
+
+Logits describe_logits(const Tensor& logits, const Tensor& rows, const Tensor& targets, double softcap) {
+  dllm::check_rows(logits, 2, "logits");
+  const auto dtype = logits.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+                  "masked cross-entropy on the CPU takes fp32, bf16 and fp16 logits");
+  STD_TORCH_CHECK(rows.size(0) == targets.size(0), "one target per row");
+  return {logits.const_data_ptr(), dtype, logits.size(1), logits.stride(0), static_cast<float>(softcap),
+          static_cast<const int64_t*>(rows.const_data_ptr()), static_cast<const int64_t*>(targets.const_data_ptr())};
+}
+
+void statistics(const Tensor& logits, const Tensor& rows, const Tensor& targets, double softcap, Tensor top, Tensor total,
+                Tensor target_logit) {
+  const Logits from = describe_logits(logits, rows, targets, softcap);
+  auto *tops = static_cast<float*>(top.mutable_data_ptr()), *totals = static_cast<float*>(total.mutable_data_ptr());
+  auto* target_logits = static_cast<float*>(target_logit.mutable_data_ptr());
+  torch::stable::parallel_for(0, rows.size(0), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) statistics_of_row(from, m, tops + m, totals + m, target_logits + m);
+  });
+}
+
+void gradients(const Tensor& logits, const Tensor& rows, const Tensor& targets, double softcap, const Tensor& top,
+               const Tensor& probability_scale, const Tensor& target_scale, Tensor grad) {
+  const Logits from = describe_logits(logits, rows, targets, softcap);
+  const auto pointer = [](const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); };
+  const Scales scales{pointer(top), pointer(probability_scale), pointer(target_scale)};
+  dllm::check_rows(grad, 2, "grad");
+  torch::stable::parallel_for(0, rows.size(0), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) gradients_of_row(from, m, scales, grad.mutable_data_ptr(), grad.stride(0));
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dllm_kernels_native, CPU, m) {
+  m.impl("cross_entropy_statistics_cpu", TORCH_BOX(&statistics));
+  m.impl("cross_entropy_gradients_cpu", TORCH_BOX(&gradients));
   m.impl("linear_cross_entropy_statistics_cpu", TORCH_BOX(&linear_statistics));
   m.impl("linear_cross_entropy_gradients_cpu", TORCH_BOX(&linear_gradients));
 }

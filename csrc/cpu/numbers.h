@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <bit>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -30,6 +31,15 @@ DLLM_INLINE float exp_nonpositive(float x) {
   return x < -87.0f ? 0.0f : value;
 }
 
+// to = by * tanh(from / by)
+DLLM_INLINE void cap(const float* from, int64_t n, float by, float* to) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float value = from[i] / by;
+    const float e = exp_nonpositive(-2.0f * std::fabs(value)), tanh = (1.0f - e) / (1.0f + e);
+    to[i] = by * (value < 0 ? -tanh : tanh);
+  }
+}
+
 DLLM_INLINE void convert(const float* from, int64_t n, float* to) { std::memcpy(to, from, n * sizeof(float)); }
 
 DLLM_INLINE void convert(const torch::headeronly::BFloat16* from, int64_t n, float* to) {
@@ -46,6 +56,19 @@ DLLM_INLINE void convert(const torch::headeronly::Half* from, int64_t n, float* 
     const uint32_t bits = magnitude >= 0x7c00 ? magnitude << 13 | 0x7f800000 : std::bit_cast<uint32_t>(value);
     to[i] = std::bit_cast<float>(bits | (half & 0x8000) << 16);
   }
+}
+
+DLLM_INLINE void narrow(const float* from, int64_t n, torch::headeronly::BFloat16* to) {
+  auto* out = reinterpret_cast<uint16_t*>(to);
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = std::bit_cast<uint32_t>(from[i]);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to the nearest, ties to even
+    out[i] = static_cast<uint16_t>(from[i] != from[i] ? 0x7fc0 : rounded);
+  }
+}
+
+DLLM_INLINE void narrow(const float* from, int64_t n, torch::headeronly::Half* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<torch::headeronly::Half>(from[i]);
 }
 
 }  // namespace dllm

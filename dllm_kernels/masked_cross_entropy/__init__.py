@@ -18,7 +18,8 @@ from dllm_kernels.operators import define_operator
 
 __all__ = ["linear_masked_cross_entropy", "masked_cross_entropy"]
 
-LOGITS_BACKENDS = (Backend("reference", reference.masked_cross_entropy),)
+LOGITS_BACKENDS = (Backend("cpu", cpu.masked_cross_entropy, cpu.missing, cpu.refuses),
+                   Backend("reference", reference.masked_cross_entropy))
 LINEAR_BACKENDS = (Backend("cpu", cpu.linear_masked_cross_entropy, cpu.missing, cpu.refuses),
                    Backend("reference", reference.linear_masked_cross_entropy))
 BACKENDS = {"masked_cross_entropy": LOGITS_BACKENDS, "linear_masked_cross_entropy": LINEAR_BACKENDS}
