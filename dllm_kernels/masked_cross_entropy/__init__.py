@@ -57,7 +57,7 @@ def masked_cross_entropy(logits: Tensor, targets: Tensor, corrupted: Tensor, *, 
 
 def linear_masked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, corrupted: Tensor, *,
                                 bias: Tensor | None = None, weights: Tensor | None = None, reduction: str = "mean",
-                                softcap: float | None = None, z_loss: float = 0.0,
+                                softcap: float | None = None, z_loss: float = 0.0, group=None,
                                 backend: str | None = None) -> Tensor:
     """`masked_cross_entropy` of the logits hidden @ weight.T + bias, which are never stored.
 
@@ -68,6 +68,9 @@ def linear_masked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor,
         weight: [V, D], the head. Its gradient is summed in fp32.
         bias: [V].
         targets, corrupted, weights, reduction, softcap, z_loss, backend: as `masked_cross_entropy`.
+        group: a process group of torch.distributed each of whose processes holds some of the words, in the order of
+            ranks: weight and bias are then this process's, targets count through all of them, and the rest is the same
+            in every process, as is the loss. Not under torch.compile(fullgraph=True).
     Raises: ValueError as `masked_cross_entropy`.
     """
     op = "linear_masked_cross_entropy"
@@ -75,6 +78,12 @@ def linear_masked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor,
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or (bias is not None and bias.shape != weight.shape[:1]):
         got = [list(x.shape) for x in (hidden, weight, bias) if x is not None]
         raise ValueError(f"{op} takes hidden [..., D], weight [V, D] and bias [V], not {got}")
+    if hasattr(weight, "full_tensor"):
+        raise ValueError(f"{op} takes a plain weight, not a DTensor; inside a module that FSDP wraps it is one, "
+                         "elsewhere take weight.full_tensor(), or weight.to_local() and group=")
+    if group is not None:
+        return _run_parallel(hidden, weight, targets, corrupted, bias, weights, reduction, softcap, z_loss, group,
+                             backend)
     run = _linear_operator if torch.compiler.is_compiling() else _run_linear
     loss = run(hidden.flatten(0, -2), weight, targets.flatten(), corrupted.flatten(), bias, _flat(weights), reduction,
                softcap, z_loss, backend)
@@ -121,6 +130,24 @@ def _run_linear(hidden, weight, targets, corrupted, bias, weights, reduction, so
     chosen = choose("linear_masked_cross_entropy", LINEAR_BACKENDS, backend, hidden)
     _check_targets("linear_masked_cross_entropy", targets, corrupted, len(weight))
     return chosen.run(hidden, weight, targets, corrupted, bias, weights, reduction, softcap, z_loss)
+
+
+def _run_parallel(hidden, weight, targets, corrupted, bias, weights, reduction, softcap, z_loss, group, backend):
+    from dllm_kernels.masked_cross_entropy.vocabulary_parallel import combine
+
+    shape, N = targets.shape, targets.numel()
+    corrupted = corrupted.flatten()
+
+    def slice_loss(hidden, own_targets):
+        return _run_linear(hidden, weight, own_targets, corrupted, bias, None, "none", softcap, 0.0, backend)
+
+    nll, lse = combine(slice_loss, hidden.flatten(0, -2), weight, targets.flatten(), corrupted, bias, softcap, group)
+    loss = nll + z_loss * lse**2
+    if weights is not None:
+        loss = torch.where(corrupted, loss * _flat(weights), 0)
+    if reduction == "none":
+        return loss.view(shape)
+    return loss.sum() if reduction == "sum" or N == 0 else loss.sum() / corrupted.sum().clamp(min=1)
 
 
 def _fake_logits(logits, targets, corrupted, weights, reduction, *_):

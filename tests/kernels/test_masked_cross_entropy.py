@@ -3,6 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from dllm_kernels import library, linear_masked_cross_entropy, masked_cross_entropy
 from dllm_kernels.dispatch import runnable
@@ -12,6 +15,7 @@ linear_backends = pytest.mark.parametrize("backend", runnable(LINEAR_BACKENDS))
 logits_backends = pytest.mark.parametrize("backend", runnable(LOGITS_BACKENDS))
 needs_cpu_backend = pytest.mark.skipif("cpu" not in runnable(LINEAR_BACKENDS), reason="no compiled extension")
 reductions = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 3, 2), (7, 5, 41), (33, 16, 1001), (500, 50, 260)]  # N, D, V
 
 
@@ -30,7 +34,7 @@ def exact(logits, targets, corrupted, weights, reduction):
 @linear_backends
 @reductions
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_loss_and_gradients_are_as_exact_as_eager(shape, dtype, share, reduction, backend):
     hidden, weight, bias, targets, corrupted, weights = make(*shape, dtype, share)
@@ -60,7 +64,7 @@ def test_loss_and_gradients_are_as_exact_as_eager(shape, dtype, share, reduction
 @logits_backends
 @reductions
 @pytest.mark.parametrize("softcap, z_loss", [(None, 0.0), (5.0, 0.0), (None, 0.1), (5.0, 0.1)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_from_logits_it_is_as_exact_as_float64(dtype, softcap, z_loss, reduction, backend):
     hidden, weight, _, targets, corrupted, weights = make(33, 16, 2500, dtype)
     strided = torch.cat((F.linear(hidden, weight), torch.full((33, 7), torch.nan, dtype=dtype)), 1)
@@ -234,9 +238,10 @@ def test_soft_cap_and_z_loss(softcap, z_loss, reduction, backend):
         loss = torch.where(corrupted, loss * weights.to(loss.dtype), 0.0)
         return loss if reduction == "none" else loss.sum() / (int(corrupted.sum()) if reduction == "mean" else 1)
 
-    settings = {"weights": weights, "reduction": reduction, "softcap": softcap, "z_loss": z_loss, "backend": backend}
+    arguments = {"weights": weights, "reduction": reduction, "softcap": softcap, "z_loss": z_loss, "backend": backend}
     truth, peers = run(eager, torch.double), run(eager, torch.float32)
-    ours = run(lambda h, w, b: linear_masked_cross_entropy(h, w, targets, corrupted, bias=b, **settings), torch.float32)
+    ours = run(lambda h, w, b: linear_masked_cross_entropy(h, w, targets, corrupted, bias=b, **arguments),
+               torch.float32)
     for mine, theirs, true in zip(ours, peers, truth, strict=True):
         assert (mine - true).abs().max() <= 2 * (theirs - true).abs().max() + 2e-6 * true.abs().max()
 
@@ -328,6 +333,50 @@ def test_shapes_strides_and_autocast(backend):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = linear_masked_cross_entropy(hidden, weight, targets, corrupted, weights=weights, **settings)
     assert out.dtype == torch.float32 and torch.equal(out, flat)
+
+
+@linear_backends
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(N=st.integers(0, 70), D=st.integers(1, 40), V=st.integers(2, 400), dtype=st.sampled_from(FLOATS),
+       share=st.floats(0, 1), reduction=st.sampled_from(["mean", "sum", "none"]), with_bias=st.booleans(),
+       scale=st.sampled_from([1e-3, 1.0, 30.0]))
+def test_any_shape_is_as_exact_as_eager(backend, N, D, V, dtype, share, reduction, with_bias, scale):
+    hidden, weight, bias, targets, corrupted, weights = make(N, D, V, dtype, share)
+    upstream = torch.linspace(-1, 2, N) if reduction == "none" else torch.tensor(-0.7)
+
+    def run(function, cast):
+        leaves = [x.to(cast).requires_grad_() for x in (hidden * scale, weight, *([bias] if with_bias else []))]
+        loss = function(*leaves)
+        gradients = torch.autograd.grad(loss, leaves, upstream.to(loss.dtype).view_as(loss))
+        return [loss.detach(), *gradients]
+
+    def eager(h, w, b=None):
+        return exact(F.linear(h, w, b), targets, corrupted, weights, reduction)
+
+    def ours(h, w, b=None):
+        return linear_masked_cross_entropy(h, w, targets, corrupted, bias=b, weights=weights, reduction=reduction,
+                                           backend=backend)
+
+    for mine, theirs, true in zip(run(ours, dtype), run(eager, dtype), run(eager, torch.double), strict=True):
+        if not mine.numel():
+            continue
+        bound = 2 * (theirs.double() - true).abs().max() + 4e-6 * true.abs().max() + 1e-7 * scale
+        assert (mine.double() - true).abs().max() <= bound
+
+
+@linear_backends
+@reductions
+def test_under_activation_checkpointing(reduction, backend):
+    hidden, weight, _, targets, corrupted, _ = make(33, 16, 101)
+    hidden.requires_grad_(), weight.requires_grad_()
+
+    def loss(hidden, weight):
+        return linear_masked_cross_entropy(hidden.tanh(), weight, targets, corrupted, reduction=reduction,
+                                           backend=backend).sum()
+
+    plain = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
+    again = torch.autograd.grad(checkpoint(loss, hidden, weight, use_reentrant=False), (hidden, weight))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
 @reductions
