@@ -15,18 +15,17 @@ namespace dllm {
 // Of `width` floats a vector. The sums take 24 of AVX-512's 32 registers, 12 of the 16 of AVX2 and SSE.
 template <int width>
 struct Tile {
-  static constexpr int kRows = width == 16 ? 8 : 4, kColumns = 3, kPanel = kColumns * width;
+  static constexpr int kRows = width == 16 ? 8 : 6, kColumns = width == 16 ? 3 : 2, kPanel = kColumns * width;
   typedef float Vector __attribute__((vector_size(width * sizeof(float))));
 };
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// c[i][j] = (add ? c[i][j] : 0) + sum over k < K of a(i, k) panel[k][j], for kRows rows i and all columns j of the panel.
-template <int width, int columns>
+// c[i][j] = (add ? c[i][j] : 0) + sum over k < K of a(i, k) panel[k][j], for so many rows i and all columns j of the panel.
+template <int width, int rows, int columns>
 DLLM_INLINE void multiply_tile(const float* a, int64_t a_row, int64_t a_step, const float* panel, int64_t K, float* c,
                                int64_t c_row, bool add) {
   using Vector = typename Tile<width>::Vector;
-  constexpr int rows = Tile<width>::kRows;
   Vector sums[rows][columns] = {};  // copied vector by vector: as a whole, the compiler would keep them in memory
   if (add)
     for (int i = 0; i < rows; ++i)
@@ -44,7 +43,7 @@ DLLM_INLINE void multiply_tile(const float* a, int64_t a_row, int64_t a_step, co
     for (int j = 0; j < columns; ++j) std::memcpy(c + i * c_row + j * width, &sums[i][j], sizeof(Vector));
 }
 
-// c [M x N] = (add ? c : 0) + a [M x K] b [K x N], M a multiple of kRows; a(i, k) = a[i * a_row + k * a_step]; b is the
+// c [M x N] = (add ? c : 0) + a [M x K] b [K x N], M even and with width 16 a multiple of 8; a(i, k) = a[i * a_row + k * a_step]; b is the
 // rows first..first + K of a matrix of `height` rows in panels. While some rows of a meet the first panel, so many floats
 // of each row after them as `ahead` says are fetched from memory.
 template <int width>
@@ -54,19 +53,23 @@ DLLM_INLINE void multiply(const float* a, int64_t a_row, int64_t a_step, int64_t
   for (int64_t n = 0; n < N; n += T::kPanel) {
     const int64_t columns = std::min<int64_t>(T::kPanel, N - n) / width;
     const float* panel = panels + n * height + first * columns * width;
-    for (int64_t m = 0; m < M; m += T::kRows) {
+    for (int64_t m = 0; m < M;) {
       const float* factors = a + m * a_row;
       float* out = c + m * c_row + n;
       if (n == 0)
         for (int64_t i = 0; i < T::kRows; ++i)
           for (int64_t k = 0; k < ahead; k += 16) __builtin_prefetch(factors + (T::kRows + i) * a_row + k);
-      if (columns == 3) {
-        multiply_tile<width, 3>(factors, a_row, a_step, panel, K, out, c_row, add);
-      } else if (columns == 2) {
-        multiply_tile<width, 2>(factors, a_row, a_step, panel, K, out, c_row, add);
-      } else {
-        multiply_tile<width, 1>(factors, a_row, a_step, panel, K, out, c_row, add);
-      }
+      const auto run = [&]<int rows>() __attribute__((always_inline)) {
+        if (columns == T::kColumns) {
+          multiply_tile<width, rows, T::kColumns>(factors, a_row, a_step, panel, K, out, c_row, add);
+        } else if (columns == 2) {
+          multiply_tile<width, rows, 2>(factors, a_row, a_step, panel, K, out, c_row, add);
+        } else {
+          multiply_tile<width, rows, 1>(factors, a_row, a_step, panel, K, out, c_row, add);
+        }
+        m += rows;
+      };
+      m + T::kRows <= M ? run.template operator()<T::kRows>() : run.template operator()<2>();
     }
   }
 }
