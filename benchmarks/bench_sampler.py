@@ -33,7 +33,7 @@ def bench_greedy(paired, vocab_size, layers, at_least):
     ours = denoise(model, canvas, config)
     assert torch.equal(ours.sequences, expected)
     paired(ours=lambda: denoise(model, canvas, config), baseline=lambda: naive_denoise(model, canvas, steps=NEW),
-           rounds=3, at_least=at_least, forwards=ours.forwards, naive_forwards=naive_forwards)
+           rounds=2, at_least=at_least, forwards=ours.forwards, naive_forwards=naive_forwards)
 
 
 def bench_steps_that_commit_nothing(paired):
@@ -54,4 +54,4 @@ def bench_evaluation_settings(paired):
     canvas, steps = make_canvas(model), 8
     settings = {"steps": steps, "alg": "p2", "temperature": 0.6, "top_p": 0.95}
     paired(ours=lambda: denoise(model, canvas, MDMGenerationConfig(seed=0, **settings)),
-           baseline=lambda: naive_denoise(model, canvas, **settings), rounds=3, at_least=12)
+           baseline=lambda: naive_denoise(model, canvas, **settings), rounds=2, at_least=12)

@@ -9,18 +9,34 @@ N positions (batch and length flattened), V words, D hidden size. Half of a batc
 are never read, and with `linear_masked_cross_entropy` the [N, V] logits never exist.
 """
 
+import importlib
+
 import torch
 from torch import Tensor
 
+from dllm_kernels import triton_support
 from dllm_kernels.dispatch import Backend, choose
 from dllm_kernels.masked_cross_entropy import cpu, reference
 from dllm_kernels.operators import define_operator
 
 __all__ = ["linear_masked_cross_entropy", "masked_cross_entropy"]
 
+
+def _on_triton(function: str) -> Backend:
+    """A function of triton_kernels.py, which imports Triton, so not before it is called."""
+
+    def run(*arguments):
+        kernels = importlib.import_module("dllm_kernels.masked_cross_entropy.triton_kernels")
+        return getattr(kernels, function)(*arguments)
+
+    return Backend("triton", run, triton_support.missing, triton_support.refuses)
+
+
 LOGITS_BACKENDS = (Backend("cpu", cpu.masked_cross_entropy, cpu.missing, cpu.refuses),
+                   _on_triton("masked_cross_entropy"),
                    Backend("reference", reference.masked_cross_entropy))
 LINEAR_BACKENDS = (Backend("cpu", cpu.linear_masked_cross_entropy, cpu.missing, cpu.refuses),
+                   _on_triton("linear_masked_cross_entropy"),
                    Backend("reference", reference.linear_masked_cross_entropy))
 BACKENDS = {"masked_cross_entropy": LOGITS_BACKENDS, "linear_masked_cross_entropy": LINEAR_BACKENDS}
 

@@ -1,0 +1,286 @@
+"""The Triton kernels of masked cross-entropy against float64, on a GPU or in Triton's interpreter.
+
+The interpreter must be asked for before Triton is imported, and then other tests would find it too; so without a GPU
+the first test runs this file again in a process of its own. The interpreter is wrong on bf16.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dllm_kernels import triton_support
+from dllm_kernels.masked_cross_entropy import reference
+
+pytest.importorskip("triton")
+from dllm_kernels.masked_cross_entropy import triton_kernels  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+RUNS = triton_support.missing() is None
+DEVICE = "cpu" if INTERPRETED or not RUNS else "cuda"
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+SHAPES = [(1, 3, 2), (7, 5, 41), (33, 16, 1001), (70, 48, 300)]  # N, D, V
+
+reductions = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(RUNS, reason="the tests below run in this process")
+def test_in_the_interpreter():
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+                          cwd=Path(__file__).parents[2], env={**os.environ, "TRITON_INTERPRET": "1"},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(autouse=True)
+def where_triton_runs(request):
+    if not RUNS and request.function is not test_in_the_interpreter:
+        pytest.skip(triton_support.missing())
+
+
+@pytest.fixture
+def many_tiles(monkeypatch):
+    """Tiles and a workspace so small that every loop and grid has several of them."""
+    sizes = {"ROWS": 16, "WORDS": 32, "COLUMNS": 16, "INNER": 16, "num_warps": 4, "num_stages": 2}
+    tiles = {name: {key: sizes[key] for key in tile} for name, tile in triton_kernels.TILES[2].items()}
+    monkeypatch.setattr(triton_kernels, "TILES", {2: tiles, 4: tiles})
+    monkeypatch.setattr(triton_kernels, "GRAD_BIAS", {"ROWS": 16, "WORDS": 16, "num_warps": 4})
+    monkeypatch.setattr(triton_kernels, "ROW", {"WORDS": 128, "num_warps": 4})
+    for name, value in (("WORKSPACE_BYTES", 1 << 16), ("GROUP", 2), ("SPLITS", 3), ("PROGRAMS", 4)):
+        monkeypatch.setattr(triton_kernels, name, value)
+
+
+def make(N, D, V, dtype=torch.float32, share=0.5):
+    g = torch.Generator().manual_seed(N)
+    hidden, weight, bias = (torch.randn(*shape, generator=g).to(DEVICE, dtype) for shape in ((N, D), (V, D), (V,)))
+    targets, corrupted = torch.randint(V, (N,), generator=g), torch.rand(N, generator=g) < share
+    return hidden, weight, bias, targets.to(DEVICE), corrupted.to(DEVICE), (torch.rand(N, generator=g) * 9).to(DEVICE)
+
+
+def gradients(function, tensors, dtype):
+    """The loss and the gradients for the tensors in this dtype, with an upstream gradient for each position."""
+    leaves = [x.detach().to(dtype, copy=True).requires_grad_() for x in tensors]
+    loss = function(*leaves)
+    upstream = torch.linspace(-1, 1.5, loss.numel(), device=DEVICE) if loss.ndim else torch.tensor(0.7, device=DEVICE)
+    loss.backward(upstream.to(loss.dtype))
+    return [loss.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def assert_as_exact_as_eager(ours, eager, truth):
+    for name, mine, theirs, true in zip(("loss", "hidden", "weight", "bias"), ours, eager, truth, strict=False):
+        bound = 2 * (theirs.double() - true).abs().max() + 2e-6 * true.abs().max() + 1e-9
+        assert (mine.double() - true).abs().max() <= bound, name
+
+
+def check_linear(shape, dtype, share, reduction, softcap=None, z_loss=0.0):
+    *tensors, targets, corrupted, weights = make(*shape, dtype, share)
+
+    def eager(hidden, weight, bias):
+        z = F.linear(hidden, weight, bias)
+        z = z if softcap is None else softcap * torch.tanh(z / softcap)
+        loss = F.cross_entropy(z, targets, reduction="none") + z_loss * z.logsumexp(1)**2
+        loss = torch.where(corrupted, loss * weights.to(z.dtype), 0.0)
+        count = max(int(corrupted.sum()), 1) if reduction == "mean" else 1
+        return loss if reduction == "none" else loss.sum() / count
+
+    def triton(hidden, weight, bias):
+        return triton_kernels.linear_masked_cross_entropy(hidden, weight, targets, corrupted, bias, weights, reduction,
+                                                          softcap, z_loss)
+
+    ours = gradients(triton, tensors, dtype)
+    assert ours[0].dtype == torch.float32 and [x.dtype for x in ours[1:]] == [dtype] * 3
+    assert_as_exact_as_eager(ours, gradients(eager, tensors, dtype), gradients(eager, tensors, torch.double))
+    assert (ours[1][~corrupted] == 0).all() and (reduction != "none" or (ours[0][~corrupted] == 0).all())
+
+
+@reductions
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape, share", [*((shape, 0.5) for shape in SHAPES), (SHAPES[0], 1.0), (SHAPES[2], 1.0),
+                                          (SHAPES[1], 0.0)])
+def test_loss_and_gradients_are_as_exact_as_eager(shape, dtype, share, reduction):
+    check_linear(shape, dtype, share, reduction)
+
+
+@pytest.mark.parametrize("reduction, softcap, z_loss", [("mean", None, 0.0), ("sum", 5.0, 0.0), ("none", 5.0, 0.1)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape, share", [((33, 16, 501), 1.0), ((70, 48, 300), 0.5), ((70, 48, 300), 0.02)])
+def test_with_many_tiles_chunks_and_shares_of_the_vocabulary(shape, share, dtype, softcap, z_loss, reduction,
+                                                             many_tiles):
+    check_linear(shape, dtype, share, reduction, softcap, z_loss)
+
+
+@reductions
+@pytest.mark.parametrize("softcap, z_loss", [(None, 0.0), (5.0, 0.1)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES[1:3])
+def test_from_logits(shape, dtype, softcap, z_loss, reduction, many_tiles):
+    hidden, weight, bias, targets, corrupted, weights = make(*shape, dtype)
+    logits = F.linear(hidden, weight, bias)
+
+    def run(backend):
+        return lambda z: backend.masked_cross_entropy(z, targets, corrupted, weights, reduction, softcap, z_loss)
+
+    ours, truth = gradients(run(triton_kernels), [logits], dtype), gradients(run(reference), [logits], torch.double)
+    rounding = torch.finfo(dtype).eps
+    assert (ours[0] - truth[0]).abs().max() <= 1e-5 * truth[0].abs().max()
+    assert (ours[1] - truth[1]).abs().max() <= max(rounding, 1e-6) * truth[1].abs().max()
+    assert (ours[1][~corrupted] == 0).all()
+    strided = torch.stack([logits, logits], 2)[..., 0]
+    assert torch.equal(gradients(run(triton_kernels), [strided], dtype)[1], ours[1])
+
+
+@reductions
+def test_rows_that_are_not_corrupted_are_never_read(reduction, many_tiles):
+    hidden, weight, bias, targets, corrupted, weights = make(33, 16, 101)
+    poison = ~corrupted
+    poisoned = (hidden.masked_fill(poison[:, None], torch.nan), weight, targets.masked_fill(poison, -100), corrupted,
+                bias, weights.masked_fill(poison, torch.nan), reduction)
+    outcomes = []
+    for x, w, y, c, b, factors, _ in ((hidden, weight, targets, corrupted, bias, weights, reduction), poisoned):
+        leaves = [leaf.clone().requires_grad_() for leaf in (x, w, b)]
+        loss = triton_kernels.linear_masked_cross_entropy(*leaves[:2], y, c, leaves[2], factors, reduction)
+        upstream = torch.where(c, 1.0, torch.nan) if reduction == "none" and y is not targets else torch.ones_like(loss)
+        logits = F.linear(x, w).requires_grad_()
+        from_logits = triton_kernels.masked_cross_entropy(logits, y, c, factors, reduction)
+        outcomes.append([loss, *torch.autograd.grad(loss, leaves, upstream), from_logits,
+                         *torch.autograd.grad(from_logits, logits, upstream)])
+    assert all(torch.equal(clean, poisoned) for clean, poisoned in zip(*outcomes, strict=True))
+
+
+def test_uninitialised_memory_is_never_read(many_tiles):
+    *tensors, targets, corrupted, weights = make(70, 48, 300)
+
+    def run(x, w, b):
+        return triton_kernels.linear_masked_cross_entropy(x, w, targets, corrupted, b, weights, "none")
+
+    plain = gradients(run, tensors, torch.float32)
+    torch.use_deterministic_algorithms(True)  # torch.empty then gives NaN
+    try:
+        again = gradients(run, tensors, torch.float32)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
+
+
+def test_huge_and_infinite_logits():
+    weight = torch.tensor([[1e4], [-1e4], [0.0], [-torch.inf]], device=DEVICE)
+    hidden, targets = torch.ones(2, 1, device=DEVICE), torch.tensor([0, 2], device=DEVICE)
+    both = torch.ones(2, dtype=torch.bool, device=DEVICE)
+    loss = triton_kernels.linear_masked_cross_entropy(hidden, weight, targets, both, None, None, "none")
+    assert loss.tolist() == [0.0, 1e4]
+    logits = (hidden @ weight.T).requires_grad_()
+    loss = triton_kernels.masked_cross_entropy(logits, targets, both, None, "none")
+    loss.sum().backward()
+    assert loss.tolist() == [0.0, 1e4] and logits.grad.tolist() == [[0, 0, 0, 0], [1, 0, -1, 0]]
+
+
+def test_a_target_out_of_range_picks_no_logit():
+    hidden, weight, _, _, _, _ = make(7, 5, 41)
+    targets = torch.tensor([-100, -1, 41, 63, 2**40, -2**40, 10**9], device=DEVICE)
+    every = torch.ones(7, dtype=torch.bool, device=DEVICE)
+    expected = F.linear(hidden, weight).logsumexp(1)
+    for loss in (triton_kernels.linear_masked_cross_entropy(hidden, weight, targets, every, None, None, "none"),
+                 triton_kernels.masked_cross_entropy(F.linear(hidden, weight), targets, every, None, "none")):
+        assert (loss - expected).abs().max() < 1e-5
+
+
+@reductions
+@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
+def test_what_is_frozen_costs_no_product(wanted, reduction, monkeypatch):
+    *tensors, targets, corrupted, _ = make(33, 16, 101)
+    leaves = [x.requires_grad_(needed) for x, needed in zip(tensors, wanted, strict=True)]
+    launched = []
+    for name, kernel in vars(triton_kernels).copy().items():
+        if name.endswith("_kernel"):
+            monkeypatch.setattr(triton_kernels, name, Watched(kernel, name, launched))
+    hidden, weight, bias = leaves
+    loss = triton_kernels.linear_masked_cross_entropy(hidden, weight, targets, corrupted, bias, None, reduction)
+    assert launched == ["_statistics_kernel"]
+    loss.sum().backward()
+    product = f"_grad_{('hidden', 'weight', 'bias')[wanted.index(True)]}_kernel"
+    assert launched == ["_statistics_kernel", "_gradient_kernel", product]
+    assert [leaf.grad is not None for leaf in leaves] == list(wanted)
+
+
+class Watched:
+    """A kernel that notes its launches."""
+
+    def __init__(self, kernel, name, launched):
+        self.kernel, self.name, self.launched = kernel, name, launched
+
+    def __getitem__(self, grid):
+        self.launched.append(self.name)
+        return self.kernel[grid]
+
+
+@reductions
+def test_a_gradient_scaler_lifts_fp16_gradients_before_they_are_rounded(reduction):
+    hidden, weight, _, targets, corrupted, _ = make(33, 16, 1001, torch.float16)
+    hidden.requires_grad_()
+    weights = torch.full((33,), 1e-7, device=DEVICE)  # gradients under the smallest fp16
+    loss = triton_kernels.linear_masked_cross_entropy(hidden, weight, targets, corrupted, None, weights, reduction)
+    gradient, = torch.autograd.grad(loss.sum(), hidden, torch.tensor(65536.0, device=DEVICE))
+    truth = hidden.detach().double().requires_grad_()
+    reference.linear_masked_cross_entropy(truth, weight.double(), targets, corrupted, None, weights.double(), reduction,
+                                          None, 0.0).sum().backward()
+    assert (gradient.double() / 65536 - truth.grad).norm() <= 0.02 * truth.grad.norm()
+
+
+@reductions
+def test_strides_mixed_dtypes_and_autocast(reduction, many_tiles):
+    hidden, weight, bias, targets, corrupted, weights = make(12, 16, 101)
+
+    def run(x, w, b):
+        return triton_kernels.linear_masked_cross_entropy(x, w, targets, corrupted, b, weights, reduction)
+
+    plain = gradients(run, (hidden, weight, bias), torch.float32)
+    row_strided = torch.cat([hidden, hidden], 1)[:, :16], torch.cat([weight, weight], 1)[:, :16]
+    column_strided = hidden.T.contiguous().T, weight.T.contiguous().T
+    for x, w in (row_strided, column_strided):
+        leaves = x.detach().requires_grad_(), w.detach().requires_grad_(), bias.detach().requires_grad_()
+        assert not leaves[0].is_contiguous()
+        loss = run(*leaves)
+        assert torch.equal(loss, plain[0])
+    half = hidden.half(), weight, bias.half()
+    assert torch.equal(run(*half), run(half[0].float(), weight, half[2].float()))
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert all(torch.equal(x, y) for x, y in zip(gradients(run, (hidden, weight, bias), torch.float32), plain,
+                                                     strict=True))
+
+
+@reductions
+def test_empty_inputs_and_nothing_corrupted(reduction):
+    *tensors, targets, corrupted, weights = make(7, 5, 41)
+    for N in (0, 7):
+        x = tensors[0][:N].detach().requires_grad_()
+        w, b = (leaf.detach().requires_grad_() for leaf in tensors[1:])
+        nothing = torch.zeros(N, dtype=torch.bool, device=DEVICE)
+        loss = triton_kernels.linear_masked_cross_entropy(x, w, targets[:N], nothing, b, weights[:N], reduction)
+        assert loss.shape == ((N,) if reduction == "none" else ()) and (loss == 0).all()
+        assert all((g == 0).all() for g in torch.autograd.grad(loss.sum(), (x, w, b)))
+        logits = F.linear(x, w).detach().requires_grad_()
+        loss = triton_kernels.masked_cross_entropy(logits, targets[:N], nothing, weights[:N], reduction)
+        assert (loss == 0).all() and (torch.autograd.grad(loss.sum(), logits)[0] == 0).all()
+
+
+@reductions
+def test_backward_twice_gives_the_same_and_a_second_derivative_is_refused(reduction):
+    hidden, weight, _, targets, corrupted, _ = make(7, 5, 41)
+    hidden.requires_grad_()
+    loss = triton_kernels.linear_masked_cross_entropy(hidden, weight, targets, corrupted, None, None, reduction).sum()
+    first, second = (torch.autograd.grad(loss, hidden, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    with pytest.raises(RuntimeError, match="no second derivative, which create_graph=True asks for"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+def test_it_says_what_it_cannot_run_on():
+    assert triton_support.refuses(torch.zeros(1, device=DEVICE)) is None
+    assert "fp32" in triton_support.refuses(torch.zeros(1, device=DEVICE, dtype=torch.double))
+    if INTERPRETED:
+        assert "wrong on bf16" in triton_support.refuses(torch.zeros(1, dtype=torch.bfloat16))
