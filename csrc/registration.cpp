@@ -17,6 +17,14 @@ STABLE_TORCH_LIBRARY(dllm_kernels_native, m) {
   m.def(
       "cross_entropy_gradients_cpu(Tensor logits, Tensor rows, Tensor targets, float softcap, Tensor top, "
       "Tensor probability_scale, Tensor target_scale, Tensor(a!) grad) -> ()");
+  // masked_cross_entropy.cu. All rows of logits [N, V], of which those not corrupted are neither read nor, in the
+  // gradient, anything but zero; grad may be the logits themselves.
+  m.def(
+      "cross_entropy_statistics_cuda(Tensor logits, Tensor targets, Tensor corrupted, float softcap, Tensor(a!) top, "
+      "Tensor(b!) total, Tensor(c!) target_logit) -> ()");
+  m.def(
+      "cross_entropy_gradients_cuda(Tensor logits, Tensor targets, Tensor corrupted, float softcap, Tensor top, "
+      "Tensor probability_scale, Tensor target_scale, Tensor(a!) grad) -> ()");
   // masked_cross_entropy.cpp. x [M, D] fp32, weight [V, D], the rest [M] fp32; softcap 0: none. The gradients are fp32;
   // those of weight and bias are added to what is there, or (add false) that of weight replaces it.
   m.def(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dllm_kernels import triton_support
 from dllm_kernels.dispatch import Backend, choose
-from dllm_kernels.masked_cross_entropy import cpu, reference
+from dllm_kernels.masked_cross_entropy import cpu, cuda, reference
 from dllm_kernels.operators import define_operator
 
 __all__ = ["linear_masked_cross_entropy", "masked_cross_entropy"]
@@ -34,6 +34,7 @@ def _on_triton(function: str) -> Backend:
 
 LOGITS_BACKENDS = (Backend("cpu", cpu.masked_cross_entropy, cpu.missing, cpu.refuses),
                    _on_triton("masked_cross_entropy"),
+                   Backend("cuda", cuda.masked_cross_entropy, cuda.missing, cuda.refuses),
                    Backend("reference", reference.masked_cross_entropy))
 LINEAR_BACKENDS = (Backend("cpu", cpu.linear_masked_cross_entropy, cpu.missing, cpu.refuses),
                    _on_triton("linear_masked_cross_entropy"),
