@@ -1,4 +1,5 @@
 # make demo | test | bench | lint | clean. Each sets up .venv first, where that is not done or something it depends on changed.
+# make bench-gpu PYTHON=python3 runs the tests and benchmarks of the kernels on a GPU, in the environment of that Python.
 
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check
@@ -15,6 +16,11 @@ bench: .venv/.installed
 	.venv/bin/python -m pytest benchmarks --benchmark-json=$(RESULTS) $(PYTEST_FLAGS)
 	.venv/bin/python benchmarks/gate.py $(RESULTS)
 
+bench-gpu:
+	$(PYTHON) -m pytest tests/kernels $(PYTEST_FLAGS)
+	$(PYTHON) -m pytest $(wildcard benchmarks/bench_gpu_*.py) -rs --benchmark-json=$(RESULTS) $(PYTEST_FLAGS)
+	$(PYTHON) benchmarks/gate.py $(RESULTS)
+
 lint: .venv/.installed
 	.venv/bin/ruff check .
 
@@ -29,4 +35,4 @@ clean:
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	@touch $@
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench bench-gpu lint clean

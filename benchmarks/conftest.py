@@ -20,16 +20,19 @@ def paired(benchmark) -> Callable[..., float]:
         rounds: calls of each.
         at_least: the promised ratio of the two minima, baseline / ours, which gate.py checks; None reports it only.
         threads: of torch, within; None leaves them as they are.
+        finish: called after each call, within its time: waits for a GPU.
         exactly: name -> (measured, promised) counters, which gate.py wants equal.
         extra: anything else for the JSON's extra_info.
     Returns: the ratio of the minima.
     """
 
     def run(*, ours: Callable[[], object], baseline: Callable[[], object], rounds: int = 10,
-            at_least: float | None = None, threads: int | None = 1,
+            at_least: float | None = None, threads: int | None = 1, finish: Callable[[], object] | None = None,
             exactly: dict[str, tuple[float, float]] | None = None, **extra) -> float:
         seconds: list[float] = []
         calls = 0
+        if finish is not None:
+            ours, baseline = ((lambda f=f: (f(), finish())) for f in (ours, baseline))
 
         def time_baseline() -> None:
             start = time.perf_counter()

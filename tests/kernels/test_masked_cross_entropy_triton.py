@@ -284,3 +284,23 @@ def test_it_says_what_it_cannot_run_on():
     assert "fp32" in triton_support.refuses(torch.zeros(1, device=DEVICE, dtype=torch.double))
     if INTERPRETED:
         assert "wrong on bf16" in triton_support.refuses(torch.zeros(1, dtype=torch.bfloat16))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@reductions
+def test_the_host_never_waits(reduction):
+    hidden, weight, bias, targets, corrupted, weights = make(300, 64, 1001)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+
+    def step():
+        from_hidden = triton_kernels.linear_masked_cross_entropy(*leaves[:2], targets, corrupted, bias, weights,
+                                                                 reduction)
+        from_logits = triton_kernels.masked_cross_entropy(hidden @ weight.T, targets, corrupted, weights, reduction)
+        torch.autograd.grad((from_hidden + from_logits).sum(), leaves)
+
+    step()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,139 @@
+"""Head and loss on a GPU, forward and backward, at the vocabulary of Qwen2.5 and the hidden sizes of its 0.5B and 7B,
+bf16, half corrupted, weights 1/t: against the products alone, and against what else computes the same, where installed.
+"""
+
+import importlib.util
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dllm_kernels import linear_masked_cross_entropy
+
+V = 151_936
+SHAPES = {"0.5B": (65_536, 896), "7B": (32_768, 3_584)}  # positions, hidden size
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def make_case(N: int, D: int, words: int = V, device: str = "cuda"):
+    g = torch.Generator(device).manual_seed(0)
+    hidden, weight = (torch.randn(*shape, generator=g, device=device).bfloat16() for shape in ((N, D), (words, D)))
+    hidden, weight = hidden.requires_grad_(), (weight * D**-0.5).detach().requires_grad_()
+    corrupted = torch.rand(N, generator=g, device=device) < 0.5
+    targets = torch.randint(words, (N,), generator=g, device=device)
+    return hidden, weight, targets, corrupted, 1 / (0.1 + torch.rand(N, generator=g, device=device))
+
+
+def ours(hidden, weight, targets, corrupted, weights):
+    return linear_masked_cross_entropy(hidden, weight, targets, corrupted, weights=weights)
+
+
+def compile_on_corrupted(hidden, weight, targets, corrupted, weights):
+    rows = corrupted.nonzero().squeeze(1)
+    losses = _compiled(hidden[rows], weight, targets[rows])
+    return (losses * weights[rows]).mean()
+
+
+@torch.compile(dynamic=False)
+def _compiled(hidden, weight, targets):
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
+
+
+def liger_on_all(hidden, weight, targets, corrupted, weights):
+    """What its users call: one weight for all, as it takes none per position."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss()(weight, hidden, targets.masked_fill(~corrupted, -100))
+
+
+def liger_on_corrupted(hidden, weight, targets, corrupted, weights):
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss()(weight, hidden[corrupted], targets[corrupted])
+
+
+def cce_on_corrupted(hidden, weight, targets, corrupted, weights):
+    """cut-cross-entropy in its exact form."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    losses = linear_cross_entropy(hidden[corrupted], weight, targets[corrupted], reduction="none", impl="cce_exact")
+    return (losses * weights[corrupted]).mean()
+
+
+def pytorch_on_corrupted(hidden, weight, targets, corrupted, weights):
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=4096)
+    losses = F.linear_cross_entropy(hidden[corrupted], weight, targets[corrupted], reduction="none", options=options)
+    return (losses * weights[corrupted]).mean()
+
+
+def train(function, case) -> None:
+    torch.autograd.grad(function(*case), case[:2])
+
+
+def multiply(case) -> None:
+    """The three products of the corrupted rows, in chunks whose logits take 2 GiB, by the library alone."""
+    hidden, weight, _, corrupted, _ = case
+    rows, chunk = int(corrupted.sum()), max(1, 2**30 // len(weight))
+    logits = torch.empty(chunk, len(weight), dtype=hidden.dtype, device=hidden.device)
+    for start in range(0, rows, chunk):
+        x = hidden.detach()[start:min(start + chunk, rows)]
+        z = torch.mm(x, weight.detach().T, out=logits[:len(x)])
+        torch.mm(z, weight.detach())
+        torch.mm(z.T, x)
+
+
+def extra_memory_mib(function, case) -> float:
+    """Peak of a training step besides what there was and the two gradients."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    train(function, case)
+    gradients = sum(x.nbytes for x in case[:2])
+    return (torch.cuda.max_memory_allocated() - before - gradients) / 2**20
+
+
+BASELINES = {  # function, the package it needs, the promised ratio by shape
+    "liger_on_all": (liger_on_all, "liger_kernel", {"0.5B": 4.0, "7B": 2.2}),
+    "liger_on_corrupted": (liger_on_corrupted, "liger_kernel", {"0.5B": 1.2, "7B": 1.2}),
+    "cce_on_corrupted": (cce_on_corrupted, "cut_cross_entropy", {"0.5B": 1.2, "7B": 1.2}),
+    "compile_on_corrupted": (compile_on_corrupted, "triton", {"0.5B": 1.15, "7B": 1.15}),
+    "pytorch_on_corrupted": (pytorch_on_corrupted, None, {"0.5B": 1.0, "7B": 1.0}),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("baseline", BASELINES)
+def bench_against(paired, baseline, shape):
+    function, package, promised = BASELINES[baseline]
+    if package is not None and importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    if function is pytorch_on_corrupted and not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("this torch has no linear_cross_entropy")
+    case = make_case(*SHAPES[shape])
+    memory = {name: round(extra_memory_mib(f, case)) for name, f in (("ours", ours), ("baseline", function))}
+    paired(ours=lambda: train(ours, case), baseline=lambda: train(function, case), finish=torch.cuda.synchronize,
+           rounds=10, threads=None, at_least=promised[shape], gpu=torch.cuda.get_device_name(),
+           extra_memory_mib=memory["ours"], baseline_extra_memory_mib=memory["baseline"])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def bench_against_the_products_alone(paired, shape):
+    """Promised: within 1.35 times their time."""
+    case = make_case(*SHAPES[shape])
+    memory = extra_memory_mib(ours, case)
+    paired(ours=lambda: train(ours, case), baseline=lambda: multiply(case), finish=torch.cuda.synchronize, rounds=10,
+           threads=None, at_least=1 / 1.35, gpu=torch.cuda.get_device_name(), extra_memory_mib=round(memory),
+           must_multiply_flop=3 * 2 * int(case[3].sum()) * case[0].shape[1] * V)
+
+
+def bench_host_synchronisations(paired):
+    """None: PyTorch raises at the first one."""
+    case = make_case(4096, 896)
+    train(ours, case)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train(ours, case)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    paired(ours=lambda: train(ours, case), baseline=lambda: train(ours, case), finish=torch.cuda.synchronize, rounds=20,
+           threads=None, gpu=torch.cuda.get_device_name(), control="ours against ours: 1 but for noise")
