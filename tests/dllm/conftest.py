@@ -1,5 +1,8 @@
 """Fixtures of the stack's tests."""
 
+import resource
+from contextlib import contextmanager
+
 import pytest
 
 
@@ -15,3 +18,20 @@ def tokenizer(model_folder):
     from dllm.tokenizer import load_tokenizer
 
     return load_tokenizer(model_folder)
+
+
+@pytest.fixture
+def full_disk():
+    """`with full_disk(limit):` no file grows beyond `limit` bytes: the system fails the write, as on a full disk.
+
+    Not for longer than that: the limit is the whole process's, and pytest's own output may go to a file.
+    """
+    @contextmanager
+    def limit_file_size(limit: int):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return limit_file_size

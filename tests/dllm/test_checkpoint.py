@@ -3,7 +3,6 @@
 import errno
 import io
 import os
-import resource
 
 import pytest
 import torch
@@ -93,20 +92,11 @@ def test_a_full_disk_is_a_failure_and_leaves_what_was_there(tmp_path, monkeypatc
         assert content(tmp_path) == before and load_latest(tmp_path).state["step"] == 1
 
 
-@pytest.fixture
-def file_size_limit():
-    """No file can grow beyond 2,000 bytes: the kernel refuses the write, as a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_writes_that_the_system_refuses_leave_what_was_there(tmp_path, file_size_limit):
+def test_writes_that_the_system_refuses_leave_what_was_there(tmp_path, full_disk):
     (tmp_path / "file").write_bytes(b"before")
-    with pytest.raises(Failure, match="cannot write .*file: File too large"):
+    with full_disk(2000), pytest.raises(Failure, match="cannot write .*file: File too large"):
         write_atomically(tmp_path / "file", b"x" * 3000)
-    with pytest.raises(Failure, match="cannot write .*global_step_1"):
+    with full_disk(2000), pytest.raises(Failure, match="cannot write .*global_step_1"):
         save(tmp_path, 1)
     assert content(tmp_path).keys() == {(tmp_path / "file").relative_to(tmp_path)}
     assert (tmp_path / "file").read_bytes() == b"before"

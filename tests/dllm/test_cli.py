@@ -3,11 +3,9 @@
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -51,17 +49,6 @@ def fails(capsys):
         assert out == "" and err.startswith("dllm: error: ") and err.count("\n") == 1, err
         return err
     return run
-
-
-@contextmanager
-def full_disk(limit: int):
-    """No file can grow beyond `limit` bytes: what a write to a full disk does, an error of the system in the middle."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def edit_json(path: Path, **values) -> None:
@@ -327,7 +314,7 @@ def test_an_unknown_key_in_a_configuration_file(fails, tmp_path):
     assert f"{file} is not valid YAML" in fails(2, "train", file)
 
 
-def test_a_full_disk_while_saving_leaves_the_previous_checkpoint_intact(corpus, capsys, tmp_path):
+def test_a_full_disk_while_saving_leaves_the_previous_checkpoint_intact(corpus, capsys, tmp_path, full_disk):
     data = f"--data.train_path={corpus}"
     assert cli.main(["train", data, *tiny_training(tmp_path / "run")]) == 0
     checkpoint = tmp_path / "run" / "checkpoints" / "global_step_2"
@@ -343,7 +330,7 @@ def test_a_full_disk_while_saving_leaves_the_previous_checkpoint_intact(corpus, 
     assert load_file(tmp_path / "run" / "checkpoints" / "global_step_4" / "hf_ckpt" / "model.safetensors")
 
 
-def test_a_full_disk_while_writing_a_result(model_folder, capsys, tmp_path):
+def test_a_full_disk_while_writing_a_result(model_folder, capsys, tmp_path, full_disk):
     file = tmp_path / "record.json"
     file.write_text("the previous one")
     with full_disk(100):
