@@ -79,8 +79,11 @@ def compile_extension(output: Path) -> None:
                      f"-I{home / 'include'}", "-c", str(file), "-o", target]
                     for file, target in zip(files, objects, strict=True)]
         list(pool.map(_run, commands))
-        linker = ["nvcc", "-shared"] if any(file.suffix == ".cu" for file in files) else [*compiler, "-shared"]
-        _run([*linker, *objects, "-o", str(Path(folder, output.name)), f"-L{home / 'lib'}", "-ltorch_cpu"])
+        with_cuda = any(file.suffix == ".cu" for file in files)
+        linker = ["nvcc", "-shared"] if with_cuda else [*compiler, "-shared"]
+        # Named, though torch has loaded them: Python loads a library without showing its symbols to others.
+        torch_libraries = ["-ltorch_cpu", *(["-ltorch_cuda"] if with_cuda else [])]
+        _run([*linker, *objects, "-o", str(Path(folder, output.name)), f"-L{home / 'lib'}", *torch_libraries])
         os.replace(Path(folder, output.name), output)
 
 
@@ -130,7 +133,7 @@ def _build_in_cache() -> Path:
         repr((torch.__version__, platform.machine(), compiler, version, CXX_FLAGS, NVCC_FLAGS)).encode()
     )
     files = sources()
-    for file in (*files, *sorted(files[0].parent.rglob("*.h"))):
+    for file in (*files, *sorted(files[0].parent.rglob("*.*h"))):  # .h and .cuh
         key.update(file.read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dllm_kernels" / key.hexdigest()[:16]
     library = cache / INSTALLED.name

@@ -2,7 +2,8 @@
 // forward; one read and one write backward, also onto the logits themselves. Rows that are not corrupted are not read.
 //
 // A block works on a row, in 16-byte accesses, four of them in flight per thread; the numbers before the first 16-byte
-// boundary and after the last one are read one by one.
+// boundary and after the last one are read one by one. With kCapped the logits go through softcap * tanh(z / softcap); it is
+// known at compile time, because at the memory's speed there are a dozen instructions to spend on a bf16 number.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -11,6 +12,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../checks.h"
 #include "reduce.cuh"
@@ -36,7 +38,10 @@ struct alignas(16) Pack {
   T values[kSize];
 };
 
-__device__ inline float capped(float z, float softcap) { return softcap > 0 ? softcap * tanhf(z / softcap) : z; }
+template <bool kCapped>
+__device__ float capped(float z, float softcap) {
+  return kCapped ? softcap * tanhf(z / softcap) : z;
+}
 
 // How many of V numbers from `row` on lie before its first 16-byte boundary.
 template <typename T>
@@ -45,7 +50,7 @@ __device__ int64_t numbers_before_boundary(const T* row, int64_t V) {
   return min(bytes / static_cast<int64_t>(sizeof(T)), V);
 }
 
-template <typename T>
+template <typename T, bool kCapped>
 __global__ void __launch_bounds__(kThreads) statistics_kernel(const T* logits, int64_t stride, const int64_t* targets,
                                                                const bool* corrupted, float softcap, int64_t V, float* top,
                                                                float* total, float* target_logit) {
@@ -56,7 +61,7 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(const T* logits, i
   }
   const T* row = logits + n * stride;
   dllm::ExpSum mine;
-  const auto add = [&](float z) { mine = dllm::merge(mine, {capped(z, softcap), 1.0f}); };
+  const auto add = [&](float z) { mine = dllm::merge(mine, {capped<kCapped>(z, softcap), 1.0f}); };
   const int64_t before = numbers_before_boundary(row, V), packs = (V - before) / Pack<T>::kSize;
   const auto* body = reinterpret_cast<const Pack<T>*>(row + before);
   for (int64_t first = threadIdx.x; first < packs; first += kThreads * kInFlight) {
@@ -65,17 +70,18 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(const T* logits, i
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i)
       if (first + i * kThreads < packs) read[i] = body[first + i * kThreads], ++count;
-    float highest = mine.top;
+    float highest = dllm::kLowest;  // before the cap, which keeps the order
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i)
       if (i < count)
-        for (T& value : read[i].values) highest = fmaxf(highest, capped(widen(value), softcap));
+        for (T& value : read[i].values) highest = fmaxf(highest, widen(value));
+    highest = fmaxf(mine.top, capped<kCapped>(highest, softcap));
     mine.total *= dllm::exp_of(mine.top - highest);
     mine.top = highest;
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i)
       if (i < count)
-        for (T& value : read[i].values) mine.total += dllm::exp_of(capped(widen(value), softcap) - highest);
+        for (T& value : read[i].values) mine.total += dllm::exp_of(capped<kCapped>(widen(value), softcap) - highest);
   }
   const int64_t rest = before + packs * Pack<T>::kSize;
   if (threadIdx.x < before) add(widen(row[threadIdx.x]));
@@ -85,11 +91,11 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(const T* logits, i
     const int64_t target = targets[n];
     top[n] = all.top, total[n] = all.total;
     // Out of range, nothing is read, and the loss is to show it.
-    target_logit[n] = target >= 0 && target < V ? capped(widen(row[target]), softcap) : __int_as_float(0x7fffffff);
+    target_logit[n] = target >= 0 && target < V ? capped<kCapped>(widen(row[target]), softcap) : __int_as_float(0x7fffffff);
   }
 }
 
-template <typename T>
+template <typename T, bool kCapped>
 __global__ void __launch_bounds__(kThreads)
     gradients_kernel(const T* logits, int64_t stride, const int64_t* targets, const bool* corrupted, float softcap, int64_t V,
                      const float* tops, const float* probability_scale, const float* target_scale, T* grad,
@@ -100,13 +106,12 @@ __global__ void __launch_bounds__(kThreads)
   T* out = grad + n * grad_stride;
   const float top = tops[n], scale = probability_scale[n], at_target = target_scale[n];
   const int64_t target = targets[n];
-  const auto gradient = [&](float x, int64_t v) {
-    const float z = capped(x, softcap);
-    float g = scale * dllm::exp_of(z - top) - (v == target ? at_target : 0.0f);
-    if (softcap > 0) g *= 1.0f - (z / softcap) * (z / softcap);
-    return g;
+  const auto gradient = [&](float x, bool is_target) {
+    const float z = capped<kCapped>(x, softcap);
+    const float g = scale * dllm::exp_of(z - top) - (is_target ? at_target : 0.0f);
+    return kCapped ? g * (1.0f - (z / softcap) * (z / softcap)) : g;
   };
-  const auto one = [&](int64_t v) { narrow(read ? gradient(widen(row[v]), v) : 0.0f, out[v]); };
+  const auto one = [&](int64_t v) { narrow(read ? gradient(widen(row[v]), v == target) : 0.0f, out[v]); };
   const int64_t before = numbers_before_boundary(row, V);
   if (numbers_before_boundary(out, V) != before) {  // no boundary of the one is one of the other
     for (int64_t v = threadIdx.x; v < V; v += kThreads) one(v);
@@ -124,11 +129,12 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < kInFlight; ++i) {
       const int64_t place = first + i * kThreads;
       if (place >= packs) continue;
+      const int64_t to_target = target - (before + place * Pack<T>::kSize);
+      const int here = to_target >= 0 && to_target < Pack<T>::kSize ? static_cast<int>(to_target) : -1;
       Pack<T> written;
 #pragma unroll
       for (int j = 0; j < Pack<T>::kSize; ++j)
-        narrow(read ? gradient(widen(packs_read[i].values[j]), before + place * Pack<T>::kSize + j) : 0.0f,
-               written.values[j]);
+        narrow(read ? gradient(widen(packs_read[i].values[j]), j == here) : 0.0f, written.values[j]);
       to[place] = written;
     }
   }
@@ -147,17 +153,27 @@ void check_launch() {
   STD_TORCH_CHECK(error == cudaSuccess, "masked cross-entropy: ", cudaGetErrorString(error));
 }
 
-// run(T{}) for the dtype of the logits.
+// One number for each row of the logits, on their device: what the kernels take a bare pointer of.
+void check_one_per_row(const Tensor& tensor, const Tensor& logits, ScalarType dtype) {
+  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == logits.size(0) && tensor.is_contiguous() &&
+                      tensor.scalar_type() == dtype && tensor.get_device_index() == logits.get_device_index(),
+                  "masked cross-entropy in CUDA: want one contiguous number per row, of the right dtype and device");
+}
+
+// run(T{}, whether capped) for the dtype of the logits and their cap.
 template <typename Run>
-void by_dtype(const Tensor& logits, const Run& run) {
+void by_dtype(const Tensor& logits, double softcap, const Run& run) {
   dllm::check_rows(logits, 2, "logits");
+  const auto run_capped = [&](auto zero) {
+    return softcap > 0 ? run(zero, std::true_type{}) : run(zero, std::false_type{});
+  };
   switch (logits.scalar_type()) {
     case ScalarType::Float:
-      return run(float{});
+      return run_capped(float{});
     case ScalarType::BFloat16:
-      return run(__nv_bfloat16{});
+      return run_capped(__nv_bfloat16{});
     case ScalarType::Half:
-      return run(__half{});
+      return run_capped(__half{});
     default:
       STD_TORCH_CHECK(false, "masked cross-entropy in CUDA takes fp32, bf16 and fp16 logits");
   }
@@ -165,10 +181,13 @@ void by_dtype(const Tensor& logits, const Run& run) {
 
 void statistics(const Tensor& logits, const Tensor& targets, const Tensor& corrupted, double softcap, Tensor top,
                 Tensor total, Tensor target_logit) {
+  check_one_per_row(targets, logits, ScalarType::Long);
+  check_one_per_row(corrupted, logits, ScalarType::Bool);
+  for (const Tensor* tensor : {&top, &total, &target_logit}) check_one_per_row(*tensor, logits, ScalarType::Float);
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-  by_dtype(logits, [&]<typename T>(T) {
+  by_dtype(logits, softcap, [&]<typename T, typename Capped>(T, Capped) {
     if (logits.size(0) == 0) return;
-    statistics_kernel<T><<<logits.size(0), kThreads, 0, current_stream(logits)>>>(
+    statistics_kernel<T, Capped::value><<<logits.size(0), kThreads, 0, current_stream(logits)>>>(
         static_cast<const T*>(logits.const_data_ptr()), logits.stride(0),
         static_cast<const int64_t*>(targets.const_data_ptr()), static_cast<const bool*>(corrupted.const_data_ptr()),
         static_cast<float>(softcap), logits.size(1), static_cast<float*>(top.mutable_data_ptr()),
@@ -179,13 +198,19 @@ void statistics(const Tensor& logits, const Tensor& targets, const Tensor& corru
 
 void gradients(const Tensor& logits, const Tensor& targets, const Tensor& corrupted, double softcap, const Tensor& top,
                const Tensor& probability_scale, const Tensor& target_scale, Tensor grad) {
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   dllm::check_rows(grad, 2, "grad");
-  STD_TORCH_CHECK(grad.scalar_type() == logits.scalar_type(), "the gradient has the dtype of the logits");
-  by_dtype(logits, [&]<typename T>(T) {
+  STD_TORCH_CHECK(grad.scalar_type() == logits.scalar_type() && grad.size(0) == logits.size(0) &&
+                      grad.size(1) == logits.size(1) && grad.get_device_index() == logits.get_device_index(),
+                  "the gradient has the dtype, shape and device of the logits");
+  check_one_per_row(targets, logits, ScalarType::Long);
+  check_one_per_row(corrupted, logits, ScalarType::Bool);
+  for (const Tensor* tensor : {&top, &probability_scale, &target_scale})
+    check_one_per_row(*tensor, logits, ScalarType::Float);
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  by_dtype(logits, softcap, [&]<typename T, typename Capped>(T, Capped) {
     if (logits.size(0) == 0) return;
     const auto pointer = [](const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); };
-    gradients_kernel<T><<<logits.size(0), kThreads, 0, current_stream(logits)>>>(
+    gradients_kernel<T, Capped::value><<<logits.size(0), kThreads, 0, current_stream(logits)>>>(
         static_cast<const T*>(logits.const_data_ptr()), logits.stride(0),
         static_cast<const int64_t*>(targets.const_data_ptr()), static_cast<const bool*>(corrupted.const_data_ptr()),
         static_cast<float>(softcap), logits.size(1), pointer(top), pointer(probability_scale), pointer(target_scale),

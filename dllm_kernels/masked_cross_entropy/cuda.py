@@ -61,4 +61,5 @@ class _MaskedCrossEntropy(torch.autograd.Function):
 
 
 def _rows_contiguous(logits: Tensor) -> Tensor:
-    return logits if logits.stride(1) == 1 else logits.contiguous()
+    # Not contiguous(), which leaves a single column its stride.
+    return logits if logits.stride(1) == 1 else logits.clone(memory_format=torch.contiguous_format)
