@@ -3,10 +3,14 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(dllm_kernels_native, m) {
-  // topk_unmask.cpp. confidence: 0 prob, 1 margin, 2 entropy, 3 random. top_k 0 and top_p 1: no filter.
+  // topk_unmask.cpp. confidence: 0 prob, 1 margin, 2 entropy, 3 random. top_k 0 and top_p 1: no filter. index [M] int64:
+  // the rows of the logits. uniform [M, 2] float64, allowed [M, ceil(V / 32)] int32 bits. hidden [M, D] fp32.
   m.def(
-      "score_rows_cpu(Tensor logits, Tensor? uniform, Tensor(a!) token, Tensor(b!) score, int confidence, "
-      "float temperature, int top_k, float top_p, bool raw) -> ()");
+      "score_rows_cpu(Tensor logits, Tensor? index, Tensor? uniform, Tensor? allowed, Tensor(a!) token, "
+      "Tensor(b!) score, int confidence, float temperature, int top_k, float top_p, bool raw) -> ()");
+  m.def(
+      "linear_score_rows_cpu(Tensor hidden, Tensor weight, Tensor? bias, Tensor? uniform, Tensor? allowed, "
+      "Tensor(a!) token, Tensor(b!) score, int confidence, float temperature, bool raw) -> ()");
   // linear.cpp. logits [M, V] = hidden [M, D] fp32 times weight [V, D], for few rows.
   m.def("linear_rows_cpu(Tensor hidden, Tensor weight, Tensor? bias, Tensor(a!) logits) -> ()");
   // masked_cross_entropy.cpp. Rows [M] int64 of logits [N, V]; the rest [M] fp32; softcap 0: none. grad [N, V] of the

@@ -136,6 +136,9 @@ def denoise(model: DiffusionLM, canvas: Tensor, config: MDMGenerationConfig, att
         uniform = philox_uniform(seed, sequence[:, None], index, scorer.position_ids) if random else None
         step = Step(index, config.steps, config.eps, tokens, masked, editable, mask_token_id, uniform)
         tokens, confidence = STRATEGIES[config.alg](step, scorer.at(step))
+        if confidence is not None and confidence.isnan().any():
+            raise UserError(f"step {index}: the model's logits at {int(confidence.isnan().sum())} positions are NaN or "
+                            "infinite: its weights are damaged, or too large for its dtype (try float32)")
         steps += 1
         if config.output_history:
             history.append(tokens)

@@ -1,11 +1,12 @@
-// Token and confidence of rows of logits (see dllm_kernels/topk_unmask).
+// Token and confidence of rows of logits, stored ones or those of a head (see dllm_kernels/topk_unmask).
 //
-// A row of V logits is read block by block: a block fits the first-level cache, so its maximum and then its sums are
-// one pass over memory. The sums are relative to the running maximum m and rescaled when it rises:
+// A row of V logits is scanned block by block, once: maximum, runner-up and the sums relative to the largest so far, m,
 //     s = sum exp(x - m),   t = sum exp(x - m) (x - m),   entropy: sum p log p = t / s - log s
-// Sampling at u takes the first token whose cumulative sum passes u * s; the sums per block tell the block, and only
-// that one is read again. top-p and top-k need no sort of the row: a histogram over m - x (1,024 bins) locates the bin
-// where each bound falls, and only the elements of that bin are sorted. A NaN makes s, and so the confidence, NaN.
+// in one loop; where a block raises m, which happens some log V times, its sums are taken again. Of a head, the logits of
+// a block and some rows are multiplied into the cache and scanned there. Sampling at u takes the first token whose
+// cumulative sum passes u * s: the sums per block tell the block, and only that one is read, or multiplied, again.
+// top-p and top-k need no sort of the row: a histogram over m - x (1,024 bins) locates the bin where each bound falls,
+// and only the elements of that bin are sorted. A NaN makes s, and so the confidence, NaN.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
@@ -15,25 +16,29 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
+#include <mutex>
 #include <optional>
+#include <utility>
 #include <vector>
 
-#include "../checks.h"
-#include "../vectorised.h"
+#include "linear.h"
 #include "numbers.h"
 
 namespace {
 
 using dllm::exp_nonpositive;
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
 using torch::stable::Tensor;
 
-constexpr int64_t kBlock = 1024;  // elements; three fp32 blocks are 12 KB
-constexpr int kLanes = 32;        // independent accumulators: two to four vectors, so that additions overlap
+constexpr int64_t kBlock = 1024; // words scanned at once, a multiple of a tile of the head's
+constexpr int kLanes = 32;       // independent accumulators: two to four vectors, so that additions overlap
+constexpr int64_t kAhead = 8192;  // bytes
 constexpr int kBins = 1024;
 constexpr float kBinsPerUnit = 32.0f;  // bins span 32 units of logit; what is smaller than exp(-32) shares the last bin
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 enum Confidence { kProb, kMargin, kEntropy, kRandom };
 
@@ -43,49 +48,170 @@ struct Settings {
   int64_t top_k;
   double top_p;
   bool raw;
+
+  bool sampled() const { return temperature > 0; }
+  bool tempered() const { return temperature > 0 && temperature != 1; }
+  bool filtered(int64_t V) const { return top_p < 1 || (top_k > 0 && top_k < V); }
 };
 
-DLLM_VECTORISED float block_maximum(const float* x, int64_t n) {
-  float lanes[kLanes];
-  for (int j = 0; j < kLanes; ++j) lanes[j] = -kInfinity;
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int j = 0; j < kLanes; ++j) lanes[j] = x[i + j] > lanes[j] ? x[i + j] : lanes[j];
-  for (int j = 0; i < n; ++i, ++j) lanes[j] = x[i] > lanes[j] ? x[i] : lanes[j];
-  float top = lanes[0];
-  for (int j = 1; j < kLanes; ++j) top = lanes[j] > top ? lanes[j] : top;
-  return top;
-}
+// Sum of a block, relative to the maximum known at the time.
+struct BlockSum {
+  double s;
+  float m;
+};
 
-// s = sum exp(x - m)
-DLLM_VECTORISED double block_sum(const float* x, int64_t n, float m) {
-  float lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int j = 0; j < kLanes; ++j) lanes[j] += exp_nonpositive(x[i + j] - m);
-  for (int j = 0; i < n; ++i, ++j) lanes[j] += exp_nonpositive(x[i] - m);
-  double s = 0;
-  for (int j = 0; j < kLanes; ++j) s += lanes[j];
-  return s;
-}
+// What is known of a row.
+struct Statistics {
+  float top = -kInfinity, second = -kInfinity;  // the two largest, which may be equal; second only if asked for
+  int64_t argmax = 0;                           // the lowest id among equals
+  double s = 0, t = 0;                          // t only if asked for
 
-// s, and t = sum exp(x - m) (x - m); a term of weight 0 adds 0, also for x = -infinity
-DLLM_VECTORISED void block_sum_entropy(const float* x, int64_t n, float m, double* s, double* t) {
-  float sums[kLanes] = {}, terms[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int j = 0; j < kLanes; ++j) {
-      const float d = x[i + j] - m, e = exp_nonpositive(d);
-      sums[j] += e;
-      terms[j] += e * (d < -87.0f ? -87.0f : d);
+  // Of the words after these.
+  void add(const Statistics& more) {
+    if (more.top == -kInfinity) {
+      s += more.s;  // 0, or NaN
+      return;
     }
-  for (int j = 0; i < n; ++i, ++j) {
-    const float d = x[i] - m, e = exp_nonpositive(d);
-    sums[j] += e;
-    terms[j] += e * (d < -87.0f ? -87.0f : d);
+    const bool raise = more.top > top;
+    second = std::max(raise ? more.second : second, raise ? top : more.top);
+    const double shift = raise ? static_cast<double>(top) - more.top : static_cast<double>(more.top) - top;
+    const double factor = std::exp(shift);  // 0 of -infinity
+    const auto scaled_t = [&](double t, double s) { return factor > 0 ? factor * (t + shift * s) : 0.0; };
+    if (raise) {
+      t = more.t + scaled_t(t, s), s = more.s + factor * s;
+      top = more.top, argmax = more.argmax;
+    } else {
+      t += scaled_t(more.t, more.s), s += factor * more.s;
+    }
   }
-  *s = *t = 0;
-  for (int j = 0; j < kLanes; ++j) *s += sums[j], *t += terms[j];
+};
+
+// The words of a row seen so far; lane j saw every kLanes-th of them.
+struct Scan {
+  float m = -kInfinity;
+  int64_t argmax = 0;
+  float top[kLanes], second[kLanes];
+  double s[kLanes] = {}, t[kLanes] = {};
+
+  Scan() {
+    std::fill_n(top, kLanes, -kInfinity);
+    std::fill_n(second, kLanes, -kInfinity);
+  }
+
+  Statistics statistics() const {
+    Statistics stats{m, -kInfinity, argmax, 0, 0};
+    int tops = 0;
+    for (int j = 0; j < kLanes; ++j) {
+      stats.s += s[j], stats.t += t[j], tops += top[j] == m;
+      stats.second = std::max(stats.second, second[j]);
+      if (top[j] < m) stats.second = std::max(stats.second, top[j]);
+    }
+    if (tops > 1) stats.second = m;
+    return stats;
+  }
+};
+
+DLLM_INLINE float as_float(float x) { return x; }
+DLLM_INLINE float as_float(BFloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.x) << 16); }
+
+// exp(x) for -86 <= x <= 0 as 2^n times a polynomial, relative error below 2e-7 near 0 and 6e-7 at -30: in sums over
+// exp(x) the second has no weight. Of an x > 0 anything; of NaN NaN.
+DLLM_INLINE float exp_in_sum(float x) {
+  // Adding 1.5 * 2^23 + 127 rounds to an integer whose low bits are the exponent of a float.
+  const float rounded = x * 1.44269504088896341f + 12583039.0f;
+  const float f = x * 1.44269504088896341f - (rounded - 12583039.0f);
+  float p = 1.326472731e-3f;
+  p = p * f + 9.671512991e-3f;
+  p = p * f + 5.550733581e-2f;
+  p = p * f + 2.402224243e-1f;
+  p = p * f + 6.931470037e-1f;
+  p = p * f + 1.0f;
+  return p * std::bit_cast<float>(std::bit_cast<int32_t>(rounded) << 23);
+}
+
+template <bool first, bool second, bool entropy, typename T>
+DLLM_INLINE void scan_lanes(const T* x, float m, float* top, float* next, float* s, float* t) {
+  for (int j = 0; j < kLanes; ++j) {
+    const float value = as_float(x[j]);
+    if constexpr (first && second) {
+      const float lower = value < top[j] ? value : top[j];
+      next[j] = lower > next[j] ? lower : next[j];
+    }
+    if constexpr (first) top[j] = value > top[j] ? value : top[j];
+    const float below = value - m, d = below < -86.0f ? -86.0f : below, e = exp_in_sum(d);
+    s[j] += e;
+    if constexpr (entropy) t[j] += e * d;
+  }
+}
+
+// The sums relative to m, and on the first reading the maxima.
+template <bool first, bool second, bool entropy, typename T>
+DLLM_INLINE void scan_values(const T* x, int64_t n, float m, float* top, float* next, float* s, float* t) {
+  for (int j = 0; j < kLanes; ++j) s[j] = t[j] = 0;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    // What is scanned next but one comes from memory meanwhile; the processor's own prefetching ends with the page.
+    if constexpr (first)
+      for (int64_t byte = 0; byte < kLanes * static_cast<int64_t>(sizeof(T)); byte += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(x + i) + kAhead + byte);
+    scan_lanes<first, second, entropy>(x + i, m, top, next, s, t);
+  }
+  if (i == n) return;
+  float rest[kLanes];
+  for (int j = 0; j < kLanes; ++j) rest[j] = i + j < n ? as_float(x[i + j]) : -kInfinity;
+  scan_lanes<first, second, entropy>(rest, m, top, next, s, t);
+}
+
+template <bool second, bool entropy, typename T>
+DLLM_INLINE void scan_block(const T* x, int64_t n, int64_t first_word, Scan& scan, BlockSum* sum) {
+  float top[kLanes], next[kLanes], s[kLanes], t[kLanes];
+  for (int j = 0; j < kLanes; ++j) top[j] = scan.top[j], next[j] = scan.second[j];
+  scan_values<true, second, entropy>(x, n, scan.m, top, next, s, t);
+  int raised = 0;
+  for (int j = 0; j < kLanes; ++j) raised |= top[j] > scan.m;
+  if (raised) {
+    float m = scan.m;
+    for (int j = 0; j < kLanes; ++j) m = top[j] > m ? top[j] : m;
+    int64_t place = 0;
+    while (as_float(x[place]) != m) ++place;
+    if (scan.m > -kInfinity) {
+      const double shift = static_cast<double>(scan.m) - m, factor = std::exp(shift);
+      for (int j = 0; j < kLanes; ++j) {
+        scan.t[j] = factor > 0 ? factor * (scan.t[j] + shift * scan.s[j]) : 0.0;
+        scan.s[j] *= factor;
+      }
+    }
+    scan.m = m, scan.argmax = first_word + place;
+    scan_values<false, second, entropy>(x, n, m, top, next, s, t);
+  } else if (scan.m == -kInfinity) {  // nothing but -infinity so far, or NaN, which is larger than nothing
+    bool nan = false;
+    for (int64_t i = 0; i < n; ++i) nan |= as_float(x[i]) != as_float(x[i]);
+    for (int j = 0; j < kLanes; ++j) s[j] = nan ? std::numeric_limits<float>::quiet_NaN() : 0.0f, t[j] = 0;
+  }
+  for (int j = 0; j < kLanes; ++j) {
+    scan.top[j] = top[j], scan.s[j] += s[j];
+    if constexpr (second) scan.second[j] = next[j];
+    if constexpr (entropy) scan.t[j] += t[j];
+  }
+  if (sum) {
+    *sum = {0, scan.m};
+    for (int j = 0; j < kLanes; ++j) sum->s += s[j];
+  }
+}
+
+template <typename T>
+DLLM_INLINE void scan_for(Confidence confidence, const T* x, int64_t n, int64_t first_word, Scan& scan, BlockSum* sum) {
+  if (confidence == kMargin) return scan_block<true, false>(x, n, first_word, scan, sum);
+  if (confidence == kEntropy) return scan_block<false, true>(x, n, first_word, scan, sum);
+  scan_block<false, false>(x, n, first_word, scan, sum);
+}
+
+DLLM_VECTORISED void scan_words(Confidence confidence, const float* x, int64_t n, int64_t first_word, Scan& scan, BlockSum* sum) {
+  scan_for(confidence, x, n, first_word, scan, sum);
+}
+
+DLLM_VECTORISED void scan_words(Confidence confidence, const BFloat16* x, int64_t n, int64_t first_word, Scan& scan, BlockSum* sum) {
+  scan_for(confidence, x, n, first_word, scan, sum);
 }
 
 DLLM_VECTORISED void block_exp(const float* x, int64_t n, float m, float* out) {
@@ -103,19 +229,48 @@ DLLM_VECTORISED bool block_bins(const float* x, int64_t n, float m, int32_t* out
   return nans != 0;
 }
 
-DLLM_VECTORISED void widen(const torch::headeronly::BFloat16* from, int64_t n, float* to) { dllm::convert(from, n, to); }
+DLLM_VECTORISED bool any_at_least(const float* x, int64_t n, float value) {
+  int32_t any = 0;
+  for (int64_t i = 0; i < n; ++i) any |= x[i] >= value;
+  return any != 0;
+}
 
-DLLM_VECTORISED void widen(const torch::headeronly::Half* from, int64_t n, float* to) { dllm::convert(from, n, to); }
+DLLM_VECTORISED void widen(const BFloat16* from, int64_t n, float* to) { dllm::convert(from, n, to); }
+
+DLLM_VECTORISED void widen(const Half* from, int64_t n, float* to) { dllm::convert(from, n, to); }
 
 DLLM_VECTORISED void divide(const float* from, int64_t n, float by, float* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = from[i] / by;
 }
 
-// A row in blocks of fp32, divided by the temperature (as the reference does; 0 stands for no division).
+// to = from, with -infinity where the bit is 0.
+DLLM_VECTORISED void forbid(const float* from, int64_t n, const uint32_t* bits, float* to) {
+  for (int64_t i = 0; i < n; i += 32)
+    for (int64_t j = 0; j < std::min<int64_t>(32, n - i); ++j)
+      to[i + j] = bits[i / 32] >> j & 1 ? from[i + j] : -kInfinity;
+}
+
+// What becomes of logits before they are scored: divided by the temperature (as the reference does), and -infinity where
+// the word is not allowed.
+struct Tempering {
+  float temperature;     // 0: as they are
+  const uint32_t* bits;  // of this row, or nullptr
+
+  bool none() const { return temperature == 0 && !bits; }
+
+  // `buffer` may be where the logits are.
+  const float* apply(const float* logits, int64_t first_word, int64_t n, float* buffer) const {
+    if (temperature > 0) divide(logits, n, temperature, buffer), logits = buffer;
+    if (bits) forbid(logits, n, bits + first_word / 32, buffer), logits = buffer;
+    return logits;
+  }
+};
+
+// A row of stored logits in blocks of fp32.
 template <typename T>
 class Row {
  public:
-  Row(const T* data, int64_t size, float temperature) : data_(data), size_(size), temperature_(temperature) {}
+  Row(const T* data, int64_t size, Tempering tempering) : data_(data), size_(size), tempering_(tempering) {}
 
   int64_t size() const { return size_; }
   int64_t blocks() const { return (size_ + kBlock - 1) / kBlock; }
@@ -123,83 +278,57 @@ class Row {
 
   const float* read(int64_t block, float* buffer) const {
     const T* from = data_ + block * kBlock;
-    const int64_t n = length(block);
-    // The next block comes from memory while this one is worked on.
-    const char* next = reinterpret_cast<const char*>(from + kBlock);
-    for (int64_t line = 0; line < kBlock * static_cast<int64_t>(sizeof(T)); line += 64) __builtin_prefetch(next + line);
     const float* values;
     if constexpr (std::is_same_v<T, float>) {
       values = from;
     } else {
-      widen(from, n, buffer);
+      widen(from, length(block), buffer);
       values = buffer;
     }
-    if (temperature_ > 0 && temperature_ != 1) {
-      divide(values, n, temperature_, buffer);
-      values = buffer;
-    }
-    return values;
+    return tempering_.apply(values, block * kBlock, length(block), buffer);
+  }
+
+  void scan_block(int64_t block, Confidence confidence, Scan& scan, BlockSum* sum) const {
+    if constexpr (!std::is_same_v<T, Half>)
+      if (tempering_.none()) return scan_words(confidence, data_ + block * kBlock, length(block), block * kBlock, scan, sum);
+    alignas(64) float buffer[kBlock];
+    scan_words(confidence, read(block, buffer), length(block), block * kBlock, scan, sum);
   }
 
  private:
   const T* data_;
   int64_t size_;
-  float temperature_;
+  Tempering tempering_;
 };
 
-struct Statistics {
-  float top = -kInfinity, second = -kInfinity;  // the two largest, which may be equal
-  int64_t argmax = 0;
-  double s = 0, t = 0;  // t only if asked for
-};
+// A row of a head's logits, multiplied when they are read.
+class HeadRow {
+ public:
+  HeadRow(const dllm::Head& head, const float* x, Tempering tempering)
+      : V_(head.V), product_(head, x, 1), work_(product_), tempering_(tempering) {}
 
-// Sums of each block, relative to the maximum known at the time.
-struct BlockSum {
-  double s;
-  float m;
-};
+  int64_t blocks() const { return (V_ + kBlock - 1) / kBlock; }
+  int64_t length(int64_t block) const { return std::min(kBlock, V_ - block * kBlock); }
 
-void update_top(const float* x, int64_t n, int64_t offset, Statistics& stats) {
-  for (int64_t i = 0; i < n; ++i) {
-    if (x[i] > stats.top) {
-      stats.second = stats.top;
-      stats.top = x[i];
-      stats.argmax = offset + i;
-    } else if (x[i] > stats.second) {
-      stats.second = x[i];
-    }
+  const float* read(int64_t block, float* buffer) {
+    const int64_t first = block * kBlock, n = length(block);
+    product_.logits(first, first + n, work_, buffer, n);
+    return tempering_.apply(buffer, first, n, buffer);
   }
-}
+
+ private:
+  int64_t V_;
+  dllm::Product product_;
+  dllm::Product::Workspace work_;
+  Tempering tempering_;
+};
 
 template <typename T>
-Statistics summarise(const Row<T>& row, bool entropy, bool sums, std::vector<BlockSum>* block_sums) {
-  Statistics stats;
-  alignas(64) float buffer[kBlock];
-  for (int64_t block = 0; block < row.blocks(); ++block) {
-    const float* x = row.read(block, buffer);
-    const int64_t n = row.length(block);
-    if (block_maximum(x, n) > stats.second) {
-      const float before = stats.top;
-      update_top(x, n, block * kBlock, stats);
-      if (stats.top > before && stats.s > 0) {
-        const double shift = static_cast<double>(before) - stats.top, factor = std::exp(shift);
-        stats.t = factor * (stats.t + shift * stats.s);
-        stats.s *= factor;
-      }
-    }
-    double s = 0, t = 0;
-    if (stats.top > -kInfinity) {
-      if (entropy) {
-        block_sum_entropy(x, n, stats.top, &s, &t);
-      } else if (sums) {
-        s = block_sum(x, n, stats.top);
-      }
-    }
-    stats.s += s;
-    stats.t += t;
-    if (block_sums) (*block_sums)[block] = {s, stats.top};
-  }
-  return stats;
+Statistics summarise(const Row<T>& row, Confidence confidence, std::vector<BlockSum>* sums) {
+  Scan scan;
+  for (int64_t block = 0; block < row.blocks(); ++block)
+    row.scan_block(block, confidence, scan, sums ? sums->data() + block : nullptr);
+  return scan.statistics();
 }
 
 // What the filters keep: tokens above `value`, and those equal to it whose id is at most `last_equal`.
@@ -299,7 +428,7 @@ Statistics summarise_kept(const Row<T>& row, const Statistics& all, const Cut& c
     const float* x = row.read(block, buffer);
     const int64_t n = row.length(block);
     double s = 0;
-    if (block_maximum(x, n) >= cut.value) {
+    if (any_at_least(x, n, cut.value)) {
       for (int64_t i = 0; i < n; ++i) {
         if (!cut.keeps(x[i], block * kBlock + i)) continue;
         const float d = x[i] - all.top;
@@ -313,14 +442,13 @@ Statistics summarise_kept(const Row<T>& row, const Statistics& all, const Cut& c
     block_sums[block] = {s, all.top};
   }
   if (second_equal && equal_kept < (all.top == all.second ? 2 : 1)) kept.second = -kInfinity;
-  if (cut.nan) kept.s = std::numeric_limits<double>::quiet_NaN();
+  if (cut.nan) kept.s = kNaN;
   return kept;
 }
 
 // The first kept token whose cumulative sum passes u times the whole.
-template <typename T>
-int64_t sample(const Row<T>& row, const Statistics& stats, const std::vector<BlockSum>& block_sums, const Cut& cut,
-               double u) {
+template <typename Row>
+int64_t sample(Row& row, const Statistics& stats, const BlockSum* block_sums, const Cut& cut, double u) {
   auto mass = [&](int64_t block) {
     const BlockSum& sum = block_sums[block];
     return sum.s == 0 ? 0.0 : sum.s * std::exp(static_cast<double>(sum.m) - stats.top);
@@ -346,6 +474,14 @@ int64_t sample(const Row<T>& row, const Statistics& stats, const std::vector<Blo
   return token;
 }
 
+// The confidence of a token whose logit is `chosen`, relative to which `stats` are.
+float confidence_of(Confidence confidence, const Statistics& stats, double chosen) {
+  if (confidence == kProb) return static_cast<float>(std::exp(chosen - stats.top) / stats.s);
+  if (confidence == kMargin)
+    return static_cast<float>((1 - std::exp(static_cast<double>(stats.second) - stats.top)) / stats.s);
+  return static_cast<float>(stats.t / stats.s - std::log(stats.s));
+}
+
 struct Workspace {
   std::vector<BlockSum> block_sums;
   std::vector<double> mass;
@@ -353,84 +489,163 @@ struct Workspace {
 };
 
 template <typename T>
-float value_at(const T* data, int64_t token, float temperature) {
-  const float x = static_cast<float>(data[token]);
-  return temperature > 0 && temperature != 1 ? x / temperature : x;
-}
-
-template <typename T>
-void score_row(const T* data, int64_t V, const double* uniform, const Settings& settings, Workspace& work,
-               int64_t* token, float* score) {
-  const bool sampled = settings.temperature > 0;
-  const bool filtered = settings.top_p < 1 || (settings.top_k > 0 && settings.top_k < V);
-  const bool of_filtered = !settings.raw && settings.confidence != kRandom;
-  const Row<T> row(data, V, settings.temperature);
-  const bool entropy = settings.confidence == kEntropy && of_filtered && !filtered;
-  const bool sums = sampled || (of_filtered && !filtered);
-  Statistics stats = summarise(row, entropy, sums, sampled ? &work.block_sums : nullptr);
+void score_row(const T* data, int64_t V, const double* uniform, const uint32_t* bits, const Settings& settings,
+               Workspace& work, int64_t* token, float* score) {
+  const Row<T> row(data, V, {settings.tempered() ? settings.temperature : 0, bits});
+  Statistics stats = summarise(row, settings.confidence, settings.sampled() ? &work.block_sums : nullptr);
   Cut cut;
-  if (filtered && (sampled || of_filtered)) {
+  if (settings.filtered(V)) {
     cut = find_cut(row, stats.top, settings, work.mass, work.count);
     stats = summarise_kept(row, stats, cut, work.block_sums);
   }
-  *token = sampled ? sample(row, stats, work.block_sums, cut, uniform[0]) : stats.argmax;
-  if (settings.confidence == kRandom) {
+  *token = settings.sampled() ? sample(row, stats, work.block_sums.data(), cut, uniform[0]) : stats.argmax;
+  if (!(stats.s > 0)) {  // 0 or NaN
+    *score = static_cast<float>(kNaN);
+  } else if (settings.confidence == kRandom) {
     *score = static_cast<float>(uniform[1]);
-    return;
-  }
-  float temperature = settings.temperature;
-  if (settings.raw) {
-    temperature = 0;
-    stats = summarise(Row<T>(data, V, 0), settings.confidence == kEntropy, true, nullptr);
-  }
-  const double chosen = value_at(data, *token, temperature);
-  switch (settings.confidence) {
-    case kProb:
-      *score = static_cast<float>(std::exp(chosen - stats.top) / stats.s);
-      break;
-    case kMargin:
-      *score = static_cast<float>((1 - std::exp(static_cast<double>(stats.second) - stats.top)) / stats.s);
-      break;
-    default:
-      *score = static_cast<float>(stats.t / stats.s - std::log(stats.s));
+  } else {
+    const bool untouched = !settings.tempered() && !bits && !settings.filtered(V);
+    if (settings.raw && !untouched) stats = summarise(Row<T>(data, V, {0, nullptr}), settings.confidence, nullptr);
+    const float x = static_cast<float>(data[*token]);
+    *score = confidence_of(settings.confidence, stats, settings.raw || !settings.tempered() ? x : x / settings.temperature);
   }
 }
 
+// What a call is given besides the logits or the head: numbers for each row, or nullptr.
+struct Rows {
+  const double* uniform;  // [n, 2]
+  const uint32_t* bits;   // [n, ceil(V / 32)]
+  int64_t bits_stride;
+  int64_t* token;  // [n]
+  float* score;    // [n]
+
+  const double* uniform_of(int64_t row) const { return uniform ? uniform + 2 * row : nullptr; }
+  const uint32_t* bits_of(int64_t row) const { return bits ? bits + row * bits_stride : nullptr; }
+};
+
 template <typename T>
-void score_all(const Tensor& logits, const double* uniform, int64_t* token, float* score, const Settings& settings) {
+void score_all(const Tensor& logits, const int64_t* index, const Rows& rows, int64_t count, const Settings& settings) {
   const int64_t V = logits.size(1), stride = logits.stride(0);
   const T* data = static_cast<const T*>(logits.const_data_ptr());
-  torch::stable::parallel_for(0, logits.size(0), 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     Workspace work{std::vector<BlockSum>((V + kBlock - 1) / kBlock), std::vector<double>(kBins),
                    std::vector<int64_t>(kBins)};
-    for (int64_t row = begin; row < end; ++row) {
-      const double* draws = uniform ? uniform + 2 * row : nullptr;
-      score_row(data + row * stride, V, draws, settings, work, token + row, score + row);
-    }
+    for (int64_t row = begin; row < end; ++row)
+      score_row(data + (index ? index[row] : row) * stride, V, rows.uniform_of(row), rows.bits_of(row), settings, work,
+                rows.token + row, rows.score + row);
   });
 }
 
-void score_rows(const Tensor& logits, std::optional<Tensor> uniform, Tensor token, Tensor score, int64_t confidence,
-                double temperature, int64_t top_k, double top_p, bool raw) {
+Rows check_and_describe(int64_t V, const std::optional<Tensor>& uniform, const std::optional<Tensor>& allowed, Tensor& token,
+                        Tensor& score, const Settings& settings) {
+  const int64_t n = token.size(0);
+  STD_TORCH_CHECK(score.size(0) == n && token.is_contiguous() && score.is_contiguous(), "one token and score per row");
+  STD_TORCH_CHECK(uniform.has_value() || (!settings.sampled() && settings.confidence != kRandom), "randomness needs uniforms");
+  STD_TORCH_CHECK(!uniform || (uniform->is_contiguous() && uniform->size(0) == n), "two uniforms per row");
+  STD_TORCH_CHECK(!allowed || (allowed->size(0) == n && allowed->size(1) == (V + 31) / 32 && allowed->stride(1) == 1),
+                  "the bits of the allowed words, per row");
+  return {uniform ? static_cast<const double*>(uniform->const_data_ptr()) : nullptr,
+          allowed ? static_cast<const uint32_t*>(allowed->const_data_ptr()) : nullptr, allowed ? allowed->stride(0) : 0,
+          static_cast<int64_t*>(token.mutable_data_ptr()), static_cast<float*>(score.mutable_data_ptr())};
+}
+
+void score_rows(const Tensor& logits, std::optional<Tensor> index, std::optional<Tensor> uniform,
+                std::optional<Tensor> allowed, Tensor token, Tensor score, int64_t confidence, double temperature,
+                int64_t top_k, double top_p, bool raw) {
   dllm::check_rows(logits, 2, "logits");
-  STD_TORCH_CHECK(token.size(0) == logits.size(0) && score.size(0) == logits.size(0), "one token and score per row");
   const Settings settings{static_cast<Confidence>(confidence), static_cast<float>(temperature), top_k, top_p, raw};
-  STD_TORCH_CHECK(uniform.has_value() || (temperature == 0 && confidence != kRandom), "randomness needs uniforms");
-  const double* draws = uniform ? static_cast<const double*>(uniform->const_data_ptr()) : nullptr;
-  auto* tokens = static_cast<int64_t*>(token.mutable_data_ptr());
-  auto* scores = static_cast<float*>(score.mutable_data_ptr());
+  const Rows rows = check_and_describe(logits.size(1), uniform, allowed, token, score, settings);
+  STD_TORCH_CHECK(index ? index->is_contiguous() && index->size(0) == token.size(0) : logits.size(0) == token.size(0),
+                  "one token per row");
+  const auto* places = index ? static_cast<const int64_t*>(index->const_data_ptr()) : nullptr;
   switch (logits.scalar_type()) {
     case torch::headeronly::ScalarType::Float:
-      return score_all<float>(logits, draws, tokens, scores, settings);
+      return score_all<float>(logits, places, rows, token.size(0), settings);
     case torch::headeronly::ScalarType::BFloat16:
-      return score_all<torch::headeronly::BFloat16>(logits, draws, tokens, scores, settings);
+      return score_all<BFloat16>(logits, places, rows, token.size(0), settings);
     case torch::headeronly::ScalarType::Half:
-      return score_all<torch::headeronly::Half>(logits, draws, tokens, scores, settings);
+      return score_all<Half>(logits, places, rows, token.size(0), settings);
     default:
       STD_TORCH_CHECK(false, "score_rows_cpu takes fp32, bf16 and fp16");
   }
 }
 
+// What one thread finds of the words from block `begin` on.
+struct Part {
+  int64_t begin;
+  std::vector<Scan> tempered, raw;  // per row; raw only where it differs
+};
+
+void linear_score_block(const dllm::Head& head, const float* x, int64_t first_row, int64_t M, const Rows& rows,
+                        const Settings& settings) {
+  const int64_t blocks = (head.V + kBlock - 1) / kBlock;
+  const float temperature = settings.tempered() ? settings.temperature : 0;
+  const bool raw = settings.raw && (temperature > 0 || rows.bits);
+  const auto tempering = [&](int64_t m) { return Tempering{temperature, rows.bits_of(first_row + m)}; };
+  const dllm::Product product(head, x, M);
+  std::vector<BlockSum> sums(settings.sampled() ? M * blocks : 0);
+  std::vector<Part> parts;
+  std::mutex mutex;
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    dllm::Product::Workspace work(product);
+    const dllm::Buffer logits(M * kBlock);
+    Part part{begin, std::vector<Scan>(M), std::vector<Scan>(raw ? M : 0)};
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * kBlock, n = std::min(kBlock, head.V - first);
+      product.logits(first, first + n, work, logits.get(), kBlock);
+      for (int64_t m = 0; m < M; ++m) {
+        float* z = logits.get() + m * kBlock;
+        if (raw) scan_words(settings.confidence, z, n, first, part.raw[m], nullptr);
+        scan_words(settings.confidence, tempering(m).apply(z, first, n, z), n, first, part.tempered[m],
+                   sums.empty() ? nullptr : &sums[m * blocks + block]);
+      }
+    }
+    const std::lock_guard<std::mutex> lock(mutex);
+    parts.push_back(std::move(part));
+  });
+  std::sort(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.begin < b.begin; });
+  torch::stable::parallel_for(0, M, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      Statistics tempered, untouched;
+      for (const Part& part : parts) {
+        tempered.add(part.tempered[m].statistics());
+        if (raw) untouched.add(part.raw[m].statistics());
+      }
+      const double* uniform = rows.uniform_of(first_row + m);
+      int64_t token = tempered.argmax;
+      float chosen = tempered.top;
+      HeadRow row(head, x + m * head.D, tempering(m));
+      alignas(64) float buffer[kBlock];
+      if (settings.sampled()) {
+        token = sample(row, tempered, &sums[m * blocks], Cut(), uniform[0]);
+        chosen = row.read(token / kBlock, buffer)[token % kBlock];
+      }
+      if (raw) chosen = HeadRow(head, x + m * head.D, {0, nullptr}).read(token / kBlock, buffer)[token % kBlock];
+      float score = static_cast<float>(kNaN);
+      if (tempered.s > 0)
+        score = settings.confidence == kRandom ? static_cast<float>(uniform[1])
+                                               : confidence_of(settings.confidence, raw ? untouched : tempered, chosen);
+      rows.token[first_row + m] = token, rows.score[first_row + m] = score;
+    }
+  });
+}
+
+void linear_score_rows(const Tensor& hidden, const Tensor& weight, std::optional<Tensor> bias, std::optional<Tensor> uniform,
+                       std::optional<Tensor> allowed, Tensor token, Tensor score, int64_t confidence, double temperature,
+                       bool raw) {
+  const dllm::Head head = dllm::describe_head(weight, bias, 0);
+  STD_TORCH_CHECK(hidden.is_contiguous() && hidden.size(1) == head.D && hidden.size(0) == token.size(0),
+                  "linear_score_rows_cpu: shapes disagree");
+  const Settings settings{static_cast<Confidence>(confidence), static_cast<float>(temperature), 0, 1.0, raw};
+  const Rows rows = check_and_describe(head.V, uniform, allowed, token, score, settings);
+  const auto* x = static_cast<const float*>(hidden.const_data_ptr());
+  for (int64_t row = 0; row < hidden.size(0); row += dllm::kBlock)
+    linear_score_block(head, x + row * head.D, row, std::min(dllm::kBlock, hidden.size(0) - row), rows, settings);
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(dllm_kernels_native, CPU, m) { m.impl("score_rows_cpu", TORCH_BOX(&score_rows)); }
+STABLE_TORCH_LIBRARY_IMPL(dllm_kernels_native, CPU, m) {
+  m.impl("score_rows_cpu", TORCH_BOX(&score_rows));
+  m.impl("linear_score_rows_cpu", TORCH_BOX(&linear_score_rows));
+}

@@ -10,6 +10,8 @@ the order of token ids, passes u. So every backend gives the same tokens, and a 
 B rows, L positions, M masked positions, V words, D hidden size.
 """
 
+import os
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,9 +19,10 @@ from torch import Tensor
 
 from dllm_kernels.dispatch import Backend, choose
 from dllm_kernels.operators import define_operator
-from dllm_kernels.topk_unmask import cpu, reference
+from dllm_kernels.topk_unmask import allowed as allowed_words
+from dllm_kernels.topk_unmask import cpu, reference, vocabulary_parallel
 from dllm_kernels.topk_unmask.random import philox_uniform
-from dllm_kernels.topk_unmask.selection import select
+from dllm_kernels.topk_unmask.selection import commit
 
 __all__ = [
     "Scores", "Unmasked", "linear_token_scores", "linear_topk_unmask", "philox_uniform", "token_scores", "topk_unmask",
@@ -48,7 +51,8 @@ class Scores(NamedTuple):
 def topk_unmask(logits: Tensor, tokens: Tensor, mask_token_id: int, k: Tensor | int, *, confidence: str = "prob",
                 temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
                 selection_temperature: float = 0.0, threshold: float | None = None, confidence_of: str = "filtered",
-                generator: torch.Generator | Tensor | None = None, backend: str | None = None) -> Unmasked:
+                allowed: Tensor | None = None, generator: torch.Generator | Tensor | None = None,
+                backend: str | None = None) -> Unmasked:
     """Fill the k[b] masked positions of each row that the logits are surest of.
 
     Args:
@@ -63,12 +67,15 @@ def topk_unmask(logits: Tensor, tokens: Tensor, mask_token_id: int, k: Tensor | 
         selection_temperature: 0 commits the highest confidences; else noise is added, see `selection.select`.
         threshold: commit every position whose confidence is at least this too.
         confidence_of: the tempered and "filtered" distribution (Dream, Open-dLLM), or the untouched, "raw" (LLaDA).
+        allowed: the words that may be chosen, all others having no probability: bool [V] for every position, or
+            [B, L, V], or [M, V] for the masked ones in row-major order; or the same as bits, int32 [..., ceil(V / 32)],
+            bit v % 32 of number v // 32 for word v.
         generator: a torch.Generator (None: the global one; torch.compile takes no other), or the uniforms themselves,
             float64 [B, L, 2] in (0, 1), as `philox_uniform` gives them.
         backend: a name of the backends, None takes the first that can run.
-    Returns: `Unmasked`. Ties between positions go to the lowest. A row of logits with a NaN or +inf, or of -inf alone,
-        has the confidence NaN, which is committed after all others; its token means nothing. It is not looked for:
-        that would stall a GPU.
+    Returns: `Unmasked`. Ties between positions go to the lowest. Where the logits have a NaN or +inf, or no word is
+        left (all -inf, or none allowed), the confidence is NaN and the position is never committed. With DLLM_DEBUG=1
+        in the environment that is an error; otherwise nobody looks, because to ask would stall a GPU.
     Raises: ValueError if shapes or settings cannot work, or `backend` cannot run here; the message says why.
     """
     op = "topk_unmask"
@@ -80,8 +87,9 @@ def topk_unmask(logits: Tensor, tokens: Tensor, mask_token_id: int, k: Tensor | 
         )
     settings = _check_settings(op, confidence, temperature, top_k, top_p, confidence_of, selection_temperature)
     uniform = _uniforms(op, generator, tokens.shape, tokens.device, confidence, temperature, selection_temperature)
+    bits = _allowed_bits(op, allowed, tokens.shape, logits.shape[-1])
     run = _unmask_operator if torch.compiler.is_compiling() else _unmask
-    return Unmasked(*run(logits, None, None, tokens, mask_token_id, _as_tensor(k, tokens), uniform, *settings,
+    return Unmasked(*run(logits, None, None, tokens, mask_token_id, _as_tensor(k, tokens), uniform, bits, *settings,
                          selection_temperature, threshold, backend))
 
 
@@ -89,33 +97,40 @@ def linear_topk_unmask(hidden: Tensor, weight: Tensor, tokens: Tensor, mask_toke
                        bias: Tensor | None = None, confidence: str = "prob", temperature: float = 0.0,
                        top_k: int | None = None, top_p: float | None = None, selection_temperature: float = 0.0,
                        threshold: float | None = None, confidence_of: str = "filtered",
-                       generator: torch.Generator | Tensor | None = None, backend: str | None = None) -> Unmasked:
+                       allowed: Tensor | None = None, generator: torch.Generator | Tensor | None = None,
+                       group=None, backend: str | None = None) -> Unmasked:
     """`topk_unmask` of the logits hidden @ weight.T + bias, multiplied at the masked positions alone, never all stored.
 
     Args:
         hidden: [B, L, D], read only where masked. weight: [V, D]. bias: [V].
+        group: a process group of torch.distributed each of whose processes holds a slice of the words: `weight` and
+            `bias` are those of this one, and follow those of the process before it; all else, and the result, is the
+            same in all. Runs on `reference`.
         The others, the result and the errors: as `topk_unmask`.
     """
     op = "linear_topk_unmask"
     _check_head(op, hidden, weight, bias)
-    _check_step(op, tokens, mask_token_id, k, weight.shape[0])
+    _check_step(op, tokens, mask_token_id, k, weight.shape[0] if group is None else None)
     if hidden.shape[:-1] != tokens.shape:
         raise ValueError(
             f"{op} takes hidden [B, L, D] and tokens [B, L], not {list(hidden.shape)} and {list(tokens.shape)}"
         )
     settings = _check_settings(op, confidence, temperature, top_k, top_p, confidence_of, selection_temperature)
     uniform = _uniforms(op, generator, tokens.shape, tokens.device, confidence, temperature, selection_temperature)
-    run = _unmask_operator if torch.compiler.is_compiling() else _unmask
-    return Unmasked(*run(hidden, weight, bias, tokens, mask_token_id, _as_tensor(k, tokens), uniform, *settings,
-                         selection_temperature, threshold, backend))
+    bits = _allowed_bits(op, allowed, tokens.shape, weight.shape[0] if group is None else None)
+    arguments = (hidden, weight, bias, tokens, mask_token_id, _as_tensor(k, tokens), uniform, bits, *settings,
+                 selection_temperature, threshold, backend)
+    if group is not None:
+        return Unmasked(*_unmask(*arguments, group))
+    return Unmasked(*(_unmask_operator if torch.compiler.is_compiling() else _unmask)(*arguments))
 
 
 def token_scores(logits: Tensor, *, confidence: str = "prob", temperature: float = 0.0, top_k: int | None = None,
-                 top_p: float | None = None, confidence_of: str = "filtered",
+                 top_p: float | None = None, confidence_of: str = "filtered", allowed: Tensor | None = None,
                  generator: torch.Generator | Tensor | None = None, backend: str | None = None) -> Scores:
     """Choose and score a token for every row of logits [M, V], for strategies that select in their own way.
 
-    Args: as `topk_unmask`; a tensor given as `generator` is [M, 2].
+    Args: as `topk_unmask`; a tensor given as `generator` is [M, 2], one given as `allowed` [V] or [M, V].
     """
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(
@@ -123,20 +138,22 @@ def token_scores(logits: Tensor, *, confidence: str = "prob", temperature: float
         )
     settings = _check_settings("token_scores", confidence, temperature, top_k, top_p, confidence_of)
     uniform = _uniforms("token_scores", generator, logits.shape[:1], logits.device, confidence, temperature)
+    bits = _allowed_bits("token_scores", allowed, logits.shape[:1], logits.shape[1])
     run = _scores_operator if torch.compiler.is_compiling() else _scores
-    return Scores(*run(logits, None, None, None, uniform, *settings, backend))
+    return Scores(*run(logits, None, None, None, uniform, bits, *settings, backend))
 
 
 def linear_token_scores(hidden: Tensor, weight: Tensor, positions: Tensor, *, bias: Tensor | None = None,
                         confidence: str = "prob", temperature: float = 0.0, top_k: int | None = None,
-                        top_p: float | None = None, confidence_of: str = "filtered",
-                        generator: torch.Generator | Tensor | None = None, backend: str | None = None) -> Scores:
+                        top_p: float | None = None, confidence_of: str = "filtered", allowed: Tensor | None = None,
+                        generator: torch.Generator | Tensor | None = None, group=None,
+                        backend: str | None = None) -> Scores:
     """`token_scores` of the logits hidden @ weight.T + bias at some positions, which are never all stored.
 
     Args:
         hidden: [B, L, D], or any leading shape. weight: [V, D]. bias: [V].
         positions: [M] int64, places in the flattened leading shape.
-        The others: as `token_scores`.
+        group: as `linear_topk_unmask`. The others: as `token_scores`.
     """
     op = "linear_token_scores"
     _check_head(op, hidden, weight, bias)
@@ -144,19 +161,26 @@ def linear_token_scores(hidden: Tensor, weight: Tensor, positions: Tensor, *, bi
         raise ValueError(f"{op} takes positions [M] int64, not {list(positions.shape)} {positions.dtype}")
     settings = _check_settings(op, confidence, temperature, top_k, top_p, confidence_of)
     uniform = _uniforms(op, generator, positions.shape, positions.device, confidence, temperature)
-    run = _scores_operator if torch.compiler.is_compiling() else _scores
-    return Scores(*run(hidden, weight, bias, positions, uniform, *settings, backend))
+    bits = _allowed_bits(op, allowed, positions.shape, weight.shape[0] if group is None else None)
+    arguments = hidden, weight, bias, positions, uniform, bits, *settings, backend
+    if group is not None:
+        return Scores(*_scores(*arguments, group))
+    return Scores(*(_scores_operator if torch.compiler.is_compiling() else _scores)(*arguments))
 
 
 def _check_step(op, tokens, mask_token_id, k, words):
-    if not 0 <= mask_token_id < words:
+    if mask_token_id < 0 or (words is not None and mask_token_id >= words):
         raise ValueError(f"{op}: mask_token_id {mask_token_id} is outside the vocabulary of {words}")
     if not isinstance(k, Tensor) and k < 0:
         raise ValueError(f"{op}: k must be 0 or more, not {k}")
     if tokens.ndim != 2 or tokens.dtype != torch.int64:
         raise ValueError(f"{op} takes tokens [B, L] int64, not {list(tokens.shape)} {tokens.dtype}")
-    if isinstance(k, Tensor) and (k.shape != tokens.shape[:1] or k.dtype != torch.int64):
-        raise ValueError(f"{op} takes k [B] int64 = [{tokens.shape[0]}] or an int, not {list(k.shape)} {k.dtype}")
+    if isinstance(k, Tensor):
+        if k.shape != tokens.shape[:1] or k.dtype != torch.int64:
+            raise ValueError(f"{op} takes k [B] int64 = [{tokens.shape[0]}] or an int, not {list(k.shape)} {k.dtype}")
+        # On a GPU to look would be to wait; a negative number commits nothing there.
+        if k.device.type == "cpu" and not torch.compiler.is_compiling() and (k < 0).any():
+            raise ValueError(f"{op}: k must be 0 or more, not {k.tolist()}")
 
 
 def _check_head(op, hidden, weight, bias):
@@ -197,43 +221,71 @@ def _uniforms(op, generator, shape, device, confidence, temperature, selection_t
     return None
 
 
+def _allowed_bits(op, allowed, lead, words):
+    """`allowed` as int32 bits, [W], [M, W] or [*lead, W], or None. `words` None: how many is not known here."""
+    if allowed is None:
+        return None
+    if words is None:
+        words = allowed.shape[-1] * (32 if allowed.dtype == torch.int32 else 1)
+    last = {torch.bool: words, torch.int32: allowed_words.width(words)}.get(allowed.dtype)
+    if allowed.ndim == 0 or allowed.shape[-1] != last or (allowed.ndim > 2 and allowed.shape[:-1] != lead):
+        raise ValueError(
+            f"{op} takes allowed [{words}], [M, {words}] or {[*lead, words]} bool, or their bits "
+            f"[..., {allowed_words.width(words)}] int32, not {list(allowed.shape)} {allowed.dtype}"
+        )
+    if len(lead) == 1 and allowed.ndim == 2 and len(allowed) != lead[0]:
+        raise ValueError(f"{op} takes one row of allowed words per position: {len(allowed)} rows, {lead[0]} positions")
+    return allowed_words.pack(allowed) if allowed.dtype == torch.bool else allowed
+
+
 def _as_tensor(k, tokens):
     if isinstance(k, Tensor):
         return k.to(tokens.device)
     return torch.full(tokens.shape[:1], k, dtype=torch.int64, device=tokens.device)
 
 
-def _score(inputs, weight, bias, uniform, *settings_and_backend):
-    *settings, backend = settings_and_backend
-    with torch.no_grad():
-        if weight is None:
-            return choose("token_scores", LOGITS_BACKENDS, backend, inputs).run(inputs, uniform, *settings)
-        chosen = choose("linear_token_scores", LINEAR_BACKENDS, backend, inputs)
-        return chosen.run(inputs, weight, bias, uniform, *settings)
-
-
-def _unmask(inputs, weight, bias, tokens, mask_token_id, k, uniform, confidence, temperature, top_k, top_p, raw,
-            selection_temperature, threshold, backend):
+def _unmask(inputs, weight, bias, tokens, mask_token_id, k, uniform, bits, confidence, temperature, top_k, top_p, raw,
+            selection_temperature, threshold, backend, group=None):
     masked = tokens == mask_token_id
-    rows = inputs.detach()
-    if inputs.ndim == 3:
-        rows = rows[masked]
-    elif len(rows) != int(masked.sum()):
-        raise ValueError(
-            f"topk_unmask takes one row of logits per masked position: {len(rows)} rows, {int(masked.sum())} masked"
-        )
-    token, score = _score(rows, weight, bias, None if uniform is None else uniform[masked], confidence, temperature,
-                          top_k, top_p, raw, backend)
+    positions = masked.flatten().nonzero().squeeze(1)
+    rows = positions if inputs.ndim == 3 else None
+    for name, given in (("logits", inputs), ("allowed words", bits)):
+        if given is not None and given.ndim == 2 and len(given) != len(positions):
+            raise ValueError(f"topk_unmask takes one row of {name} per masked position: {len(given)} rows, "
+                             f"{len(positions)} masked")
+    if bits is not None and bits.ndim != 2:
+        bits = bits.expand(len(positions), -1) if bits.ndim == 1 else bits.flatten(0, 1)[positions]
+    token, score = _score(inputs, weight, bias, rows, None if uniform is None else uniform[masked], bits, confidence,
+                          temperature, top_k, top_p, raw, backend=backend, group=group)
+    tokens_of = torch.zeros_like(tokens).masked_scatter(masked, token)
     scores = torch.full_like(tokens, -torch.inf, dtype=torch.float32).masked_scatter(masked, score)
-    committed = select(scores, masked, k, selection_temperature, threshold, uniform)
-    return torch.where(committed, tokens.masked_scatter(masked, token), tokens), scores, committed
+    return commit(tokens, masked, tokens_of, scores, k, selection_temperature, threshold, uniform)
 
 
-def _scores(inputs, weight, bias, positions, uniform, *settings_and_backend):
-    rows = inputs.detach()
-    if positions is not None:
-        rows = rows.flatten(0, -2)[positions]
-    return _score(rows, weight, bias, uniform, *settings_and_backend)
+def _scores(inputs, weight, bias, positions, uniform, bits, confidence, temperature, top_k, top_p, raw, backend,
+            group=None):
+    if bits is not None and bits.ndim == 1:
+        bits = bits.expand(len(inputs if positions is None else positions), -1)
+    return _score(inputs, weight, bias, positions, uniform, bits, confidence, temperature, top_k, top_p, raw,
+                  backend=backend, group=group)
+
+
+def _score(inputs, weight, bias, rows, uniform, bits, *settings, backend, group):
+    """Token and confidence of the given rows of the inputs (None: of all), flattened to two dimensions."""
+    op, table = ("token_scores", LOGITS_BACKENDS) if weight is None else ("linear_token_scores", LINEAR_BACKENDS)
+    head = () if weight is None else (weight.detach(), None if bias is None else bias.detach())
+    if group is None:
+        run = choose(op, table, backend, inputs).run
+    elif backend in (None, "reference"):
+        run = partial(vocabulary_parallel.linear_score_rows, group=group)
+    else:
+        raise ValueError(f"{op}: over a group only the backend 'reference' runs, not {backend!r}")
+    with torch.no_grad():
+        token, score = run(inputs.detach().flatten(0, -2), *head, rows, uniform, bits, *settings)
+    if os.environ.get("DLLM_DEBUG", "0") not in ("", "0") and (bad := score.isnan().nonzero()).numel():
+        raise ValueError(f"{op}: {len(bad)} of {len(score)} rows, the first of them {int(bad[0])}, have a NaN or an "
+                         "infinity among their logits, or no word left to choose (DLLM_DEBUG=1 looks for them)")
+    return token, score
 
 
 def _fake_unmask(inputs, weight, bias, tokens, *rest):
@@ -245,7 +297,7 @@ def _fake_scores(inputs, weight, bias, positions, *rest):
     return inputs.new_empty(count, dtype=torch.int64), inputs.new_empty(count, dtype=torch.float32)
 
 
-_SETTINGS = "Tensor? uniform, str confidence, float temperature, int? top_k, float? top_p, bool raw"
+_SETTINGS = "Tensor? uniform, Tensor? allowed, str confidence, float temperature, int? top_k, float? top_p, bool raw"
 _unmask_operator = define_operator(
     "topk_unmask", "Tensor inputs, Tensor? weight, Tensor? bias, Tensor tokens, int mask_token_id, Tensor k, "
     f"{_SETTINGS}, float selection_temperature, float? threshold, str? backend", _unmask, _fake_unmask,

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from dllm_kernels.topk_unmask.allowed import unpack
+
 
 def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     """[M, V] with -inf where top-p, then top-k, drop a token.
@@ -21,34 +23,47 @@ def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Ten
     return logits
 
 
-def score_rows(logits: Tensor, uniform: Tensor | None, confidence: str, temperature: float, top_k: int | None,
-               top_p: float | None, raw: bool) -> tuple[Tensor, Tensor]:
-    """Token int64 [M] and confidence fp32 [M] of logits [M, V]; see `dllm_kernels.token_scores`."""
+def score_rows(logits: Tensor, rows: Tensor | None, uniform: Tensor | None, allowed: Tensor | None, confidence: str,
+               temperature: float, top_k: int | None, top_p: float | None, raw: bool) -> tuple[Tensor, Tensor]:
+    """Token int64 [M] and confidence fp32 [M]; see `dllm_kernels.token_scores`.
+
+    Args:
+        logits: [R, V]. rows: [M] int64, those of the logits that are scored; None: all.
+        uniform: [M, 2]. allowed: [M, ceil(V / 32)] int32 bits, see `allowed.py`.
+    """
+    logits = logits if rows is None else logits[rows]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    filtered = filter_logits(logits / temperature if temperature > 0 else logits, top_k, top_p)
+    tempered = logits / temperature if temperature > 0 else logits
+    if allowed is not None:
+        tempered = tempered.masked_fill(~unpack(allowed, logits.shape[1]), -torch.inf)
+    filtered = filter_logits(tempered, top_k, top_p)
     probabilities = filtered.softmax(-1)
+    possible = probabilities.sum(-1) > 0  # not NaN
     if temperature > 0:
         cumulative = probabilities.double().cumsum(-1)
         tokens = (cumulative <= uniform[:, :1] * cumulative[:, -1:]).sum(-1).clamp(max=logits.shape[1] - 1)
     else:
         tokens = filtered.argmax(-1)
     if confidence == "random":
-        return tokens, uniform[:, 1].float()
-    if raw:
-        probabilities = logits.softmax(-1)
-    if confidence == "prob":
-        score = probabilities.gather(1, tokens.unsqueeze(1)).squeeze(1)
-    elif confidence == "margin":
-        best = probabilities.topk(min(2, logits.shape[1])).values
-        score = best[:, 0] - best[:, 1] if logits.shape[1] > 1 else best[:, 0]
+        score = uniform[:, 1]
     else:
-        score = torch.xlogy(probabilities, probabilities).sum(-1)
-    return tokens, score.float()
+        score = _confidence(logits.softmax(-1) if raw else probabilities, tokens, confidence)
+    return tokens, torch.where(possible, score, torch.nan).float()
 
 
-def linear_score_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, uniform: Tensor | None,
-                      *settings) -> tuple[Tensor, Tensor]:
-    """`score_rows` of the logits hidden [M, D] @ weight.T + bias in fp32, some rows at a time."""
+def _confidence(probabilities, tokens, confidence):
+    if confidence == "prob":
+        return probabilities.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    if confidence == "margin":
+        best = probabilities.topk(min(2, probabilities.shape[1])).values
+        return best[:, 0] - best[:, 1] if probabilities.shape[1] > 1 else best[:, 0]
+    return torch.xlogy(probabilities, probabilities).sum(-1)
+
+
+def linear_score_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, uniform: Tensor | None,
+                      allowed: Tensor | None, *settings) -> tuple[Tensor, Tensor]:
+    """`score_rows` of the logits hidden [R, D] @ weight.T + bias in fp32, some rows at a time."""
+    hidden = hidden if rows is None else hidden[rows]
     size = max(1, (256 << 20) // (4 * max(len(weight), 1)))
     tokens, scores = [hidden.new_empty(0, dtype=torch.int64)], [hidden.new_empty(0, dtype=torch.float32)]
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
@@ -57,7 +72,8 @@ def linear_score_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, unifo
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
             logits = torch.nn.functional.linear(hidden[part].to(dtype), weight, bias)
-            token, score = score_rows(logits, None if uniform is None else uniform[part], *settings)
+            drawn, bits = (None if x is None else x[part] for x in (uniform, allowed))
+            token, score = score_rows(logits, None, drawn, bits, *settings)
             tokens.append(token)
             scores.append(score)
     return torch.cat(tokens), torch.cat(scores)

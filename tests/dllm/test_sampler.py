@@ -203,3 +203,13 @@ def test_a_prompt_longer_than_the_model_is_refused():
     with pytest.raises(UserError, match="a prompt of 6 tokens and 4 new ones need 10 positions, the model has 8"):
         model.diffusion_generate(torch.ones(1, 6, dtype=torch.long),
                                  generation_config=MDMGenerationConfig(max_new_tokens=4))
+
+
+@pytest.mark.parametrize("alg", sorted(STRATEGIES))
+def test_logits_that_are_not_numbers_are_an_error_and_no_text(alg):
+    model = tiny()
+    with torch.no_grad():
+        model.head_weight[3] = torch.nan
+    with pytest.raises(UserError, match="step .: the model's logits at . positions are NaN or infinite: its weights"):
+        model.diffusion_generate(torch.tensor([[5, 6]]), generation_config=MDMGenerationConfig(
+            max_new_tokens=4, steps=4, alg=alg, seed=0, mask_token_id=MASK))

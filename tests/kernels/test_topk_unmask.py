@@ -234,14 +234,16 @@ def test_the_k_surest_masked_positions_of_each_row_are_committed(backend, k, com
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_equal_confidences_go_to_the_lowest_position_and_nan_is_last(backend):
+def test_equal_confidences_go_to_the_lowest_position_and_nan_is_never_committed(backend):
     tokens = torch.zeros(2, 40, dtype=torch.long)
     logits = make_logits(1, 30).expand(2, 40, 30).clone()
     logits[1, :3] = torch.nan
     result = topk_unmask(logits, tokens, MASK, 5, backend=backend)
     assert [row.nonzero().flatten().tolist() for row in result.committed] == [[0, 1, 2, 3, 4], [3, 4, 5, 6, 7]]
-    assert topk_unmask(logits, tokens, MASK, 38, backend=backend).committed[1, :3].tolist() == [True, False, False]
-    assert not topk_unmask(logits, tokens, MASK, 0, threshold=-1.0, backend=backend).committed[1, :3].any()
+    for settings in ({}, {"threshold": -1.0}, {"confidence": "random"}, {"selection_temperature": 1.0}):
+        result = topk_unmask(logits, tokens, MASK, 40, backend=backend, **settings)
+        assert result.committed[0].all() and result.committed[1, 3:].all() and not result.committed[1, :3].any()
+        assert result.confidence[1, :3].isnan().all() and (result.tokens[1, :3] == MASK).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -318,6 +320,87 @@ def test_linear_form_equals_the_logits_form(backend, dtype, weight_dtype, bias):
         assert torch.allclose(scores.confidence, want.confidence.flatten()[positions], rtol=1e-4, atol=1e-5)
 
 
+def as_bits(allowed):
+    """[..., V] bool as int32, by the definition: bit v % 32 of number v // 32."""
+    rows = allowed.flatten(0, -2) if allowed.ndim > 1 else allowed[None]
+    numbers = [[sum(1 << i for i, yes in enumerate(row[v:v + 32].tolist()) if yes) for v in range(0, len(row), 32)]
+               for row in rows]
+    signed = torch.tensor(numbers).where(torch.tensor(numbers) < 2**31, torch.tensor(numbers) - 2**32)
+    return signed.int().view(*allowed.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("V, dtype", [(2, torch.float32), (33, torch.bfloat16), (1500, torch.float32),
+                                      (1025, torch.float16)])
+def test_words_not_allowed_have_no_probability(backend, V, dtype):
+    B, L, D = 2, 9, 6
+    g = torch.Generator().manual_seed(V)
+    hidden, weight = torch.randn(B, L, D, generator=g).to(dtype), torch.randn(V, D, generator=g).to(dtype)
+    tokens = torch.where(torch.rand(B, L, generator=g) < 0.7, MASK, 1)
+    each = torch.rand(B, L, V, generator=g) < 0.4
+    each[0, :3], each[1, 2] = False, True
+    one = torch.rand(V, generator=g) < 0.5
+    logits = (hidden.float() @ weight.float().T)
+    for settings in ({}, {"confidence": "margin"}, {"confidence": "entropy", "temperature": 0.8}, {"top_k": 3},
+                     {"temperature": 0.7, "top_p": 0.8}, {"confidence": "random", "temperature": 2.0}):
+        settings = {**settings, "generator": uniforms(B, L), "backend": backend}
+        for allowed, given in ((one, one), (each, each), (each, each[tokens == MASK]), (each, as_bits(each)),
+                               (one, as_bits(one)), (each, as_bits(each)[tokens == MASK])):
+            want = topk_unmask(logits.masked_fill(~allowed, -torch.inf), tokens, MASK, 4, **settings)
+            for got in (topk_unmask(logits, tokens, MASK, 4, allowed=given, **settings),
+                        linear_topk_unmask(hidden, weight, tokens, MASK, 4, allowed=given, **settings)):
+                assert torch.equal(got.tokens, want.tokens) and torch.equal(got.committed, want.committed)
+                assert torch.allclose(got.confidence, want.confidence, rtol=1e-5, atol=1e-6, equal_nan=True)
+        impossible = (tokens == MASK) & ~each.any(-1)
+        assert got.confidence[impossible].isnan().all() and not got.committed[impossible].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("temperature", [0.0, 0.6])
+def test_raw_confidence_is_of_all_words(backend, temperature):
+    logits, allowed, u = make_logits(20, 700), torch.arange(700) % 3 == 1, uniforms(20)
+    settings = {"allowed": allowed, "temperature": temperature, "confidence_of": "raw", "generator": u,
+                "backend": backend}
+    token, confidence = token_scores(logits, **settings)
+    assert (token % 3 == 1).all()
+    exact = logits.double().softmax(-1)
+    assert torch.allclose(confidence.double(), exact.gather(1, token[:, None])[:, 0], rtol=1e-5)
+    entropy = token_scores(logits, confidence="entropy", **settings).confidence
+    assert torch.allclose(entropy.double(), (exact * exact.log()).sum(1), rtol=1e-5)
+    linear = linear_token_scores(logits, torch.eye(700), torch.arange(20), **settings)
+    assert torch.equal(linear.token, token) and torch.allclose(linear.confidence, confidence, rtol=1e-5)
+    none = token_scores(logits, **{**settings, "allowed": torch.zeros(700, dtype=torch.bool)})
+    assert none.confidence.isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_linear_form_over_many_rows_and_blocks_of_words(backend):
+    rows, D, V = 200, 4, 3001
+    g = torch.Generator().manual_seed(2)
+    # Integers, so that products are exact in any order, with many equals, in different blocks of words too.
+    hidden, weight = (torch.randint(-2, 3, shape, generator=g).float() for shape in ((1, rows, D), (V, D)))
+    logits = hidden[0] @ weight.T
+    for settings in ({}, {"confidence": "margin"}, {"temperature": 1.5},
+                     {"confidence": "entropy", "confidence_of": "raw", "temperature": 0.5}):
+        settings = {**settings, "generator": uniforms(rows), "backend": backend}
+        for M in (1, 3, 10, 11, rows):
+            settings["generator"] = uniforms(M)
+            got = linear_token_scores(hidden, weight, torch.arange(M), **settings)
+            want = token_scores(logits[:M], **settings)
+            assert torch.equal(got.token, want.token)
+            assert torch.allclose(got.confidence, want.confidence, rtol=1e-4, atol=1e-5)
+
+
+def test_debug_names_the_first_row_without_an_answer(monkeypatch):
+    logits = torch.zeros(4, 9)
+    logits[2, 3] = torch.nan
+    assert token_scores(logits).confidence.isnan().sum() == 1
+    monkeypatch.setenv("DLLM_DEBUG", "1")
+    with pytest.raises(ValueError, match="1 of 4 rows, the first of them 2, have a NaN or an infinity among"):
+        token_scores(logits)
+    token_scores(logits[:2])
+
+
 class LargestTensor(TorchDispatchMode):
     elements = 0
 
@@ -328,18 +411,23 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def test_linear_form_of_the_cpu_backend_reads_masked_rows_only_and_stores_no_logits_of_all_rows():
-    if "cpu" not in BACKENDS:
-        pytest.skip("the compiled extension is not available")
-    B, L, D, V = 4, 256, 8, 100_000
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the compiled extension is not available")
+def test_cpu_backend_reads_masked_rows_only_and_neither_stores_nor_copies_logits():
+    B, L, D, V = 4, 64, 8, 20_000
     hidden, weight = torch.full((B, L, D), torch.nan), torch.randn(V, D)
     tokens = torch.ones(B, L, dtype=torch.long)
     tokens[:, ::2] = MASK
     hidden[:, ::2] = torch.randn(B, L // 2, D)
-    with LargestTensor() as largest:
-        result = linear_topk_unmask(hidden, weight, tokens, MASK, 4, backend="cpu")
-    assert 4 * largest.elements <= 64 << 20 < 4 * (tokens == MASK).sum() * V  # bytes
-    assert result.confidence[tokens == MASK].isfinite().all()
+    logits, u = hidden @ weight.T, uniforms(B, L)
+    for settings in ({}, {"temperature": 0.7, "generator": u}, {"temperature": 0.7, "generator": u, "top_p": 0.9}):
+        with LargestTensor() as largest:
+            result = linear_topk_unmask(hidden, weight, tokens, MASK, 4, backend="cpu", **settings)
+        stored = 4 * largest.elements  # bytes
+        assert stored <= 64 << 20 if "top_p" in settings else stored <= 4 * hidden.numel()
+        assert result.confidence[tokens == MASK].isfinite().all()
+        with LargestTensor() as largest:
+            result = topk_unmask(logits, tokens, MASK, 4, backend="cpu", **settings)
+        assert largest.elements <= 2 * B * L and result.confidence[tokens == MASK].isfinite().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -402,7 +490,7 @@ def test_works_under_autocast(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_operators_pass_opcheck(backend):
     tokens, u = torch.tensor([[0, 4, 0], [0, 0, 5]]), uniforms(2, 3)
-    settings = (u, "prob", 0.8, 5, 0.9, False)
+    settings = (u, None, "prob", 0.8, 5, 0.9, False)
     hidden, weight = torch.randn(2, 3, 6), torch.randn(11, 6)
     for head in ((torch.randn(2, 3, 11), None, None), (hidden, weight, torch.randn(11))):
         torch.library.opcheck(torch.ops.dllm_kernels.topk_unmask,
@@ -488,6 +576,13 @@ def test_philox_uniform_depends_on_seed_sequence_step_and_position_alone():
             lambda z, t: topk_unmask(z, t, 0, torch.ones(3, dtype=torch.long)),
             r"k \[B\] int64 = \[2\] or an int, not \[3\]",
         ),
+        (lambda z, t: topk_unmask(z, t, 0, torch.tensor([1, -2])), r"k must be 0 or more, not \[1, -2\]"),
+        (lambda z, t: topk_unmask(z, t, 0, 1, allowed=torch.ones(8) > 0),
+         r"allowed \[9\], \[M, 9\] or \[2, 3, 9\] bool, or their bits \[..., 1\] int32, not \[8\] torch.bool"),
+        (lambda z, t: topk_unmask(z, t, 0, 1, allowed=torch.ones(9)), "not .* torch.float32"),
+        (lambda z, t: topk_unmask(z, t, 0, 1, allowed=torch.ones(3, 2, 9) > 0), r"not \[3, 2, 9\]"),
+        (lambda z, t: topk_unmask(z, t, 0, 1, allowed=torch.ones(5, 9) > 0), "allowed words .* 5 rows, 6 masked"),
+        (lambda z, t: token_scores(z[0], allowed=torch.ones(2, 9) > 0), "2 rows, 3 positions"),
         (lambda z, t: topk_unmask(z, t, 9, 1), "mask_token_id 9 is outside the vocabulary of 9"),
         (lambda z, t: topk_unmask(z, t, -1, 1), "mask_token_id -1 is outside"),
         (lambda z, t: topk_unmask(z, t.int(), 0, 1), r"tokens \[B, L\] int64, not \[2, 3\] torch.int32"),

@@ -1,0 +1,96 @@
+// Products of bf16 numbers with fp32 sums, for processors that have the instruction (AVX512-BF16): twice the numbers of an
+// fp32 product at once. One factor is in panels as in products.h, but of pairs: what an instruction multiplies and adds.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(DLLM_WIDTH)
+#define DLLM_BF16_PRODUCTS 1
+#include <immintrin.h>
+#else
+#define DLLM_BF16_PRODUCTS 0
+#endif
+
+namespace dllm::bf16 {
+
+constexpr int kWidth = 16, kColumns = 3, kPanel = kColumns * kWidth;
+
+inline bool available() {
+#if DLLM_BF16_PRODUCTS
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+inline bool exact(const float* x, int64_t n) {
+  uint32_t low = 0;
+  for (int64_t i = 0; i < n; ++i) low |= std::bit_cast<uint32_t>(x[i]) & 0xffff;
+  return low == 0;
+}
+
+// x [M, D], D even and all numbers exact in bf16, turned: panels of [D / 2 x rows] pairs, with zeros up to whole vectors.
+inline void pack(const float* x, int64_t M, int64_t D, uint32_t* panels) {
+  const int64_t padded = (M + kWidth - 1) / kWidth * kWidth;
+  for (int64_t first = 0; first < padded; first += kPanel) {
+    const int64_t wide = std::min<int64_t>(kPanel, padded - first);
+    for (int64_t k = 0; k < D / 2; ++k)
+      for (int64_t m = first; m < first + wide; ++m) {
+        const float* pair = x + m * D + 2 * k;
+        *panels++ = m < M ? std::bit_cast<uint32_t>(pair[0]) >> 16 | (std::bit_cast<uint32_t>(pair[1]) & 0xffff0000) : 0;
+      }
+  }
+}
+
+#if DLLM_BF16_PRODUCTS
+#define DLLM_FOR_BF16 __attribute__((target("arch=x86-64-v4,avx512bf16,prefer-vector-width=512")))
+
+template <int rows, int columns>
+DLLM_FOR_BF16 inline void multiply_tile(const torch::headeronly::BFloat16* w, int64_t w_stride, const uint32_t* panel,
+                                        int64_t pairs, float* z, int64_t z_stride) {
+  __m512 sums[rows][columns] = {};
+  for (int64_t k = 0; k < pairs; ++k) {
+    __m512bh b[columns];
+    for (int j = 0; j < columns; ++j) b[j] = std::bit_cast<__m512bh>(_mm512_loadu_si512(panel + (k * columns + j) * kWidth));
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+      int32_t pair;
+      std::memcpy(&pair, w + i * w_stride + 2 * k, sizeof(pair));
+      const auto a = std::bit_cast<__m512bh>(_mm512_set1_epi32(pair));
+      for (int j = 0; j < columns; ++j) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], a, b[j]);
+    }
+  }
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < columns; ++j) _mm512_storeu_ps(z + i * z_stride + j * kWidth, sums[i][j]);
+}
+
+// z[v * z_stride + m] of so many words w [.., D] and the M rows in panels; the words after them come from memory meanwhile.
+DLLM_FOR_BF16 inline void multiply(const torch::headeronly::BFloat16* w, int64_t w_stride, int64_t words, const uint32_t* panels,
+                                   int64_t M, int64_t D, float* z, int64_t z_stride) {
+  const int64_t padded = (M + kWidth - 1) / kWidth * kWidth;
+  for (int64_t first = 0; first < padded; first += kPanel) {
+    const int64_t columns = std::min<int64_t>(kPanel, padded - first) / kWidth;
+    const uint32_t* panel = panels + first * (D / 2);
+    int64_t v = 0;
+    const auto run = [&]<int rows, int columns>() DLLM_FOR_BF16 {
+      for (; v + rows <= words; v += rows) {
+        const auto* from = w + v * w_stride;
+        if (first == 0)
+          for (int64_t i = rows; i < 2 * rows; ++i)
+            for (int64_t d = 0; d < D; d += 32) __builtin_prefetch(from + i * w_stride + d);
+        multiply_tile<rows, columns>(from, w_stride, panel, D / 2, z + v * z_stride + first, z_stride);
+      }
+    };
+    if (columns == 3) run.template operator()<8, 3>(), run.template operator()<1, 3>();
+    if (columns == 2) run.template operator()<8, 2>(), run.template operator()<1, 2>();
+    if (columns == 1) run.template operator()<8, 1>(), run.template operator()<1, 1>();
+  }
+}
+#endif
+
+}  // namespace dllm::bf16
