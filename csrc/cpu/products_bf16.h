@@ -56,12 +56,12 @@ DLLM_FOR_BF16 inline void multiply_tile(const torch::headeronly::BFloat16* w, in
   __m512 sums[rows][columns] = {};
   for (int64_t k = 0; k < pairs; ++k) {
     __m512bh b[columns];
-    for (int j = 0; j < columns; ++j) b[j] = std::bit_cast<__m512bh>(_mm512_loadu_si512(panel + (k * columns + j) * kWidth));
+    for (int j = 0; j < columns; ++j) b[j] = (__m512bh)_mm512_loadu_si512(panel + (k * columns + j) * kWidth);
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
       int32_t pair;
       std::memcpy(&pair, w + i * w_stride + 2 * k, sizeof(pair));
-      const auto a = std::bit_cast<__m512bh>(_mm512_set1_epi32(pair));
+      const auto a = (__m512bh)_mm512_set1_epi32(pair);
       for (int j = 0; j < columns; ++j) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], a, b[j]);
     }
   }

@@ -65,11 +65,12 @@ def bidirectional_attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: 
         max_seqlen: positions of the longest document.
         block_length, scale, backend: as `bidirectional_attention`; blocks are counted within each document.
     Returns: [T, Hq, E] in q's dtype.
-    Raises: ValueError as `bidirectional_attention`. The values of cu_seqlens are not checked: that would stall a GPU.
+    Raises: ValueError as `bidirectional_attention`. The values of cu_seqlens are checked on the CPU only: on a GPU that
+        would be to wait.
     """
     q, k, v = _cast_under_autocast(q, k, v)
     _check("bidirectional_attention_varlen", q, k, v, 3, block_length)
-    _check_cu_seqlens("bidirectional_attention_varlen", cu_seqlens)
+    _check_cu_seqlens("bidirectional_attention_varlen", cu_seqlens, len(q))
     if len(q) != len(k):
         raise ValueError(f"bidirectional_attention_varlen takes q and k of the same documents, but q has {len(q)} "
                          f"positions and k {len(k)}")
@@ -98,7 +99,7 @@ def block_diffusion_attention(q: Tensor, k: Tensor, v: Tensor, block_length: int
         raise ValueError(f"block_diffusion_attention takes 2L queries and 2L keys, the noisy copy then the clean one, "
                          f"not {q.shape[1]} and {k.shape[1]}")
     if cu_seqlens is not None:
-        _check_cu_seqlens("block_diffusion_attention", cu_seqlens)
+        _check_cu_seqlens("block_diffusion_attention", cu_seqlens, len(q) * q.shape[1] // 2)
     run = _block_diffusion if torch.compiler.is_compiling() else _run_block_diffusion
     return run(q, k, v, block_length, cu_seqlens, q.shape[-1] ** -0.5 if scale is None else scale, backend)
 
@@ -123,10 +124,15 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, ndim: int, block_length: in
         raise ValueError(f"{op}: block_length must be at least 1, not {block_length}")
 
 
-def _check_cu_seqlens(op: str, cu_seqlens: Tensor) -> None:
+def _check_cu_seqlens(op: str, cu_seqlens: Tensor, count: int) -> None:
     if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or len(cu_seqlens) < 2:
         raise ValueError(f"{op} takes cu_seqlens [S + 1] int32, beginning with 0, not {list(cu_seqlens.shape)} "
                          f"{cu_seqlens.dtype}")
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != count or (cu_seqlens.diff() < 0).any():
+        raise ValueError(f"{op} takes cu_seqlens that rise from 0 to the {count} packed positions, not "
+                         f"{cu_seqlens.tolist()}")
 
 
 def _run_dense(q, k, v, key_mask, block_length, scale, backend):

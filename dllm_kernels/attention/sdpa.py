@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dllm_kernels.attention.reference import block_diffusion_mask, dense_mask
+from dllm_kernels.attention.reference import dense_mask
+
+TILE = 128
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -28,27 +30,73 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
 def bidirectional_attention(q, k, v, key_mask, block_length, scale):
     if key_mask is not None and key_mask.device.type == "cpu" and bool(key_mask.all()):
         key_mask = None  # without a mask, SDPA is faster; on a GPU, asking would stall it
+    if block_length is not None and key_mask is None:
+        return block_causal(q, k, v, block_length, scale)
     return attend(q, k, v, dense_mask(q, k, key_mask, block_length), scale)
 
 
+def block_causal(q, k, v, block_length, scale):
+    """Some queries at a time, with the keys up to their last block."""
+    before = k.shape[1] - q.shape[1]
+    tile = _whole_blocks(block_length)
+    outputs = []
+    for end in range((before // tile + 1) * tile, k.shape[1] + tile, tile):
+        first, last = max(end - tile, before), min(end, k.shape[1])
+        queries, keys, values = q[:, first - before:last - before], k[:, :last], v[:, :last]
+        outputs.append(attend(queries, keys, values, dense_mask(queries, keys, None, block_length), scale))
+    return torch.cat(outputs, 1) if outputs else torch.empty_like(q)
+
+
 def bidirectional_attention_varlen(q, k, v, cu_seqlens, max_seqlen, block_length, scale):
-    """Documents of one length are one batch."""
+    return _by_length(lambda *heads: bidirectional_attention(*heads, None, block_length, scale), cu_seqlens, q, k, v)
+
+
+def block_diffusion_attention(q, k, v, block_length, cu_seqlens, scale):
+    """Some noisy queries and their clean copies at a time, with the clean keys up to them and their own noisy ones."""
+    if cu_seqlens is not None:
+        B, length = len(q), q.shape[1] // 2
+        copies = [copy for x in (q, k, v) for copy in x.view(B, 2, length, *x.shape[2:]).transpose(0, 1).flatten(1, 2)]
+
+        def attend_document(*copies):
+            joined = [torch.cat(copies[i:i + 2], 1) for i in (0, 2, 4)]
+            return torch.stack(block_diffusion_attention(*joined, block_length, None, scale).chunk(2, 1), 2)
+
+        out = _by_length(attend_document, cu_seqlens, *copies)  # [B * L, 2, Hq, E]
+        return out.view(B, length, 2, *q.shape[2:]).transpose(1, 2).reshape(q.shape)
+    (noisy_q, clean_q), (noisy_k, clean_k), (noisy_v, clean_v) = (x.chunk(2, 1) for x in (q, k, v))
+    noisy, clean = [], []
+    tile = _whole_blocks(block_length)
+    for first in range(0, noisy_q.shape[1], tile):
+        own, seen = slice(first, first + tile), slice(0, first + tile)
+        queries = torch.cat((noisy_q[:, own], clean_q[:, own]), 1)
+        keys, values = (torch.cat((c[:, seen], n[:, own]), 1) for c, n in ((clean_k, noisy_k), (clean_v, noisy_v)))
+        block = torch.arange(keys.shape[1] - queries.shape[1] // 2, device=q.device) // block_length
+        query = block[own].unsqueeze(1)
+        same = query == block[own]
+        noisy_sees = torch.cat((block < query, same), 1)
+        clean_sees = torch.cat((block <= query, torch.zeros_like(same)), 1)
+        out = attend(queries, keys, values, torch.cat((noisy_sees, clean_sees)).unsqueeze(0), scale)
+        for outputs, part in zip((noisy, clean), out.chunk(2, 1), strict=True):
+            outputs.append(part)
+    return torch.cat(noisy + clean, 1) if noisy else torch.empty_like(q)
+
+
+def _whole_blocks(block_length: int) -> int:
+    """Queries at a time: few enough to skip most of the keys they do not see, enough to fill a matrix product."""
+    return max(TILE // block_length, 1) * block_length
+
+
+def _by_length(attend_documents, cu_seqlens: Tensor, *packed: Tensor) -> Tensor:
+    """`attend_documents` of packed [T, ...] tensors, documents of one length together as [documents, length, ...]."""
     lengths = cu_seqlens.diff().tolist()
     if len(set(lengths)) == 1:
-        heads = [x.view(len(lengths), lengths[0], *x.shape[1:]) for x in (q, k, v)]
-        return bidirectional_attention(*heads, None, block_length, scale).reshape(q.shape)
+        return attend_documents(*(x.unflatten(0, (len(lengths), lengths[0])) for x in packed)).flatten(0, 1)
     by_length: dict[int, list[int]] = {}
     for document, length in enumerate(lengths):
         by_length.setdefault(length, []).append(document)
     starts, outputs, places = cu_seqlens.long(), [], []
     for length, members in by_length.items():
-        place = (starts[members].unsqueeze(1) + torch.arange(length, device=q.device)).flatten()
-        heads = [x[place].view(len(members), length, *x.shape[1:]) for x in (q, k, v)]
-        outputs.append(bidirectional_attention(*heads, None, block_length, scale).reshape(len(place), *q.shape[1:]))
+        place = (starts[members].unsqueeze(1) + torch.arange(length, device=starts.device)).flatten()
+        outputs.append(attend_documents(*(x[place].unflatten(0, (len(members), length)) for x in packed)).flatten(0, 1))
         places.append(place)
     return torch.cat(outputs)[torch.cat(places).argsort()]
-
-
-def block_diffusion_attention(q, k, v, block_length, cu_seqlens, scale):
-    mask = block_diffusion_mask(len(q), q.shape[1] // 2, block_length, cu_seqlens, q.device)
-    return attend(q, k, v, mask, scale)

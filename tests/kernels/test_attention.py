@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dllm_kernels import bidirectional_attention, bidirectional_attention_varlen, block_diffusion_attention
-from dllm_kernels.attention import BLOCK_DIFFUSION_BACKENDS, DENSE_BACKENDS, VARLEN_BACKENDS
+from dllm_kernels.attention import BLOCK_DIFFUSION_BACKENDS, DENSE_BACKENDS, VARLEN_BACKENDS, sdpa
 from dllm_kernels.dispatch import runnable
 
 dense_backends = pytest.mark.parametrize("backend", runnable(DENSE_BACKENDS))
@@ -130,6 +130,27 @@ def test_block_diffusion_mask(block_length, backend):
     assert (ours - truth).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("length, block_length, tile", [(21, 1, 4), (24, 4, 8), (30, 4, 6), (9, 20, 4), (1, 1, 4),
+                                                        (300, 32, None)])
+def test_tiles_of_queries_give_what_the_whole_mask_gives(length, block_length, tile, monkeypatch):
+    if tile:
+        monkeypatch.setattr(sdpa, "TILE", tile)
+    half = (length + 1) // 2
+    cu_seqlens = torch.tensor([0, half, length, length, length + half, 2 * length], dtype=torch.int32)
+
+    def run(backend):
+        q, k, v = (x.requires_grad_() for x in make(2, 2 * length, 2 * length, 4, 2, 16))
+        outputs = [block_diffusion_attention(q, k, v, block_length, backend=backend),
+                   block_diffusion_attention(q, k, v, block_length, cu_seqlens=cu_seqlens, backend=backend),
+                   bidirectional_attention(q, k, v, block_length=block_length, backend=backend),
+                   bidirectional_attention(q[:, -half:], k, v, block_length=block_length, backend=backend)]
+        upstream = [torch.linspace(-1, 1, out.numel()).view_as(out) for out in outputs]
+        return [*outputs, *torch.autograd.grad(outputs, (q, k, v), upstream)]
+
+    for ours, truth in zip(run("sdpa"), run("reference"), strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", runnable(BLOCK_DIFFUSION_BACKENDS))
 @pytest.mark.parametrize("length, block_length", [(8, 4), (12, 4), (16, 16), (10, 4), (6, 1)])
 def test_block_diffusion_equals_the_mask_of_bd3lms(length, block_length, backend, shared):
@@ -235,6 +256,11 @@ def test_autocast_brings_mixed_dtypes_to_its_own_and_compiles():
     (lambda q, k, v: bidirectional_attention(q, k, v, backend="cuda9"), "there is no backend 'cuda9'"),
     (lambda q, k, v: bidirectional_attention_varlen(q[0], k[0], v[0], torch.tensor([0, 5]), 5),
      "cu_seqlens [S + 1] int32"),
+    *((lambda q, k, v, values=values: bidirectional_attention_varlen(
+        q[0], k[0], v[0], torch.tensor(values).int(), 5), f"rise from 0 to the 5 packed positions, not {values}")
+      for values in ([1, 5], [0, 4], [0, 3, 2, 5])),
+    (lambda q, k, v: block_diffusion_attention(q[:, :4], k[:, :4], v[:, :4], 2, cu_seqlens=torch.tensor([0, 5]).int()),
+     "rise from 0 to the 4 packed positions, not [0, 5]"),
     (lambda q, k, v: block_diffusion_attention(q, k, v, 2), "takes 2L queries and 2L keys"),
 ])
 def test_errors_say_what_was_wanted_and_what_came(change, message):
