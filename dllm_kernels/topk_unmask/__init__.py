@@ -10,6 +10,7 @@ the order of token ids, passes u. So every backend gives the same tokens, and a 
 B rows, L positions, M masked positions, V words, D hidden size.
 """
 
+import importlib
 import os
 from functools import partial
 from typing import NamedTuple
@@ -17,19 +18,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dllm_kernels import triton_support
 from dllm_kernels.dispatch import Backend, choose
 from dllm_kernels.operators import define_operator
 from dllm_kernels.topk_unmask import allowed as allowed_words
 from dllm_kernels.topk_unmask import cpu, reference, vocabulary_parallel
-from dllm_kernels.topk_unmask.random import philox_uniform
+from dllm_kernels.topk_unmask import random as random_numbers
 from dllm_kernels.topk_unmask.selection import commit
 
 __all__ = [
     "Scores", "Unmasked", "linear_token_scores", "linear_topk_unmask", "philox_uniform", "token_scores", "topk_unmask",
 ]
 
-LOGITS_BACKENDS = (Backend("cpu", cpu.score_rows, cpu.missing, cpu.refuses), Backend("reference", reference.score_rows))
-LINEAR_BACKENDS = (Backend("cpu", cpu.linear_score_rows, cpu.missing, cpu.refuses),
+
+def _triton_kernels():
+    """The module, which imports Triton, so not before it is needed."""
+    return importlib.import_module("dllm_kernels.topk_unmask.triton_kernels")
+
+
+def _on_triton(function: str) -> Backend:
+    return Backend("triton", lambda *arguments: getattr(_triton_kernels(), function)(*arguments),
+                   triton_support.missing, triton_support.refuses)
+
+
+LOGITS_BACKENDS = (Backend("cpu", cpu.score_rows, cpu.missing, cpu.refuses), _on_triton("score_rows"),
+                   Backend("reference", reference.score_rows))
+LINEAR_BACKENDS = (Backend("cpu", cpu.linear_score_rows, cpu.missing, cpu.refuses), _on_triton("linear_score_rows"),
                    Backend("reference", reference.linear_score_rows))
 BACKENDS = {"topk_unmask": LOGITS_BACKENDS, "linear_topk_unmask": LINEAR_BACKENDS, "token_scores": LOGITS_BACKENDS,
             "linear_token_scores": LINEAR_BACKENDS}
@@ -168,6 +182,20 @@ def linear_token_scores(hidden: Tensor, weight: Tensor, positions: Tensor, *, bi
     return Scores(*(_scores_operator if torch.compiler.is_compiling() else _scores)(*arguments))
 
 
+def philox_uniform(seed: int, sequence: Tensor, step: int | Tensor, position: Tensor) -> Tensor:
+    """Two uniforms in (0, 1) for each position of each sequence at a denoising step, the same on every device.
+
+    Args:
+        seed: any integer; its low 64 bits are the key.
+        sequence, position: int64 tensors below 2**32 that broadcast together, to [B, L] say.
+        step: below 2**32; or an int64 tensor of one element, which a CUDA graph can read.
+    Returns: float64 [B, L, 2], odd multiples of 2**-53. [..., 0] picks the token, [..., 1] is for selection.
+    """
+    if position.is_cuda and triton_support.missing() is None and not torch.compiler.is_compiling():
+        return _triton_kernels().philox_uniform(seed, sequence, step, position)
+    return random_numbers.philox_uniform(seed, sequence, step, position)
+
+
 def _check_step(op, tokens, mask_token_id, k, words):
     if mask_token_id < 0 or (words is not None and mask_token_id >= words):
         raise ValueError(f"{op}: mask_token_id {mask_token_id} is outside the vocabulary of {words}")
@@ -246,6 +274,10 @@ def _as_tensor(k, tokens):
 
 def _unmask(inputs, weight, bias, tokens, mask_token_id, k, uniform, bits, confidence, temperature, top_k, top_p, raw,
             selection_temperature, threshold, backend, group=None):
+    if group is None and choose("topk_unmask", LOGITS_BACKENDS if weight is None else LINEAR_BACKENDS, backend,
+                                inputs).name == "triton":
+        return _unmask_without_waiting(inputs, weight, bias, tokens, mask_token_id, k, uniform, bits, confidence,
+                                       temperature, top_k, top_p, raw, selection_temperature, threshold)
     masked = tokens == mask_token_id
     positions = masked.flatten().nonzero().squeeze(1)
     rows = positions if inputs.ndim == 3 else None
@@ -260,6 +292,24 @@ def _unmask(inputs, weight, bias, tokens, mask_token_id, k, uniform, bits, confi
     tokens_of = torch.zeros_like(tokens).masked_scatter(masked, token)
     scores = torch.full_like(tokens, -torch.inf, dtype=torch.float32).masked_scatter(masked, score)
     return commit(tokens, masked, tokens_of, scores, k, selection_temperature, threshold, uniform)
+
+
+def _unmask_without_waiting(inputs, weight, bias, tokens, mask_token_id, k, uniform, bits, confidence, temperature,
+                            top_k, top_p, raw, selection_temperature, threshold):
+    """The same where only the GPU knows how many positions are masked: a place for each position, and nothing is read
+    where it is not masked. A row of [M, V] that is missing gives the confidence NaN."""
+    kernels = _triton_kernels()
+    masked, rows = kernels.find_rows(tokens, mask_token_id, inputs.ndim == 2)
+    if bits is not None:
+        if bits.ndim == 2:
+            place = rows if inputs.ndim == 2 else kernels.find_rows(tokens, mask_token_id, True)[1]
+            bits = bits[place.clamp(0, len(bits) - 1)]
+        else:
+            bits = bits.expand(len(rows), -1) if bits.ndim == 1 else bits.flatten(0, 1)
+    token, score = _score(inputs, weight, bias, rows, None if uniform is None else uniform.flatten(0, 1), bits,
+                          confidence, temperature, top_k, top_p, raw, backend="triton", group=None)
+    return kernels.commit(tokens, masked, token.view_as(tokens), score.view_as(tokens), k, selection_temperature,
+                          threshold, uniform)
 
 
 def _scores(inputs, weight, bias, positions, uniform, bits, confidence, temperature, top_k, top_p, raw, backend,

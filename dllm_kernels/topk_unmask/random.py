@@ -31,17 +31,10 @@ def philox(
     return c0, c1, c2, c3
 
 
-def philox_uniform(seed: int, sequence: Tensor, step: int, position: Tensor) -> Tensor:
-    """Two uniforms in (0, 1) for each position of each sequence at a denoising step.
-
-    Args:
-        seed: any integer; its low 64 bits are the key.
-        sequence, position: int64 tensors below 2**32 that broadcast together, to [B, L] say.
-        step: below 2**32.
-    Returns: float64 [B, L, 2], odd multiples of 2**-53. [..., 0] picks the token, [..., 1] is for selection.
-    """
+def philox_uniform(seed: int, sequence: Tensor, step: int | Tensor, position: Tensor) -> Tensor:
+    """See `dllm_kernels.philox_uniform`."""
     sequence, position = torch.broadcast_tensors(sequence, position)
-    step_word = torch.full_like(position, step)
+    step_word = torch.full_like(position, step) if isinstance(step, int) else step.expand_as(position)
     words = philox((position, step_word, sequence, torch.zeros_like(position)), (seed & _LOW, (seed >> 32) & _LOW))
     pairs = torch.stack((words[0] << 20 | words[1] >> 12, words[2] << 20 | words[3] >> 12), dim=-1)
     return (pairs.double() + 0.5) * 2.0**-52  # exact: 53 bits and the half would round the largest to 1

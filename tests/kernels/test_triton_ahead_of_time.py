@@ -16,10 +16,20 @@ import pytest
 
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # that a program can have, by compute capability * 10
 # Of the arguments, by name; one without an entry points to fp32. "data" points to the operation's dtype.
-DATA = {"bias", "g", "grad_hidden", "grad_logits", "hidden", "logits", "weight"}
-POINTERS = {"corrupted": "*i1", "count": "*i64", "rows": "*i64", "targets": "*i32"}
-MULTIPLES_OF_16 = {"D", "N", "V", "hidden_stride", "logits_stride", "size", "span", "start", "weight_stride", "width"}
-NUMBERS = MULTIPLES_OF_16 | {"column_tiles", "group", "row_tiles", "splits"}
+DATA = {"bias", "g", "grad_hidden", "grad_logits", "hidden", "inputs", "logits", "weight"}
+POINTERS = {
+    "allowed": "*i32", "committed": "*i1", "corrupted": "*i1", "count": "*i64", "cuts": "*i32", "filled": "*i64",
+    "ids": "*i32", "k": "*i64", "lasts": "*i32", "listed": "*i64", "masked": "*i1", "numbers": "*fp64",
+    "position": "*i64", "rows": "*i64", "sequence": "*i64", "step_pointer": "*i64", "targets": "*i32", "token": "*i64",
+    "tokens": "*i64", "uniform": "*fp64"}
+MULTIPLES_OF_16 = {"D", "N", "V", "hidden_stride", "inputs_stride", "logits_stride", "size", "span", "start",
+                   "weight_stride", "width"}
+NUMBERS = dict.fromkeys(
+    MULTIPLES_OF_16 | {"L", "R", "allowed_stride", "blocks", "column_tiles", "group", "high", "low", "mask_token_id",
+                       "n", "position_stride0", "position_stride1", "row_tiles", "sequence_stride0",
+                       "sequence_stride1", "share", "splits", "step", "top_k"}, "i32")
+NUMBERS |= dict.fromkeys(("softcap", "temperature", "threshold"), "fp32")
+NUMBERS |= dict.fromkeys(("temperature_bits", "top_p_bits"), "i64")
 OPTIONAL = {"bias", "softcap"}
 
 
@@ -34,6 +44,45 @@ def cases():
             yield name, dtype, kernel, chosen, set()
             if OPTIONAL & {*kernel.arg_names}:
                 yield name, dtype, kernel, chosen, OPTIONAL & {*kernel.arg_names}
+    yield from unmask_cases()
+
+
+def unmask_cases():
+    from dllm_kernels.topk_unmask import triton_kernels as unmask
+
+    filters, greedy = {"cuts", "lasts"}, {"temperature"}
+    for dtype, size, shift in (("bf16", 2, 16), ("fp32", 4, 0)):
+        plain = {**unmask.BLOCK, "SHIFT": shift, "IDS": False, "MEASURE": "prob", "RAW": False}
+        name, kernel = "unmask_statistics", unmask._statistics_kernel
+        yield name, dtype, kernel, plain | {"IDS": True}, filters | greedy | {"rows", "allowed"}
+        yield name, dtype, kernel, plain, filters | {"allowed"}
+        yield name, dtype, kernel, plain | {"MEASURE": "margin", "IDS": True}, greedy
+        yield name, dtype, kernel, plain | {"MEASURE": "entropy"}, set()
+        yield name, dtype, kernel, plain | {"MEASURE": "margin", "RAW": True}, filters
+        yield "unmask_cut", dtype, unmask._cut_kernel, {**unmask.CUT, "SHIFT": shift, "BLOCKS": 64}, set()
+        tiles = unmask.TILES[size]
+        for measure, raw, ids, absent in (
+                ("prob", False, True, greedy | {"allowed", "bias"}), ("entropy", False, False, {"allowed"}),
+                ("margin", False, True, greedy), ("entropy", True, False, set()), ("margin", True, False, set())):
+            words = tiles["WORDS"] if "allowed" in absent else unmask.NARROW[size]
+            chosen = {**tiles, "WORDS": words, "IDS": ids, "MEASURE": measure, "RAW": raw}
+            yield "unmask_linear_statistics", dtype, unmask._linear_statistics_kernel, chosen, absent
+        yield "unmask_linear_logits", dtype, unmask._linear_logits_kernel, tiles, set()
+        for confidence in ("prob", "margin", "entropy", "random"):
+            name, kernel, head = "unmask_choose", unmask._choose_kernel, {"weight", "bias"}
+            chosen = {"CONFIDENCE": confidence, "RAW": confidence != "random", "SHIFT": shift}
+            from_logits = chosen | {**unmask.CHOOSE["logits"], "BLOCKS": 64, "WORDS": unmask.BLOCK["WORDS"]}
+            from_hidden = chosen | {**unmask.CHOOSE["linear"], "BLOCKS": 512, "WORDS": unmask.SAMPLED}
+            yield name, dtype, kernel, from_logits, head
+            yield name, dtype, kernel, from_logits, filters | head | greedy
+            yield name, dtype, kernel, from_hidden, filters
+            yield name, dtype, kernel, from_hidden, filters | greedy
+    yield "unmask_list", "i64", unmask._list_kernel, unmask.POSITIONS, set()
+    yield "unmask_find_rows", "i64", unmask._find_rows_kernel, unmask.POSITIONS | {"PACKED": True}, set()
+    for absent in (set(), {"temperature_bits", "uniform", "threshold"}):
+        yield "unmask_commit", "fp32", unmask._commit_kernel, unmask.COMMIT, absent
+    for absent in (set(), {"step_pointer"}):
+        yield "unmask_philox", "fp64", unmask._philox_kernel, unmask.POSITIONS, absent
 
 
 def compile_all() -> list[dict]:
@@ -49,8 +98,8 @@ def compile_all() -> list[dict]:
         for place, argument in enumerate(kernel.arg_names):
             if argument in constants:
                 signature[argument] = "constexpr"
-            elif argument in NUMBERS or argument == "softcap":
-                signature[argument] = "fp32" if argument == "softcap" else "i32"
+            elif argument in NUMBERS:
+                signature[argument] = NUMBERS[argument]
             else:
                 signature[argument] = f"*{dtype}" if argument in DATA else POINTERS.get(argument, "*fp32")
             if argument in MULTIPLES_OF_16 or signature[argument].startswith("*"):
@@ -66,8 +115,10 @@ def compile_all() -> list[dict]:
                                        check=True).stdout
             registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
             found.append({"kernel": name, "dtype": dtype, "without": sorted(absent), "capability": capability,
+                          "settings": {key: value for key, value in chosen.items() if not key.startswith("num_")},
                           "registers": registers, "stack": stack, "shared": compiled.metadata.shared,
-                          "wgmma": "wgmma.mma_async" in compiled.asm["ptx"]})
+                          "wgmma": "wgmma.mma_async" in compiled.asm["ptx"],
+                          "wide_loads": len(re.findall(r"ld\.global[.\w:]*\.v4\.b32", compiled.asm["ptx"]))})
     return found
 
 
@@ -97,6 +148,17 @@ def test_products_use_the_tensor_cores_of_hopper(compiled):
     products = ("statistics", "gradient", "grad_hidden", "grad_weight")
     hopper = [x for x in compiled if x["kernel"] in products and x["capability"] == 90 and x["dtype"] == "bf16"]
     assert len(hopper) == 6 and all(x["wgmma"] for x in hopper)
+    products = ("unmask_linear_statistics", "unmask_linear_logits")
+    hopper = [x for x in compiled if x["kernel"] in products and x["capability"] == 90 and x["dtype"] == "bf16"]
+    assert len(hopper) == 6 and all(x["wgmma"] for x in hopper)
+
+
+@pytest.mark.slow
+def test_logits_are_read_sixteen_bytes_at_a_time(compiled):
+    # A thread of `unmask_statistics` reads 16 words of a block.
+    loads = {"unmask_statistics": {"bf16": 2, "fp32": 4}, "unmask_cut": {"bf16": 2, "fp32": 4}}
+    readers = [x for x in compiled if x["kernel"] in loads]
+    assert len(readers) == 36 and all(x["wide_loads"] >= loads[x["kernel"]][x["dtype"]] for x in readers)
 
 
 if __name__ == "__main__":

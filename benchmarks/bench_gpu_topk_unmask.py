@@ -1,0 +1,147 @@
+"""A denoising step on a GPU, bf16, vocabulary of Qwen2.5: 32 sequences with 128 or 512 masked positions each.
+
+Calls are replayed from a CUDA graph, so that launching does not count, and what is read is larger than the L2 cache or
+taken from several copies in turn. Half of the logits copied moves as many bytes as all of them read: the measure of the
+memory's speed.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from dllm_kernels import linear_token_scores, linear_topk_unmask, philox_uniform, token_scores, topk_unmask
+
+V, MASK = 151_936, 151_935
+B, ROWS = 32, [32 * 128, 32 * 512]
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def make_logits(rows: int, words: int = V, device: str = "cuda"):
+    g = torch.Generator(device).manual_seed(0)
+    return (3 * torch.randn(rows, words, generator=g, device=device)).bfloat16()
+
+
+def make_head(rows: int, D: int, words: int = V, device: str = "cuda"):
+    g = torch.Generator(device).manual_seed(0)
+    hidden, weight = (torch.randn(*shape, generator=g, device=device) for shape in ((1, rows, D), (words, D)))
+    return hidden.bfloat16(), (weight * D**-0.5).bfloat16(), torch.arange(rows, device=device)
+
+
+def make_uniforms(rows: int, device: str = "cuda"):
+    return philox_uniform(0, torch.zeros((), dtype=torch.int64, device=device), 0, torch.arange(rows, device=device))
+
+
+def softmax_and_sample(logits, temperature):
+    """What one would write; compiled below."""
+    p = (logits.float() / (temperature or 1)).softmax(-1)
+    if temperature:
+        noise = torch.empty_like(p).exponential_()
+        token = (p / noise).argmax(-1)
+        return token, p.gather(-1, token.unsqueeze(-1))
+    return p.max(-1)
+
+
+def llada_step(logits, temperature):
+    """LLaDA's own (generate.py): Gumbel noise and softmax in float64, whatever the temperature of the softmax."""
+    noisy = logits
+    if temperature:
+        z = logits.to(torch.float64)
+        noisy = z.exp() / (-torch.rand_like(z).log())**temperature
+    token = noisy.argmax(-1)
+    return token, logits.to(torch.float64).softmax(-1).gather(-1, token.unsqueeze(-1))
+
+
+def captured(*calls: Callable[[], object]) -> Callable[[], None]:
+    """The calls, one after the other, as one replay of a CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph.replay
+
+
+def measure(paired, ours, baseline, at_least, **extra):
+    paired(ours=ours, baseline=baseline, finish=torch.cuda.synchronize, rounds=20, threads=None, at_least=at_least,
+           gpu=torch.cuda.get_device_name(), **extra)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def bench_logits_against_the_memory(paired, backend, rows, temperature):
+    logits, u = make_logits(rows), make_uniforms(rows)
+    half = logits[:rows // 2]
+    to = torch.empty_like(half)
+    measure(paired, captured(lambda: token_scores(logits, temperature=temperature, generator=u, backend=backend)),
+            captured(lambda: to.copy_(half)), 0.85, must_read_bytes=logits.nbytes)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("rows", ROWS)
+def bench_logits_against_compiled(paired, rows, temperature):
+    logits, u = make_logits(rows), make_uniforms(rows)
+    compiled = torch.compile(softmax_and_sample, dynamic=False)
+    compiled(logits, temperature)
+    measure(paired, captured(lambda: token_scores(logits, temperature=temperature, generator=u)),
+            lambda: compiled(logits, temperature), 3)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def bench_logits_against_llada(paired, temperature):
+    logits, u = make_logits(ROWS[0]), make_uniforms(ROWS[0])
+    measure(paired, captured(lambda: token_scores(logits, temperature=temperature, generator=u)),
+            lambda: llada_step(logits, temperature), 15)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("D, at_least", [(896, 1.1), (3584, 1.0)])
+def bench_head_against_product_then_logits(paired, D, at_least, rows):
+    hidden, weight, positions = make_head(rows, D)
+    measure(paired, captured(lambda: linear_token_scores(hidden, weight, positions)),
+            captured(lambda: token_scores(hidden[0] @ weight.T)), at_least, must_multiply_flop=2 * rows * D * V)
+
+
+@pytest.mark.parametrize("D", [896, 3584])
+def bench_head_of_one_block(paired, D):
+    """32 masked positions of one sequence: within 1.3 times the time that reading the head takes."""
+    cases = [make_head(32, D) for _ in range(3)]
+    halves = [weight[:V // 2] for _, weight, _ in cases]
+    to = torch.empty_like(halves[0])
+    measure(paired, captured(*(lambda case=case: linear_token_scores(*case) for case in cases)),
+            captured(*(lambda half=half: to.copy_(half) for half in halves)), 1 / 1.3)
+
+
+def bench_launches_bytes_and_synchronisations(paired):
+    """Of a whole step from hidden states at temperature 0. PyTorch raises at the first host synchronisation."""
+    hidden, weight, _ = make_head(B * 128, 896)
+    hidden, tokens = hidden.view(B, 128, 896), torch.full((B, 128), MASK, device="cuda")
+    k = torch.full((B,), 4, device="cuda")
+
+    def step():
+        return linear_topk_unmask(hidden, weight, tokens, MASK, k)
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    bytes_allocated = torch.cuda.max_memory_allocated() - before
+    on_gpu = torch.autograd.DeviceType.CUDA
+    launches = sum(event.count for event in profile.key_averages() if event.device_type == on_gpu)
+    logits = make_logits(B * 128)
+    # find_rows, the list of them, statistics, choice, commit
+    measure(paired, step, lambda: topk_unmask(logits, tokens, MASK, k), None, exactly={"launches": (launches, 5)},
+            bytes_allocated=bytes_allocated)

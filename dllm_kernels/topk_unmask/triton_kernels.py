@@ -1,0 +1,683 @@
+"""Unmasking in Triton: for GPUs, without ever waiting for one.
+
+A row of logits is read once, in blocks, and each block leaves a handful of numbers: its largest logit, the lowest word
+that has it, the sum of exp(x - largest), and the runner-up or the sum of (x - largest) exp(x - largest). A second
+kernel, one program per row, combines them in float64. To sample, it finds the block in which the cumulative probability
+passes u, and reads that block again. So a denoising step is four launches, `find_rows`, two of scores, and `commit`:
+
+    setting                              reads of a row                     launches of `score_rows`
+    temperature 0                        1                                  2
+    temperature > 0                      1 + one block                      2
+    top_k or top_p                       up to 19 (bf16 11, fp16 13)        4
+        + temperature > 0                one block more
+
+Top-p keeps what is before a cut in falling order of value, top-k keeps what is not below a cut: both are the smallest
+value for which what is above weighs at most so much, or counts less than so many. The search for it halves the range of
+an ordered integer key twice per read, so nothing is sorted. A filter changes nothing at temperature 0 where the
+confidence is raw or random, and is then left out.
+
+The linear form computes tiles of hidden @ weight.T and reduces them where they are. To sample, it multiplies one block
+of words again. Where something is filtered, it stores fp32 logits, at most WORKSPACE_BYTES at a time, for the above.
+How many rows are scored stays on the GPU: programs that find no row return at once.
+n rows to score, R rows of inputs, V words, D hidden size.
+"""
+
+import struct
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dllm_kernels.triton_support import missing, refuses
+
+__all__ = ["commit", "find_rows", "linear_score_rows", "missing", "philox_uniform", "refuses", "score_rows"]
+
+# Not measured on a GPU: tiles that spill no registers on sm_80, sm_90 and sm_100.
+BLOCK = {"WORDS": 4096, "num_warps": 8}  # of a row of logits
+CUT = {"WORDS": 2048, "num_warps": 8}
+PROGRAMS, SHARE = 4096, 4  # blocks per program: one for few rows, up to SHARE where there are so many programs
+TILES = {2: {"ROWS": 128, "WORDS": 128, "INNER": 64, "num_warps": 8, "num_stages": 3},  # by bytes per element
+         4: {"ROWS": 64, "WORDS": 64, "INNER": 32, "num_warps": 8, "num_stages": 3}}
+NARROW = {2: 64, 4: 32}  # WORDS where words are allowed one by one, or two distributions measured: more registers each
+GROUP, LINEAR_SPLITS, LINEAR_PROGRAMS = 16, 32, 512  # as in masked_cross_entropy
+SAMPLED = 512  # words that the linear form multiplies again to sample; more where the statistics would be too many
+CHOOSE = {"logits": {"INNER": 32, "num_warps": 16}, "linear": {"INNER": 32, "num_warps": 8}}
+WORKSPACE_BYTES, STATISTICS_BYTES = 1 << 30, 1 << 28
+POSITIONS = {"BLOCK": 1024, "num_warps": 4}
+COMMIT = {"BLOCK": 64, "OTHERS": 64, "num_warps": 8}
+
+# Numbers that differ from call to call are not specialized: no kernel is compiled again for them.
+NUMBERS = tl.constexpr(5)  # of a block: top, total, extra; top and total of the raw logits, where they differ
+# Of the key: bf16 and fp16 fill the upper 16 and 19 bits of an fp32
+KEY_SHIFTS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
+
+
+@triton.jit
+def _finite(top):
+    return tl.where(top == -float("inf"), 0.0, top)  # -inf - -inf would be NaN
+
+
+@triton.jit
+def _tempered(z, v, allowed, V, temperature):
+    """z / temperature, and -inf for words past the last and those not allowed."""
+    x = z
+    if temperature is not None:
+        x = tl.div_rn(z, temperature)
+    possible = v < V
+    if allowed is not None:
+        possible = possible & (((tl.load(allowed + v // 32, mask=possible, other=0) >> (v % 32)) & 1) != 0)
+    return tl.where(possible, x, -float("inf"))
+
+
+@triton.jit
+def _key(z, x, SHIFT: tl.constexpr):
+    """int32 in the order of x. A 16-bit z has the order of x, and fewer bits (until temperature is some 2**100)."""
+    y = x if SHIFT == 0 else tl.where(x == -float("inf"), x, z)
+    bits = tl.where(y == 0, 0.0, y).to(tl.int32, bitcast=True)  # -0.0 equals 0.0
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
+
+
+@triton.jit
+def _statistics(x, v, V, IDS: tl.constexpr, MEASURE: tl.constexpr):
+    """Of each row of x [rows, words]: top, its lowest word, total, extra. A NaN or +inf makes the total NaN."""
+    top = tl.max(x, 1)
+    shifted = x - _finite(top)[:, None]
+    e = tl.exp(shifted)
+    total = tl.sum(e, 1)
+    best, extra = tl.zeros_like(top).to(tl.int32), tl.zeros_like(top)
+    if IDS or MEASURE == "margin":
+        best = tl.min(tl.where(x == top[:, None], v, V), 1)
+    if MEASURE == "margin":
+        extra = tl.max(tl.where(v == best[:, None], -float("inf"), x), 1)
+    if MEASURE == "entropy":
+        extra = tl.sum(tl.where(e > 0, e * shifted, 0.0), 1)
+    return top, best, total, extra
+
+
+@triton.jit
+def _fold(top, best, total, extra, x, v, V, IDS: tl.constexpr, MEASURE: tl.constexpr):
+    """The statistics of what came before, in lower words, and of x together."""
+    its_top, its_best, its_total, its_extra = _statistics(x, v, V, IDS, MEASURE)
+    new_top = tl.maximum(top, its_top)
+    shift = _finite(new_top)
+    scale, its_scale = tl.exp(top - shift), tl.exp(its_top - shift)
+    if MEASURE == "margin":
+        extra = tl.maximum(tl.minimum(top, its_top), tl.maximum(extra, its_extra))
+    if MEASURE == "entropy":
+        extra = tl.where(total > 0, scale * (extra + (top - shift) * total), 0.0)
+        extra += tl.where(its_total > 0, its_scale * (its_extra + (its_top - shift) * its_total), 0.0)
+    best = tl.where(its_top > top, its_best, best)
+    return new_top, best, total * scale + its_total * its_scale, extra
+
+
+@triton.jit
+def _row_of(rows, n):
+    if rows is None:
+        return n
+    else:
+        return tl.load(rows + n)
+
+
+@triton.jit(do_not_specialize=["allowed_stride", "R", "splits", "share", "blocks"])
+def _statistics_kernel(stats, ids, logits, rows, allowed, cuts, lasts, temperature, logits_stride, allowed_stride, R, V,
+                       splits, share, blocks, IDS: tl.constexpr, MEASURE: tl.constexpr, RAW: tl.constexpr,
+                       SHIFT: tl.constexpr, WORDS: tl.constexpr):
+    """Write stats [n, blocks, NUMBERS] and, if IDS, ids [n, blocks]; with cuts, of the words that they keep."""
+    n = (tl.program_id(0) // splits).to(tl.int64)  # n * logits_stride passes 2**31
+    split = tl.program_id(0) % splits
+    row = _row_of(rows, n)
+    if (row < 0) | (row >= R):
+        return
+    logits += row * logits_stride
+    if allowed is not None:
+        allowed += n * allowed_stride
+    for block in range(split * share, tl.minimum((split + 1) * share, blocks)):
+        v = block * WORDS + tl.arange(0, WORDS)[None, :]
+        z = tl.load(logits + v, mask=v < V, other=-float("inf")).to(tl.float32)
+        x = _tempered(z, v, allowed, V, temperature)
+        if cuts is not None:
+            key, cut = _key(z, x, SHIFT), tl.load(cuts + n)
+            x = tl.where((key > cut) | ((key == cut) & (v <= tl.load(lasts + n))), x, -float("inf"))
+        top, best, total, extra = _statistics(x, v, V, IDS, "" if RAW else MEASURE)
+        at = n * blocks + block + tl.arange(0, 1)
+        tl.store(stats + at * NUMBERS, top)
+        tl.store(stats + at * NUMBERS + 1, total)
+        if IDS:
+            tl.store(ids + at, best)
+        if RAW:
+            top, best, total, extra = _statistics(z, v, V, False, MEASURE)
+            tl.store(stats + at * NUMBERS + 3, top)
+            tl.store(stats + at * NUMBERS + 4, total)
+        if MEASURE == "margin" or MEASURE == "entropy":
+            tl.store(stats + at * NUMBERS + 2, extra)
+
+
+@triton.jit
+def _read(stats, b, blocks, FIRST: tl.constexpr):
+    """Of a row: each block's top, the row's, and what each block adds to the sum of exp(x - top), in float64."""
+    tops = tl.load(stats + b * NUMBERS + FIRST, mask=b < blocks, other=-float("inf"))
+    totals = tl.load(stats + b * NUMBERS + FIRST + 1, mask=b < blocks, other=0.0)
+    top = tl.max(tops, 0)
+    return tops, top, totals.to(tl.float64) * tl.exp((tops - _finite(top)).to(tl.float64))
+
+
+@triton.jit(do_not_specialize=["top_p_bits", "top_k", "allowed_stride", "R", "blocks"])
+def _cut_kernel(cuts, lasts, stats, logits, rows, allowed, temperature, top_p_bits, top_k, logits_stride,
+                allowed_stride, R, V, blocks, BLOCKS: tl.constexpr, SHIFT: tl.constexpr, WORDS: tl.constexpr):
+    """Write the key below which a word is dropped, and of the words that have that key the last that is kept."""
+    n = tl.program_id(0).to(tl.int64)
+    row = _row_of(rows, n)
+    if (row < 0) | (row >= R):
+        return
+    tops, top, totals = _read(stats + n * blocks * NUMBERS, tl.arange(0, BLOCKS), blocks, 0)
+    total = tl.sum(totals, 0)
+    low = tl.cast(-0x7F800001 >> SHIFT, tl.int64)  # the key of -inf
+    if (total > 0) == 0:  # NaN too; then all is kept, so that it is found again
+        tl.store(cuts + n, low.to(tl.int32))
+        tl.store(lasts + n, V)
+        return
+    logits += row * logits_stride
+    if allowed is not None:
+        allowed += n * allowed_stride
+    limit = tl.cast(top_p_bits, tl.int64).to(tl.float64, bitcast=True) * total
+    high = tl.cast(0x7FFFFFFF >> SHIFT, tl.int64)
+    above = tl.cast(0.0, tl.float64)  # mass of the words whose key is more than high
+    while low < high:
+        first, second, third = low + (high - low) // 4, low + (high - low) // 2, low + (high - low) * 3 // 4
+        mass1, mass2, mass3 = tl.cast(0.0, tl.float64), tl.cast(0.0, tl.float64), tl.cast(0.0, tl.float64)
+        count1, count2, count3 = tl.cast(0, tl.int32), tl.cast(0, tl.int32), tl.cast(0, tl.int32)
+        for start in range(0, V, WORDS):
+            v = start + tl.arange(0, WORDS)
+            z = tl.load(logits + v, mask=v < V, other=-float("inf")).to(tl.float32)
+            x = _tempered(z, v, allowed, V, temperature)
+            key, e = _key(z, x, SHIFT), tl.exp(x - top)
+            mass1 += tl.sum(tl.where(key > first.to(tl.int32), e, 0.0), 0)
+            mass2 += tl.sum(tl.where(key > second.to(tl.int32), e, 0.0), 0)
+            mass3 += tl.sum(tl.where(key > third.to(tl.int32), e, 0.0), 0)
+            count1 += tl.sum((key > first.to(tl.int32)).to(tl.int32), 0)
+            count2 += tl.sum((key > second.to(tl.int32)).to(tl.int32), 0)
+            count3 += tl.sum((key > third.to(tl.int32)).to(tl.int32), 0)
+        fits1 = (mass1 <= limit) & (count1 < top_k)
+        fits2 = (mass2 <= limit) & (count2 < top_k)
+        fits3 = (mass3 <= limit) & (count3 < top_k)
+        above = tl.where(fits1, mass1, tl.where(fits2, mass2, tl.where(fits3, mass3, above)))
+        high = tl.where(fits1, first, tl.where(fits2, second, tl.where(fits3, third, high)))
+        low = tl.where(fits1, low, tl.where(fits2, first + 1, tl.where(fits3, second + 1, third + 1)))
+    cut = high.to(tl.int32)
+    bits = cut << SHIFT
+    bits = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) & (-1 << SHIFT)
+    value = bits.to(tl.float32, bitcast=True)
+    if SHIFT != 0 and temperature is not None:
+        value = tl.div_rn(value, temperature)
+    # Of equals that all fit, room is at least their number; of those without weight it is infinite.
+    weight = tl.exp(value - top).to(tl.float64)
+    room = tl.floor((limit - above) / tl.maximum(weight, 1e-300)) + 1
+    last = tl.cast(V, tl.int32)
+    if room < V:
+        left = room.to(tl.int32)
+        for start in range(0, V, WORDS):
+            v = start + tl.arange(0, WORDS)
+            z = tl.load(logits + v, mask=v < V, other=-float("inf")).to(tl.float32)
+            equal = (_key(z, _tempered(z, v, allowed, V, temperature), SHIFT) == cut).to(tl.int32)
+            count = tl.sum(equal, 0)
+            if (left > 0) & (left <= count):
+                last = tl.max(tl.where((equal != 0) & (tl.cumsum(equal, 0) == left), v, 0), 0)
+            left -= count
+    tl.store(cuts + n, cut)
+    tl.store(lasts + n, last)
+
+
+@triton.jit(do_not_specialize=["allowed_stride", "R", "blocks", "span"])
+def _choose_kernel(tokens, scores, stats, ids, inputs, weight, bias, rows, uniform, allowed, cuts, lasts, temperature,
+                   inputs_stride, weight_stride, allowed_stride, R, V, D, blocks, span, CONFIDENCE: tl.constexpr,
+                   RAW: tl.constexpr, SHIFT: tl.constexpr, BLOCKS: tl.constexpr, WORDS: tl.constexpr,
+                   INNER: tl.constexpr):
+    """Choose and score the token of a row, given the statistics of its blocks of `span` words."""
+    n = tl.program_id(0).to(tl.int64)
+    row = _row_of(rows, n)
+    if (row < 0) | (row >= R):
+        tl.store(tokens + n, 0)
+        tl.store(scores + n, tl.where(row < 0, -float("inf"), float("nan")))
+        return
+    stats += n * blocks * NUMBERS
+    b = tl.arange(0, BLOCKS)
+    tops, top, shares = _read(stats, b, blocks, 0)
+    total = tl.sum(shares, 0)
+    if temperature is None:
+        best = tl.load(ids + n * blocks + b, mask=b < blocks, other=V)
+        token = tl.min(tl.where((tops == top) & (b < blocks), best, V - 1), 0)
+        chosen, raw_chosen = top, top
+    else:
+        # Sums of floats need not agree to the last bit: what no sum passes goes to the last that has a probability.
+        sums = tl.cumsum(shares, 0)
+        passed = tl.load(uniform + 2 * n) * total
+        block = tl.minimum(tl.sum(((sums <= passed) & (b < blocks)).to(tl.int32), 0),
+                           tl.max(tl.where(shares > 0, b, 0), 0))
+        v = block * span + tl.arange(0, WORDS)
+        end = tl.minimum(V, (block + 1) * span)
+        if weight is None:
+            z = tl.load(inputs + row * inputs_stride + v, mask=v < end, other=-float("inf")).to(tl.float32)
+        else:
+            z = _multiply(inputs + row * inputs_stride, weight, bias, block * span, weight_stride, V, D, WORDS, INNER)
+        if allowed is not None:
+            allowed += n * allowed_stride
+        x = _tempered(z, v, allowed, end, temperature)
+        if cuts is not None:
+            key, cut = _key(z, x, SHIFT), tl.load(cuts + n)
+            x = tl.where((key > cut) | ((key == cut) & (v <= tl.load(lasts + n))), x, -float("inf"))
+        e = tl.exp(x - _finite(top)).to(tl.float64)
+        before = tl.sum(tl.where(b == block, sums - shares, 0.0), 0)
+        word = tl.sum((before + tl.cumsum(e, 0) <= passed).to(tl.int32), 0)
+        word = tl.minimum(word, tl.max(tl.where(e > 0, tl.arange(0, WORDS), 0), 0))
+        token = tl.minimum(block * span + word, V - 1)
+        chosen = tl.sum(tl.where(v == token, x, 0.0), 0)
+        raw_chosen = tl.sum(tl.where(v == token, z, 0.0), 0)
+    tl.store(tokens + n, token.to(tl.int64))
+    possible = total > 0  # not NaN
+    if RAW:
+        tops, top, shares = _read(stats, b, blocks, 3)
+        total = tl.sum(shares, 0)
+        chosen = raw_chosen
+    if CONFIDENCE == "prob":
+        score = tl.exp((chosen - top).to(tl.float64)) / total
+    if CONFIDENCE == "margin":
+        extra = tl.load(stats + b * NUMBERS + 2, mask=b < blocks, other=-float("inf"))
+        best_block = tl.min(tl.where(tops == top, b, BLOCKS), 0)
+        second = tl.max(tl.where(b == best_block, extra, tops), 0)
+        score = (1 - tl.exp((second - top).to(tl.float64))) / total
+    if CONFIDENCE == "entropy":
+        extra = tl.load(stats + b * NUMBERS + 2, mask=b < blocks, other=0.0).to(tl.float64)
+        shift = (tops - _finite(top)).to(tl.float64)
+        terms = tl.where(shares > 0, extra * tl.exp(shift) + shares * shift, 0.0)
+        score = tl.sum(terms, 0) / total - tl.log(total)
+    if CONFIDENCE == "random":
+        score = tl.load(uniform + 2 * n + 1)
+    tl.store(scores + n, tl.where(possible, score.to(tl.float32), float("nan")))
+
+
+@triton.jit
+def _multiply(hidden, weight, bias, first, weight_stride, V, D, WORDS: tl.constexpr, INNER: tl.constexpr):
+    """One row's logits of the words from `first`, [WORDS] in fp32."""
+    v = tl.minimum(first + tl.arange(0, WORDS), V - 1).to(tl.int64)  # those past the last are dropped by the caller
+    z = tl.zeros((WORDS,), tl.float32)
+    for start in range(0, D, INNER):
+        d = start + tl.arange(0, INNER)
+        h = tl.load(hidden + d, mask=d < D, other=0.0).to(tl.float32)
+        w = tl.load(weight + (v[:, None] * weight_stride + d[None, :]), mask=d[None, :] < D, other=0.0).to(tl.float32)
+        z += tl.sum(w * h[None, :], 1)
+    if bias is not None:
+        z += tl.load(bias + v).to(tl.float32)
+    return z
+
+
+@triton.jit
+def _logits(hidden, weight, bias, first, weight_stride, V, D, WORDS: tl.constexpr, INNER: tl.constexpr):
+    """Logits [rows, WORDS] in fp32 of the words from `first`, for rows at the pointers hidden [rows]."""
+    v = tl.minimum(tl.arange(0, WORDS), V - 1 - first)
+    weight += tl.cast(first, tl.int64) * weight_stride
+    z = tl.zeros((hidden.shape[0], WORDS), tl.float32)
+    for start in range(0, D, INNER):
+        d = start + tl.arange(0, INNER)
+        a = tl.load(hidden[:, None] + d[None, :], mask=d[None, :] < D, other=0.0)
+        b = tl.load(weight + (v[None, :] * weight_stride + d[:, None]), mask=d[:, None] < D, other=0.0)
+        z = tl.dot(a, b, z, input_precision="ieee")
+    if bias is not None:
+        z += tl.load(bias + first + v).to(tl.float32)[None, :]
+    return z
+
+
+@triton.jit(do_not_specialize=["allowed_stride", "group", "splits"])
+def _linear_statistics_kernel(stats, ids, hidden, weight, bias, rows, listed, count, allowed, temperature,
+                              hidden_stride, weight_stride, allowed_stride, V, D, group, splits, span,
+                              IDS: tl.constexpr, MEASURE: tl.constexpr, RAW: tl.constexpr, ROWS: tl.constexpr,
+                              WORDS: tl.constexpr, INNER: tl.constexpr):
+    """Write stats [n, splits, NUMBERS] and ids [n, splits] of `span` words each, for the `count` places in `listed`."""
+    # Programs at work at one time share `group` row tiles and few words, so that both are found in the cache.
+    program = tl.program_id(0)
+    tile = program // (group * splits) * group + program % group
+    split = program % (group * splits) // group
+    live = tl.load(count).to(tl.int32)
+    if tile * ROWS >= live:
+        return
+    i = tile * ROWS + tl.arange(0, ROWS)
+    n = tl.load(listed + tl.minimum(i, live - 1))
+    hidden += _row_of(rows, n) * hidden_stride
+    if allowed is not None:
+        allowed += (n * allowed_stride)[:, None]
+    top = tl.full((ROWS,), -float("inf"), tl.float32)
+    best, total, extra = tl.zeros((ROWS,), tl.int32), tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    if MEASURE == "margin":
+        extra += -float("inf")
+    raw_top, raw_best, raw_total, raw_extra = top, best, total, extra
+    for start in range(split * span, tl.minimum((split + 1) * span, V), WORDS):
+        v = start + tl.arange(0, WORDS)[None, :]
+        z = _logits(hidden, weight, bias, start, weight_stride, V, D, WORDS, INNER)
+        x = _tempered(z, v, allowed, V, temperature)
+        top, best, total, extra = _fold(top, best, total, extra, x, v, V, IDS, "" if RAW else MEASURE)
+        if RAW:
+            x = tl.where(v < V, z, -float("inf"))
+            raw_top, raw_best, raw_total, raw_extra = _fold(raw_top, raw_best, raw_total, raw_extra, x, v, V, False,
+                                                            MEASURE)
+    at = n * splits + split
+    mask = i < live
+    tl.store(stats + at * NUMBERS, top, mask=mask)
+    tl.store(stats + at * NUMBERS + 1, total, mask=mask)
+    if IDS:
+        tl.store(ids + at, best, mask=mask)
+    if RAW:
+        tl.store(stats + at * NUMBERS + 3, raw_top, mask=mask)
+        tl.store(stats + at * NUMBERS + 4, raw_total, mask=mask)
+    if MEASURE == "margin" or MEASURE == "entropy":
+        tl.store(stats + at * NUMBERS + 2, raw_extra if RAW else extra, mask=mask)
+
+
+@triton.jit(do_not_specialize=["row_tiles"])
+def _linear_logits_kernel(workspace, hidden, weight, bias, rows, listed, count, hidden_stride, weight_stride, V, D,
+                          row_tiles, ROWS: tl.constexpr, WORDS: tl.constexpr, INNER: tl.constexpr):
+    """Write the rows of workspace [n, V], fp32 logits, whose places are in `listed`."""
+    program = tl.program_id(0)
+    tile, first = program % row_tiles, program // row_tiles * WORDS
+    live = tl.load(count).to(tl.int32)
+    if tile * ROWS >= live:
+        return
+    i = tile * ROWS + tl.arange(0, ROWS)
+    n = tl.load(listed + tl.minimum(i, live - 1))
+    z = _logits(hidden + _row_of(rows, n) * hidden_stride, weight, bias, first, weight_stride, V, D, WORDS, INNER)
+    v = first + tl.arange(0, WORDS)
+    tl.store(workspace + (n[:, None] * V + v[None, :]), z, mask=(i[:, None] < live) & (v[None, :] < V))
+
+
+@triton.jit(do_not_specialize=["n", "R"])
+def _list_kernel(listed, count, rows, n, R, BLOCK: tl.constexpr):
+    """The places in rows [n] that hold a row, in order, and how many. A program counts those before its own."""
+    here, before = tl.program_id(0) * BLOCK, 0
+    for start in range(0, here, 8 * BLOCK):
+        i = start + tl.arange(0, 8 * BLOCK)
+        row = tl.load(rows + i, mask=i < here, other=-1)
+        before += tl.sum(((row >= 0) & (row < R)).to(tl.int32), 0)
+    i = here + tl.arange(0, BLOCK)
+    row = tl.load(rows + i, mask=i < n, other=-1)
+    live = ((row >= 0) & (row < R)).to(tl.int32)
+    tl.store(listed + before + tl.cumsum(live, 0) - 1, i.to(tl.int64), mask=live != 0)
+    if here + BLOCK >= n:
+        tl.store(count, before + tl.sum(live, 0))
+
+
+@triton.jit(do_not_specialize=["mask_token_id", "n"])
+def _find_rows_kernel(masked, rows, tokens, mask_token_id, n, PACKED: tl.constexpr, BLOCK: tl.constexpr):
+    here, before = tl.program_id(0) * BLOCK, 0
+    if PACKED:
+        for start in range(0, here, 8 * BLOCK):
+            i = start + tl.arange(0, 8 * BLOCK)
+            before += tl.sum(((tl.load(tokens + i, mask=i < here, other=0) == mask_token_id) & (i < here)).to(tl.int32),
+                             0)
+    i = here + tl.arange(0, BLOCK)
+    is_mask = (tl.load(tokens + i, mask=i < n, other=0) == mask_token_id) & (i < n)
+    place = i
+    if PACKED:
+        place = before + tl.cumsum(is_mask.to(tl.int32), 0) - 1
+    tl.store(masked + i, is_mask, mask=i < n)
+    tl.store(rows + i, tl.where(is_mask, place, -1).to(tl.int64), mask=i < n)
+
+
+@triton.jit
+def _score_of(confidence, masked, uniform, at, is_position, temperature_bits):
+    """What ranks the positions, and whether they can be committed."""
+    c = tl.load(confidence + at, mask=is_position, other=0.0)
+    possible = (tl.load(masked + at, mask=is_position, other=0) != 0) & (c == c)
+    score = c
+    if temperature_bits is not None:
+        noise = -tl.log(-tl.log(tl.load(uniform + 2 * at + 1, mask=is_position, other=0.5)))
+        score = c.to(tl.float64) / tl.cast(temperature_bits, tl.int64).to(tl.float64, bitcast=True) + noise
+    return score, c, possible
+
+
+@triton.jit(do_not_specialize=["temperature_bits", "L"])
+def _commit_kernel(filled, committed, tokens, masked, token, confidence, k, uniform, temperature_bits, threshold, L,
+                   BLOCK: tl.constexpr, OTHERS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = row * L + i
+    score, c, possible = _score_of(confidence, masked, uniform, at, i < L, temperature_bits)
+    rank = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, L, OTHERS):
+        j = start + tl.arange(0, OTHERS)
+        other, _, other_possible = _score_of(confidence, masked, uniform, row * L + j, j < L, temperature_bits)
+        ahead = (other[None, :] > score[:, None]) | ((other[None, :] == score[:, None]) & (j[None, :] < i[:, None]))
+        rank += tl.sum((ahead & (other_possible & (j < L))[None, :]).to(tl.int32), 1)
+    chosen = rank < tl.load(k + row)
+    if threshold is not None:
+        chosen = chosen | (c >= threshold)
+    chosen = chosen & possible
+    tl.store(committed + at, chosen, mask=i < L)
+    result = tl.where(chosen, tl.load(token + at, mask=i < L, other=0), tl.load(tokens + at, mask=i < L, other=0))
+    tl.store(filled + at, result, mask=i < L)
+
+
+@triton.jit(do_not_specialize=["low", "high", "step", "L", "n"])
+def _philox_kernel(numbers, sequence, position, step_pointer, low, high, step, sequence_stride0, sequence_stride1,
+                   position_stride0, position_stride1, L, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    is_number = i < n
+    row, column = i // L, i % L
+    s = tl.load(sequence + row * sequence_stride0 + column * sequence_stride1, mask=is_number, other=0)
+    p = tl.load(position + row * position_stride0 + column * position_stride1, mask=is_number, other=0)
+    if step_pointer is not None:
+        step = tl.load(step_pointer)
+    key = tl.cast(high, tl.int32).to(tl.uint32, bitcast=True).to(tl.uint64) << 32
+    key |= tl.cast(low, tl.int32).to(tl.uint32, bitcast=True).to(tl.uint64)
+    zero = tl.zeros_like(p).to(tl.uint32)
+    a, b, c, d = tl.philox(key, p.to(tl.uint32), zero + tl.cast(step, tl.uint32), s.to(tl.uint32), zero)
+    first = (a.to(tl.int64) << 20) | (b >> 12).to(tl.int64)
+    second = (c.to(tl.int64) << 20) | (d >> 12).to(tl.int64)
+    tl.store(numbers + 2 * i, (first.to(tl.float64) + 0.5) * 2.0**-52, mask=is_number)
+    tl.store(numbers + 2 * i + 1, (second.to(tl.float64) + 0.5) * 2.0**-52, mask=is_number)
+
+
+def score_rows(logits: Tensor, rows: Tensor | None, uniform: Tensor | None, allowed: Tensor | None, confidence: str,
+               temperature: float, top_k: int | None, top_p: float | None, raw: bool) -> tuple[Tensor, Tensor]:
+    """Token int64 [n] and confidence fp32 [n], as `reference.score_rows`.
+
+    Args:
+        logits: [R, V] fp32, bf16 or fp16; copied if the last stride is not 1.
+        rows: [n] int64. At -1 nothing is read, the confidence is -inf and the token 0; at R or more the confidence is
+            NaN. None: all rows, in order.
+        uniform: [n, 2] float64. allowed: [n, ceil(V / 32)] int32 bits; its row stride may be 0.
+    """
+    logits, V = _readable(logits), logits.shape[1]
+    n = len(logits) if rows is None else len(rows)
+    words = BLOCK["WORDS"]
+    if V <= words // 2:
+        words = max(triton.next_power_of_2(V), 128)
+    blocks = -(-V // words)
+    share = max(1, min(SHARE, n * blocks // PROGRAMS))
+    splits = -(-blocks // share)
+    plan = _Plan(n, V, blocks, logits, rows, uniform, allowed, confidence, temperature, top_k, top_p, raw)
+    if n:
+        chosen = {**BLOCK, "WORDS": words, "SHIFT": KEY_SHIFTS[logits.dtype]}
+
+        def measure(cuts, lasts, confidence, raw):
+            _statistics_kernel[(n * splits,)](
+                plan.stats, plan.ids, logits, plan.rows, plan.allowed, cuts, lasts, plan.temperature, logits.stride(0),
+                plan.allowed_stride, len(logits), V, splits, share, blocks, IDS=plan.ids is not None,
+                MEASURE=confidence, RAW=raw, **chosen)
+
+        with torch.cuda.device_of(logits):
+            cuts = lasts = None
+            if plan.filtered:
+                measure(None, None, plan.measure if plan.raw else "", plan.raw)
+                cuts, lasts = (torch.empty(n, dtype=torch.int32, device=logits.device) for _ in range(2))
+                _cut_kernel[(n,)](
+                    cuts, lasts, plan.stats, logits, plan.rows, plan.allowed, plan.temperature, _bits(plan.top_p),
+                    plan.top_k, logits.stride(0), plan.allowed_stride, len(logits), V, blocks,
+                    BLOCKS=triton.next_power_of_2(blocks), SHIFT=chosen["SHIFT"],
+                    **{**CUT, "WORDS": min(words, CUT["WORDS"])})
+                measure(cuts, lasts, "" if plan.raw else plan.measure, False)
+            else:
+                measure(None, None, plan.measure, plan.raw)
+            plan.choose(logits, None, None, cuts, lasts, words, chosen["SHIFT"])
+    return plan.tokens, plan.scores
+
+
+def linear_score_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, uniform: Tensor | None,
+                      allowed: Tensor | None, confidence: str, temperature: float, top_k: int | None,
+                      top_p: float | None, raw: bool) -> tuple[Tensor, Tensor]:
+    """`score_rows` of the logits hidden [R, D] @ weight [V, D].T + bias [V].
+
+    The products are of the wider of the two dtypes, summed in fp32. Without filters each weight is read once per tile
+    of rows and no logits are stored: three launches (a list of the rows, statistics, choice). With filters the logits
+    of as many rows as WORKSPACE_BYTES hold are stored at a time.
+    """
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    hidden, weight = _readable(hidden.to(dtype)), _readable(weight.to(dtype))
+    (R, D), V, tiles = hidden.shape, len(weight), TILES[dtype.itemsize]
+    if allowed is not None or (raw and temperature > 0):
+        tiles = {**tiles, "WORDS": NARROW[dtype.itemsize]}
+    n = R if rows is None else len(rows)
+    rows = torch.arange(n, device=hidden.device) if rows is None else rows.contiguous()
+    row_tiles, word_tiles = -(-n // tiles["ROWS"]), -(-V // tiles["WORDS"])
+    strides = hidden.stride(0), weight.stride(0)
+    if _is_filtered(confidence, temperature, top_k, top_p, raw, V):
+        size = max(1, min(n, WORKSPACE_BYTES // (4 * V)))
+        logits = torch.empty(size, V, dtype=torch.float32, device=hidden.device)
+        tokens, scores = _outputs(n, hidden.device)
+        for start in range(0, n, size):
+            part = slice(start, start + size)
+            these = rows[part]
+            listed, count = _list(these, R)
+            row_tiles = -(-len(these) // tiles["ROWS"])
+            with torch.cuda.device_of(hidden):
+                _linear_logits_kernel[(row_tiles * word_tiles,)](logits, hidden, weight, bias, these, listed, count,
+                                                                 *strides, V, D, row_tiles, **tiles)
+            place = torch.arange(len(these), device=rows.device)
+            place = torch.where(these < 0, -1, torch.where(these < R, place, size))
+            drawn, bits = (None if x is None else x[part] for x in (uniform, allowed))
+            tokens[part], scores[part] = score_rows(logits, place, drawn, bits, confidence, temperature, top_k, top_p,
+                                                    raw)
+        return tokens, scores
+    if temperature > 0:
+        span = max(SAMPLED, tiles["WORDS"])
+        while n * -(-V // span) * 4 * NUMBERS.value > STATISTICS_BYTES and span < 4096:
+            span *= 2
+    else:
+        splits = min(word_tiles, max(LINEAR_SPLITS, LINEAR_PROGRAMS // max(row_tiles, 1)))
+        span = -(-word_tiles // splits) * tiles["WORDS"]
+    splits = -(-V // span)
+    plan = _Plan(n, V, splits, hidden, rows, uniform, allowed, confidence, temperature, None, None, raw)
+    if n:
+        listed, count = _list(rows, R)
+        group = min(GROUP, row_tiles)
+        with torch.cuda.device_of(hidden):
+            _linear_statistics_kernel[(-(-row_tiles // group) * group * splits,)](
+                plan.stats, plan.ids, hidden, weight, bias, plan.rows, listed, count, plan.allowed, plan.temperature,
+                *strides, plan.allowed_stride, V, D, group, splits, span, IDS=plan.ids is not None,
+                MEASURE=plan.measure, RAW=plan.raw, **tiles)
+            plan.choose(hidden, weight, bias, None, None, span, 0)
+    return plan.tokens, plan.scores
+
+
+class _Plan:
+    """The settings as kernels take them, what the kernels hand to each other, and the outputs."""
+
+    def __init__(self, n, V, blocks, inputs, rows, uniform, allowed, confidence, temperature, top_k, top_p, raw):
+        device = inputs.device
+        self.n, self.V, self.blocks, self.confidence = n, V, blocks, confidence
+        self.filtered = _is_filtered(confidence, temperature, top_k, top_p, raw, V)
+        # Elsewhere the raw logits are those that the token is chosen from.
+        self.raw = raw and confidence != "random" and (temperature > 0 or allowed is not None)
+        self.measure = "prob" if confidence == "random" else confidence
+        self.temperature = float(temperature) if temperature > 0 else None
+        self.top_k = V if top_k is None or top_k < 1 else min(top_k, V)
+        self.top_p = float("inf") if top_p is None or top_p >= 1 else top_p
+        self.rows = None if rows is None else rows.contiguous()
+        self.uniform = None if uniform is None else uniform.contiguous()
+        self.allowed = None if allowed is None else _readable(allowed)
+        self.allowed_stride = 0 if allowed is None else self.allowed.stride(0)
+        self.stats = torch.empty(n, blocks, NUMBERS.value, dtype=torch.float32, device=device)
+        self.ids = None if temperature > 0 else torch.empty(n, blocks, dtype=torch.int32, device=device)
+        self.tokens, self.scores = _outputs(n, device)
+
+    def choose(self, inputs, weight, bias, cuts, lasts, span, shift):
+        _choose_kernel[(self.n,)](
+            self.tokens, self.scores, self.stats, self.ids, inputs, weight, bias, self.rows, self.uniform, self.allowed,
+            cuts, lasts, self.temperature, inputs.stride(0), 0 if weight is None else weight.stride(0),
+            self.allowed_stride, len(inputs), self.V, inputs.shape[1], self.blocks, span, CONFIDENCE=self.confidence,
+            RAW=self.raw, SHIFT=shift, BLOCKS=triton.next_power_of_2(self.blocks), WORDS=triton.next_power_of_2(span),
+            **CHOOSE["logits" if weight is None else "linear"])
+
+
+def _is_filtered(confidence, temperature, top_k, top_p, raw, V):
+    """Whether the filters can change the token or the confidence: the likeliest word is always kept."""
+    filters = (top_p is not None and top_p < 1) or (top_k is not None and 0 < top_k < V)
+    return filters and (temperature > 0 or not (raw or confidence == "random"))
+
+
+def _outputs(n, device):
+    return torch.empty(n, dtype=torch.int64, device=device), torch.empty(n, dtype=torch.float32, device=device)
+
+
+def _list(rows, R):
+    listed, count = torch.empty_like(rows), torch.empty((), dtype=torch.int64, device=rows.device)
+    with torch.cuda.device_of(rows):
+        _list_kernel[(-(-len(rows) // POSITIONS["BLOCK"]),)](listed, count, rows, len(rows), R, **POSITIONS)
+    return listed, count
+
+
+def _readable(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _bits(number: float) -> int:
+    """A float64 as an int64: Triton would pass a float as fp32."""
+    return struct.unpack("q", struct.pack("d", number))[0]
+
+
+def find_rows(tokens: Tensor, mask_token_id: int, packed: bool) -> tuple[Tensor, Tensor]:
+    """Which tokens [B, L] are masked, bool, and the row of logits of each, [B * L] int64, -1 where not masked.
+
+    The row is the flattened position or, packed, the number of masked positions before it. One launch.
+    """
+    tokens = tokens.contiguous()
+    masked = torch.empty_like(tokens, dtype=torch.bool)
+    rows = torch.empty(tokens.numel(), dtype=torch.int64, device=tokens.device)
+    if tokens.numel():
+        with torch.cuda.device_of(tokens):
+            _find_rows_kernel[(-(-tokens.numel() // POSITIONS["BLOCK"]),)](
+                masked, rows, tokens, mask_token_id, tokens.numel(), PACKED=packed, **POSITIONS)
+    return masked, rows
+
+
+def commit(tokens: Tensor, masked: Tensor, token: Tensor, confidence: Tensor, k: Tensor, selection_temperature: float,
+           threshold: float | None, uniform: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """As `selection.commit`, in one launch: a position's rank is the number of positions ahead of it, counted."""
+    tokens, masked, token, confidence, k = (x.contiguous() for x in (tokens, masked, token, confidence, k))
+    out, committed = torch.empty_like(tokens), torch.empty_like(masked)
+    bits = _bits(selection_temperature) if selection_temperature > 0 else None
+    if tokens.numel():
+        B, L = tokens.shape
+        with torch.cuda.device_of(tokens):
+            _commit_kernel[(B, -(-L // COMMIT["BLOCK"]))](
+                out, committed, tokens, masked, token, confidence, k, None if bits is None else uniform.contiguous(),
+                bits, None if threshold is None else float(threshold), L, **COMMIT)
+    return out, confidence, committed
+
+
+def philox_uniform(seed: int, sequence: Tensor, step: int | Tensor, position: Tensor) -> Tensor:
+    """As `random.philox_uniform`, in one launch; step may be an int64 tensor of one element too."""
+    sequence, position = torch.broadcast_tensors(sequence, position)
+    out = torch.empty(*position.shape, 2, dtype=torch.float64, device=position.device)
+    if sequence.ndim != 2:
+        sequence, position = sequence.reshape(1, -1), position.reshape(1, -1)
+    if n := position.numel():
+        pointer, number = (step, 0) if isinstance(step, Tensor) else (None, _signed(step))
+        with torch.cuda.device_of(position):
+            _philox_kernel[(-(-n // POSITIONS["BLOCK"]),)](
+                out, sequence, position, pointer, _signed(seed), _signed(seed >> 32), number, *sequence.stride(),
+                *position.stride(), position.shape[1], n, **POSITIONS)
+    return out
+
+
+def _signed(number: int) -> int:
+    """The low 32 bits as an int32, so that every number is of one type."""
+    return (number + 2**31) % 2**32 - 2**31

@@ -1,0 +1,418 @@
+"""The Triton kernels of unmasking against the reference, on a GPU or in Triton's interpreter.
+
+The interpreter must be asked for before Triton is imported, and then other tests would find it too; so without a GPU
+the first test runs this file again in a process of its own. The interpreter is wrong on bf16.
+The tokens must be those of the reference. Rounding decides where u is within some 1e-7 of where the token changes: in
+none of the draws here, whose uniforms are fixed.
+"""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dllm_kernels
+from dllm_kernels import triton_support
+from dllm_kernels.topk_unmask import random, reference, selection
+from dllm_kernels.topk_unmask.allowed import pack, width
+
+pytest.importorskip("triton")
+from dllm_kernels.topk_unmask import triton_kernels  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+RUNS = triton_support.missing() is None
+DEVICE = "cpu" if INTERPRETED or not RUNS else "cuda"
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+CONFIDENCES = ["prob", "margin", "entropy", "random"]
+FILTERS = [(3, None), (None, 0.8), (40, 0.9), (None, 1e-6)]  # top_k, top_p
+
+on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(RUNS, reason="the tests below run in this process")
+def test_in_the_interpreter():
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+                          cwd=Path(__file__).parents[2], env={**os.environ, "TRITON_INTERPRET": "1"},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(autouse=True)
+def where_triton_runs(request):
+    if not RUNS and request.function is not test_in_the_interpreter:
+        pytest.skip(triton_support.missing())
+
+
+@pytest.fixture
+def many_blocks(monkeypatch):
+    """Blocks, tiles and a workspace so small that every loop and grid has several of them."""
+    tiles = {"ROWS": 16, "WORDS": 32, "INNER": 16, "num_warps": 4, "num_stages": 2}
+    for name, value in (
+            ("BLOCK", {"WORDS": 256, "num_warps": 4}), ("CUT", {"WORDS": 256, "num_warps": 4}), ("PROGRAMS", 4),
+            ("TILES", {2: tiles, 4: tiles}), ("NARROW", {2: 16, 4: 16}), ("GROUP", 2), ("LINEAR_SPLITS", 3),
+            ("LINEAR_PROGRAMS", 4), ("SAMPLED", 64), ("WORKSPACE_BYTES", 4 * 301 * 8),
+            ("POSITIONS", {"BLOCK": 64, "num_warps": 4}), ("COMMIT", {"BLOCK": 16, "OTHERS": 32, "num_warps": 4})):
+        monkeypatch.setattr(triton_kernels, name, value)
+
+
+def make(n, V, dtype=torch.float32, scale=3.0, seed=0):
+    """Logits, uniforms, and bits that allow half of the words."""
+    g = torch.Generator().manual_seed(seed + V)
+    logits, u = scale * torch.randn(n, V, generator=g), torch.rand(n, 2, dtype=torch.float64, generator=g)
+    return logits.to(DEVICE, dtype), u.to(DEVICE), pack(torch.rand(n, V, generator=g) < 0.5).to(DEVICE)
+
+
+def on_cpu(function, *arguments):
+    return function(*(x.cpu() if isinstance(x, torch.Tensor) else x for x in arguments))
+
+
+def assert_same(ours, want):
+    (token, score), (want_token, want_score) = [[x.cpu() for x in pair] for pair in (ours, want)]
+    assert torch.allclose(score, want_score, rtol=2e-5, atol=2e-6, equal_nan=True), (score, want_score)
+    defined = ~want_score.isnan()
+    assert torch.equal(token[defined], want_token[defined])
+
+
+def check(logits, u, bits, *settings):
+    assert_same(triton_kernels.score_rows(logits, None, u, bits, *settings),
+                on_cpu(reference.score_rows, logits, None, u, bits, *settings))
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("confidence", CONFIDENCES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_token_and_confidence(dtype, confidence, temperature, raw):
+    for V in (2, 1000, 4099):  # no block divides the last two
+        logits, u, bits = make(3, V, dtype)
+        for allowed in (None, bits):
+            check(logits, u, allowed, confidence, temperature, None, None, raw)
+
+
+@pytest.mark.parametrize("confidence, temperature, raw", [
+    ("prob", 0.7, False), ("margin", 0.0, False), ("entropy", 1.3, False), ("prob", 0.7, True), ("margin", 1.0, True),
+    ("entropy", 0.0, True), ("random", 0.7, False)])
+@pytest.mark.parametrize("top_k, top_p", FILTERS)
+def test_filters(top_k, top_p, confidence, temperature, raw):
+    place = CONFIDENCES.index(confidence)
+    V, dtype = [(1000, torch.float16), (2, torch.float32), (300, torch.float16), (517, torch.float32)][place]
+    logits, u, bits = make(2, V, dtype)
+    check(logits, u, bits if top_k else None, confidence, temperature, top_k, top_p, raw)
+
+
+@pytest.mark.parametrize("top_k, top_p", FILTERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_blocks_and_many_equals(dtype, top_k, top_p, many_blocks):
+    _, u, bits = make(3, 1000)
+    logits = make(3, 1000, dtype, scale=1.0)[0].round()
+    logits[logits == 0] *= -1  # -0.0 equals 0.0
+    logits[:, ::3] = logits[:, ::3].abs()
+    u[:, 0] = torch.tensor([0.001, 0.6, 1 - 2**-53], dtype=torch.float64)  # the last word that is kept
+    check(logits, u, None, "prob", 1.0, top_k, top_p, False)
+    check(logits, u, bits, "margin", 0.0, None, None, False)
+    check(logits, u, None, "entropy", 0.3, None, None, True)
+    check(logits, u, None, "prob", 0.0, None, None, False)
+
+
+def test_a_cut_through_equals_goes_to_the_lowest_words():
+    logits = torch.zeros(4, 300, device=DEVICE)
+    logits[1, 7] = 5.0
+    logits[2, :] = -3.0
+    logits[3, 100:] = -torch.inf
+    u = torch.full((4, 2), 1 - 2.0**-53, dtype=torch.float64, device=DEVICE)
+    token, probability = triton_kernels.score_rows(logits, None, u, None, "prob", 1.0, None, 0.5, False)
+    share = math.exp(5) / (math.exp(5) + 299)
+    equals = int((0.5 - share) / ((1 - share) / 299)) + 1  # kept beside word 7
+    assert token.tolist() == [150, equals, 150, 50]
+    assert probability.tolist() == pytest.approx([1 / 151, 1 / (math.exp(5) + equals), 1 / 151, 1 / 51])
+
+
+@pytest.mark.parametrize("settings", [("prob", 0.0, None, None, False), ("entropy", 0.8, None, 0.9, False),
+                                      ("margin", 0.7, 5, None, True), ("random", 0.5, None, None, False),
+                                      ("prob", 1.0, None, None, True)])
+def test_nan_infinite_and_huge_logits(settings):
+    logits, u, _ = make(7, 300)
+    logits[0, ::2] = -torch.inf
+    logits[1] = -torch.inf
+    logits[1, 77] = 3.0
+    logits[2] *= 1e4
+    logits[3, 9] = 1e30
+    logits[4, 123] = torch.nan
+    logits[5] = -torch.inf
+    logits[6, 200] = torch.inf
+    check(logits, u, None, *settings)
+    check(logits, u, torch.zeros(1, width(300), dtype=torch.int32, device=DEVICE).expand(7, -1), *settings)
+    but_those = torch.ones(1, 300, dtype=torch.bool)
+    but_those[:, [123, 200]] = False
+    check(logits, u, pack(but_those).to(DEVICE).expand(7, -1), *settings)
+    token, score = triton_kernels.score_rows(logits, None, u, None, *settings)
+    assert score[4:].isnan().all() and not score[:4].isnan().any() and ((token >= 0) & (token < 300)).all()
+
+
+@pytest.mark.parametrize("temperature, top_p", [(0.0, None), (0.9, None), (0.9, 0.7)])
+def test_rows_are_read_where_asked_and_nowhere_else(temperature, top_p):
+    logits, u, bits = make(5, 700)
+    rows = torch.tensor([3, -1, 0, 5, 3, 2**40, -1], device=DEVICE)
+    logits[[1, 2, 4]] = torch.nan
+    u, bits = u[[0, 1, 2, 3, 4, 0, 1]], bits[[0, 1, 2, 3, 4, 0, 1]]
+    settings = ("prob", temperature, None, top_p, False)
+    token, score = triton_kernels.score_rows(logits, rows, u, bits, *settings)
+    live = [0, 2, 4]
+    assert_same((token[live], score[live]),
+                on_cpu(reference.score_rows, logits, rows[live], u[live], bits[live], *settings))
+    assert (score[[1, 6]] == -torch.inf).all() and score[[3, 5]].isnan().all()
+    wide = torch.full((5, 2, 700), torch.nan, device=DEVICE)
+    wide[:, 0] = logits
+    for strided in (wide[:, 0], logits.T.contiguous().T, torch.stack([logits, logits], 2)[..., 0]):
+        again = triton_kernels.score_rows(strided, rows, u, bits, *settings)
+        assert torch.equal(again[0][live], token[live]) and torch.equal(again[1][live], score[live])
+
+
+def test_more_elements_than_an_int32_counts():
+    V = 1 << 14
+    logits = torch.empty((1 << 17) + 2, V, dtype=torch.float16, device=DEVICE)  # only the row that is read is written
+    logits[-1] = make(1, V, torch.float16)[0][0]
+    rows = torch.tensor([len(logits) - 1], device=DEVICE)
+    u = torch.tensor([[0.4, 0.5]], dtype=torch.float64, device=DEVICE)
+    for temperature in (0.0, 0.8):
+        settings = ("prob", temperature, None, None, False)
+        assert_same(triton_kernels.score_rows(logits, rows, u, None, *settings),
+                    on_cpu(reference.score_rows, logits[-1:], None, u, None, *settings))
+
+
+@pytest.mark.parametrize("settings", [("margin", 0.0, None, None, False), ("prob", 0.7, None, None, False),
+                                      ("entropy", 0.7, None, None, True), ("prob", 0.9, 40, 0.9, False)])
+@pytest.mark.parametrize("dtype, weight_dtype", [*((dtype, dtype) for dtype in DTYPES), (torch.float16, torch.float32)])
+def test_linear_form(dtype, weight_dtype, settings, many_blocks):
+    n, D, V = 21, 37, 301
+    g = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(30, D, generator=g) / 3, torch.randn(V, D, generator=g)
+    bias, rows = torch.randn(V, generator=g), torch.randint(30, (n,), generator=g)
+    hidden, weight = hidden.to(DEVICE, dtype), weight.to(DEVICE, weight_dtype)
+    bias, rows = bias.to(DEVICE, weight_dtype), rows.to(DEVICE)
+    _, u, bits = make(n, V)
+    rows[::4], rows[5] = -1, 30
+    unread = torch.ones(30, dtype=torch.bool, device=DEVICE)
+    unread[rows[(rows >= 0) & (rows < 30)]] = False
+    hidden[unread] = torch.nan
+    live = (rows >= 0) & (rows < 30)
+    for b, allowed in ((None, None), (bias, bits)):
+        token, score = triton_kernels.linear_score_rows(hidden, weight, b, rows, u, allowed, *settings)
+        logits = F.linear(hidden.double(), weight.double(), None if b is None else b.double()).float()
+        want = on_cpu(reference.score_rows, logits, rows[live], u[live], None if allowed is None else allowed[live],
+                      *settings)
+        assert_same((token[live], score[live]), want)
+        assert (score[rows == -1] == -torch.inf).all() and score[5].isnan()
+    all_rows = triton_kernels.linear_score_rows(hidden[:3].nan_to_num(), weight, None, None, u, None, *settings)
+    assert_same(all_rows, on_cpu(reference.linear_score_rows, hidden[:3].nan_to_num(), weight, None, None, u[:3], None,
+                                 *settings))
+
+
+def test_uninitialised_memory_is_never_read(many_blocks):
+    hidden, weight = make(20, 37)[0], make(101, 37, scale=1.0)[0]
+    _, u, bits = make(20, 101)
+    rows = torch.arange(20, device=DEVICE)
+    rows[::3] = -1
+
+    def run():
+        outcomes = []
+        for settings in (("prob", 0.0, None, None, False), ("entropy", 0.7, None, None, True),
+                         ("margin", 0.9, None, 0.9, False)):
+            outcomes += triton_kernels.linear_score_rows(hidden, weight, None, rows, u, bits, *settings)
+            outcomes += triton_kernels.score_rows(hidden[:3], None, u, None, *settings)
+        return outcomes
+
+    plain = run()
+    torch.use_deterministic_algorithms(True)  # torch.empty then gives NaN
+    try:
+        again = run()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
+
+
+@pytest.mark.parametrize("settings, launches", [
+    (("prob", 0.0, None, None, False), ["statistics", "choose"]),
+    (("entropy", 0.7, None, None, True), ["statistics", "choose"]),
+    (("random", 0.0, 5, 0.5, False), ["statistics", "choose"]),
+    (("margin", 0.0, None, 1.0, False), ["statistics", "choose"]),
+    (("margin", 0.0, None, 0.5, False), ["statistics", "cut", "statistics", "choose"])])
+def test_launches_are_those_that_are_promised(settings, launches, monkeypatch):
+    launched = []
+    for name, kernel in vars(triton_kernels).copy().items():
+        if name.endswith("_kernel"):
+            monkeypatch.setattr(triton_kernels, name, Watched(kernel, name, launched))
+    logits, u, _ = make(2, 40)
+    triton_kernels.score_rows(logits, None, u, None, *settings)
+    assert launched == [f"_{name}_kernel" for name in launches]
+
+
+class Watched:
+    """A kernel that notes its launches."""
+
+    def __init__(self, kernel, name, launched):
+        self.kernel, self.name, self.launched = kernel, name, launched
+
+    def __getitem__(self, grid):
+        self.launched.append(self.name)
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize("linear, top_k, top_p, draws", [(False, None, None, 600), (True, None, None, 600),
+                                                         (False, 5, 0.7, 100)])
+def test_samples_follow_the_distribution(linear, top_k, top_p, draws, many_blocks):
+    V = 70
+    logits = make(1, V, scale=1.5)[0]
+    u = random.philox_uniform(7, torch.tensor(0), 5, torch.arange(draws)).to(DEVICE)
+    rows = torch.zeros(draws, dtype=torch.int64, device=DEVICE)
+    settings = ("prob", 1.3, top_k, top_p, False)
+    if linear:
+        one = torch.ones(1, 1, device=DEVICE)
+        token, score = triton_kernels.linear_score_rows(one, logits.T.contiguous(), None, rows, u, None, *settings)
+    else:
+        token, score = triton_kernels.score_rows(logits, rows, u, None, *settings)
+    assert_same((token, score), on_cpu(reference.score_rows, logits, rows, u, None, *settings))
+    p = reference.filter_logits(logits.cpu().double() / 1.3, top_k, top_p).softmax(1)[0]
+    count = token.cpu().bincount(minlength=V)
+    assert (count[p == 0] == 0).all()
+    common = p * draws >= 5
+    seen, want = count[common].double(), p[common] * draws
+    if (rare := p[~common].sum()) > 0:
+        seen, want = torch.cat([seen, count[~common].sum().view(1)]), torch.cat([want, rare.view(1) * draws])
+    freedom = len(seen) - 1
+    assert ((seen - want) ** 2 / want).sum() < freedom + 5 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("B, L", [(0, 5), (3, 0), (1, 1), (3, 700)])
+def test_find_rows(B, L, packed):
+    tokens = torch.randint(3, (B, L), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    masked, rows = triton_kernels.find_rows(tokens, 2, packed)
+    assert torch.equal(masked, tokens == 2)
+    flat = masked.flatten()
+    place = flat.cumsum(0) - 1 if packed else torch.arange(B * L, device=DEVICE)
+    assert torch.equal(rows, torch.where(flat, place, -1))
+
+
+@pytest.mark.parametrize("threshold", [None, 0.7])
+@pytest.mark.parametrize("selection_temperature", [0.0, 0.3])
+@pytest.mark.parametrize("B, L", [(1, 1), (5, 67), (4, 200)])
+def test_commit_equals_the_definition_to_the_bit(B, L, selection_temperature, threshold, many_blocks):
+    g = torch.Generator().manual_seed(L)
+    tokens, token = torch.randint(9, (2, B, L), generator=g)
+    masked = torch.rand(B, L, generator=g) < 0.6
+    confidence = (torch.rand(B, L, generator=g) * 8).round() / 8  # equals
+    confidence[torch.rand(B, L, generator=g) < 0.1] = torch.nan
+    confidence[torch.rand(B, L, generator=g) < 0.1] = 0.7
+    if selection_temperature == 0:
+        confidence[torch.rand(B, L, generator=g) < 0.1] = -torch.inf
+    confidence[~masked] = -torch.inf
+    u = torch.rand(B, L, 2, dtype=torch.float64, generator=g)
+    k = torch.tensor([3, 0, L + 5, -1, 1])[:B]
+    arguments = tokens, masked, token, confidence, k
+    want = selection.commit(*arguments, selection_temperature, threshold, u)
+    ours = triton_kernels.commit(*(x.to(DEVICE) for x in arguments), selection_temperature, threshold, u.to(DEVICE))
+    for mine, theirs in zip(ours, want, strict=True):
+        assert mine.dtype == theirs.dtype and torch.equal(mine.cpu().nan_to_num(7.0), theirs.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("seed", [0, 11, -11, 2**40 + 5, 2**63])
+def test_philox_equals_the_definition_to_the_bit(seed):
+    sequence, position = torch.tensor([0, 5, 2**32 - 1]), torch.arange(70) * 61356675
+    for shape in (lambda s, p: (s[:, None], p), lambda s, p: (s[0], p), lambda s, p: (s[:, None, None], p.view(7, 10))):
+        for step in (0, 3, 2**32 - 1):
+            s, p = shape(sequence, position)
+            want = random.philox_uniform(seed, s, step, p)
+            for given in (step, torch.tensor(step, device=DEVICE)):
+                ours = triton_kernels.philox_uniform(seed, s.to(DEVICE), given, p.to(DEVICE))
+                assert torch.equal(ours.cpu(), want)
+
+
+def test_empty_inputs():
+    logits, u, _ = make(0, 50)
+    for temperature, top_k in ((0.0, None), (0.7, None), (0.7, 3)):
+        settings = ("prob", temperature, top_k, None, False)
+        none = torch.empty(0, dtype=torch.int64, device=DEVICE)
+        for token, score in (triton_kernels.score_rows(logits, None, u, None, *settings),
+                             triton_kernels.score_rows(make(3, 50)[0], none, u, None, *settings),
+                             triton_kernels.linear_score_rows(logits, make(9, 50)[0], None, None, u, None, *settings)):
+            assert token.shape == score.shape == (0,) and token.dtype == torch.int64 and score.dtype == torch.float32
+
+
+@on_gpu
+@pytest.mark.parametrize("settings", [("prob", 0.0, None, None, False), ("margin", 0.7, None, None, True),
+                                      ("entropy", 0.9, 50, 0.9, False)])
+@pytest.mark.parametrize("linear", [False, True])
+def test_the_host_never_waits_and_a_graph_replays_on_new_inputs(linear, settings):
+    B, L, D, V = 4, 50, 64, 5003
+    step = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    hidden, weight = make(B * L, D, torch.bfloat16)[0], make(V, D, torch.bfloat16, scale=0.3)[0]
+    tokens = torch.randint(3, (B, L), device=DEVICE)
+    k = torch.full((B,), 3, device=DEVICE)
+    sequence, position = torch.arange(B, device=DEVICE)[:, None], torch.arange(L, device=DEVICE)
+
+    def denoise():
+        u = triton_kernels.philox_uniform(5, sequence, step, position)
+        masked, rows = triton_kernels.find_rows(tokens, 0, False)
+        inputs = (hidden, weight, None) if linear else (hidden @ weight.T,)
+        score = triton_kernels.linear_score_rows if linear else triton_kernels.score_rows
+        token, confidence = score(*inputs, rows, u.flatten(0, 1), None, *settings)
+        return triton_kernels.commit(tokens, masked, token.view(B, L), confidence.view(B, L), k, 0.5, 0.9, u)
+
+    denoise()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        denoise()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = denoise()
+    for _ in range(3):
+        step += 1
+        hidden.copy_(torch.randn_like(hidden))
+        tokens.copy_(torch.randint_like(tokens, 3))
+        graph.replay()
+        for mine, theirs in zip(out, denoise(), strict=True):
+            assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8}, {"confidence": "entropy", "top_k": 5},
+                                      {"temperature": 0.8, "top_p": 0.9}, {"threshold": 0.3},
+                                      {"confidence": "random", "selection_temperature": 0.5}])
+@pytest.mark.parametrize("given", ["none", "each", "masked", "one"])
+def test_a_whole_step_equals_the_reference(settings, given):
+    """Through the public functions: logits of all positions, of the masked ones, and hidden states."""
+    B, L, D, V = 2, 9, 16, 301
+    hidden, u, _ = make(B * L, D)
+    hidden, weight = hidden.view(B, L, D), make(V, D, scale=0.3)[0]
+    tokens = torch.where(torch.rand(B, L, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0)) < 0.6, 7, 3)
+    each = torch.rand(B, L, V, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1)) < 0.5
+    allowed = {"none": None, "each": each, "masked": each[tokens == 7], "one": each[0, 0]}[given]
+    settings = {**settings, "generator": u.view(B, L, 2), "allowed": allowed}
+    logits = hidden @ weight.T
+    for inputs in ((logits,), (logits[tokens == 7],), (hidden, weight)):
+        step = dllm_kernels.linear_topk_unmask if len(inputs) == 2 else dllm_kernels.topk_unmask
+        mine, theirs = (step(*inputs, tokens, 7, 2, backend=name, **settings) for name in ("triton", "reference"))
+        assert torch.equal(mine.tokens, theirs.tokens) and torch.equal(mine.committed, theirs.committed)
+        torch.testing.assert_close(mine.confidence, theirs.confidence, rtol=1e-5, atol=1e-6)
+
+
+def test_a_whole_step_of_nothing_and_of_missing_rows():
+    for B, L in ((0, 5), (2, 0)):
+        tokens = torch.zeros(B, L, dtype=torch.int64, device=DEVICE)
+        inputs, weight = torch.zeros(B, L, 9, device=DEVICE), torch.zeros(4, 9, device=DEVICE)
+        for result in (dllm_kernels.topk_unmask(inputs, tokens, 0, 1, backend="triton"),
+                       dllm_kernels.linear_topk_unmask(inputs, weight, tokens, 0, 1, backend="triton")):
+            assert result.tokens.shape == (B, L)
+    tokens = torch.zeros(1, 5, dtype=torch.int64, device=DEVICE)
+    result = dllm_kernels.topk_unmask(torch.zeros(3, 9, device=DEVICE), tokens, 0, 5, backend="triton")
+    assert result.confidence.isnan().tolist() == [[False, False, False, True, True]]
+    assert result.committed.tolist() == [[True, True, True, False, False]]
