@@ -9,7 +9,7 @@ positions that are not masked are never needed.
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dllm.errors import UserError
 from dllm.families import ModelConfig, check_parameter_names, mask_token_id_of, read_config, read_json, write_config
+from dllm.published import to_ours, to_published
 from dllm_kernels import bidirectional_attention, bidirectional_attention_varlen
 
 
@@ -43,7 +44,7 @@ class RMSNorm(nn.Module):
 class Positions:
     """What attention needs to know of where the tokens are: the rotary tables, and who may see whom."""
 
-    cos: Tensor  # [B, L, 1, E]
+    cos: Tensor  # [B, L, 1, numbers turned]
     sin: Tensor
     key_mask: Tensor | None = None  # [B, L] bool, True where a key may be attended
     cu_seqlens: Tensor | None = None  # [S + 1] int32, packed documents over the flattened positions
@@ -53,9 +54,12 @@ class Positions:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [B, L, H, E] in the half-rotation layout (arXiv:2104.09864)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    """Rotary embedding of the first numbers of each head of x [B, L, H, E], as many as cos and sin have, in the
+    half-rotation layout (arXiv:2104.09864)."""
+    turned, kept = x.tensor_split([cos.shape[-1]], dim=-1)
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned
 
 
 class Attention(nn.Module):
@@ -93,9 +97,9 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv:2002.05202)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, width: int):
         super().__init__()
-        D, M = config.hidden_size, config.intermediate_size
+        D, M = config.hidden_size, width
         self.gate_proj = nn.Linear(D, M, bias=config.mlp_bias)
         self.up_proj = nn.Linear(D, M, bias=config.mlp_bias)
         self.down_proj = nn.Linear(M, D, bias=config.mlp_bias)
@@ -104,11 +108,94 @@ class FeedForward(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Layer(nn.Module):
+class Router(nn.Module):
+    """Which experts a token goes to, and their weights; all in fp32."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        nn.init.normal_(self.weight, std=config.initializer_range)
+        bias = torch.zeros(config.num_experts) if config.router_bias else None
+        self.register_buffer("expert_bias", bias)  # set by balancing, not by gradients
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [N, D] -> weights [N, k] fp32 and experts [N, k] int64.
+
+        softmax: the k largest probabilities, with the bias in them, are the weights (OLMoE's form). sigmoid: the bias
+        takes part in choosing alone, groups of experts are chosen first by their two best (DeepSeek-V3's form).
+        """
+        config, bias = self.config, self.expert_bias
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.float(), self.weight.float())
+        if config.router_score == "softmax":
+            scores = logits.softmax(-1)
+            scores = scores if bias is None else scores + bias
+            choice = scores
+        else:
+            scores = logits.sigmoid()
+            choice = scores if bias is None else scores + bias
+        if config.n_group > 1:
+            groups = choice.unflatten(-1, (config.n_group, -1))
+            best = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1).topk(config.topk_group, dim=-1).indices
+            kept = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(-1, best, True)
+            choice = groups.masked_fill(~kept.unsqueeze(-1), -torch.inf).flatten(-2)
+        experts = choice.topk(config.num_experts_per_tok, dim=-1).indices
+        weights = scores.gather(-1, experts)
+        if config.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return weights * config.routed_scaling_factor, experts
+
+
+class Experts(nn.Module):
+    """The SwiGLUs of all experts, each projection one tensor [experts, out, in]."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        n, D, M = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_proj, self.up_proj = (nn.Parameter(torch.empty(n, M, D)) for _ in range(2))
+        self.down_proj = nn.Parameter(torch.empty(n, D, M))
+        for weight in self.parameters():
+            nn.init.normal_(weight, std=config.initializer_range)
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """x [rows, D] sorted by expert; ends [experts] int32, where each one's rows end."""
+        gate, up, down = (weight.transpose(1, 2).to(x.dtype) for weight in
+                          (self.gate_proj, self.up_proj, self.down_proj))
+        inner = F.silu(F.grouped_mm(x, gate, offs=ends)) * F.grouped_mm(x, up, offs=ends)
+        return F.grouped_mm(inner, down, offs=ends)
+
+
+class MixtureOfExperts(nn.Module):
+    """Each token goes to a few experts (arXiv:1701.06538), and to those that all tokens share.
+
+    The rows are sorted by expert, so that each projection of all experts is one grouped product.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        self.shared_experts = None
+        if config.num_shared_experts:
+            self.shared_experts = FeedForward(config, config.moe_intermediate_size * config.num_shared_experts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        weights, experts = self.gate(rows)
+        order = experts.flatten().argsort(stable=True)
+        ends = torch.bincount(experts.flatten(), minlength=len(self.gate.weight)).cumsum(0).int()
+        outputs = self.experts(rows[order // experts.shape[1]], ends)[order.argsort()].unflatten(0, experts.shape)
+        out = (outputs * weights.unsqueeze(-1).to(outputs.dtype)).sum(1).view_as(x)
+        return out if self.shared_experts is None else out + self.shared_experts(x)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__()
         self.self_attn = Attention(config)
-        self.mlp = FeedForward(config)
+        experts = config.has_experts(index)
+        self.mlp = MixtureOfExperts(config) if experts else FeedForward(config, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -124,7 +211,7 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -219,7 +306,7 @@ class DiffusionLM(nn.Module):
         return self.model.norm(self.model.layers[-1](x, at))
 
     def _rotary(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, L, 1, E] of the positions, computed in fp32."""
+        """cos and sin [B, L, 1, rotary_dim] of the positions, computed in fp32."""
         angles = position_ids.float().unsqueeze(-1) * rotary_frequencies(self.config).to(position_ids.device)
         angles = torch.cat((angles, angles), dim=-1).unsqueeze(2)
         return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -247,18 +334,23 @@ class DiffusionLM(nn.Module):
         folder = find_model(path_or_hub_id)
         config = read_config(read_json(folder / "config.json"), where=str(folder / "config.json"))
         state = read_weights(folder)
+        if config.family == "llada2_moe" and not any(name.endswith("query_layernorm.weight") for name in state):
+            config = replace(config, qk_norm=False)
         with torch.device("meta"):
             model = cls(config)
         if model.lm_head is None:
-            state.pop("lm_head.weight", None)  # some writers store the tied matrix twice
+            for name in ("lm_head.weight", "model.transformer.ff_out.weight"):
+                state.pop(name, None)  # some writers store the tied matrix twice
         state = {name: tensor for name, tensor in state.items() if not name.endswith("rotary_emb.inv_freq")}
-        expected = model.state_dict()
+        expected = to_published(config, model.state_dict())
         check_parameter_names(expected, state, where=str(folder))
         for name, tensor in state.items():
             if tensor.shape != expected[name].shape:
                 raise UserError(f"{folder}: {name} has shape {list(tensor.shape)}, config.json asks for "
                                 f"{list(expected[name].shape)}; they are not of the same model")
-        model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in state.items()}, assign=True)
+        state = {name: tensor.to(device, torch.float32 if name.endswith("expert_bias") else dtype)
+                 for name, tensor in to_ours(config, state).items()}
+        model.load_state_dict(state, assign=True)
         if model.mask_token_id is None:
             model.mask_token_id = mask_token_id_of(folder)
         if (folder / "generation_config.json").exists():
@@ -278,7 +370,9 @@ class DiffusionLM(nn.Module):
         from dllm.checkpoint import write_atomically
 
         folder = Path(folder)
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        config = _dump(write_config(self.config, str(self.dtype).removeprefix("torch.")))
+        state = to_published(self.config, self.state_dict())
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         shards = split_torch_state_dict_into_shards(state, max_shard_size="5GB")
         for file, names in shards.filename_to_tensors.items():
             write_atomically(folder / file, save({name: state[name] for name in names}, metadata={"format": "pt"}))
@@ -287,8 +381,7 @@ class DiffusionLM(nn.Module):
             write_atomically(folder / "model.safetensors.index.json", _dump(index))
         if self.generation_defaults is not None:
             write_atomically(folder / "generation_config.json", _dump(self.generation_defaults))
-        config = write_config(self.config, str(self.dtype).removeprefix("torch."))
-        write_atomically(folder / "config.json", _dump(config))
+        write_atomically(folder / "config.json", config)
 
 
 def gather_positions(x: Tensor, positions: Tensor) -> Tensor:
@@ -308,8 +401,9 @@ def number_tokens(input_ids: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
-    """Angle per position of each rotary pair, fp32 [E / 2]; long wavelengths rescaled as by Llama 3, if configured."""
-    exponents = torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim
+    """Angle per position of each rotary pair, fp32 [rotary_dim / 2]; long wavelengths rescaled as by Llama 3, if so
+    configured."""
+    exponents = torch.arange(0, config.rotary_dim, 2, device="cpu").float() / config.rotary_dim
     frequencies = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling
     if scaling is None:
