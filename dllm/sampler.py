@@ -13,13 +13,13 @@ from torch import Tensor
 
 from dllm.errors import UserError
 from dllm.model import DiffusionLM, number_tokens
-from dllm.strategies import STRATEGIES, Step, Update
+from dllm.strategies import CONFIDENCES, REMASKINGS, STRATEGIES, Step, Update, choose_strategy
 from dllm_kernels import linear_token_scores, linear_topk_unmask, philox_uniform
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MDMGenerationConfig:
-    """How to denoise. The fields and meanings are Open-dLLM's, `seed` is ours."""
+    """How to denoise. The fields up to output_history and their meanings are Open-dLLM's, the others ours."""
 
     max_new_tokens: int = 128  # masked positions appended to the prompt by `diffusion_generate`
     steps: int = 512  # denoising steps at most; those that commit nothing cost nothing
@@ -33,6 +33,11 @@ class MDMGenerationConfig:
     num_return_sequences: int = 1  # per prompt, next to each other in the output
     output_history: bool = False
     seed: int | None = None  # None draws one from torch's global generator
+    block_length: int | None = None  # denoise so many masked positions after the other, from left to right; None: all
+    remasking: str | None = None  # in the place of `alg` a key of strategies.REMASKINGS: LLaDA's sampler
+    threshold: float | None = None  # commit all that are at least so sure, one at least, in as many steps as that takes
+    factor: float | None = None  # the same where the bound rises with how many are committed (strategies.py)
+    cfg_scale: float = 0.0  # classifier-free guidance: logits + cfg_scale * (logits - those without the prompt)
 
     def __post_init__(self):
         wants = {
@@ -45,10 +50,20 @@ class MDMGenerationConfig:
             "alg_temp": (self.alg_temp >= 0, "0 or more"),
             "eps": (0 < self.eps < 1, "in (0, 1)"),
             "num_return_sequences": (self.num_return_sequences >= 1, "at least 1"),
+            "block_length": (self.block_length is None or self.block_length >= 1, "at least 1"),
+            "remasking": (self.remasking in (None, *REMASKINGS), "none or one of " + ", ".join(REMASKINGS)),
+            "factor": (self.factor is None or self.factor > 0, "above 0"),
+            "cfg_scale": (0 <= self.cfg_scale < float("inf"), "0 or more"),
         }
         for name, (holds, wanted) in wants.items():
             if not holds:
                 raise UserError(f"{name} must be {wanted}, not {getattr(self, name)!r}")
+        if self.threshold is not None or self.factor is not None:
+            if self.threshold is not None and self.factor is not None:
+                raise UserError("threshold and factor exclude each other: each says how many positions a step commits")
+            if (self.remasking or self.alg) not in CONFIDENCES:
+                raise UserError(f"threshold and factor need confidences, which {self.remasking or self.alg} has not; "
+                                "choose " + ", ".join(CONFIDENCES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,41 +135,68 @@ def denoise(model: DiffusionLM, canvas: Tensor, config: MDMGenerationConfig, att
     if attention_mask is not None and not bool(attention_mask.all()):
         key_mask = attention_mask.to(model.device).bool().repeat_interleave(config.num_return_sequences, 0)
     sequence = torch.arange(len(canvas), device=model.device) % config.num_return_sequences
-    scorer = HeadScorer(model, config, mask_token_id, key_mask, number_tokens(canvas, key_mask, None))
     seed = draw_seed() if config.seed is None else config.seed
-    random = config.temperature > 0 or config.alg_temp > 0 or config.alg == "origin"
+    strategy = choose_strategy(config.alg, config.remasking, config.threshold, config.factor)
+    random = (config.temperature > 0 or config.alg_temp > 0
+              or (config.remasking or config.alg) in ("origin", "random"))
 
     tokens, editable = canvas, canvas == mask_token_id
+    if key_mask is not None:
+        editable = editable & key_mask
+    scorer = HeadScorer(model, config, mask_token_id, key_mask, number_tokens(canvas, key_mask, None), ~editable)
     history: list[Tensor] = []
     steps = 0
-    for index in range(config.steps):
-        masked = tokens == mask_token_id
-        if key_mask is not None:
-            masked = masked & key_mask
-        if not masked.any():
-            break
-        uniform = philox_uniform(seed, sequence[:, None], index, scorer.position_ids) if random else None
-        step = Step(index, config.steps, config.eps, tokens, masked, editable, mask_token_id, uniform)
-        tokens, confidence = STRATEGIES[config.alg](step, scorer.at(step))
-        if confidence is not None and confidence.isnan().any():
-            raise UserError(f"step {index}: the model's logits at {int(confidence.isnan().sum())} positions are NaN or "
-                            "infinite: its weights are damaged, or too large for its dtype (try float32)")
-        steps += 1
-        if config.output_history:
-            history.append(tokens)
-        if on_step is not None:
-            on_step(index, tokens, confidence)
+    for number, (block, total) in enumerate(split_into_blocks(editable, config)):
+        for index in range(total):
+            masked = (tokens == mask_token_id) & block
+            if not masked.any():
+                break
+            # Not by the steps taken: how many a block takes depends on the other rows.
+            draw = number * total + index
+            uniform = philox_uniform(seed, sequence[:, None], draw, scorer.position_ids) if random else None
+            step = Step(index, total, config.eps, tokens, masked, block, mask_token_id, uniform)
+            tokens, confidence = strategy(step, scorer.at(step))
+            if confidence is not None and confidence.isnan().any():
+                raise UserError(f"step {steps}: the model's logits at {int(confidence.isnan().sum())} positions are "
+                                "NaN or infinite: its weights are damaged, or too large for its dtype (try float32)")
+            if config.output_history:
+                history.append(tokens)
+            if on_step is not None:
+                on_step(steps, tokens, confidence)
+            steps += 1
     filled = int(editable.sum())
     return GenerationOutput(tokens, history if config.output_history else None, steps, scorer.forwards,
                             filled / max(scorer.row_forwards, 1))
+
+
+def split_into_blocks(editable: Tensor, config: MDMGenerationConfig) -> list[tuple[Tensor, int]]:
+    """The positions [B, L] of each block, and the denoising steps it gets.
+
+    Raises: UserError if block_length does not divide the positions of a row, or the number of blocks the steps.
+    """
+    counts = editable.sum(1)
+    longest = int(counts.max()) if len(counts) else 0
+    length = config.block_length or max(longest, 1)
+    if config.block_length is not None and (uneven := counts[counts % length > 0]).numel():
+        raise UserError(f"block_length {length} does not divide the {int(uneven[0])} positions to fill; choose one "
+                        "that does")
+    blocks = -(-longest // length)
+    unlimited = config.threshold is not None or config.factor is not None
+    if config.steps % max(blocks, 1) and not unlimited:
+        raise UserError(f"steps must be a multiple of the {blocks} blocks of {length} positions, not {config.steps}; "
+                        f"{-(-config.steps // blocks) * blocks} would be")
+    place = editable.cumsum(1) - 1
+    return [(editable & (place // length == block), length if unlimited else config.steps // blocks)
+            for block in range(blocks)]
 
 
 class HeadScorer:
     """Answers a strategy: hidden states of the rows and positions it asks about, then the head on those alone."""
 
     def __init__(self, model: DiffusionLM, config: MDMGenerationConfig, mask_token_id: int, key_mask: Tensor | None,
-                 position_ids: Tensor):
+                 position_ids: Tensor, prompt: Tensor):
         self.model, self.mask_token_id, self.key_mask, self.position_ids = model, mask_token_id, key_mask, position_ids
+        self.cfg_scale, self.prompt = config.cfg_scale, prompt  # [B, L] bool, what guidance does without
         self.source = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
         if model.config.shift_logits:
             self.source = previous_token(self.source, key_mask)
@@ -166,22 +208,24 @@ class HeadScorer:
         self.step = step
         return self
 
-    def unmask(self, k: Tensor, confidence: str) -> Update:
+    def unmask(self, k: Tensor, confidence: str, *, raw: bool = False, threshold: float | None = None) -> Update:
         wanted = self.step.masked & (k > 0).unsqueeze(1)
         rows, index, valid, hidden = self._hidden(wanted)
         uniform = None if self.step.uniform is None else self.step.uniform[rows.unsqueeze(1), index]
         tokens = torch.where(valid, self.mask_token_id, -1)  # the places that only fill up a row are not masked
         result = linear_topk_unmask(hidden, self.model.head_weight, tokens, self.mask_token_id, k[rows],
                                     confidence=confidence, selection_temperature=self.selection_temperature,
+                                    threshold=threshold, confidence_of="raw" if raw else "filtered",
                                     generator=uniform, **self.sampling)
         return Update(self._place(self.step.tokens, wanted, result.tokens[valid]),
                       self._place(None, wanted, result.confidence[valid]))
 
-    def score(self, positions: Tensor) -> Update:
+    def score(self, positions: Tensor, *, raw: bool = False) -> Update:
         rows, index, valid, hidden = self._hidden(positions)
         uniform = None if self.step.uniform is None else self.step.uniform[positions]
         scores = linear_token_scores(hidden, self.model.head_weight, valid.flatten().nonzero().squeeze(1),
-                                     confidence="prob", generator=uniform, **self.sampling)
+                                     confidence="prob", confidence_of="raw" if raw else "filtered",
+                                     generator=uniform, **self.sampling)
         nothing = torch.full_like(self.step.tokens, -1)
         return Update(self._place(nothing, positions, scores.token), self._place(None, positions, scores.confidence))
 
@@ -199,9 +243,17 @@ class HeadScorer:
         index[valid] = wanted.nonzero()[:, 1]
         self.forwards += 1
         self.row_forwards += len(rows)
-        hidden = self.model.hidden_states(self.step.tokens[rows], position_ids=self.position_ids[rows],
-                                          queries=self.source[rows].gather(1, index),
-                                          attention_mask=None if self.key_mask is None else self.key_mask[rows])
+        tokens, positions, queries = self.step.tokens[rows], self.position_ids[rows], self.source[rows].gather(1, index)
+        key_mask = None if self.key_mask is None else self.key_mask[rows]
+        if self.cfg_scale > 0:
+            tokens = torch.cat((tokens, tokens.masked_fill(self.prompt[rows], self.mask_token_id)))
+            positions, queries = positions.repeat(2, 1), queries.repeat(2, 1)
+            key_mask = None if key_mask is None else key_mask.repeat(2, 1)
+        hidden = self.model.hidden_states(tokens, position_ids=positions, queries=queries, attention_mask=key_mask)
+        if self.cfg_scale > 0:
+            # The head is linear, so what guidance does to the logits it may do to the hidden states.
+            hidden, without = hidden.chunk(2)
+            hidden = without + (self.cfg_scale + 1) * (hidden - without)
         return rows, index, valid, hidden
 
     def _place(self, onto: Tensor | None, where: Tensor, values: Tensor) -> Tensor:

@@ -18,12 +18,12 @@ from torch import Tensor
 class Step:
     """The canvas as a denoising step finds it."""
 
-    index: int  # i, from 0
-    total: int  # n
+    index: int  # i, from 0 in each block
+    total: int  # n, of this block
     eps: float  # the time after the last step, in (0, 1)
     tokens: Tensor  # [B, L] int64
-    masked: Tensor  # [B, L] bool: still to be committed
-    editable: Tensor  # [B, L] bool: masked when denoising began
+    masked: Tensor  # [B, L] bool: still to be committed, in the block being denoised
+    editable: Tensor  # [B, L] bool: of that block, masked when denoising began
     mask_token_id: int
     uniform: Tensor | None  # [B, L, 2] float64 in (0, 1); None where nothing is random
 
@@ -45,10 +45,13 @@ class Update(NamedTuple):
 class Scorer(Protocol):
     """The model, asked about some positions of the current canvas; each call is one forward pass."""
 
-    def unmask(self, k: Tensor, confidence: str) -> Update:
-        """Commit the k[b] most confident masked positions of each row."""
+    def unmask(self, k: Tensor, confidence: str, *, raw: bool = False, threshold: float | None = None) -> Update:
+        """Commit the k[b] most confident masked positions of each row, and all whose confidence reaches the threshold.
 
-    def score(self, positions: Tensor) -> Update:
+        raw: the confidence is of the distribution before temperature and filters.
+        """
+
+    def score(self, positions: Tensor, *, raw: bool = False) -> Update:
         """Choose and score a token where `positions` [B, L] is True; elsewhere the update's tokens are -1."""
 
 
@@ -65,6 +68,34 @@ def commit_most_confident(step: Step, scorer: Scorer, *, confidence: str) -> Upd
     if not k.any():
         return Update(step.tokens, None)
     return scorer.unmask(k, confidence)
+
+
+def commit_evenly(step: Step, scorer: Scorer, *, confidence: str) -> Update:
+    """Commit as many positions in each step, one more in the first ones where that does not come out (LLaDA,
+    arXiv:2502.09992, which calls it remasking). The confidence is that of the distribution before temperature."""
+    count = step.editable.sum(1)
+    k = torch.where(step.masked.any(1), count // step.total + (step.index < count % step.total), 0)
+    if not k.any():
+        return Update(step.tokens, None)
+    return scorer.unmask(k, confidence, raw=True)
+
+
+def commit_above(step: Step, scorer: Scorer, *, confidence: str, raw: bool, threshold: float) -> Update:
+    """Commit every position whose confidence reaches the threshold, and at least the surest (Fast-dLLM,
+    arXiv:2505.22618)."""
+    return scorer.unmask(step.masked.any(1).long(), confidence, raw=raw, threshold=threshold)
+
+
+def commit_by_factor(step: Step, scorer: Scorer, *, raw: bool, factor: float) -> Update:
+    """Commit the n surest, the largest n with (n + 1) (1 - confidence of the n-th) <= factor, at least one (Fast-dLLM):
+    the more are committed together, the surer the least sure of them must be."""
+    scored = scorer.score(step.masked, raw=raw)
+    order = scored.confidence.nan_to_num(-torch.inf).argsort(dim=1, descending=True, stable=True)
+    n = torch.arange(1, order.shape[1] + 1, device=order.device)
+    sure = scored.confidence.gather(1, order) >= 1 - factor / (n + 1)
+    sure[:, 0] = True
+    chosen = torch.zeros_like(step.masked).scatter(1, order, sure) & step.masked
+    return Update(torch.where(chosen, scored.tokens, step.tokens), scored.confidence)
 
 
 def commit_at_random(step: Step, scorer: Scorer) -> Update:
@@ -100,3 +131,20 @@ STRATEGIES: Mapping[str, Strategy] = {
     "topk_margin": partial(commit_most_confident, confidence="margin"),
     "p2": plan_and_remask,
 }
+# LLaDA's, by the names of its `remasking`
+REMASKINGS: Mapping[str, Strategy] = {
+    "low_confidence": partial(commit_evenly, confidence="prob"),
+    "random": partial(commit_evenly, confidence="random"),
+}
+# What a strategy ranks positions by, where a threshold can replace its count.
+CONFIDENCES = {"maskgit_plus": "prob", "entropy": "entropy", "topk_margin": "margin", "low_confidence": "prob"}
+
+
+def choose_strategy(alg: str, remasking: str | None, threshold: float | None, factor: float | None) -> Strategy:
+    """The strategy of a generation config."""
+    name = remasking or alg
+    if threshold is not None:
+        return partial(commit_above, confidence=CONFIDENCES[name], raw=remasking is not None, threshold=threshold)
+    if factor is not None:
+        return partial(commit_by_factor, raw=remasking is not None, factor=factor)
+    return REMASKINGS[remasking] if remasking else STRATEGIES[alg]

@@ -1,0 +1,139 @@
+"""Decoding methods of the published families: token for token what the original implementations gave."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_families import tiny
+
+from dllm.errors import UserError
+from dllm.model import DiffusionLM
+from dllm.sampler import MDMGenerationConfig, denoise
+from dllm.strategies import choose_strategy
+
+MASK = 60
+
+
+def read_cases(shared, family, name, leave_out=()):
+    folder = shared / "golden" / "families" / family
+    outputs = np.load(folder / f"{name}.npz")
+    for case in json.loads((folder / f"{name}.json").read_text()):
+        if not any(part in case["name"] for part in leave_out):
+            yield case, torch.from_numpy(outputs[case["name"]])
+
+
+def pad_left(prompts):
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    return ids, torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+
+
+@pytest.mark.parametrize("family, file, leave_out, alg", [
+    ("llada", "generate_llada", (), None),
+    ("llada", "generate_fastdllm", ("prefix", "dual"), None),  # no cache; with thresholds and factors
+    ("llada", "generate_dllm_mdlm", ("infill",), None),
+    ("llada_moe", "generate_mdlm", (), None),
+    ("dream", "generate_dream", (), "alg"),
+    ("a2d_qwen2", "generate_a2d", ("bd3lm",), None),
+    ("a2d_qwen3", "generate_a2d", ("bd3lm",), None),
+])
+def test_generations_equal_the_originals(shared, family, file, leave_out, alg):
+    model = DiffusionLM.from_pretrained(shared / "golden" / "families" / family / "checkpoint")
+    seen = 0
+    for case, expected in read_cases(shared, family, file, leave_out):
+        if "attention_mask" in case:
+            ids, mask = torch.tensor(case["prompt"]), torch.tensor(case["attention_mask"])
+        else:
+            ids, mask = pad_left(case.get("prompts") or [case["prompt"]])
+        new = case.get("gen_length") or case["max_new_tokens"]
+        method = {"alg": case["alg"]} if alg else {"remasking": case.get("remasking", "low_confidence")}
+        if not alg:
+            method["block_length"] = case.get("block_length") or case.get("block_size")
+        model.config = replace(model.config, shift_logits=case.get("right_shift_logits", model.config.shift_logits))
+        out = model.diffusion_generate(ids, mask, generation_config=MDMGenerationConfig(
+            max_new_tokens=new, steps=case.get("steps") or new, cfg_scale=case.get("cfg_scale") or 0.0,
+            threshold=case.get("threshold"), factor=case.get("factor"), mask_token_id=318, **method))
+        prompts = case.get("prompts") or [None] * len(ids)
+        for row, prompt, generated in zip(expected, prompts, out.sequences, strict=True):
+            start = len(prompt) if prompt else len(row) - new  # the recorded rows are padded on the right, or not
+            assert generated[-new:].tolist() == row[start:start + new].tolist(), case["name"]
+        assert "nfe" not in case or out.forwards == case["nfe"], case["name"]
+        seen += 1
+    assert seen
+
+
+def canvas_of(rows, length):
+    canvas = torch.randint(1, MASK, (rows, length), generator=torch.Generator().manual_seed(0))
+    canvas[:, 3:] = MASK
+    return canvas
+
+
+def test_blocks_are_filled_from_left_to_right():
+    model, canvas = tiny("llada", head_dim=6), canvas_of(2, 15)
+    out = denoise(model, canvas, MDMGenerationConfig(steps=12, block_length=4, remasking="low_confidence",
+                                                     mask_token_id=MASK, output_history=True))
+    assert out.forwards == 12
+    for step, tokens in enumerate(out.history):
+        done = 3 + 4 * ((step + 1) // 4)
+        assert not (tokens[:, :done] == MASK).any() and (tokens[:, done + 4:] == MASK).all()
+
+
+@pytest.mark.parametrize("settings", [{"threshold": 0.2}, {"factor": 0.9}, {"remasking": "random", "steps": 4},
+                                      {"remasking": "low_confidence", "cfg_scale": 1.5, "steps": 8},
+                                      {"threshold": 0.05, "alg": "topk_margin", "block_length": 4}])
+def test_a_row_gets_the_same_tokens_alone_and_in_a_batch(settings):
+    model, canvas = tiny("llada", head_dim=6), canvas_of(3, 11)
+    mask = torch.ones_like(canvas)
+    mask[1, :2] = 0
+    config = MDMGenerationConfig(**{"alg": "maskgit_plus", "mask_token_id": MASK, "seed": 1, "temperature": 0.7,
+                                    **settings})
+    together = denoise(model, canvas, config, mask).sequences
+    for row in range(3):
+        assert torch.equal(denoise(model, canvas[row:row + 1], config, mask[row:row + 1]).sequences[0], together[row])
+
+
+def test_thresholds_take_as_many_steps_as_they_need():
+    model, canvas = tiny("llada", head_dim=6), canvas_of(1, 19)
+
+    def forwards(**settings):
+        config = MDMGenerationConfig(steps=1, alg="maskgit_plus", mask_token_id=MASK, **settings)
+        return denoise(model, canvas, config).forwards
+
+    assert forwards(threshold=2.0) == 16  # nothing is so sure: one position each
+    assert forwards(threshold=0.0) == 1
+    assert forwards(factor=1e-9) == 16 and forwards(factor=100.0) == 1
+
+
+def test_guidance_of_zero_is_none_and_moves_away_from_the_unconditional():
+    model, canvas = tiny("llada", head_dim=6, vocab_size=61), canvas_of(1, 6)
+    config = MDMGenerationConfig(steps=3, remasking="low_confidence", mask_token_id=MASK)
+    plain, guided = (denoise(model, canvas, replace(config, cfg_scale=scale)) for scale in (0.0, 3.0))
+    assert plain.forwards == guided.forwards == 3
+    empty = torch.where(canvas == MASK, canvas, MASK)
+    with torch.no_grad():
+        with_prompt, without = model(canvas).logits[:, 3:], model(empty).logits[:, 3:]
+    first = denoise(model, canvas, replace(config, steps=1, cfg_scale=3.0)).sequences[:, 3:]
+    assert torch.equal(first, (without + 4 * (with_prompt - without)).argmax(-1))
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"block_length": 5}, "block_length 5 does not divide the 8 positions to fill; choose one that does"),
+    ({"block_length": 4, "steps": 3}, "steps must be a multiple of the 2 blocks of 4 positions, not 3; 4 would be"),
+    ({"block_length": 0}, "block_length must be at least 1, not 0"),
+    ({"remasking": "high"}, "remasking must be none or one of low_confidence, random, not 'high'"),
+    ({"cfg_scale": -1.0}, "cfg_scale must be 0 or more, not -1.0"),
+    ({"factor": 0.0}, "factor must be above 0, not 0.0"),
+    ({"factor": 1.0, "threshold": 0.9}, "threshold and factor exclude each other"),
+    ({"alg": "p2", "threshold": 0.9}, "need confidences, which p2 has not; choose maskgit_plus, entropy"),
+])
+def test_settings_that_cannot_work_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        denoise(tiny("llada", head_dim=6), canvas_of(1, 11), MDMGenerationConfig(**{"mask_token_id": MASK, **settings}))
+
+
+def test_the_strategy_of_a_config():
+    assert choose_strategy("entropy", None, None, None).keywords == {"confidence": "entropy"}
+    assert choose_strategy("entropy", "random", None, None).keywords == {"confidence": "random"}
+    assert choose_strategy("topk_margin", None, 0.9, None).keywords["raw"] is False
