@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dllm.cache import BlockCache
 from dllm.errors import UserError
 from dllm.families import ModelConfig, check_parameter_names, mask_token_id_of, read_config, read_json, write_config
 from dllm.published import to_ours, to_published
@@ -51,6 +52,8 @@ class Positions:
     max_seqlen: int = 0
     block_length: int | None = None
     queries: Tensor | None = None  # [B, Q] int64: the only positions the last layer answers for
+    cache: BlockCache | None = None
+    layer: int = 0
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -81,6 +84,8 @@ class Attention(nn.Module):
         heads = (*x.shape[:-1], -1, self.head_dim)
         k = rotate(self.k_norm(self.k_proj(x).view(heads)), at.cos, at.sin)
         v = self.v_proj(x).view(heads)
+        if at.cache is not None:
+            k, v = at.cache.extend(at.layer, k, v)
         cos, sin = at.cos, at.sin
         if at.queries is not None:
             x = gather_positions(x, at.queries)
@@ -261,7 +266,7 @@ class DiffusionLM(nn.Module):
     def hidden_states(self, input_ids: Tensor, *, attention_mask: Tensor | None = None,
                       position_ids: Tensor | None = None, cu_seqlens: Tensor | None = None,
                       max_seqlen: int | None = None, block_length: int | None = None,
-                      queries: Tensor | None = None) -> Tensor:
+                      queries: Tensor | None = None, cache: BlockCache | None = None) -> Tensor:
         """The hidden states after the final norm, [B, L, D].
 
         Args:
@@ -274,12 +279,15 @@ class DiffusionLM(nn.Module):
             max_seqlen: tokens of the longest document; must come with cu_seqlens (reading it there would stall a GPU).
             block_length: block-causal attention (see `bidirectional_attention`); 1 is causal.
             queries: [B, Q] int64, the positions whose hidden states are wanted; the others are not computed in the
-                last layer, and the result is [B, Q, D]. Excludes cu_seqlens and block_length.
+                last layer, and the result is [B, Q, D]. Excludes cu_seqlens; with block_length they are of the last
+                block.
+            cache: holds the positions before these, whole blocks, and gets these too. Needs block_length, no padding.
         Raises: UserError if the input is longer than the model's positions; ValueError if arguments exclude each other.
         """
         if input_ids.ndim != 2:
             raise UserError(f"the model takes input_ids [B, L], not {list(input_ids.shape)}; add a batch dimension")
-        length = input_ids.shape[1] if cu_seqlens is None else max_seqlen
+        before = 0 if cache is None else cache.length
+        length = before + input_ids.shape[1] if cu_seqlens is None else max_seqlen
         if length is None:
             raise ValueError("hidden_states: cu_seqlens needs max_seqlen, the length of the longest document")
         if length > self.config.max_position_embeddings:
@@ -287,8 +295,8 @@ class DiffusionLM(nn.Module):
                             "shorten it")
         if cu_seqlens is not None and (attention_mask is not None or queries is not None):
             raise ValueError("hidden_states: cu_seqlens excludes attention_mask and queries")
-        if queries is not None and block_length is not None:
-            raise ValueError("hidden_states: queries excludes block_length")
+        if cache is not None and (block_length is None or attention_mask is not None or cu_seqlens is not None):
+            raise ValueError("hidden_states: cache needs block_length and excludes attention_mask and cu_seqlens")
         key_mask = None
         if attention_mask is not None:
             if attention_mask.shape != input_ids.shape:
@@ -296,14 +304,15 @@ class DiffusionLM(nn.Module):
                                 f"{list(input_ids.shape)}; they must be the same")
             key_mask = attention_mask.bool()
         if position_ids is None:
-            position_ids = number_tokens(input_ids, key_mask, cu_seqlens)
+            position_ids = before + number_tokens(input_ids, key_mask, cu_seqlens)
         x = self.model.embed_tokens(input_ids)
         cos, sin = self._rotary(position_ids, x.dtype)
-        at = Positions(cos, sin, key_mask, cu_seqlens, max_seqlen or 0, block_length)
-        for layer in self.model.layers[:-1]:
+        at = Positions(cos, sin, key_mask, cu_seqlens, max_seqlen or 0, block_length, cache=cache)
+        for at.layer, layer in enumerate(self.model.layers):
+            if at.layer == len(self.model.layers) - 1 and queries is not None:
+                at.queries, at.block_length = queries, None  # of the last block, they see all
             x = layer(x, at)
-        at.queries = queries
-        return self.model.norm(self.model.layers[-1](x, at))
+        return self.model.norm(x)
 
     def _rotary(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin [B, L, 1, rotary_dim] of the positions, computed in fp32."""

@@ -6,15 +6,18 @@ and in any batch.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from dllm.cache import BlockCache
 from dllm.errors import UserError
 from dllm.model import DiffusionLM, number_tokens
 from dllm.strategies import CONFIDENCES, REMASKINGS, STRATEGIES, Step, Update, choose_strategy
 from dllm_kernels import linear_token_scores, linear_topk_unmask, philox_uniform
+
+BLOCK_LENGTH = 32  # of block-causal models whose checkpoint names none: LLaDA2's
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +41,7 @@ class MDMGenerationConfig:
     threshold: float | None = None  # commit all that are at least so sure, one at least, in as many steps as that takes
     factor: float | None = None  # the same where the bound rises with how many are committed (strategies.py)
     cfg_scale: float = 0.0  # classifier-free guidance: logits + cfg_scale * (logits - those without the prompt)
+    block_causal: bool | None = None  # blocks, counted from the first token, see none after them; None: as trained
 
     def __post_init__(self):
         wants = {
@@ -58,7 +62,10 @@ class MDMGenerationConfig:
         for name, (holds, wanted) in wants.items():
             if not holds:
                 raise UserError(f"{name} must be {wanted}, not {getattr(self, name)!r}")
-        if self.threshold is not None or self.factor is not None:
+        if self.remasking == "low_confidence_dynamic":
+            if self.threshold is None or self.factor is not None:
+                raise UserError("remasking low_confidence_dynamic needs a threshold (LLaDA2: 0.95), and no factor")
+        elif self.threshold is not None or self.factor is not None:
             if self.threshold is not None and self.factor is not None:
                 raise UserError("threshold and factor exclude each other: each says how many positions a step commits")
             if (self.remasking or self.alg) not in CONFIDENCES:
@@ -136,17 +143,24 @@ def denoise(model: DiffusionLM, canvas: Tensor, config: MDMGenerationConfig, att
         key_mask = attention_mask.to(model.device).bool().repeat_interleave(config.num_return_sequences, 0)
     sequence = torch.arange(len(canvas), device=model.device) % config.num_return_sequences
     seed = draw_seed() if config.seed is None else config.seed
-    strategy = choose_strategy(config.alg, config.remasking, config.threshold, config.factor)
+    causal = model.config.block_causal if config.block_causal is None else config.block_causal
+    if causal:
+        config = replace(config, block_length=config.block_length or model.config.block_length or BLOCK_LENGTH)
+        layout = WholeBlocks(canvas, key_mask, config.block_length, mask_token_id)
+        canvas, key_mask = layout.canvas, None
+    strategy = choose_strategy(config.alg, config.remasking, config.threshold, config.factor, config.block_length)
     random = (config.temperature > 0 or config.alg_temp > 0
               or (config.remasking or config.alg) in ("origin", "random"))
 
     tokens, editable = canvas, canvas == mask_token_id
     if key_mask is not None:
         editable = editable & key_mask
-    scorer = HeadScorer(model, config, mask_token_id, key_mask, number_tokens(canvas, key_mask, None), ~editable)
+    kind = CachedScorer if causal else HeadScorer
+    scorer = kind(model, config, mask_token_id, key_mask, number_tokens(canvas, key_mask, None), ~editable)
+    place = scorer.position_ids if causal else editable.cumsum(1) - 1
     history: list[Tensor] = []
     steps = 0
-    for number, (block, total) in enumerate(split_into_blocks(editable, config)):
+    for number, block, total in split_into_blocks(editable, place, config):
         for index in range(total):
             masked = (tokens == mask_token_id) & block
             if not masked.any():
@@ -160,34 +174,62 @@ def denoise(model: DiffusionLM, canvas: Tensor, config: MDMGenerationConfig, att
                 raise UserError(f"step {steps}: the model's logits at {int(confidence.isnan().sum())} positions are "
                                 "NaN or infinite: its weights are damaged, or too large for its dtype (try float32)")
             if config.output_history:
-                history.append(tokens)
+                history.append(layout.restore(tokens) if causal else tokens)
             if on_step is not None:
-                on_step(steps, tokens, confidence)
+                seen = (tokens, confidence)
+                on_step(steps, *(layout.restore(x) if causal and x is not None else x for x in seen))
             steps += 1
     filled = int(editable.sum())
-    return GenerationOutput(tokens, history if config.output_history else None, steps, scorer.forwards,
-                            filled / max(scorer.row_forwards, 1))
+    return GenerationOutput(layout.restore(tokens) if causal else tokens, history if config.output_history else None,
+                            steps, scorer.forwards, filled / max(scorer.row_forwards, 1))
 
 
-def split_into_blocks(editable: Tensor, config: MDMGenerationConfig) -> list[tuple[Tensor, int]]:
-    """The positions [B, L] of each block, and the denoising steps it gets.
+def split_into_blocks(editable: Tensor, place: Tensor, config: MDMGenerationConfig) -> list[tuple[int, Tensor, int]]:
+    """Of each block its number, the positions [B, L] to fill, and the denoising steps it gets.
 
+    Args:
+        place: [B, L] int64, by which the positions are counted off into blocks: among those to fill, or in the row.
     Raises: UserError if block_length does not divide the positions of a row, or the number of blocks the steps.
     """
-    counts = editable.sum(1)
-    longest = int(counts.max()) if len(counts) else 0
+    longest = int(place[editable].max()) + 1 if editable.any() else 0
     length = config.block_length or max(longest, 1)
+    counts = place.masked_fill(~editable, -1).amax(1) + 1 if editable.numel() else editable.sum(1)
     if config.block_length is not None and (uneven := counts[counts % length > 0]).numel():
         raise UserError(f"block_length {length} does not divide the {int(uneven[0])} positions to fill; choose one "
                         "that does")
-    blocks = -(-longest // length)
-    unlimited = config.threshold is not None or config.factor is not None
-    if config.steps % max(blocks, 1) and not unlimited:
-        raise UserError(f"steps must be a multiple of the {blocks} blocks of {length} positions, not {config.steps}; "
-                        f"{-(-config.steps // blocks) * blocks} would be")
-    place = editable.cumsum(1) - 1
-    return [(editable & (place // length == block), length if unlimited else config.steps // blocks)
-            for block in range(blocks)]
+    numbers = (place // length)[editable].unique().tolist()
+    unlimited = config.remasking != "low_confidence_dynamic" and (config.threshold, config.factor) != (None, None)
+    if config.steps % max(len(numbers), 1) and not unlimited:
+        raise UserError(f"steps must be a multiple of the {len(numbers)} blocks of {length} positions, not "
+                        f"{config.steps}; {-(-config.steps // len(numbers)) * len(numbers)} would be")
+    return [(number, editable & (place // length == number), length if unlimited else config.steps // len(numbers))
+            for number in numbers]
+
+
+class WholeBlocks:
+    """A canvas for a block-causal model: rows that begin in the first column and end with a whole block.
+
+    What is masked to complete a row's last block is filled too, as the model sees it, but not given out.
+    """
+
+    def __init__(self, canvas: Tensor, key_mask: Tensor | None, block_length: int, mask_token_id: int):
+        self.given = canvas
+        self.key_mask = torch.ones_like(canvas, dtype=torch.bool) if key_mask is None else key_mask
+        self.order = self.key_mask.long().argsort(dim=1, descending=True, stable=True)
+        lengths = self.key_mask.sum(1, keepdim=True)
+        whole = -(-lengths // block_length) * block_length
+        width = int(whole.max()) if len(canvas) else 0
+        tokens = torch.nn.functional.pad(canvas.gather(1, self.order), (0, width - canvas.shape[1]))
+        place = torch.arange(width, device=canvas.device)
+        beyond = torch.where(place < whole, mask_token_id, 0 if mask_token_id else 1)
+        self.canvas = torch.where(place < lengths, tokens, beyond)
+
+    def restore(self, aligned: Tensor) -> Tensor:
+        """Tokens or confidences [B, width] where they were given; padding keeps its tokens, and has no confidence."""
+        length = self.given.shape[1]
+        aligned = torch.nn.functional.pad(aligned[:, :length], (0, max(length - aligned.shape[1], 0)))
+        padding = torch.full_like(aligned, -torch.inf) if aligned.is_floating_point() else self.given
+        return torch.where(self.key_mask, torch.empty_like(aligned).scatter_(1, self.order, aligned), padding)
 
 
 class HeadScorer:
@@ -235,12 +277,7 @@ class HeadScorer:
         Returns: rows [R] that want anything, index [R, Q] of the wanted positions filled up with 0, valid [R, Q], and
             hidden [R, Q, D].
         """
-        rows = wanted.any(1).nonzero().squeeze(1)
-        wanted = wanted[rows]
-        counts = wanted.sum(1)
-        valid = torch.arange(int(counts.max()), device=wanted.device) < counts.unsqueeze(1)
-        index = torch.zeros(valid.shape, dtype=torch.long, device=wanted.device)
-        index[valid] = wanted.nonzero()[:, 1]
+        rows, index, valid = list_positions(wanted)
         self.forwards += 1
         self.row_forwards += len(rows)
         tokens, positions, queries = self.step.tokens[rows], self.position_ids[rows], self.source[rows].gather(1, index)
@@ -256,11 +293,53 @@ class HeadScorer:
             hidden = without + (self.cfg_scale + 1) * (hidden - without)
         return rows, index, valid, hidden
 
-    def _place(self, onto: Tensor | None, where: Tensor, values: Tensor) -> Tensor:
+    @staticmethod
+    def _place(onto: Tensor | None, where: Tensor, values: Tensor) -> Tensor:
         """A copy of `onto` (None: all -inf) with the values, in row-major order, at `where` [B, L]."""
         if onto is None:
             onto = torch.full(where.shape, -torch.inf, device=where.device)
         return onto.masked_scatter(where, values)
+
+
+class CachedScorer(HeadScorer):
+    """The same for a block-causal model and one block at a time: finished blocks are computed once and kept."""
+
+    def __init__(self, model: DiffusionLM, config: MDMGenerationConfig, mask_token_id: int, key_mask: Tensor | None,
+                 position_ids: Tensor, prompt: Tensor):
+        super().__init__(model, config, mask_token_id, key_mask, position_ids, prompt)
+        if model.config.shift_logits or config.cfg_scale > 0:
+            raise UserError("block-causal decoding takes neither models with shifted logits nor cfg_scale; "
+                            "set block_causal=False or leave cfg_scale out")
+        self.block_length = config.block_length
+        self.cache = BlockCache(model.config, *position_ids.shape, like=model.head_weight)
+
+    def _hidden(self, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rows, index, valid = list_positions(wanted)
+        start = int(self.step.editable.any(0).nonzero()[0]) // self.block_length * self.block_length
+        first, end = self.cache.length, start + self.block_length
+        computed = rows
+        if first < start:  # blocks were finished since: those of every row are computed along, and kept
+            computed = torch.arange(len(wanted), device=wanted.device)
+        self.cache.rows = None if len(computed) == len(wanted) else computed
+        queries = torch.full((len(wanted), index.shape[1]), start, device=wanted.device)
+        queries[rows] = torch.where(valid, index, start)
+        self.forwards += 1
+        self.row_forwards += len(computed)
+        hidden = self.model.hidden_states(self.step.tokens[computed, first:end], cache=self.cache,
+                                          block_length=self.block_length, queries=queries[computed] - first)
+        self.cache.length = start
+        return rows, index, valid, hidden[rows] if len(computed) > len(rows) else hidden
+
+
+def list_positions(wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of wanted [B, L]: rows [R] that want anything, index [R, Q] of the positions, filled up with 0, valid [R, Q]."""
+    rows = wanted.any(1).nonzero().squeeze(1)
+    wanted = wanted[rows]
+    counts = wanted.sum(1)
+    valid = torch.arange(int(counts.max()), device=wanted.device) < counts.unsqueeze(1)
+    index = torch.zeros(valid.shape, dtype=torch.long, device=wanted.device)
+    index[valid] = wanted.nonzero()[:, 1]
+    return rows, index, valid
 
 
 def previous_token(places: Tensor, key_mask: Tensor | None) -> Tensor:

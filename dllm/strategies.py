@@ -80,6 +80,13 @@ def commit_evenly(step: Step, scorer: Scorer, *, confidence: str) -> Update:
     return scorer.unmask(k, confidence, raw=True)
 
 
+def commit_evenly_or_above(step: Step, scorer: Scorer, *, block_length: int, threshold: float) -> Update:
+    """Commit as many of a block's positions in each step, and more if they are so sure (LLaDA2; SDAR's
+    low_confidence_dynamic, arXiv:2510.06303). A block that begins within the prompt is so done in fewer steps."""
+    k = block_length // step.total + (step.index < block_length % step.total)
+    return scorer.unmask(torch.where(step.masked.any(1), k, 0), "prob", threshold=threshold)
+
+
 def commit_above(step: Step, scorer: Scorer, *, confidence: str, raw: bool, threshold: float) -> Update:
     """Commit every position whose confidence reaches the threshold, and at least the surest (Fast-dLLM,
     arXiv:2505.22618)."""
@@ -135,14 +142,18 @@ STRATEGIES: Mapping[str, Strategy] = {
 REMASKINGS: Mapping[str, Strategy] = {
     "low_confidence": partial(commit_evenly, confidence="prob"),
     "random": partial(commit_evenly, confidence="random"),
+    "low_confidence_dynamic": commit_evenly_or_above,
 }
 # What a strategy ranks positions by, where a threshold can replace its count.
 CONFIDENCES = {"maskgit_plus": "prob", "entropy": "entropy", "topk_margin": "margin", "low_confidence": "prob"}
 
 
-def choose_strategy(alg: str, remasking: str | None, threshold: float | None, factor: float | None) -> Strategy:
+def choose_strategy(alg: str, remasking: str | None, threshold: float | None, factor: float | None,
+                    block_length: int) -> Strategy:
     """The strategy of a generation config."""
     name = remasking or alg
+    if remasking == "low_confidence_dynamic":
+        return partial(commit_evenly_or_above, block_length=block_length, threshold=threshold)
     if threshold is not None:
         return partial(commit_above, confidence=CONFIDENCES[name], raw=remasking is not None, threshold=threshold)
     if factor is not None:

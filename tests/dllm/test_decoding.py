@@ -10,7 +10,7 @@ from test_families import tiny
 
 from dllm.errors import UserError
 from dllm.model import DiffusionLM
-from dllm.sampler import MDMGenerationConfig, denoise
+from dllm.sampler import CachedScorer, MDMGenerationConfig, denoise
 from dllm.strategies import choose_strategy
 
 MASK = 60
@@ -62,6 +62,71 @@ def test_generations_equal_the_originals(shared, family, file, leave_out, alg):
         assert "nfe" not in case or out.forwards == case["nfe"], case["name"]
         seen += 1
     assert seen
+
+
+def test_llada2_generations_equal_the_originals(shared):
+    model = DiffusionLM.from_pretrained(shared / "golden" / "families" / "llada2" / "checkpoint")
+    for case, expected in read_cases(shared, "llada2", "generate_llada2", ("llada21",)):
+        new, length = case.get("gen_length") or case["max_new_tokens"], case.get("block_length") or case["block_size"]
+        prompt = torch.tensor([case["prompt"]])
+        blocks = -(-(prompt.shape[1] + new) // length) - prompt.shape[1] // length
+        out = model.diffusion_generate(prompt, generation_config=MDMGenerationConfig(
+            max_new_tokens=new, steps=blocks * (case.get("steps") or case["steps_per_block"]), block_length=length,
+            remasking="low_confidence_dynamic", threshold=case["threshold"], mask_token_id=case["mask_id"]))
+        start = 0 if "modelgen" in case["name"] else prompt.shape[1]
+        assert out.sequences[0, -new:].tolist() == expected[0, start:start + new].tolist(), case["name"]
+
+
+@pytest.mark.parametrize("settings", [{"remasking": "low_confidence_dynamic", "threshold": 0.1}, {"threshold": 0.1},
+                                      {"remasking": "low_confidence"}, {"alg": "p2"}, {"alg": "origin"}])
+def test_blocks_kept_in_the_cache_change_no_token(settings, monkeypatch):
+    """Against the whole canvas computed anew in every step; prompts of 5, 1 and 8 tokens, blocks of 4."""
+    model = tiny("a2d-qwen3", block_causal=True, vocab_size=61)
+    canvas, mask = pad_left([[*range(1, n + 1), *[MASK] * 11] for n in (5, 1, 8)])
+    config = MDMGenerationConfig(**{"alg": "maskgit_plus", "steps": 60, "block_length": 4, "mask_token_id": MASK,
+                                    "seed": 0, "temperature": 0.6, **settings})
+    cached = denoise(model, canvas, config, mask)
+    assert torch.equal(cached.sequences[mask == 0], canvas[mask == 0])
+    assert not (cached.sequences == MASK).any()
+    computed = []
+    original = DiffusionLM.hidden_states
+
+    def compute_anew(self, input_ids, *, cache, block_length, queries):
+        canvas = cached_scorer[-1].step.tokens
+        rows = cache.rows if cache.rows is not None else torch.arange(len(canvas))
+        computed.append(len(rows))
+        whole = original(self, canvas[rows], block_length=block_length)
+        return whole.gather(1, (queries + cache.length).unsqueeze(-1).expand(-1, -1, whole.shape[-1]))
+
+    cached_scorer = []
+    at = CachedScorer.at
+    monkeypatch.setattr(CachedScorer, "at", lambda self, step: cached_scorer.append(at(self, step)) or self)
+    monkeypatch.setattr(DiffusionLM, "hidden_states", compute_anew)
+    anew = denoise(model, canvas, config, mask)
+    assert torch.equal(anew.sequences, cached.sequences) and len(computed) == cached.forwards
+
+
+def test_a_block_causal_row_gets_the_same_tokens_alone_and_in_a_batch():
+    model = tiny("a2d-qwen3", block_causal=True, block_length=4)
+    canvas, mask = pad_left([[*range(1, n + 1), *[MASK] * 11] for n in (5, 1, 8)])
+    config = MDMGenerationConfig(alg="maskgit_plus", threshold=0.1, mask_token_id=MASK, seed=0, temperature=0.6)
+    together = denoise(model, canvas, config, mask)
+    for row, prompt in enumerate((5, 1, 8)):
+        alone = denoise(model, canvas[row:row + 1, -prompt - 11:], config)
+        assert torch.equal(alone.sequences[0], together.sequences[row, -prompt - 11:])
+
+
+def test_history_and_steps_of_a_block_causal_model_are_of_the_canvas_given():
+    model = tiny("a2d-qwen3", block_causal=True)
+    canvas, mask = pad_left([[1, 2, 3, *[MASK] * 6], [4, *[MASK] * 6]])
+    seen = []
+    out = denoise(model, canvas, MDMGenerationConfig(steps=6, block_length=4, alg="maskgit_plus", mask_token_id=MASK,
+                                                     output_history=True), mask, lambda *step: seen.append(step))
+    assert torch.equal(out.history[-1], out.sequences) and len(seen) == len(out.history)
+    for tokens, (_, canvas_seen, confidence) in zip(out.history, seen, strict=True):
+        assert tokens.shape == canvas.shape and torch.equal(tokens, canvas_seen)
+        assert torch.equal(tokens[canvas != MASK], canvas[canvas != MASK])
+        assert confidence is None or (confidence[mask == 0] == -torch.inf).all()
 
 
 def canvas_of(rows, length):
@@ -122,9 +187,11 @@ def test_guidance_of_zero_is_none_and_moves_away_from_the_unconditional():
     ({"block_length": 5}, "block_length 5 does not divide the 8 positions to fill; choose one that does"),
     ({"block_length": 4, "steps": 3}, "steps must be a multiple of the 2 blocks of 4 positions, not 3; 4 would be"),
     ({"block_length": 0}, "block_length must be at least 1, not 0"),
-    ({"remasking": "high"}, "remasking must be none or one of low_confidence, random, not 'high'"),
+    ({"remasking": "high"}, "remasking must be none or one of low_confidence, random, .*, not 'high'"),
     ({"cfg_scale": -1.0}, "cfg_scale must be 0 or more, not -1.0"),
     ({"factor": 0.0}, "factor must be above 0, not 0.0"),
+    ({"remasking": "low_confidence_dynamic"}, "low_confidence_dynamic needs a threshold"),
+    ({"block_causal": True, "cfg_scale": 1.0, "block_length": 4}, "neither models with shifted logits nor cfg_scale"),
     ({"factor": 1.0, "threshold": 0.9}, "threshold and factor exclude each other"),
     ({"alg": "p2", "threshold": 0.9}, "need confidences, which p2 has not; choose maskgit_plus, entropy"),
 ])
@@ -134,6 +201,6 @@ def test_settings_that_cannot_work_are_refused(settings, message):
 
 
 def test_the_strategy_of_a_config():
-    assert choose_strategy("entropy", None, None, None).keywords == {"confidence": "entropy"}
-    assert choose_strategy("entropy", "random", None, None).keywords == {"confidence": "random"}
-    assert choose_strategy("topk_margin", None, 0.9, None).keywords["raw"] is False
+    assert choose_strategy("entropy", None, None, None, None).keywords == {"confidence": "entropy"}
+    assert choose_strategy("entropy", "random", None, None, None).keywords == {"confidence": "random"}
+    assert choose_strategy("topk_margin", None, 0.9, None, None).keywords["raw"] is False
