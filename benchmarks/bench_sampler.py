@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.naive_sampler import naive_denoise
+from benchmarks.naive_sampler import naive_denoise, naive_llada
 from dllm.families import ModelConfig
 from dllm.model import DiffusionLM
 from dllm.sampler import MDMGenerationConfig, denoise
@@ -34,6 +34,24 @@ def bench_greedy(paired, vocab_size, layers, at_least):
     assert torch.equal(ours.sequences, expected)
     paired(ours=lambda: denoise(model, canvas, config), baseline=lambda: naive_denoise(model, canvas, steps=NEW),
            rounds=2, at_least=at_least, forwards=ours.forwards, naive_forwards=naive_forwards)
+
+
+def bench_llada(paired):
+    """LLaDA's vocabulary and sampler, prompt of 64, 128 new tokens in 128 steps and blocks of 32: the same tokens."""
+    torch.manual_seed(0)
+    model = DiffusionLM(ModelConfig(
+        family="llada", vocab_size=126464, hidden_size=256, intermediate_size=704, num_hidden_layers=6,
+        num_attention_heads=4, num_key_value_heads=4, head_dim=64, shift_logits=False, initializer_range=0.1,
+        mask_token_id=126336)).eval()
+    canvas = torch.randint(126000, (1, 192), generator=torch.Generator().manual_seed(1))
+    canvas[:, 64:] = 126336
+    config = MDMGenerationConfig(steps=128, block_length=32, remasking="low_confidence")
+    expected, naive_forwards = naive_llada(model, canvas, steps=128, block_length=32)
+    ours = denoise(model, canvas, config)
+    assert torch.equal(ours.sequences, expected)
+    paired(ours=lambda: denoise(model, canvas, config),
+           baseline=lambda: naive_llada(model, canvas, steps=128, block_length=32), rounds=1, at_least=5,
+           forwards=ours.forwards, naive_forwards=naive_forwards)
 
 
 def bench_steps_that_commit_nothing(paired):

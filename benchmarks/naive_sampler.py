@@ -1,8 +1,8 @@
-"""The baseline of bench_sampler.py: denoising as Open-dLLM does it, written from its behaviour.
+"""The baselines of bench_sampler.py: denoising as Open-dLLM and as LLaDA do it, written from their behaviour.
 
-Every step runs the model on the whole canvas, multiplies the head at every position, shifts a copy of the logits,
-and, per strategy, filters by sorting the vocabulary and takes the softmax of all rows in fp32. Steps whose schedule
-commits nothing run all the same. Randomness is torch's global generator.
+In Open-dLLM every step runs the model on the whole canvas, multiplies the head at every position, shifts a copy of the
+logits, and, per strategy, filters by sorting the vocabulary and takes the softmax of all rows in fp32. Steps whose
+schedule commits nothing run all the same. Randomness is torch's global generator.
 """
 
 import torch
@@ -68,4 +68,26 @@ def naive_denoise(model, canvas: Tensor, *, steps: int, alg: str = "entropy", te
             if k:
                 best = scores[first:first + n].topk(k).indices
                 x[row, places[best]] = tokens[first:first + n][best]
+    return x, steps
+
+
+@torch.no_grad()
+def naive_llada(model, canvas: Tensor, *, steps: int, block_length: int) -> tuple[Tensor, int]:
+    """LLaDA's generate at temperature 0: argmax and softmax of all positions in every step; and forward passes."""
+    x = canvas.clone()
+    first = int((x[0] == model.mask_token_id).nonzero()[0])
+    blocks = (x.shape[1] - first) // block_length
+    for block in range(blocks):
+        end = first + (block + 1) * block_length
+        per_step = int((x[0, :end] == model.mask_token_id).sum()) // (steps // blocks)
+        for _ in range(steps // blocks):
+            masked = x == model.mask_token_id
+            logits = model(x).logits
+            tokens = logits.argmax(-1)
+            scores = logits.softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+            scores[:, end:] = -torch.inf
+            scores = scores.masked_fill(~masked, -torch.inf)
+            for row in range(len(x)):
+                best = scores[row].topk(per_step).indices
+                x[row, best] = tokens[row, best]
     return x, steps
