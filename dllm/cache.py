@@ -1,7 +1,8 @@
-"""Keys and values of finished blocks: what a block-causal model need not compute again.
+"""Keys and values that are not computed again in every denoising step.
 
-Finished blocks never see later ones, so their keys and values stay what they are: unlike the caches of models that
-attend in both directions everywhere, this one changes no token.
+In a block-causal model finished blocks never see later ones, so their keys and values stay what they are: that cache
+changes no token. In a model that attends in both directions everywhere, those outside the block being denoised change a
+little with every commit; taking them as they were when the block began is Fast-dLLM's approximation (arXiv:2505.22618).
 """
 
 import torch
@@ -10,23 +11,25 @@ from torch import Tensor
 from dllm.families import ModelConfig
 
 
-class BlockCache:
-    """Of each layer the keys (rotated) and values of the first `length` positions of B rows."""
+class KeyValueCache:
+    """Of each layer the keys (rotated) and values of B rows and `capacity` positions.
 
-    def __init__(self, config: ModelConfig, rows: int, capacity: int, like: Tensor):
+    grows: the positions from `start` on are new, and see none after them. Otherwise they are put in the place of those
+    that were there, and see all.
+    """
+
+    def __init__(self, config: ModelConfig, rows: int, capacity: int, like: Tensor, *, grows: bool):
         shape = (config.num_hidden_layers, 2, rows, capacity, config.num_key_value_heads, config.head_dim)
         self.content = torch.empty(shape, dtype=like.dtype, device=like.device)
-        self.length = 0  # set by the caller once blocks are finished; what lies behind is overwritten
+        self.grows = grows
+        self.start = 0  # where the positions computed now belong
         self.rows: Tensor | None = None  # [R] int64: the rows that are computed now; None: all
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values [R, length + n, Hkv, E] with those of n new positions, k and v [R, n, Hkv, E], behind.
-
-        The new ones are kept if they are of all rows.
-        """
-        end = self.length + k.shape[1]
+    def put(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep k and v [R, n, Hkv, E] of the n positions from `start` on; all keys and values that these may see."""
         keys, values = self.content[layer]
-        if self.rows is not None:
-            return torch.cat((keys[self.rows, :self.length], k), 1), torch.cat((values[self.rows, :self.length], v), 1)
-        keys[:, self.length:end], values[:, self.length:end] = k, v
-        return keys[:, :end], values[:, :end]
+        end = self.start + k.shape[1]
+        rows = slice(None) if self.rows is None else self.rows
+        keys[rows, self.start:end], values[rows, self.start:end] = k, v
+        seen = end if self.grows else keys.shape[1]
+        return keys[rows, :seen], values[rows, :seen]

@@ -165,6 +165,7 @@ def add_generation(parser: Parser) -> None:
     add_setting(parser, "--block-length", "denoise so many masked positions after the other, from left to right")
     add_setting(parser, "--threshold", "commit all that are so sure, in as many steps as that takes", number)
     add_setting(parser, "--factor", "the same, the surer the more are committed together", number)
+    add_setting(parser, "--cache", "none, prefix or dual: keep keys and values outside the block as they were", str)
     add_setting(parser, "--cfg-scale", "classifier-free guidance; default: 0", number)
     add_setting(parser, "--alg-temp", "noise on the confidences; default: 0", number)
     add_setting(parser, "--seed", "default: a fresh one, which is printed")

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dllm.cache import BlockCache
+from dllm.cache import KeyValueCache
 from dllm.errors import UserError
 from dllm.families import ModelConfig, check_parameter_names, mask_token_id_of, read_config, read_json, write_config
 from dllm.published import to_ours, to_published
@@ -52,7 +52,7 @@ class Positions:
     max_seqlen: int = 0
     block_length: int | None = None
     queries: Tensor | None = None  # [B, Q] int64: the only positions the last layer answers for
-    cache: BlockCache | None = None
+    cache: KeyValueCache | None = None
     layer: int = 0
 
 
@@ -85,7 +85,7 @@ class Attention(nn.Module):
         k = rotate(self.k_norm(self.k_proj(x).view(heads)), at.cos, at.sin)
         v = self.v_proj(x).view(heads)
         if at.cache is not None:
-            k, v = at.cache.extend(at.layer, k, v)
+            k, v = at.cache.put(at.layer, k, v)
         cos, sin = at.cos, at.sin
         if at.queries is not None:
             x = gather_positions(x, at.queries)
@@ -266,7 +266,7 @@ class DiffusionLM(nn.Module):
     def hidden_states(self, input_ids: Tensor, *, attention_mask: Tensor | None = None,
                       position_ids: Tensor | None = None, cu_seqlens: Tensor | None = None,
                       max_seqlen: int | None = None, block_length: int | None = None,
-                      queries: Tensor | None = None, cache: BlockCache | None = None) -> Tensor:
+                      queries: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """The hidden states after the final norm, [B, L, D].
 
         Args:
@@ -281,12 +281,13 @@ class DiffusionLM(nn.Module):
             queries: [B, Q] int64, the positions whose hidden states are wanted; the others are not computed in the
                 last layer, and the result is [B, Q, D]. Excludes cu_seqlens; with block_length they are of the last
                 block.
-            cache: holds the positions before these, whole blocks, and gets these too. Needs block_length, no padding.
+            cache: holds the positions beside these, and gets these too; if it grows, whole blocks, with block_length.
+                With it attention_mask is of all positions. Excludes cu_seqlens.
         Raises: UserError if the input is longer than the model's positions; ValueError if arguments exclude each other.
         """
         if input_ids.ndim != 2:
             raise UserError(f"the model takes input_ids [B, L], not {list(input_ids.shape)}; add a batch dimension")
-        before = 0 if cache is None else cache.length
+        before = 0 if cache is None else cache.start
         length = before + input_ids.shape[1] if cu_seqlens is None else max_seqlen
         if length is None:
             raise ValueError("hidden_states: cu_seqlens needs max_seqlen, the length of the longest document")
@@ -295,16 +296,16 @@ class DiffusionLM(nn.Module):
                             "shorten it")
         if cu_seqlens is not None and (attention_mask is not None or queries is not None):
             raise ValueError("hidden_states: cu_seqlens excludes attention_mask and queries")
-        if cache is not None and (block_length is None or attention_mask is not None or cu_seqlens is not None):
-            raise ValueError("hidden_states: cache needs block_length and excludes attention_mask and cu_seqlens")
+        if cache is not None and (cu_seqlens is not None or cache.grows != (block_length is not None)):
+            raise ValueError("hidden_states: cache excludes cu_seqlens; if it grows, it needs block_length, else not")
         key_mask = None
         if attention_mask is not None:
-            if attention_mask.shape != input_ids.shape:
+            if attention_mask.shape != input_ids.shape and cache is None:
                 raise UserError(f"attention_mask has shape {list(attention_mask.shape)}, input_ids "
                                 f"{list(input_ids.shape)}; they must be the same")
             key_mask = attention_mask.bool()
         if position_ids is None:
-            position_ids = before + number_tokens(input_ids, key_mask, cu_seqlens)
+            position_ids = before + number_tokens(input_ids, None if cache else key_mask, cu_seqlens)
         x = self.model.embed_tokens(input_ids)
         cos, sin = self._rotary(position_ids, x.dtype)
         at = Positions(cos, sin, key_mask, cu_seqlens, max_seqlen or 0, block_length, cache=cache)

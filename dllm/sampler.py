@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dllm.cache import BlockCache
+from dllm.cache import KeyValueCache
 from dllm.errors import UserError
 from dllm.model import DiffusionLM, number_tokens
 from dllm.strategies import CONFIDENCES, REMASKINGS, STRATEGIES, Step, Update, choose_strategy
@@ -41,6 +41,7 @@ class MDMGenerationConfig:
     threshold: float | None = None  # commit all that are at least so sure, one at least, in as many steps as that takes
     factor: float | None = None  # the same where the bound rises with how many are committed (strategies.py)
     cfg_scale: float = 0.0  # classifier-free guidance: logits + cfg_scale * (logits - those without the prompt)
+    cache: str = "none"  # "prefix" takes what is before a block, "dual" what is around it, as it was when it began
     block_causal: bool | None = None  # blocks, counted from the first token, see none after them; None: as trained
 
     def __post_init__(self):
@@ -58,6 +59,7 @@ class MDMGenerationConfig:
             "remasking": (self.remasking in (None, *REMASKINGS), "none or one of " + ", ".join(REMASKINGS)),
             "factor": (self.factor is None or self.factor > 0, "above 0"),
             "cfg_scale": (0 <= self.cfg_scale < float("inf"), "0 or more"),
+            "cache": (self.cache in ("none", "prefix", "dual"), "none, prefix or dual"),
         }
         for name, (holds, wanted) in wants.items():
             if not holds:
@@ -144,6 +146,9 @@ def denoise(model: DiffusionLM, canvas: Tensor, config: MDMGenerationConfig, att
     sequence = torch.arange(len(canvas), device=model.device) % config.num_return_sequences
     seed = draw_seed() if config.seed is None else config.seed
     causal = model.config.block_causal if config.block_causal is None else config.block_causal
+    if config.cache != "none" and (causal or config.cfg_scale > 0 or config.block_length is None):
+        raise UserError(f"cache {config.cache!r} needs a block_length, and neither a block-causal model (which keeps "
+                        "its finished blocks anyway) nor cfg_scale")
     if causal:
         config = replace(config, block_length=config.block_length or model.config.block_length or BLOCK_LENGTH)
         layout = WholeBlocks(canvas, key_mask, config.block_length, mask_token_id)
@@ -155,7 +160,7 @@ def denoise(model: DiffusionLM, canvas: Tensor, config: MDMGenerationConfig, att
     tokens, editable = canvas, canvas == mask_token_id
     if key_mask is not None:
         editable = editable & key_mask
-    kind = CachedScorer if causal else HeadScorer
+    kind = CachedScorer if causal else HeadScorer if config.cache == "none" else StaleScorer
     scorer = kind(model, config, mask_token_id, key_mask, number_tokens(canvas, key_mask, None), ~editable)
     place = scorer.position_ids if causal else editable.cumsum(1) - 1
     history: list[Tensor] = []
@@ -311,24 +316,63 @@ class CachedScorer(HeadScorer):
             raise UserError("block-causal decoding takes neither models with shifted logits nor cfg_scale; "
                             "set block_causal=False or leave cfg_scale out")
         self.block_length = config.block_length
-        self.cache = BlockCache(model.config, *position_ids.shape, like=model.head_weight)
+        self.cache = KeyValueCache(model.config, *position_ids.shape, like=model.head_weight, grows=True)
+        self.finished = 0  # positions of which everything is kept
 
     def _hidden(self, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows, index, valid = list_positions(wanted)
         start = int(self.step.editable.any(0).nonzero()[0]) // self.block_length * self.block_length
-        first, end = self.cache.length, start + self.block_length
+        first, end = self.finished, start + self.block_length
         computed = rows
         if first < start:  # blocks were finished since: those of every row are computed along, and kept
             computed = torch.arange(len(wanted), device=wanted.device)
-        self.cache.rows = None if len(computed) == len(wanted) else computed
+        self.cache.start, self.cache.rows = first, None if len(computed) == len(wanted) else computed
         queries = torch.full((len(wanted), index.shape[1]), start, device=wanted.device)
         queries[rows] = torch.where(valid, index, start)
         self.forwards += 1
         self.row_forwards += len(computed)
         hidden = self.model.hidden_states(self.step.tokens[computed, first:end], cache=self.cache,
                                           block_length=self.block_length, queries=queries[computed] - first)
-        self.cache.length = start
+        self.finished = start
         return rows, index, valid, hidden[rows] if len(computed) > len(rows) else hidden
+
+
+class StaleScorer(HeadScorer):
+    """Computes the whole canvas when a block begins, then the block alone ("dual") or all from it on ("prefix")."""
+
+    def __init__(self, model: DiffusionLM, config: MDMGenerationConfig, mask_token_id: int, key_mask: Tensor | None,
+                 position_ids: Tensor, prompt: Tensor):
+        super().__init__(model, config, mask_token_id, key_mask, position_ids, prompt)
+        self.dual = config.cache == "dual"
+        self.cache = KeyValueCache(model.config, *position_ids.shape, like=model.head_weight, grows=False)
+        self.began = torch.full((len(position_ids),), -1, device=position_ids.device)  # the block each row is kept for
+
+    def _hidden(self, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rows, index, valid = list_positions(wanted)
+        columns = self.step.editable.any(0).nonzero().squeeze(1)
+        start, end = int(columns[0]), int(columns[-1]) + 1
+        if not self.step.editable[rows, start:end].all():
+            raise UserError(f"cache {'dual' if self.dual else 'prefix'!r} needs the positions to fill of all rows in "
+                            "the same columns, one after the other; pad prompts on the left")
+        begins = self.began[rows] != start
+        self.began[rows] = start
+        sources = torch.where(valid, self.source[rows].gather(1, index), self.source[rows, start:start + 1])
+        first = int(self.source[rows, start].min())  # one before the block, where logits are shifted
+        hidden = self.model.head_weight.new_empty(*index.shape, self.model.head_weight.shape[1])
+        # Rows that begin later than others are computed apart, so that a row's tokens do not depend on the others.
+        for some, window in ((begins, slice(0, wanted.shape[1])),
+                             (~begins, slice(first, end if self.dual else wanted.shape[1]))):
+            if not some.any():
+                continue
+            these = rows[some]
+            self.cache.start, self.cache.rows = window.start, None if len(these) == len(wanted) else these
+            hidden[some] = self.model.hidden_states(
+                self.step.tokens[these, window], position_ids=self.position_ids[these, window],
+                queries=sources[some] - window.start, cache=self.cache,
+                attention_mask=None if self.key_mask is None else self.key_mask[these])
+            self.forwards += 1
+            self.row_forwards += len(these)
+        return rows, index, valid, hidden
 
 
 def list_positions(wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:

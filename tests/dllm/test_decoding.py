@@ -77,6 +77,33 @@ def test_llada2_generations_equal_the_originals(shared):
         assert out.sequences[0, -new:].tolist() == expected[0, start:start + new].tolist(), case["name"]
 
 
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_cached_generations_equal_the_originals(shared, cache):
+    """Where a block is full after its first step, Fast-dLLM runs one forward pass more, which commits nothing."""
+    model = DiffusionLM.from_pretrained(shared / "golden" / "families" / "llada" / "checkpoint")
+    other = {"prefix": "dual", "dual": "prefix"}[cache]
+    for case, expected in read_cases(shared, "llada", "generate_fastdllm", ("fast_generate_th", "None", other)):
+        new, length = case.get("gen_length") or case["max_new_tokens"], case.get("block_length") or case["block_size"]
+        out = model.diffusion_generate(torch.tensor([case["prompt"]]), generation_config=MDMGenerationConfig(
+            max_new_tokens=new, steps=case.get("steps") or new, block_length=length, cache=cache,
+            remasking="low_confidence", threshold=case.get("threshold"), factor=case.get("factor")))
+        assert out.sequences[0].tolist() == expected[0].tolist(), case["name"]
+        assert out.forwards <= case.get("nfe", out.forwards), case["name"]
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@pytest.mark.parametrize("shift", [False, True])
+def test_a_cached_row_gets_the_same_tokens_alone_and_in_a_batch(cache, shift):
+    model = tiny("qwen2", shift_logits=shift)
+    canvas, mask = pad_left([[*range(1, n + 1), *[MASK] * 12] for n in (5, 1, 8)])
+    config = MDMGenerationConfig(alg="maskgit_plus", steps=30, block_length=4, cache=cache, mask_token_id=MASK, seed=0,
+                                 temperature=0.6)
+    together = denoise(model, canvas, config, mask)
+    for row, prompt in enumerate((5, 1, 8)):
+        alone = denoise(model, canvas[row:row + 1, -prompt - 12:], config)
+        assert torch.equal(alone.sequences[0], together.sequences[row, -prompt - 12:])
+
+
 @pytest.mark.parametrize("settings", [{"remasking": "low_confidence_dynamic", "threshold": 0.1}, {"threshold": 0.1},
                                       {"remasking": "low_confidence"}, {"alg": "p2"}, {"alg": "origin"}])
 def test_blocks_kept_in_the_cache_change_no_token(settings, monkeypatch):
@@ -96,7 +123,7 @@ def test_blocks_kept_in_the_cache_change_no_token(settings, monkeypatch):
         rows = cache.rows if cache.rows is not None else torch.arange(len(canvas))
         computed.append(len(rows))
         whole = original(self, canvas[rows], block_length=block_length)
-        return whole.gather(1, (queries + cache.length).unsqueeze(-1).expand(-1, -1, whole.shape[-1]))
+        return whole.gather(1, (queries + cache.start).unsqueeze(-1).expand(-1, -1, whole.shape[-1]))
 
     cached_scorer = []
     at = CachedScorer.at
@@ -190,6 +217,10 @@ def test_guidance_of_zero_is_none_and_moves_away_from_the_unconditional():
     ({"remasking": "high"}, "remasking must be none or one of low_confidence, random, .*, not 'high'"),
     ({"cfg_scale": -1.0}, "cfg_scale must be 0 or more, not -1.0"),
     ({"factor": 0.0}, "factor must be above 0, not 0.0"),
+    ({"cache": "full"}, "cache must be none, prefix or dual, not 'full'"),
+    ({"cache": "dual"}, "cache 'dual' needs a block_length"),
+    ({"cache": "dual", "block_length": 4, "cfg_scale": 1.0}, "nor cfg_scale"),
+    ({"cache": "dual", "block_length": 4, "block_causal": True}, "neither a block-causal model"),
     ({"remasking": "low_confidence_dynamic"}, "low_confidence_dynamic needs a threshold"),
     ({"block_causal": True, "cfg_scale": 1.0, "block_length": 4}, "neither models with shifted logits nor cfg_scale"),
     ({"factor": 1.0, "threshold": 0.9}, "threshold and factor exclude each other"),
