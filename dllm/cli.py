@@ -168,6 +168,8 @@ def add_generation(parser: Parser) -> None:
     add_setting(parser, "--cache", "none, prefix or dual: keep keys and values outside the block as they were", str)
     add_setting(parser, "--cfg-scale", "classifier-free guidance; default: 0", number)
     add_setting(parser, "--alg-temp", "noise on the confidences; default: 0", number)
+    parser.add_argument("--stop-at-eos", action="store_true", default=argparse.SUPPRESS,
+                        help="end a text at its first end-of-text token, without computing what follows")
     add_setting(parser, "--seed", "default: a fresh one, which is printed")
     add_setting(parser, "--num-return-sequences", "default: 1")
     parser.add_argument("--watch", action="store_true", help="show the text being unmasked, coloured by confidence")

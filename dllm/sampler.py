@@ -42,6 +42,7 @@ class MDMGenerationConfig:
     factor: float | None = None  # the same where the bound rises with how many are committed (strategies.py)
     cfg_scale: float = 0.0  # classifier-free guidance: logits + cfg_scale * (logits - those without the prompt)
     cache: str = "none"  # "prefix" takes what is before a block, "dual" what is around it, as it was when it began
+    stop_at_eos: bool = False  # a row ends with the first end-of-text token that no masked position is before
     block_causal: bool | None = None  # blocks, counted from the first token, see none after them; None: as trained
 
     def __post_init__(self):
@@ -178,6 +179,8 @@ def denoise(model: DiffusionLM, canvas: Tensor, config: MDMGenerationConfig, att
             if confidence is not None and confidence.isnan().any():
                 raise UserError(f"step {steps}: the model's logits at {int(confidence.isnan().sum())} positions are "
                                 "NaN or infinite: its weights are damaged, or too large for its dtype (try float32)")
+            if config.stop_at_eos:
+                tokens = fill_after_end(tokens, editable, mask_token_id, find_ends(model))
             if config.output_history:
                 history.append(layout.restore(tokens) if causal else tokens)
             if on_step is not None:
@@ -403,6 +406,22 @@ def find_mask_token(model: DiffusionLM, config: MDMGenerationConfig) -> int:
     if not 0 <= token_id < model.config.vocab_size:
         raise UserError(f"mask_token_id {token_id} is outside the model's vocabulary of {model.config.vocab_size}")
     return token_id
+
+
+def find_ends(model: DiffusionLM) -> list[int]:
+    """The end-of-text tokens that the checkpoint's config.json names."""
+    ends = model.config.eos_token_id
+    if ends is None:
+        raise UserError("stop_at_eos: the checkpoint's config.json names no eos_token_id; leave stop_at_eos out")
+    return ends if isinstance(ends, list) else [ends]
+
+
+def fill_after_end(tokens: Tensor, editable: Tensor, mask_token_id: int, ends: list[int]) -> Tensor:
+    """tokens [B, L] with the first of `ends` in every masked position after one that stands where nothing before it is
+    masked: those rows are done, and leave the forward passes."""
+    masked = editable & (tokens == mask_token_id)
+    end = editable & torch.isin(tokens, torch.tensor(ends, device=tokens.device)) & (masked.cumsum(1) == 0)
+    return torch.where(masked & (end.cumsum(1) > 0), ends[0], tokens)
 
 
 def draw_seed() -> int:

@@ -10,7 +10,7 @@ from test_families import tiny
 
 from dllm.errors import UserError
 from dllm.model import DiffusionLM
-from dllm.sampler import CachedScorer, MDMGenerationConfig, denoise
+from dllm.sampler import CachedScorer, MDMGenerationConfig, denoise, fill_after_end
 from dllm.strategies import choose_strategy
 
 MASK = 60
@@ -184,6 +184,27 @@ def test_a_row_gets_the_same_tokens_alone_and_in_a_batch(settings):
     together = denoise(model, canvas, config, mask).sequences
     for row in range(3):
         assert torch.equal(denoise(model, canvas[row:row + 1], config, mask[row:row + 1]).sequences[0], together[row])
+
+
+def test_what_follows_the_end_of_text_is_filled_once_nothing_before_it_is_masked():
+    end, editable = 9, torch.arange(8).expand(3, 8) >= 2
+    tokens = torch.tensor([[9, 1, 5, 9, MASK, 6, MASK, MASK], [9, 1, MASK, 9, MASK, 6, MASK, MASK],
+                           [9, 1, 5, 10, MASK, 9, MASK, MASK]])
+    filled = fill_after_end(tokens, editable, MASK, [end, 10])
+    assert filled.tolist() == [[9, 1, 5, 9, 9, 6, 9, 9], tokens[1].tolist(), [9, 1, 5, 10, 9, 9, 9, 9]]
+
+
+def test_a_row_that_has_ended_leaves_the_forward_passes():
+    model = tiny("llada", head_dim=6, eos_token_id=0)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # every word is as likely, so it is always word 0
+    canvas = canvas_of(2, 15)
+    config = MDMGenerationConfig(steps=12, block_length=4, remasking="low_confidence", mask_token_id=MASK)
+    stopped = denoise(model, canvas, replace(config, stop_at_eos=True))
+    assert stopped.forwards == 1 and (stopped.sequences[:, 3:] == 0).all()
+    assert denoise(model, canvas, config).forwards == 12
+    with pytest.raises(UserError, match="names no eos_token_id"):
+        denoise(tiny("llada", head_dim=6), canvas, replace(config, stop_at_eos=True))
 
 
 def test_thresholds_take_as_many_steps_as_they_need():
