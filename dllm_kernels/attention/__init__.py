@@ -6,20 +6,35 @@ B batch, L positions, T packed positions, Hq query and Hkv key heads (grouped-qu
 Every function takes bf16, fp16 and fp32, any strides, and sums in fp32. There is no dropout.
 """
 
+import importlib
+
 import torch
 from torch import Tensor
 
+from dllm_kernels import triton_support
 from dllm_kernels.attention import reference, sdpa
 from dllm_kernels.dispatch import Backend, choose
 from dllm_kernels.operators import define_operator
 
 __all__ = ["bidirectional_attention", "bidirectional_attention_varlen", "block_diffusion_attention"]
 
-DENSE_BACKENDS = (Backend("sdpa", sdpa.bidirectional_attention),
+
+def _on_triton(function: str) -> Backend:
+    """A function of triton_kernels.py, which imports Triton, so not before it is called."""
+
+    def kernels():
+        return importlib.import_module("dllm_kernels.attention.triton_kernels")
+
+    return Backend("triton", lambda *arguments: getattr(kernels(), function)(*arguments), triton_support.missing,
+                   lambda tensor: kernels().refuses(tensor))
+
+
+# PyTorch's own come first: which of the two is faster where has not been measured on a GPU.
+DENSE_BACKENDS = (Backend("sdpa", sdpa.bidirectional_attention), _on_triton("bidirectional_attention"),
                   Backend("reference", reference.bidirectional_attention))
-VARLEN_BACKENDS = (Backend("sdpa", sdpa.bidirectional_attention_varlen),
+VARLEN_BACKENDS = (Backend("sdpa", sdpa.bidirectional_attention_varlen), _on_triton("bidirectional_attention_varlen"),
                    Backend("reference", reference.bidirectional_attention_varlen))
-BLOCK_DIFFUSION_BACKENDS = (Backend("sdpa", sdpa.block_diffusion_attention),
+BLOCK_DIFFUSION_BACKENDS = (Backend("sdpa", sdpa.block_diffusion_attention), _on_triton("block_diffusion_attention"),
                             Backend("reference", reference.block_diffusion_attention))
 BACKENDS = {"bidirectional_attention": DENSE_BACKENDS, "bidirectional_attention_varlen": VARLEN_BACKENDS,
             "block_diffusion_attention": BLOCK_DIFFUSION_BACKENDS}

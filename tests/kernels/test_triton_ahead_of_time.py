@@ -16,25 +16,29 @@ import pytest
 
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # that a program can have, by compute capability * 10
 # Of the arguments, by name; one without an entry points to fp32. "data" points to the operation's dtype.
-DATA = {"bias", "g", "grad_hidden", "grad_logits", "hidden", "inputs", "logits", "weight"}
+DATA = {"bias", "dk", "dout", "dq", "dv", "g", "grad_hidden", "grad_logits", "hidden", "inputs", "key", "logits", "out",
+        "query", "value", "weight"}
+IN_FP32 = {("attention_parts", "out")}  # though data elsewhere
 POINTERS = {
-    "allowed": "*i32", "committed": "*i1", "corrupted": "*i1", "count": "*i64", "cuts": "*i32", "filled": "*i64",
-    "ids": "*i32", "k": "*i64", "lasts": "*i32", "listed": "*i64", "masked": "*i1", "numbers": "*fp64",
-    "position": "*i64", "rows": "*i64", "sequence": "*i64", "step_pointer": "*i64", "targets": "*i32", "token": "*i64",
-    "tokens": "*i64", "uniform": "*fp64"}
+    "allowed": "*i32", "committed": "*i1", "corrupted": "*i1", "count": "*i64", "cu_seqlens": "*i32", "cuts": "*i32",
+    "filled": "*i64", "ids": "*i32", "k": "*i64", "key_mask": "*i1", "lasts": "*i32", "listed": "*i64", "masked": "*i1",
+    "numbers": "*fp64", "position": "*i64", "rows": "*i64", "sequence": "*i64", "step_pointer": "*i64",
+    "targets": "*i32", "token": "*i64", "tokens": "*i64", "uniform": "*fp64"}
 MULTIPLES_OF_16 = {"D", "N", "V", "hidden_stride", "inputs_stride", "logits_stride", "size", "span", "start",
                    "weight_stride", "width"}
 NUMBERS = dict.fromkeys(
     MULTIPLES_OF_16 | {"L", "R", "allowed_stride", "blocks", "column_tiles", "group", "high", "low", "mask_token_id",
                        "n", "position_stride0", "position_stride1", "row_tiles", "sequence_stride0",
                        "sequence_stride1", "share", "splits", "step", "top_k"}, "i32")
-NUMBERS |= dict.fromkeys(("softcap", "temperature", "threshold"), "fp32")
+NUMBERS |= dict.fromkeys({"Lk", "Lq", "T", "documents", "heads"} | {
+    f"{name}_{dimension}" for name in "qkv" for dimension in ("batch", "row", "head")}, "i32")
+NUMBERS |= dict.fromkeys(("scale", "softcap", "temperature", "threshold"), "fp32")
 NUMBERS |= dict.fromkeys(("temperature_bits", "top_p_bits"), "i64")
 OPTIONAL = {"bias", "softcap"}
 
 
 def cases():
-    """Name, dtype, kernel, settings, and the arguments that are None."""
+    """Name, dtype, kernel, settings, the arguments that are None, and compute capabilities (all if none is given)."""
     from dllm_kernels.masked_cross_entropy import triton_kernels as loss
 
     for dtype, size in (("bf16", 2), ("fp32", 4)):
@@ -45,6 +49,7 @@ def cases():
             if OPTIONAL & {*kernel.arg_names}:
                 yield name, dtype, kernel, chosen, OPTIONAL & {*kernel.arg_names}
     yield from unmask_cases()
+    yield from attention_cases()
 
 
 def unmask_cases():
@@ -85,6 +90,22 @@ def unmask_cases():
         yield "unmask_philox", "fp64", unmask._philox_kernel, unmask.POSITIONS, absent
 
 
+def attention_cases():
+    """Heads of 64 and 128 in bf16 for Hopper alone: all sizes, dtypes and architectures take six minutes."""
+    from dllm_kernels.attention import triton_kernels as attention
+
+    masks = [("blocks", {"cu_seqlens"}), ("diffusion", {"key_mask"}), ("all", {"key_mask"})]
+    for E in (64, 128):
+        for name, chosen in attention.TILES[2, E].items():
+            few, sizes = name == "few", {"E": E, "EP": E, "GROUP": 7}
+            kernel = attention._forward_kernel if few else getattr(attention, f"_{name}_kernel")
+            for mask, absent in masks[:1] if few else masks:
+                settings = sizes | {"MASK": mask} | ({"PACKED": few} if few or name == "forward" else {})
+                for label in (name, "parts") if few else (name,):
+                    yield f"attention_{label}", "bf16", kernel, settings | chosen, absent, 90
+        yield "attention_combine", "bf16", attention._combine_kernel, {"E": E, "EP": E, **attention.COMBINE}, set(), 90
+
+
 def compile_all() -> list[dict]:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -92,7 +113,7 @@ def compile_all() -> list[dict]:
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     found = []
-    for name, dtype, kernel, chosen, absent in cases():
+    for name, dtype, kernel, chosen, absent, *capabilities in cases():
         signature, attributes = {}, {}
         constants = {key: value for key, value in chosen.items() if not key.startswith("num_")} | dict.fromkeys(absent)
         for place, argument in enumerate(kernel.arg_names):
@@ -101,10 +122,11 @@ def compile_all() -> list[dict]:
             elif argument in NUMBERS:
                 signature[argument] = NUMBERS[argument]
             else:
-                signature[argument] = f"*{dtype}" if argument in DATA else POINTERS.get(argument, "*fp32")
+                data = argument in DATA and (name, argument) not in IN_FP32
+                signature[argument] = f"*{dtype}" if data else POINTERS.get(argument, "*fp32")
             if argument in MULTIPLES_OF_16 or signature[argument].startswith("*"):
                 attributes[(place,)] = [["tt.divisibility", 16]]
-        for capability in SHARED_BYTES:
+        for capability in capabilities or SHARED_BYTES:
             source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
             options = {key: value for key, value in chosen.items() if key.startswith("num_")}
             compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -151,6 +173,12 @@ def test_products_use_the_tensor_cores_of_hopper(compiled):
     products = ("unmask_linear_statistics", "unmask_linear_logits")
     hopper = [x for x in compiled if x["kernel"] in products and x["capability"] == 90 and x["dtype"] == "bf16"]
     assert len(hopper) == 6 and all(x["wgmma"] for x in hopper)
+
+
+@pytest.mark.slow
+def test_attention_uses_the_tensor_cores_of_hopper_and_reads_sixteen_bytes_at_a_time(compiled):
+    found = [x for x in compiled if x["kernel"].startswith("attention") and x["kernel"] != "attention_combine"]
+    assert len(found) == 22 and all(x["wgmma"] and x["wide_loads"] for x in found)
 
 
 @pytest.mark.slow
