@@ -10,7 +10,8 @@ from test_model import tiny
 
 from dllm.errors import UserError
 from dllm.model import DiffusionLM
-from dllm.sampler import MDMGenerationConfig, denoise, generate, previous_token
+from dllm.sampler import MDMGenerationConfig, denoise, generate, start
+from dllm.scorers import previous_token
 from dllm.strategies import STRATEGIES
 
 MASK = 60
@@ -64,6 +65,7 @@ def assert_differs_by_a_tie(model, prompt, config, history):
 
 RANDOM = {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "alg_temp": 0.3, "steps": 6, "max_new_tokens": 8,
           "mask_token_id": MASK}
+NEEDS = {"confidence_threshold": {"threshold": 0.1}}
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -71,7 +73,7 @@ RANDOM = {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "alg_temp": 0.3, "steps
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_a_prompt_gives_the_same_tokens_alone_and_in_any_batch(alg, temperature, side):
     model = tiny()
-    config = MDMGenerationConfig(**{**RANDOM, "alg": alg, "temperature": temperature, "seed": 7})
+    config = MDMGenerationConfig(**{**RANDOM, "alg": alg, "temperature": temperature, "seed": 7, **NEEDS.get(alg, {})})
     prompts = [torch.randint(1, MASK, (n,)) for n in (5, 2, 9, 1)]
     padded, mask = torch.zeros(4, 9, dtype=torch.long), torch.zeros(4, 9, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
@@ -89,7 +91,7 @@ def test_a_seed_repeats_and_another_differs(alg):
 
     def sample(**changes):
         return model.diffusion_generate(prompt, generation_config=MDMGenerationConfig(
-            **{**RANDOM, "alg": alg, "num_return_sequences": 3, **changes})).sequences
+            **{**RANDOM, "alg": alg, "num_return_sequences": 3, **NEEDS.get(alg, {}), **changes})).sequences
 
     first = sample(seed=1)
     assert torch.equal(first, sample(seed=1))
@@ -133,16 +135,16 @@ def test_rows_that_are_finished_leave_the_forward_pass():
 
 
 def test_the_head_is_multiplied_only_at_masked_positions(monkeypatch):
-    import dllm.sampler as sampler
+    import dllm.scorers as scorers
 
     model, seen = tiny(), []
 
     def counting(hidden, weight, tokens, mask_token_id, k, **keywords):
         seen.append((int((tokens == mask_token_id).sum()), hidden.shape[1]))
-        return sampler_op(hidden, weight, tokens, mask_token_id, k, **keywords)
+        return operation(hidden, weight, tokens, mask_token_id, k, **keywords)
 
-    sampler_op = sampler.linear_topk_unmask
-    monkeypatch.setattr(sampler, "linear_topk_unmask", counting)
+    operation = scorers.linear_topk_unmask
+    monkeypatch.setattr(scorers, "linear_topk_unmask", counting)
     model.diffusion_generate(torch.ones(1, 20, dtype=torch.long), generation_config=MDMGenerationConfig(
         max_new_tokens=4, steps=4, mask_token_id=MASK))
     assert all(masked == width <= 4 for masked, width in seen) and seen
@@ -168,6 +170,32 @@ def test_on_step_sees_every_step():
     assert len(scored) == out.forwards and all(confidence[:, :2].eq(-torch.inf).all() for confidence in scored)
 
 
+@pytest.mark.parametrize("settings", [{"alg": "maskgit_plus"}, {"alg": "p2"}, {"alg": "entropy", "temperature": 0.7},
+                                      {"alg": "remdm", "remask_rate": 0.5}])
+def test_every_committed_token_has_the_confidence_it_was_committed_with(settings):
+    model, seen = tiny(), []
+    config = MDMGenerationConfig(max_new_tokens=6, steps=6, mask_token_id=MASK, seed=0, **settings)
+    out = generate(model, torch.tensor([[1, 2]]), config=config, on_step=lambda *step: seen.append(step))
+    expected, before = torch.full((1, 8), -torch.inf), torch.tensor([[1, 2, *[MASK] * 6]])
+    for _, tokens, confidence in seen:
+        if confidence is not None:
+            expected = torch.where(tokens == before, expected, confidence)
+        expected[tokens == MASK], before = -torch.inf, tokens
+    assert torch.equal(out.confidence, expected)
+    assert (out.confidence[:, :2] == -torch.inf).all() and out.confidence[out.sequences != MASK][2:].isfinite().all()
+
+
+def test_steps_can_be_taken_one_at_a_time():
+    model, config = tiny(), MDMGenerationConfig(max_new_tokens=4, steps=6, mask_token_id=MASK)
+    denoising = start(model, torch.tensor([[1, 2]]), config=config)
+    seen = []
+    for step in denoising:
+        assert step.index == len(seen) and torch.equal(step.tokens, denoising.result().sequences)
+        seen.append(step.tokens)
+    whole = generate(model, torch.tensor([[1, 2]]), config=config)
+    assert torch.equal(seen[-1], whole.sequences) and len(seen) == whole.steps == denoising.result().steps
+
+
 def test_the_token_before_skips_padding():
     mask = torch.tensor([[False, False, True, True], [True, True, False, True]])
     places = torch.arange(4).expand(2, 4)
@@ -177,7 +205,7 @@ def test_the_token_before_skips_padding():
 
 @pytest.mark.parametrize("field, value, message", [
     ("steps", 0, "steps must be at least 1, not 0"),
-    ("alg", "greedy", "alg must be one of origin, maskgit_plus, entropy, topk_margin, p2, not 'greedy'"),
+    ("alg", "greedy", "alg must be one of origin, maskgit_plus, entropy, .*, not 'greedy'"),
     ("temperature", -1.0, "temperature must be 0 or more, not -1.0"),
     ("top_p", 0.0, r"top_p must be in \(0, 1\], not 0.0"),
     ("max_new_tokens", 0, "max_new_tokens must be at least 1"),
@@ -212,4 +240,4 @@ def test_logits_that_are_not_numbers_are_an_error_and_no_text(alg):
         model.head_weight[3] = torch.nan
     with pytest.raises(UserError, match="step .: the model's logits at . positions are NaN or infinite: its weights"):
         model.diffusion_generate(torch.tensor([[5, 6]]), generation_config=MDMGenerationConfig(
-            max_new_tokens=4, steps=4, alg=alg, seed=0, mask_token_id=MASK))
+            max_new_tokens=4, steps=4, alg=alg, seed=0, mask_token_id=MASK, **NEEDS.get(alg, {})))

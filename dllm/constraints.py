@@ -1,0 +1,6 @@
+"""x"""
+from typing import Protocol
+
+
+class Constraint(Protocol):
+    pass
