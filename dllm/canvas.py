@@ -30,7 +30,7 @@ class WholeBlocks:
         place = torch.arange(width, device=canvas.device)
         filler = torch.where(place < whole, mask_token_id, 0 if mask_token_id else 1)
         source = (place - self.shift).clamp(0, max(canvas.shape[1] - 1, 0))
-        real = (place >= self.shift) & (place < ends)
+        self.real = real = (place >= self.shift) & (place < ends)  # [B, width], what was given
         self.canvas = torch.where(real, tokens.gather(1, source), filler)
         if from_masked:
             self.canvas = torch.where(real, self.canvas, 0 if mask_token_id else 1)

@@ -225,6 +225,8 @@ class Denoising:
         self.steps_before = 0  # of a block, beside those that its strategy counts
         if config.cache != "none" and model.config.shift_logits:
             self.strategy, self.steps_before = partial(begin_with_first, then=self.strategy), 1
+        # A constraint may keep a step from committing all that the strategy chose, so the last one may be repeated.
+        self.steps_after = self.filled if config.constraint is not None and config.constraint.final else 0
         self.history: list[Tensor] = []
         self.steps = 0
 
@@ -233,7 +235,9 @@ class Denoising:
         for number, block, total in self.blocks:
             settled = torch.zeros(len(block), dtype=torch.bool, device=block.device)  # nothing is left to edit
             edits = torch.zeros_like(settled, dtype=torch.long)  # steps since no position is masked
-            for index in range(total + self.steps_before):
+            planned = total + self.steps_before
+            for count in range(planned + self.steps_after):
+                index = min(count, planned - 1)
                 masked = (self.tokens == self.mask_token_id) & block
                 filled = ~masked.any(1)
                 working = ~filled
@@ -247,7 +251,7 @@ class Denoising:
                 # Not by the steps taken: how many a block takes depends on the other rows.
                 confidence = self._take(Step(
                     index, total, self.config.eps, before, masked, block, self.mask_token_id,
-                    self._uniform(number * (total + self.steps_before) + index), working,
+                    self._uniform(number * (planned + self.steps_after) + count), working,
                     self._allowed(masked, block)))
                 edits += filled
                 settled |= filled & (self.tokens == before).all(1)
@@ -271,7 +275,8 @@ class Denoising:
             raise UserError(f"step {self.steps}: the model's logits at {int(confidence.isnan().sum())} positions are "
                             "NaN or infinite: its weights are damaged, or too large for its dtype (try float32)")
         if self.config.constraint is not None:
-            tokens = self.config.constraint.keep(step.tokens, tokens, confidence, self.editable, self.mask_token_id)
+            tokens = self.config.constraint.keep(step.tokens, tokens, confidence, self._constrained(),
+                                                 self.mask_token_id)
         if self.config.stop_at_eos:
             tokens = fill_after_end(tokens, self.editable, self.mask_token_id, self.ends)
         if self.gap is not None and self.config.pad_eos_to_right:
@@ -317,8 +322,12 @@ class Denoising:
         if self.gap is not None:
             return self.gap.allowed(block)
         if self.config.constraint is not None:
-            return self.config.constraint.allowed(self.tokens, self.editable, self.mask_token_id)
+            return self.config.constraint.allowed(self.tokens, self._constrained(), self.mask_token_id)
         return None
+
+    def _constrained(self) -> Tensor:
+        """[B, L] bool: the positions to fill, without those that only complete a block."""
+        return self.editable & self.layout.real if self.causal else self.editable
 
     def _make_scorer(self) -> HeadScorer:
         kind = CachedScorer if self.causal else HeadScorer if self.config.cache == "none" else StaleScorer
@@ -334,6 +343,10 @@ class Denoising:
         if config.cache != "none" and (self.causal or config.cfg_scale > 0 or config.block_length is None):
             raise UserError(f"cache {config.cache!r} needs a block_length, and neither a block-causal model (which "
                             "keeps its finished blocks anyway) nor cfg_scale")
+        if config.constraint is not None and config.constraint.final and (
+                config.alg in ("p2", "remdm") and config.remasking is None or config.editing_threshold is not None):
+            raise UserError("what later tokens were chosen to fit must stay: such a constraint goes with neither p2, "
+                            "remdm nor editing_threshold")
         if config.expand_token_id is not None:
             if config.block_length is not None or config.constraint is not None or self.causal:
                 raise UserError("expand_token_id goes with neither blocks nor a constraint: they count on positions "

@@ -29,7 +29,7 @@ class Step:
     mask_token_id: int
     uniform: Tensor | None  # [B, L, 2] float64 in (0, 1); None where nothing is random
     working: Tensor | None = None  # [B] bool: rows still at work; None: those with a masked position
-    allowed: Tensor | None = None  # [B, L, ceil(V / 32)] int32 bits: the words each position may take; None: all
+    allowed: Tensor | None = None  # [B, L, V] bool, or bits: the words each position may take; None: all
 
     @property
     def last(self) -> bool:
