@@ -20,11 +20,15 @@ from dllm.errors import UserError
 from dllm_kernels import pack_allowed
 
 STOP = "\U0010fffd"  # a private character that no text has
+MASKED = -1  # no token
 
 class Constraint(Protocol):
     """What the positions to fill may take."""
 
     final: bool  # whether committed tokens must stay, as later ones have been chosen to fit them
+
+    def fits(self, length: int) -> bool:
+        """Whether so many positions can be filled."""
 
     def allowed(self, tokens: Tensor, editable: Tensor, mask_token_id: int) -> Tensor:
         """int32 bits [B, L, ceil(V / 32)] (see `dllm_kernels.pack_allowed`) of what each position of `editable` [B, L]
@@ -47,6 +51,9 @@ class AllowedTokens:
         words = torch.zeros(vocab_size, dtype=torch.bool)
         words[list(token_ids)] = True
         self.bits = pack_allowed(words)
+
+    def fits(self, length: int) -> bool:
+        return True
 
     def allowed(self, tokens: Tensor, editable: Tensor, mask_token_id: int) -> Tensor:
         return self.bits.to(tokens.device).expand(*tokens.shape, -1)
@@ -116,6 +123,9 @@ class Regex:
             bits.append(pack_allowed(words))
             words[tokens] = False
         self.bits = torch.stack(bits)  # [groups, ceil(V / 32)]
+
+    def fits(self, length: int) -> bool:
+        return self._can_match([MASKED] * length, MASKED)
 
     def allowed(self, tokens: Tensor, editable: Tensor, mask_token_id: int) -> Tensor:
         bits = torch.full((*tokens.shape, self.bits.shape[1]), -1, dtype=torch.int32)

@@ -327,11 +327,25 @@ class DiffusionLM(nn.Module):
 
         return generate(self, inputs, attention_mask, generation_config)
 
-    def infill(self, prefix_ids: Tensor, suffix_ids: Tensor, *, length: int, generation_config=None):
+    def diffusion_steps(self, inputs: Tensor, attention_mask: Tensor | None = None, generation_config=None):
+        """`diffusion_generate` one denoising step at a time: `for step in model.diffusion_steps(ids)`; see
+        `dllm.sampler.start`."""
+        from dllm.sampler import start
+
+        return start(self, inputs, attention_mask, generation_config)
+
+    def infill(self, prefix_ids: Tensor, suffix_ids: Tensor, *, length: int | str, generation_config=None):
         """Denoise `length` masked positions between a prefix and a suffix; see `dllm.sampler.infill`."""
         from dllm.sampler import infill
 
         return infill(self, prefix_ids, suffix_ids, length=length, generation_config=generation_config)
+
+    def perplexity_bound(self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings):
+        """Bound the negative log-likelihood of sequences, with its standard error; see
+        `dllm.evaluators.bound_likelihood`."""
+        from dllm.evaluators import bound_likelihood
+
+        return bound_likelihood(self, input_ids, attention_mask, **settings)
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | os.PathLike, dtype: torch.dtype = torch.float32,

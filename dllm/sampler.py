@@ -5,13 +5,14 @@ strategy asks about (scorers.py). Randomness is a function of (seed, sequence, s
 same text alone and in any batch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dllm.canvas import ElasticGap, WholeBlocks
 from dllm.constraints import Constraint
@@ -58,10 +59,12 @@ class MDMGenerationConfig:
     delete_eos_token: bool = True  # where gaps expand, an end-of-text token is taken out of them
     pad_eos_to_right: bool = False  # where gaps expand, the masked positions after an end-of-text token become that too
     max_infill_length: int = 64  # positions that a gap expands to at most
+    infill_lengths: tuple[int, ...] = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # that `infill(length="auto")` chooses from
     constraint: Constraint | None = None  # what the text must be (constraints.py)
     block_causal: bool | None = None  # blocks, counted from the first token, see none after them; None: as trained
 
     def __post_init__(self):
+        object.__setattr__(self, "infill_lengths", tuple(self.infill_lengths))  # a list, where it was read from JSON
         wants = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
             "steps": (self.steps >= 1, "at least 1"),
@@ -80,6 +83,7 @@ class MDMGenerationConfig:
             "max_post_steps": (self.max_post_steps >= 0, "0 or more"),
             "remask_rate": (0 <= self.remask_rate <= 1, "in [0, 1]"),
             "max_infill_length": (self.max_infill_length >= 1, "at least 1"),
+            "infill_lengths": (len(self.infill_lengths) > 0 and min(self.infill_lengths) >= 1, "numbers of 1 or more"),
             "cfg_scale": (0 <= self.cfg_scale < float("inf"), "0 or more"),
             "cache": (self.cache in ("none", "prefix", "dual"), "none, prefix or dual"),
         }
@@ -115,7 +119,7 @@ class GenerationOutput:
     attention_mask: Tensor | None = None  # [B, L] bool, False where a row has ended, if gaps could grow and shrink
 
 
-OnStep = Callable[[int, Tensor, Tensor | None], None]
+OnStep = Callable[["CanvasStep"], None]
 
 
 def generate(model: DiffusionLM, inputs: Tensor, attention_mask: Tensor | None = None,
@@ -125,7 +129,7 @@ def generate(model: DiffusionLM, inputs: Tensor, attention_mask: Tensor | None =
     Args:
         inputs: [B, P] or [P] int64. Prompts of different lengths are padded, on the left as usual or on the right.
         attention_mask: [B, P], nonzero where there is a token; without it every position counts.
-        on_step: called after each step with its number, the canvas [B, L] and the confidences (see `CanvasStep`).
+        on_step: called after each step with a `CanvasStep`.
     Returns: sequences [B * num_return_sequences, P + max_new_tokens].
     Raises: UserError if the result would not fit into the model's positions, or nothing names the mask token.
     """
@@ -152,18 +156,43 @@ def start(model: DiffusionLM, inputs: Tensor, attention_mask: Tensor | None = No
     return Denoising(model, torch.cat((inputs, new), 1), config, attention_mask)
 
 
-def infill(model: DiffusionLM, prefix_ids: Tensor, suffix_ids: Tensor, *, length: int,
+def infill(model: DiffusionLM, prefix_ids: Tensor, suffix_ids: Tensor, *, length: int | str,
            generation_config: MDMGenerationConfig | None = None, on_step: OnStep | None = None) -> GenerationOutput:
     """Denoise `length` masked positions between prefix [B, P] or [P] and suffix [B, S] or [S].
 
-    The sequences of the output are [B, P + length + S].
+    length: "auto" takes for each row the one of `infill_lengths` that the model is surest of (lengths.py); or, if gaps
+        expand, lets them grow from the shortest one.
+    The sequences of the output are [B, P + length + S]; with "auto" and several rows, the longest, and attention_mask
+    says where each ends.
     """
     config = generation_config or MDMGenerationConfig()
-    if length < 1:
-        raise UserError(f"length must be at least 1, not {length}: the number of tokens to fill in")
+    if length != "auto" and (not isinstance(length, int) or length < 1):
+        raise UserError(f"length must be at least 1 or 'auto', not {length!r}: the number of tokens to fill in")
     prefix_ids, suffix_ids = (ids.reshape(1, -1) if ids.ndim == 1 else ids for ids in (prefix_ids, suffix_ids))
-    middle = prefix_ids.new_full((len(prefix_ids), length), find_mask_token(model, config))
-    return denoise(model, torch.cat((prefix_ids, middle, suffix_ids), 1), config, on_step=on_step)
+    if length != "auto":
+        lengths = [length] * len(prefix_ids)
+    elif config.expand_token_id is not None:
+        lengths = [min(config.infill_lengths)] * len(prefix_ids)
+    else:
+        from dllm.lengths import choose_lengths
+
+        lengths = choose_lengths(model, prefix_ids, suffix_ids, config)
+    canvas, visible = make_gaps(prefix_ids, suffix_ids, lengths, find_mask_token(model, config))
+    out = denoise(model, canvas, config, visible, on_step)
+    if out.attention_mask is None and not bool(visible.all()):
+        out = replace(out, attention_mask=visible.to(out.sequences.device).repeat_interleave(
+            config.num_return_sequences, 0))
+    return out
+
+
+def make_gaps(prefix_ids: Tensor, suffix_ids: Tensor, lengths: Sequence[int],
+              mask_token_id: int) -> tuple[Tensor, Tensor]:
+    """Rows of prefix [B, P], lengths[b] masked positions and suffix [B, S]: the canvas [B, L], padded on the right, and
+    [B, L] bool, False where it is."""
+    rows = [torch.cat((prefix, prefix.new_full((length,), mask_token_id), suffix))
+            for prefix, suffix, length in zip(prefix_ids, suffix_ids, lengths, strict=True)]
+    sizes = torch.tensor([len(row) for row in rows])
+    return pad_sequence(rows, batch_first=True), torch.arange(int(sizes.max())) < sizes.unsqueeze(1)
 
 
 class CanvasStep(NamedTuple):
@@ -172,6 +201,8 @@ class CanvasStep(NamedTuple):
     index: int  # from 0
     tokens: Tensor  # [B, L] int64
     confidence: Tensor | None  # [B, L] fp32 that the step gave, -inf where not scored; None if it was free
+    kept: Tensor  # [B, L] fp32 with which each token was committed, -inf where none was
+    visible: Tensor | None  # [B, L] bool, False beyond a row's end, where gaps can grow and shrink
 
 
 class Denoising:
@@ -305,7 +336,8 @@ class Denoising:
         if self.config.output_history:
             self.history.append(tokens)
         self.steps += 1
-        return CanvasStep(self.steps - 1, tokens, None if confidence is None else self._given(confidence))
+        return CanvasStep(self.steps - 1, tokens, None if confidence is None else self._given(confidence),
+                          self._given(self.confidence), None if self.gap is None else self.key_mask)
 
     def _given(self, x: Tensor) -> Tensor:
         """x [B, L] on the canvas that was given."""
@@ -360,7 +392,7 @@ def denoise(model: DiffusionLM, canvas: Tensor, config: MDMGenerationConfig, att
             on_step: OnStep | None = None) -> GenerationOutput:
     """Fill every masked position of the canvas; see `Denoising`.
 
-    on_step: called after each step with its number from 0, the canvas, and confidences (see `CanvasStep`).
+    on_step: called after each step with a `CanvasStep`.
     """
     return finish(Denoising(model, canvas, config, attention_mask), on_step)
 
@@ -369,7 +401,7 @@ def finish(denoising: Denoising, on_step: OnStep | None = None) -> GenerationOut
     """Take all steps that are left."""
     for step in denoising:
         if on_step is not None:
-            on_step(*step)
+            on_step(step)
     return denoising.result()
 
 

@@ -10,6 +10,7 @@ from test_families import tiny
 
 from dllm.constraints import AllowedTokens, Regex, json_schema, token_bytes
 from dllm.errors import UserError
+from dllm.lengths import choose_lengths
 from dllm.sampler import MDMGenerationConfig, denoise
 from dllm.tokenizer import train_tokenizer
 from dllm_kernels.topk_unmask.allowed import unpack
@@ -135,6 +136,15 @@ def test_tokens_of_a_tokenizer_with_byte_fallback_are_spelt_as_they_decode():
 def test_constraints_that_cannot_be_are_refused(tokenizer, make, message):
     with pytest.raises(UserError, match=message):
         make(tokenizer)
+
+
+def test_lengths_that_fit_are_known_beforehand(tokenizer):
+    constraint = Regex("a{3}b?", tokenizer, len(tokenizer))
+    assert [constraint.fits(n) for n in range(6)] == [False, False, False, True, True, True]  # no token is "aa"
+    assert AllowedTokens([7], len(tokenizer)).fits(5)
+    with pytest.raises(UserError, match=r"none of infill_lengths \[1, 2\] can be filled as block_length and"):
+        choose_lengths(random_model(tokenizer), torch.tensor([[5]]), torch.tensor([[6]]),
+                       MDMGenerationConfig(infill_lengths=[1, 2], constraint=constraint))
 
 
 def test_settings_and_lengths_that_cannot_match_are_refused(tokenizer):

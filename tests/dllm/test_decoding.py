@@ -220,9 +220,9 @@ def test_history_and_steps_of_a_block_causal_model_are_of_the_canvas_given():
     canvas, mask = pad_left([[1, 2, 3, *[MASK] * 6], [4, *[MASK] * 6]])
     seen = []
     out = denoise(model, canvas, MDMGenerationConfig(steps=6, block_length=4, alg="maskgit_plus", mask_token_id=MASK,
-                                                     output_history=True), mask, lambda *step: seen.append(step))
+                                                     output_history=True), mask, seen.append)
     assert torch.equal(out.history[-1], out.sequences) and len(seen) == len(out.history)
-    for tokens, (_, canvas_seen, confidence) in zip(out.history, seen, strict=True):
+    for tokens, (_, canvas_seen, confidence, *_) in zip(out.history, seen, strict=True):
         assert tokens.shape == canvas.shape and torch.equal(tokens, canvas_seen)
         assert torch.equal(tokens[canvas != MASK], canvas[canvas != MASK])
         assert confidence is None or (confidence[mask == 0] == -torch.inf).all()
@@ -268,7 +268,7 @@ def test_rows_whose_gaps_grow_and_shrink_get_the_same_tokens_alone_and_in_a_batc
     config = MDMGenerationConfig(alg="maskgit_plus", steps=40, expand_token_id=8, max_infill_length=9, seed=1,
                                  mask_token_id=MASK, temperature=1.0)
     seen = []
-    together = denoise(model, canvas, config, mask, lambda *step: seen.append(step[1].shape[1]))
+    together = denoise(model, canvas, config, mask, lambda step: seen.append(step.tokens.shape[1]))
     assert len({*seen}) > 2  # both happened
     for row, n in enumerate((5, 1, 8)):
         alone = denoise(model, canvas[row:row + 1, -n - 5:], config).sequences[0]
@@ -286,7 +286,7 @@ def test_remasking_at_random_leaves_as_many_masked_as_without(rate):
     config = MDMGenerationConfig(alg="remdm", remask_rate=rate, steps=8, mask_token_id=MASK, seed=0,
                                  num_return_sequences=400)
     denoise(model, torch.full((1, 8), MASK), config,
-            on_step=lambda index, tokens, confidence: masked.append(tokens == MASK))
+            on_step=lambda step: masked.append(step.tokens == MASK))
     shares, times = torch.stack(masked).float().mean((1, 2)), torch.linspace(1, 1e-3, 9)[1:]
     times[-1] = 0
     assert (shares - times).abs().max() < 4 * (0.25 / 3200) ** 0.5

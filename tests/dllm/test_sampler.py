@@ -53,7 +53,7 @@ def test_sequences_and_histories_equal_the_originals(shared, name):
 def assert_differs_by_a_tie(model, prompt, config, history):
     """The first step that differs commits other positions of the very same confidence, and the same number of them."""
     steps = []
-    generate(model, prompt, config=config, on_step=lambda index, tokens, confidence: steps.append((tokens, confidence)))
+    generate(model, prompt, config=config, on_step=lambda step: steps.append((step.tokens, step.confidence)))
     for (tokens, confidence), recorded in zip(steps, history, strict=True):
         different = tokens != recorded
         if different.any():
@@ -160,13 +160,34 @@ def test_infill_fills_between_prefix_and_suffix():
     assert torch.equal(out.sequences, denoised.sequences)
 
 
+def test_the_length_of_a_gap_is_that_of_the_surest_infilling():
+    model, prefixes, suffixes = tiny(), torch.tensor([[1, 2, 3], [9, 8, 7]]), torch.tensor([[4, 5], [6, 6]])
+    config = MDMGenerationConfig(mask_token_id=MASK, steps=64, alg="maskgit_plus", infill_lengths=(1, 3, 5, 8))
+    out = model.infill(prefixes, suffixes, length="auto", generation_config=config)
+    for row in range(2):
+        tried = {n: model.infill(prefixes[row], suffixes[row], length=n, generation_config=config)
+                 for n in config.infill_lengths}
+        score = {n: float(one.confidence[0, 3:3 + n].log().mean()) for n, one in tried.items()}
+        best = tried[max(score, key=score.get)].sequences[0]
+        visible = slice(None) if out.attention_mask is None else out.attention_mask[row]
+        assert torch.equal(out.sequences[row][visible], best)
+
+
+def test_a_gap_that_expands_begins_short():
+    model = tiny(vocab_size=61)
+    config = MDMGenerationConfig(mask_token_id=MASK, expand_token_id=8, alg="maskgit_plus", infill_lengths=(4, 2),
+                                 delete_eos_token=False, max_infill_length=2)
+    out = model.infill(torch.tensor([1, 2]), torch.tensor([3]), length="auto", generation_config=config)
+    assert out.sequences.shape == (1, 5) and 8 not in out.sequences[0]
+
+
 def test_on_step_sees_every_step():
     model, seen = tiny(), []
     config = MDMGenerationConfig(max_new_tokens=4, steps=6, mask_token_id=MASK)
-    out = generate(model, torch.tensor([[1, 2]]), config=config, on_step=lambda *step: seen.append(step))
-    assert [index for index, _, _ in seen] == list(range(6))
-    assert torch.equal(seen[-1][1], out.sequences)
-    scored = [confidence for _, _, confidence in seen if confidence is not None]
+    out = generate(model, torch.tensor([[1, 2]]), config=config, on_step=seen.append)
+    assert [step.index for step in seen] == list(range(6))
+    assert torch.equal(seen[-1].tokens, out.sequences)
+    scored = [step.confidence for step in seen if step.confidence is not None]
     assert len(scored) == out.forwards and all(confidence[:, :2].eq(-torch.inf).all() for confidence in scored)
 
 
@@ -175,9 +196,9 @@ def test_on_step_sees_every_step():
 def test_every_committed_token_has_the_confidence_it_was_committed_with(settings):
     model, seen = tiny(), []
     config = MDMGenerationConfig(max_new_tokens=6, steps=6, mask_token_id=MASK, seed=0, **settings)
-    out = generate(model, torch.tensor([[1, 2]]), config=config, on_step=lambda *step: seen.append(step))
+    out = generate(model, torch.tensor([[1, 2]]), config=config, on_step=seen.append)
     expected, before = torch.full((1, 8), -torch.inf), torch.tensor([[1, 2, *[MASK] * 6]])
-    for _, tokens, confidence in seen:
+    for _, tokens, confidence, *_ in seen:
         if confidence is not None:
             expected = torch.where(tokens == before, expected, confidence)
         expected[tokens == MASK], before = -torch.inf, tokens
@@ -209,6 +230,7 @@ def test_the_token_before_skips_padding():
     ("temperature", -1.0, "temperature must be 0 or more, not -1.0"),
     ("top_p", 0.0, r"top_p must be in \(0, 1\], not 0.0"),
     ("max_new_tokens", 0, "max_new_tokens must be at least 1"),
+    ("infill_lengths", (), r"infill_lengths must be numbers of 1 or more, not \(\)"),
     ("eps", 1.0, r"eps must be in \(0, 1\)"),
 ])
 def test_a_request_that_cannot_work_is_refused(field, value, message):
