@@ -111,7 +111,7 @@ def naive_fast_dllm(model, canvas: Tensor, *, block_length: int, threshold: floa
         for index in range(block_length + 1):
             window = slice(0, x.shape[1]) if index == 0 else slice(start, end if dual else x.shape[1])
             cache.start = window.start
-            positions = torch.arange(window.start, window.stop).unsqueeze(0)
+            positions = torch.arange(window.start, window.stop, device=x.device).unsqueeze(0)
             hidden = model.hidden_states(x[:, window], cache=cache, position_ids=positions)
             logits = F.linear(hidden, model.head_weight)
             forwards += 1

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dllm.cache import KeyValueCache
 from dllm.errors import UserError
-from dllm.families import ModelConfig, check_parameter_names, mask_token_id_of, read_config, read_json, write_config
+from dllm.families import ModelConfig, check_parameters, mask_token_id_of, read_config, read_json, write_config
 from dllm.published import to_ours, to_published
 from dllm_kernels import bidirectional_attention, bidirectional_attention_varlen
 
@@ -367,11 +367,8 @@ class DiffusionLM(nn.Module):
                 state.pop(name, None)  # some writers store the tied matrix twice
         state = {name: tensor for name, tensor in state.items() if not name.endswith("rotary_emb.inv_freq")}
         expected = to_published(config, model.state_dict())
-        check_parameter_names(expected, state, where=str(folder))
-        for name, tensor in state.items():
-            if tensor.shape != expected[name].shape:
-                raise UserError(f"{folder}: {name} has shape {list(tensor.shape)}, config.json asks for "
-                                f"{list(expected[name].shape)}; they are not of the same model")
+        check_parameters({name: tensor.shape for name, tensor in expected.items()},
+                         {name: tensor.shape for name, tensor in state.items()}, where=str(folder))
         state = {name: tensor.to(device, torch.float32 if name.endswith("expert_bias") else dtype)
                  for name, tensor in to_ours(config, state).items()}
         model.load_state_dict(state, assign=True)
