@@ -27,7 +27,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     return out if empty is None else out.masked_fill(empty[:, :, None, None], 0.0)
 
 
-def bidirectional_attention(q, k, v, key_mask, block_length, scale):
+def bidirectional_attention(q, k, v, key_mask, block_length, scale, cache_rows=None):
+    if cache_rows is not None:
+        k, v = k[cache_rows], v[cache_rows]
     if key_mask is not None and key_mask.device.type == "cpu" and bool(key_mask.all()):
         key_mask = None  # without a mask, SDPA is faster; on a GPU, asking would stall it
     if block_length is not None and key_mask is None:

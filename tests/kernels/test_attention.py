@@ -86,6 +86,30 @@ def test_blocks_see_themselves_and_those_before(Lq, block_length, backend):
     assert (ours - truth).abs().max() < 1e-5
 
 
+@dense_backends
+def test_rows_of_a_cache_as_if_they_were_taken_out(backend):
+    """Any rows, in any order, twice too; of a part of the positions; a row that is not asked for may be NaN."""
+    q, k, v = make(4, 3, 11, 4, 2, 16)
+    k, v = (torch.cat((x, x + 1))[:5] for x in (k, v))
+    k[1], v[1] = torch.nan, torch.nan
+    key_mask = torch.ones(4, 9, dtype=torch.bool)
+    key_mask[2, 4:] = False
+    rows = torch.tensor([4, 0, 3, 0])
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    for mask, block_length in ((None, None), (key_mask, None), (None, 4), (key_mask, 4)):
+        def run(keys, values, mask=mask, block_length=block_length, **rows):
+            return bidirectional_attention(q, keys, values, key_mask=mask, block_length=block_length, backend=backend,
+                                           **rows)
+
+        ours, apart = run(k[:, :9], v[:, :9], cache_rows=rows), run(k[rows, :9], v[rows, :9])
+        assert (ours - apart).abs().max() < 1e-6
+        gradients = [torch.autograd.grad(out.square().sum(), leaves) for out in (ours, apart)]
+        for mine, its in zip(*gradients, strict=True):
+            assert (mine - its).abs().max() < 1e-5
+        with torch.no_grad():
+            assert (run(k[:, :9], v[:, :9], cache_rows=rows) - apart).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("backend", runnable(VARLEN_BACKENDS))
 @pytest.mark.parametrize("lengths", [[4, 4, 4], [3, 1, 7, 3, 1], [12], [5, 0, 7]])
 @pytest.mark.parametrize("block_length", [None, 1, 2])
@@ -210,7 +234,9 @@ def test_compiles_whole_and_passes_opcheck():
     cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32)
     scale = 16 ** -0.5
     ops = torch.ops.dllm_kernels
-    torch.library.opcheck(ops.bidirectional_attention.default, (q, k, v, key_mask, 2, scale, None))
+    torch.library.opcheck(ops.bidirectional_attention.default, (q, k, v, key_mask, 2, None, scale, None))
+    torch.library.opcheck(ops.bidirectional_attention.default,
+                          (q, k, v, None, None, torch.tensor([1, 1]), scale, None))
     torch.library.opcheck(ops.bidirectional_attention_varlen.default,
                           (*(x[0].detach().requires_grad_() for x in (q, k, v)), cu_seqlens, 3, None, scale, None))
     torch.library.opcheck(ops.block_diffusion_attention.default, (*(x[:, :4] for x in (q, k, v)), 2, None, scale, None))
@@ -250,7 +276,18 @@ def test_autocast_brings_mixed_dtypes_to_its_own_and_compiles():
     (lambda q, k, v: bidirectional_attention(q.half(), k, v),
      "q, k and v must share dtype and device, not ['torch.float16"),
     (lambda q, k, v: bidirectional_attention(q, k, v, key_mask=torch.ones(2, 4)),
-     "key_mask [B, Lk] bool = [2, 5], not [2, 4]"),
+     "key_mask [B, Lk] = [2, 5] torch.bool, not [2, 4] torch.float32"),
+    (lambda q, k, v: bidirectional_attention(q, k[:1], v[:1]), "not [[2, 5, 4, 16], [1, 5, 2, 16]"),
+    (lambda q, k, v: bidirectional_attention(q, k, v, cache_rows=torch.tensor([0, 1, 1])),
+     "takes cache_rows [B] = [2] torch.int64, not [3] torch.int64"),
+    (lambda q, k, v: bidirectional_attention(q, k, v, cache_rows=torch.tensor([0, 2])),
+     "takes cache_rows from 0 to 1, the rows of k and v, not [0, 2]"),
+    (lambda q, k, v: bidirectional_attention(q, k.to("meta"), v),
+     "must share dtype and device, not ['torch.float32 on cpu', 'torch.float32 on meta'"),
+    (lambda q, k, v: bidirectional_attention(q, k, v, key_mask=torch.ones(2, 5, dtype=torch.bool, device="meta")),
+     "takes key_mask [B, Lk] on the device of q, cpu, not on meta; move it there"),
+    (lambda q, k, v: bidirectional_attention_varlen(q[0], k[0], v[0], torch.tensor([0, 5]).int().to("meta"), 5),
+     "takes cu_seqlens on the device of q, cpu, not on meta"),
     (lambda q, k, v: bidirectional_attention(q, k, v, block_length=0), "block_length must be at least 1, not 0"),
     (lambda q, k, v: bidirectional_attention(q, k[:, :3], v[:, :3], block_length=2), "5 queries and 3 keys"),
     (lambda q, k, v: bidirectional_attention(q, k, v, backend="cuda9"), "there is no backend 'cuda9'"),
