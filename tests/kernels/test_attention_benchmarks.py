@@ -1,9 +1,12 @@
-"""The functions that bench_gpu_attention.py times, on a few small heads on a CPU: each computes what ours computes."""
+"""The functions that bench_gpu_attention.py and attention_choices.py time, on small heads on a CPU."""
+
+import re
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
+from benchmarks import attention_choices
 from benchmarks import bench_gpu_attention as bench
 from dllm_kernels import bidirectional_attention, bidirectional_attention_varlen, block_diffusion_attention
 
@@ -53,3 +56,12 @@ def test_flex_attention_sees_what_block_diffusion_sees():
 def test_new_lengths_are_new():
     step = bench.new_length(HEADS, None, 8, 40, 2, 3, torch.float32, "cpu")
     assert step(True).shape == step(False).shape == (2, 3, 4, 16)
+
+
+def test_choices_are_printed_as_they_are_kept(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr("sys.argv", ["", "--device", "cpu", "--length", "16", "--rounds", "1"])
+    attention_choices.main()
+    lines = re.findall(r'\("cpu", "(\w+)"\): Choice\(\((.*?)\), "', capsys.readouterr().out)
+    assert [kind for kind, _ in lines] == ["dense", "decoding", "packed", "block_diffusion"]
+    assert all(sorted(re.findall(r"\w+", names)) == ["reference", "sdpa"] for _, names in lines)
