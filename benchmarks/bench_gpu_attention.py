@@ -195,6 +195,18 @@ def bench_decoding(paired, backend, library, shape, rows=32, queries=32, keys=20
 
 
 @each_shape
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def bench_rows_of_a_cache(paired, backend, shape, rows=32, queries=32, keys=2048):
+    """Half of the rows, read where they are, against PyTorch's attention of a copy of them."""
+    q, k, v = (x.detach() for x in make_heads(queries, rows, keys, heads=SHAPES[shape]))
+    taken = torch.arange(0, rows, 2, device=q.device)
+    q = q[:len(taken)]
+    skip_where_missing(backend, q)
+    measure(paired, captured(lambda: bidirectional_attention(q, k, v, cache_rows=taken, backend=backend)),
+            captured(lambda: sdpa(q, k[taken], v[taken])), 2)
+
+
+@each_shape
 @pytest.mark.parametrize("backend", [None, "triton", "cuda"], ids=["auto", "triton", "cuda"])
 def bench_new_length(paired, backend, shape):
     """A length of keys never seen before, against one seen before: at most twice its time."""

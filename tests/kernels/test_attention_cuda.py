@@ -5,6 +5,7 @@ indices, masks, fragments and the waiting for copies, not what nvcc makes of the
 """
 
 import ctypes
+import importlib
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,8 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dllm_kernels.attention import cuda, reference
+from dllm_kernels import bidirectional_attention
+from dllm_kernels.attention import BACKENDS, DENSE_BACKENDS, cuda, reference
 
+attention = importlib.import_module("dllm_kernels.attention")
 HERE = Path(__file__).parent
 ON_GPU = cuda.missing() is None
 HALVES = [torch.bfloat16, torch.float16]
@@ -158,8 +161,83 @@ def test_huge_scores(scale, dtype, attend):
     assert ours.isfinite().all() and (ours.double() - truth).abs().max() < 2e-2
 
 
+def test_no_keys_give_zeros(attend):
+    ours, _ = attend(*make(2, 5, 0, 2, 1, 32), slots=10)
+    assert ours.shape == (2, 5, 2, 32) and not ours.any()
+
+
 def test_a_nan_shows_where_it_is_seen(attend):
     q, k, v = make(2, 3, 70, 2, 1, 32)
     v[1, 69, 0, 0] = torch.nan
     ours, _ = attend(q, k, v)
     assert ours[0].isfinite().all() and ours[1, :, :, 0].isnan().all()
+
+
+class SaysGpu(torch.Tensor):
+    is_cuda = property(lambda self: True)
+
+
+@pytest.mark.parametrize("change, capability, reason", [
+    (lambda q: q.float(), 8, "takes fp16 and bf16, not torch.float32"),
+    (lambda q: q, 7, "needs a GPU of compute capability 8.0 or newer"),
+    (lambda q: q[..., :24], 8, "takes head sizes that are multiples of 8 from 32 to 256, not 24"),
+    (lambda q: q.repeat(1, 65, 1, 1), 8, "takes at most 64 queries, not 65"),
+    (lambda q: q.requires_grad_(), 8, "has no backward; call it under torch.no_grad()"),
+    (lambda q: q, 8, None)])
+def test_it_says_what_it_cannot_run_on(change, capability, reason, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    q = torch.zeros(1, 1, 2, 32, dtype=torch.bfloat16)
+    assert cuda.refuses(change(q).as_subclass(SaysGpu)) == reason
+    assert cuda.refuses(q) == "needs a CUDA tensor"
+
+
+def test_a_gradient_of_the_keys_alone_counts(monkeypatch):
+    asked = []
+    noting = DENSE_BACKENDS[0]._replace(refuses=lambda q: asked.append(q) or "only takes notes")
+    monkeypatch.setitem(BACKENDS, "bidirectional_attention", (noting, DENSE_BACKENDS[-1]))
+    attention._in_order.cache_clear()
+    q, k, v = make(1, 3, 9, 2, 1, 32)
+    bidirectional_attention(q, k, v)
+    bidirectional_attention(q, k.requires_grad_(), v)
+    with torch.no_grad():
+        bidirectional_attention(q, k, v)
+    monkeypatch.undo()
+    attention._in_order.cache_clear()
+    assert [x.requires_grad for x in asked] == [False, True, False] and not q.requires_grad
+
+
+@pytest.mark.skipif(not ON_GPU, reason=f"cannot run here: {cuda.missing()}")
+def test_the_host_never_waits_and_a_cuda_graph_follows_its_inputs():
+    q, k, v = (x.cuda() for x in make(4, 32, 300, 14, 2, 64, rows=6))
+    rows, key_mask = torch.tensor([5, 0, 3, 1]).cuda(), torch.ones(4, 300, dtype=torch.bool, device="cuda")
+
+    def run():
+        return cuda.bidirectional_attention(q, k, v, key_mask, 32, 0.125, rows)
+
+    first = run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert run().data_ptr()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(run(), first)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    rows.copy_(torch.tensor([2, 2, 4, 0]))
+    key_mask[1, 100:] = False
+    q.mul_(0.5)
+    graph.replay()
+    assert torch.equal(captured, run()) and not torch.equal(captured, first)
+
+
+@pytest.mark.skipif(not ON_GPU, reason=f"cannot run here: {cuda.missing()}")
+@pytest.mark.parametrize("shape", [(0, 5, 7, 2, 1, 32), (2, 0, 7, 2, 1, 32)])
+def test_no_queries(shape):
+    q, k, v = (x.cuda() for x in make(*shape))
+    out = cuda.bidirectional_attention(q, k, v, None, None, 1.0)
+    assert out.shape == q.shape
