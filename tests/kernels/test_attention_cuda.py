@@ -130,6 +130,15 @@ def test_masked_keys_may_be_nan_and_rows_without_keys_give_zeros(block_length, s
     assert (ours[1] == 0).all() and ours.isfinite().all()
 
 
+@pytest.mark.parametrize("slots", [1, 9])
+@pytest.mark.parametrize("E", [64, 128, 256])
+def test_masks_blocks_and_splits_of_larger_heads(E, slots, attend):
+    q, k, v = make(1, 64, 190, 4, 2, E)
+    key_mask = torch.rand(1, 190, generator=torch.Generator().manual_seed(1)) < 0.9
+    key_mask[:, 64:128] = True  # tiles without a hole
+    check(attend, q, k, v, key_mask, 40, slots=slots)
+
+
 def test_rows_of_a_cache_are_read_where_they_are(attend):
     """Some rows of a larger cache, in any order and twice, of which a part of the positions is filled."""
     q, k, v = make(4, 5, 100, 4, 2, 64, rows=6)
