@@ -26,6 +26,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     # cuDNN's backward gives NaN for some masked inputs on H100 and H200 (pytorch issue 196678).
     safe = mask is not None and q.device.type == "cuda"
+    if safe:  # the kernel that is left takes no grouped heads; without it all scores would be stored
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if safe else nullcontext():
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     out = out.transpose(1, 2)
