@@ -95,7 +95,8 @@ class Attention(nn.Module):
             out = bidirectional_attention_varlen(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), at.cu_seqlens,
                                                  at.max_seqlen, block_length=at.block_length)
         else:
-            out = bidirectional_attention(q, k, v, key_mask=at.key_mask, block_length=at.block_length)
+            out = bidirectional_attention(q, k, v, key_mask=at.key_mask, block_length=at.block_length,
+                                          cache_rows=None if at.cache is None else at.cache.rows)
         return self.o_proj(out.reshape(*x.shape[:-1], -1))
 
 

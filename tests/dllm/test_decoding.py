@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_families import tiny
 
+from dllm.cache import KeyValueCache
 from dllm.errors import UserError
 from dllm.model import DiffusionLM
 from dllm.sampler import MDMGenerationConfig, denoise, fill_after_end
@@ -431,3 +432,14 @@ def test_the_strategy_of_a_config():
     assert keywords(alg="entropy") == {"confidence": "entropy"}
     assert keywords(remasking="random") == {"confidence": "random"}
     assert keywords(alg="topk_margin", threshold=0.9)["raw"] is False
+
+
+def test_a_cache_gives_views_of_all_rows_and_names_those_computed_now():
+    config = tiny("llada").config
+    cache = KeyValueCache(config, 4, 12, torch.zeros(0), grows=False)
+    cache.content.zero_()
+    cache.start, cache.rows = 3, torch.tensor([2, 0])
+    new = [torch.randn(2, 5, config.num_key_value_heads, config.head_dim) for _ in range(2)]
+    for kept, put in zip(cache.put(1, *new), new, strict=True):
+        assert kept.shape[:2] == (4, 12) and kept.untyped_storage().data_ptr() == cache.content.data_ptr()
+        assert torch.equal(kept[cache.rows, 3:8], put) and not kept[1].any() and not kept[:, :3].any()
