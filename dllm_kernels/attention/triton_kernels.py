@@ -42,8 +42,9 @@ def _tiles_of(*tiles: tuple[int, int, int, int]) -> dict[str, dict[str, int]]:
 
 # By bytes per number and head size. Not measured on a GPU: tiles that spill no registers and fit the shared memory of
 # sm_80, sm_90 and sm_100. wgmma gives each group of four warps 64 rows of its own (COLUMNS in "key_gradient"): heads of
-# 256 leave no registers for that, so two groups compute the same there, or mma serves. "few" is where ROWS of "forward"
-# would be mostly empty. sm_80 keeps both operands of a product in registers: it has tiles of its own where these spill.
+# 256 leave no registers for that, so two groups compute the same there, or mma serves. "few" serves at most FEW
+# queries. sm_80 keeps both operands of a product in registers: it has tiles of its own where these spill, and "few"
+# still spills 8 to 24 bytes there with some masks.
 TILES = {
     (2, 32): _tiles_of((128, 128, 8, 3), (64, 64, 4, 3), (128, 32, 8, 3), (64, 128, 8, 2)),
     (2, 64): _tiles_of((128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 8, 3), (32, 128, 8, 2)),
@@ -579,7 +580,7 @@ def _forward(q, k, v, key_mask, cu_seqlens, block_length, scale, mask, cache_row
     Lq, Lk, shared = arguments["Lq"], arguments["Lk"], arguments["GROUP"]
     packed = cu_seqlens is None and mask != "diffusion" and Lq <= FEW
     shared = shared if packed else 1
-    tiles = table["few" if packed and Lq * shared <= table["few"]["ROWS"] else "forward"]
+    tiles = table["few" if packed else "forward"]
     programs = _slots(B, Lq * shared, cu_seqlens, tiles["ROWS"], mask) * (heads // shared)
     splits = max(min(PROGRAMS // programs, Lk // tiles["COLUMNS"]), 1) if packed else 1
     parts, part_lse = out, lse
