@@ -258,38 +258,55 @@ class Denoising:
             self.strategy, self.steps_before = partial(begin_with_first, then=self.strategy), 1
         # A constraint may keep a step from committing all that the strategy chose, so the last one may be repeated.
         self.steps_after = self.filled if config.constraint is not None and config.constraint.final else 0
+        # On a GPU, to count what is left is to wait for it. Where every step commits as many as it was asked to, only
+        # the last step of a block does. (A model that predicts the mask token commits fewer.)
+        self.recount = (canvas.device.type == "cpu" or config.constraint is not None or config.stop_at_eos
+                        or self.gap is not None or (config.remasking or config.alg) == "remdm")
+        self.damaged = torch.zeros((), dtype=torch.long, device=canvas.device)  # confidences that were no numbers
         self.history: list[Tensor] = []
         self.steps = 0
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[CanvasStep]:
-        for number, block, total in self.blocks:
-            settled = torch.zeros(len(block), dtype=torch.bool, device=block.device)  # nothing is left to edit
-            edits = torch.zeros_like(settled, dtype=torch.long)  # steps since no position is masked
+        config = self.config
+        for number, block, total, columns in self.blocks:
+            size = block.sum(1).cpu()
+            left = None if self.recount else size
+            settled = torch.zeros_like(size, dtype=torch.bool)  # nothing is left to edit
+            edits = torch.zeros_like(size)  # steps since no position is masked
             planned = total + self.steps_before
             for count in range(planned + self.steps_after):
                 index = min(count, planned - 1)
                 masked = (self.tokens == self.mask_token_id) & block
-                filled = ~masked.any(1)
+                if left is None or index == planned - 1:
+                    left = masked.sum(1).cpu()
+                filled = left == 0
                 working = ~filled
-                if self.config.editing_threshold is not None:
-                    working |= block.any(1) & ~settled & (edits < self.config.max_post_steps)
-                elif self.config.alg == "remdm" and self.config.remasking is None:
-                    working = block.any(1)
+                if config.editing_threshold is not None:
+                    working |= (size > 0) & ~settled & (edits < config.max_post_steps)
+                elif config.alg == "remdm" and config.remasking is None:
+                    working = size > 0
                 if not working.any():
                     break
                 before = self.tokens
                 # Not by the steps taken: how many a block takes depends on the other rows.
-                confidence = self._take(Step(
-                    index, total, self.config.eps, before, masked, block, self.mask_token_id,
-                    self._uniform(number * (planned + self.steps_after) + count), working,
-                    self._allowed(masked, block)))
-                edits += filled
-                settled |= filled & (self.tokens == before).all(1)
+                step = Step(index, total, config.eps, before, masked, block, self.mask_token_id,
+                            self._uniform(number * (planned + self.steps_after) + count), self._allowed(masked, block),
+                            columns, left, size, working)
+                self.scorer.committed = None
+                confidence = self._take(step)
+                if self.recount or (confidence is not None and self.scorer.committed is None):
+                    left = None
+                elif confidence is not None:
+                    left = left - self.scorer.committed
+                if config.editing_threshold is not None:
+                    edits += filled
+                    settled |= filled & (self.tokens == before).all(1).cpu()
                 if self.gap is not None:
                     confidence = self._resize(masked, confidence)
-                    block = self.editable
+                    block, size = self.editable, self.editable.sum(1).cpu()
                 yield self._note(confidence)
+            self._check_damage()
 
     def result(self) -> GenerationOutput:
         """The canvas as it is now."""
@@ -302,9 +319,10 @@ class Denoising:
     def _take(self, step: Step) -> Tensor | None:
         """Let the strategy take a step; the confidences it gave."""
         tokens, confidence = self.strategy(step, self.scorer.at(step))
-        if confidence is not None and confidence.isnan().any():
-            raise UserError(f"step {self.steps}: the model's logits at {int(confidence.isnan().sum())} positions are "
-                            "NaN or infinite: its weights are damaged, or too large for its dtype (try float32)")
+        if confidence is not None:
+            self.damaged += confidence.isnan().sum()
+            if self.recount:
+                self._check_damage()
         if self.config.constraint is not None:
             tokens = self.config.constraint.keep(step.tokens, tokens, confidence, self._constrained(),
                                                  self.mask_token_id)
@@ -318,6 +336,11 @@ class Denoising:
         self.confidence = self.confidence.masked_fill(tokens == self.mask_token_id, -torch.inf)
         self.tokens = tokens
         return confidence
+
+    def _check_damage(self) -> None:
+        if self.damaged:
+            raise UserError(f"step {self.steps}: the model's logits at {int(self.damaged)} positions are NaN or "
+                            "infinite: its weights are damaged, or too large for its dtype (try float32)")
 
     def _resize(self, masked: Tensor, confidence: Tensor | None) -> Tensor:
         """Let the gaps grow and shrink by what was committed where `masked`."""
@@ -406,8 +429,8 @@ def finish(denoising: Denoising, on_step: OnStep | None = None) -> GenerationOut
 
 
 def split_into_blocks(editable: Tensor, place: Tensor, config: MDMGenerationConfig, *,
-                      even: bool) -> list[tuple[int, Tensor, int]]:
-    """Of each block its number, the positions [B, L] to fill, and the denoising steps it gets.
+                      even: bool) -> list[tuple[int, Tensor, int, tuple[int, int]]]:
+    """Of each block its number, the positions [B, L] to fill, the denoising steps it gets, and the columns it spans.
 
     Args:
         place: [B, L] int64, by which the positions are counted off into blocks: among those to fill, or in the row.
@@ -430,7 +453,16 @@ def split_into_blocks(editable: Tensor, place: Tensor, config: MDMGenerationConf
                         f"{config.steps}; {-(-config.steps // len(numbers)) * len(numbers)} would be")
     else:
         steps = config.steps // max(len(numbers), 1)
-    return [(number, editable & (place // length == number), steps) for number in numbers]
+    blocks = []
+    for number in numbers:
+        block = editable & (place // length == number)
+        columns = block.any(0).nonzero().flatten()
+        start, end = int(columns[0]), int(columns[-1]) + 1
+        if config.cache != "none" and not block[block.any(1), start:end].all():
+            raise UserError(f"cache {config.cache!r} needs the positions to fill of all rows in the same columns, one "
+                            "after the other; pad prompts on the left")
+        blocks.append((number, block, steps, (start, end)))
+    return blocks
 
 
 def find_mask_token(model: DiffusionLM, config: MDMGenerationConfig) -> int:

@@ -28,8 +28,19 @@ class Step:
     editable: Tensor  # [B, L] bool: of that block, masked when denoising began
     mask_token_id: int
     uniform: Tensor | None  # [B, L, 2] float64 in (0, 1); None where nothing is random
-    working: Tensor | None = None  # [B] bool: rows still at work; None: those with a masked position
     allowed: Tensor | None = None  # [B, L, V] bool, or bits: the words each position may take; None: all
+    columns: tuple[int, int] = (0, 0)  # of the block: the first, and that after the last
+    # What the host knows without asking a GPU, [B] on the CPU. None: it asks.
+    left: Tensor | None = None  # int64: masked positions of each row
+    size: Tensor | None = None  # int64: editable positions of each row
+    working: Tensor | None = None  # bool: rows still at work; None: those with a masked position
+
+    def __post_init__(self):
+        for name, counted in (("left", self.masked), ("size", self.editable)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, counted.sum(1).cpu())
+        if self.working is None:
+            object.__setattr__(self, "working", self.left > 0)
 
     @property
     def last(self) -> bool:
@@ -56,6 +67,7 @@ class Scorer(Protocol):
     def unmask(self, k: Tensor, confidence: str, *, raw: bool = False, threshold: float | None = None) -> Update:
         """Commit the k[b] most confident masked positions of each row, and all whose confidence reaches the threshold.
 
+        k: [B] int64 on the CPU; of a row with 0 nothing is computed.
         raw: the confidence is of the distribution before temperature and filters.
         """
 
@@ -71,8 +83,7 @@ def commit_most_confident(step: Step, scorer: Scorer, *, confidence: str) -> Upd
 
     The product is in fp32, as in the original: exact arithmetic would commit one more now and then.
     """
-    masked = step.masked.sum(1)
-    k = masked if step.last else (masked.float() * step.share().to(masked.device)).long()
+    k = step.left if step.last else (step.left.float() * step.share()).long()
     if not k.any():
         return Update(step.tokens, None)
     return scorer.unmask(k, confidence)
@@ -81,8 +92,7 @@ def commit_most_confident(step: Step, scorer: Scorer, *, confidence: str) -> Upd
 def commit_evenly(step: Step, scorer: Scorer, *, confidence: str) -> Update:
     """Commit as many positions in each step, one more in the first ones where that does not come out (LLaDA,
     arXiv:2502.09992, which calls it remasking). The confidence is that of the distribution before temperature."""
-    count = step.editable.sum(1)
-    k = torch.where(step.masked.any(1), count // step.total + (step.index < count % step.total), 0)
+    k = torch.where(step.left > 0, step.size // step.total + (step.index < step.size % step.total), 0)
     if not k.any():
         return Update(step.tokens, None)
     return scorer.unmask(k, confidence, raw=True)
@@ -95,7 +105,7 @@ def commit_scheduled(step: Step, scorer: Scorer, *, schedule: str) -> Update:
     alpha = SCHEDULES[schedule].alpha
     t, s = (torch.tensor(1 - i / step.total) for i in (step.index, step.index + 1))
     share = 1 - (1 - alpha(s)) / (1 - alpha(t))
-    k = (step.masked.sum(1).float() * share.to(step.masked.device)).round().long()
+    k = (step.left.float() * share).round().long()
     if not k.any():
         return Update(step.tokens, None)
     return scorer.unmask(k, "prob", raw=True)
@@ -105,13 +115,13 @@ def commit_evenly_or_above(step: Step, scorer: Scorer, *, block_length: int, thr
     """Commit as many of a block's positions in each step, and more if they are so sure (LLaDA2; SDAR's
     low_confidence_dynamic, arXiv:2510.06303). A block that begins within the prompt is so done in fewer steps."""
     k = block_length // step.total + (step.index < block_length % step.total)
-    return scorer.unmask(torch.where(step.masked.any(1), k, 0), "prob", threshold=threshold)
+    return scorer.unmask(torch.where(step.left > 0, k, 0), "prob", threshold=threshold)
 
 
 def commit_and_edit(step: Step, scorer: Scorer, *, threshold: float, editing_threshold: float) -> Update:
     """Commit every position whose confidence reaches the threshold, or the surest; and replace what was committed
     before where the model is surer than `editing_threshold` of another token (LLaDA2.1)."""
-    scored = scorer.score(step.editable & step.working.unsqueeze(1))
+    scored = scorer.score(step.editable & step.working.to(step.tokens.device).unsqueeze(1))
     masked = torch.where(step.masked, scored.confidence, -torch.inf)
     surest = torch.zeros_like(step.masked).scatter(1, masked.argmax(1, keepdim=True), True)
     chosen = step.masked & (surest | (masked >= threshold))
@@ -122,23 +132,22 @@ def commit_and_edit(step: Step, scorer: Scorer, *, threshold: float, editing_thr
 def commit_above(step: Step, scorer: Scorer, *, confidence: str, raw: bool, threshold: float) -> Update:
     """Commit every position whose confidence reaches the threshold, and at least the surest (Fast-dLLM,
     arXiv:2505.22618)."""
-    return scorer.unmask(step.masked.any(1).long(), confidence, raw=raw, threshold=threshold)
+    return scorer.unmask((step.left > 0).long(), confidence, raw=raw, threshold=threshold)
 
 
 def commit_surest(step: Step, scorer: Scorer, *, confidence: str) -> Update:
     """Commit one position of each row (DreamOn, arXiv:2602.01326)."""
-    return scorer.unmask(step.masked.any(1).long(), confidence)
+    return scorer.unmask((step.left > 0).long(), confidence)
 
 
 def commit_above_in_time(step: Step, scorer: Scorer, *, steps: int, threshold: float) -> Update:
     """As `commit_above`, but no more positions than an even commitment in so many steps would have committed by now
     (Fast-dLLM's confidence_threshold for Dream, where there are no blocks)."""
     scored = scorer.score(step.masked)
-    count, left = step.editable.sum(1), step.masked.sum(1)
-    due = (count * min(step.index + 1, steps) // steps - (count - left)).clamp(min=1)
+    due = (step.size * min(step.index + 1, steps) // steps - (step.size - step.left)).clamp(min=1)
     order = scored.confidence.nan_to_num(-torch.inf).argsort(dim=1, descending=True, stable=True)
     n = torch.arange(order.shape[1], device=order.device)
-    sure = (scored.confidence.gather(1, order) >= threshold) & (n < due.unsqueeze(1)) | (n == 0)
+    sure = (scored.confidence.gather(1, order) >= threshold) & (n < due.to(n.device).unsqueeze(1)) | (n == 0)
     chosen = torch.zeros_like(step.masked).scatter(1, order, sure) & step.masked
     return Update(torch.where(chosen, scored.tokens, step.tokens), scored.confidence)
 

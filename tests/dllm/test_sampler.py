@@ -1,6 +1,8 @@
 """The denoising loop: recorded generations to the token, independence of the batch, what a step costs, bad requests."""
 
+import itertools
 import json
+import traceback
 from dataclasses import replace
 
 import pytest
@@ -10,7 +12,7 @@ from test_model import tiny
 
 from dllm.errors import UserError
 from dllm.model import DiffusionLM
-from dllm.sampler import MDMGenerationConfig, denoise, generate, start
+from dllm.sampler import Denoising, MDMGenerationConfig, denoise, generate, start
 from dllm.scorers import previous_token
 from dllm.strategies import STRATEGIES
 
@@ -204,6 +206,58 @@ def test_every_committed_token_has_the_confidence_it_was_committed_with(settings
         expected[tokens == MASK], before = -torch.inf, tokens
     assert torch.equal(out.confidence, expected)
     assert (out.confidence[:, :2] == -torch.inf).all() and out.confidence[out.sequences != MASK][2:].isfinite().all()
+
+
+class OnGpu(torch.Tensor):
+    """A tensor, and all that is computed from it, that notes what would make the host wait if it were on a GPU: a value
+    that is read, or a shape that depends on values. What the kernels do is left to their own tests."""
+
+    waits: list[str] = []
+    READS = {"__bool__", "__float__", "__index__", "__int__", "cpu", "equal", "item", "masked_select", "nonzero",
+             "numpy", "tolist", "unique"}
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        by_mask = function.__name__ in ("__getitem__", "__setitem__") and any(
+            isinstance(x, torch.Tensor) and x.dtype == torch.bool
+            for x in (args[1] if isinstance(args[1], tuple) else (args[1],)))
+        callers = itertools.islice(traceback.walk_stack(None), 8)
+        if (function.__name__ in cls.READS or by_mask) and not any(
+                "dllm_kernels" in frame.f_code.co_filename for frame, _ in callers):
+            cls.waits.append(function.__name__)
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        return result.as_subclass(torch.Tensor) if function.__name__ == "cpu" else result
+
+
+@pytest.mark.parametrize("settings", [
+    {"alg": "entropy"}, {"alg": "maskgit_plus", "temperature": 0.7}, {"remasking": "low_confidence", "block_length": 4},
+    {"remasking": "random", "cfg_scale": 1.0}, {"remasking": "low_confidence", "schedule": "cosine"},
+    {"remasking": "low_confidence", "block_length": 4, "cache": "dual"},
+    {"remasking": "low_confidence", "block_length": 4, "cache": "prefix"},
+    {"remasking": "low_confidence", "block_length": 4, "block_causal": True, "steps": 12}])
+def test_steps_that_commit_by_count_never_wait_for_a_gpu(settings):
+    """But for one at the end of each block; and their tokens are those of steps that count what is left."""
+    model = tiny(shift_logits=False)
+    with torch.no_grad():
+        model.head_weight[MASK] = 0  # never predicted
+    canvas = torch.randint(1, MASK, (2, 13))
+    canvas[:, 5:] = MASK
+    config = MDMGenerationConfig(**{"steps": 8, "mask_token_id": MASK, "seed": 0, **settings})
+    denoising = Denoising(model, canvas.as_subclass(OnGpu), config)
+    denoising.recount = False  # as on a GPU
+    steps = iter(denoising)
+    next(steps)
+    OnGpu.waits.clear()
+    next(steps)
+    assert not OnGpu.waits
+    for _ in steps:
+        pass
+    assert OnGpu.waits.count("cpu") <= 2 * len(denoising.blocks)
+    counted = denoise(model, canvas, config).sequences
+    assert torch.equal(denoising.result().sequences.as_subclass(torch.Tensor), counted)
+    OnGpu.waits.clear()
+    list(Denoising(model, canvas.as_subclass(OnGpu), config))
+    assert OnGpu.waits.count("cpu") > 2 * len(denoising.blocks)  # it would have been seen
 
 
 def test_steps_can_be_taken_one_at_a_time():
