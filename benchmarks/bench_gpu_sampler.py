@@ -1,5 +1,5 @@
-"""Sampling on a GPU: Qwen2.5-0.5B's shape with random weights, bf16, 128 new tokens after a prompt of 128, against the
-naive loop of the same method with the same model. Ratio of times is that of tokens per second.
+"""Sampling on a GPU: Qwen2.5-0.5B's shape with random weights, bf16, 128 new tokens after a prompt of 128, without and with
+CUDA graphs and with each cache, against the naive loop of the same method with the same model. Ratio of times is that of tokens per second.
 """
 
 import pytest
@@ -32,20 +32,21 @@ def make_case(rows: int, device: str = "cuda", dtype: torch.dtype = torch.bfloat
 
 def naive(model, canvas, cache: str):
     """Each in the batch that its original takes: Fast-dLLM's caches one sequence at a time."""
-    if cache == "none":
+    if cache in ("none", "graphs"):
         return naive_llada(model, canvas, steps=NEW, block_length=BLOCK)
     for row in canvas:
         naive_fast_dllm(model, row.unsqueeze(0), block_length=BLOCK, threshold=0.9, dual=cache == "dual")
 
 
 @pytest.mark.parametrize("rows", [1, 8, 64])
-@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize("cache", ["none", "graphs", "prefix", "dual"])
 def bench_tokens_per_second(paired, cache, rows):
     model, canvas = make_case(rows)
-    settings = {"steps": NEW} if cache == "none" else {"threshold": 0.9}
-    config = MDMGenerationConfig(remasking="low_confidence", block_length=BLOCK, cache=cache, **settings)
+    settings = {"none": {"steps": NEW}, "graphs": {"steps": NEW, "cuda_graphs": True}}.get(
+        cache, {"threshold": 0.9, "cache": cache})
+    config = MDMGenerationConfig(remasking="low_confidence", block_length=BLOCK, **settings)
     out = denoise(model, canvas, config)
-    few = canvas if rows == 1 or cache == "none" else canvas[:2]  # of what takes one at a time, a part is enough
+    few = canvas if rows == 1 or cache in ("none", "graphs") else canvas[:2]  # of what takes one at a time, a part is enough
     share = len(canvas) / len(few)
     ratio = paired(ours=lambda: denoise(model, canvas, config), baseline=lambda: naive(model, few, cache),
                    finish=torch.cuda.synchronize, rounds=2, threads=None, gpu=torch.cuda.get_device_name(),

@@ -237,6 +237,8 @@ class DiffusionLM(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mask_token_id = config.mask_token_id  # or, after from_pretrained, the one the folder's tokenizer names
         self.generation_defaults: dict | None = None  # generation_config.json, kept for saving
+        self.graphs = None  # of sampling with cuda_graphs (graphs.py)
+        self._frequencies: Tensor | None = None  # of the rotary embedding, where the model is
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=config.initializer_range)
@@ -318,7 +320,9 @@ class DiffusionLM(nn.Module):
 
     def _rotary(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin [B, L, 1, rotary_dim] of the positions, computed in fp32."""
-        angles = position_ids.float().unsqueeze(-1) * rotary_frequencies(self.config).to(position_ids.device)
+        if self._frequencies is None or self._frequencies.device != position_ids.device:
+            self._frequencies = rotary_frequencies(self.config).to(position_ids.device)
+        angles = position_ids.float().unsqueeze(-1) * self._frequencies
         angles = torch.cat((angles, angles), dim=-1).unsqueeze(2)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 

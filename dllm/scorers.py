@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dllm.cache import KeyValueCache
+from dllm.graphs import GraphedForward
 from dllm.model import DiffusionLM
 from dllm.strategies import Step, Update
 from dllm_kernels import linear_token_scores, linear_topk_unmask
@@ -27,6 +28,7 @@ class Settings(Protocol):
     cfg_scale: float
     block_length: int | None
     cache: str
+    cuda_graphs: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,9 @@ class HeadScorer:
             self.source = previous_token(self.source, key_mask)
         self.sampling = {"temperature": config.temperature, "top_k": config.top_k or None, "top_p": config.top_p}
         self.selection_temperature = config.alg_temp
+        self.forward = model.hidden_states
+        if config.cuda_graphs:
+            model.graphs = self.forward = model.graphs or GraphedForward(model)
         self.forwards = self.row_forwards = 0
         # What the last step commits, [B] int64 on the CPU, where that is known before it is computed.
         self.committed: Tensor | None = None
@@ -129,8 +134,7 @@ class HeadScorer:
             tokens = torch.cat((tokens, tokens.masked_fill(self.prompt[rows], self.mask_token_id)))
             positions, queries = positions.repeat(2, 1), queries.repeat(2, 1)
             key_mask = None if key_mask is None else key_mask.repeat(2, 1)
-        return self._guide(self.model.hidden_states(tokens, position_ids=positions, queries=queries,
-                                                    attention_mask=key_mask))
+        return self._guide(self.forward(tokens, position_ids=positions, queries=queries, attention_mask=key_mask))
 
     def _guide(self, hidden: Tensor) -> Tensor:
         """Classifier-free guidance of hidden [2R, Q, D], those without the prompt last; [R, Q, D]."""
