@@ -153,6 +153,8 @@ def run_job(descriptors: list[int], judging) -> None:
             # The module runs to its end, then the token is written: from C, by objects that neither a frame's names nor
             # the garbage collector know. (arg0 of sys.monitoring's events is the 0.)
             deque(maxlen=0, iterable=arm(job, verdict, judging, links))
+            # Only the token's first coming counts. Without one, the iterator ended because the module raised this:
+            write(verdict, json.dumps({"verdict": "fail", "error": "StopIteration"}).encode())
         os._exit(0)
     except BaseException as error:
         write(verdict, json.dumps(describe(error)).encode())
@@ -180,8 +182,8 @@ def describe(error: BaseException) -> dict:
     kind = type(error)
     plain = kind.__module__ in ("builtins", "judging") and error.args and type(error.args[0]) is str
     text = error.args[0] if plain else ""
-    verdict = "oom" if isinstance(error, MemoryError) else getattr(error, "verdict", "fail")
-    return {"verdict": verdict if type(verdict) is str else "fail", "error": f"{kind.__name__}: {text}"[:300]}
+    verdict = "oom" if isinstance(error, MemoryError) else error.verdict if kind.__module__ == "judging" else "fail"
+    return {"verdict": verdict, "error": (f"{kind.__name__}: {text}" if text else kind.__name__)[:300]}
 
 
 # The layers
@@ -190,7 +192,7 @@ def describe(error: BaseException) -> dict:
 def isolate(wanted: list[str], control: socket.socket) -> dict[str, str]:
     """Enter what namespaces there are, and find out about the rest. Returns layer -> why it is absent, "" if it is on."""
     layers = {name: "" if name in wanted else "switched off" for name in (
-        *(f"{name} namespace" for name in NAMESPACES), "other user", "landlock", "seccomp")}
+        *(f"{name} namespace" for name in NAMESPACES), "unprivileged user", "landlock", "seccomp")}
 
     def attempt(layer: str, enter, *arguments) -> None:
         if not layers[layer]:
@@ -209,7 +211,7 @@ def isolate(wanted: list[str], control: socket.socket) -> dict[str, str]:
         attempt(f"{name} namespace", call, "unshare", NAMESPACES[name])
     attempt("mount namespace", build_root)
     if root:
-        attempt("other user", probe, become_nobody)
+        attempt("unprivileged user", probe, become_nobody)
     attempt("landlock", probe, lambda: restrict_files(layers, WORK))
     attempt("seccomp", probe, forbid_calls)
     call("prctl", 4, 0)  # PR_SET_DUMPABLE: not to be traced by what it forks
@@ -314,7 +316,7 @@ def give_up_everything(layers: dict, limits: dict) -> None:
         set_limit(getattr(resource, f"RLIMIT_{name}"), value)
     if not layers["user namespace"]:  # elsewhere the user's other processes count too
         set_limit(resource.RLIMIT_NPROC, limits["threads"])
-    if os.geteuid() == 0 and not layers["other user"]:
+    if os.geteuid() == 0 and not layers["unprivileged user"]:
         become_nobody()
     call("prctl", 47, 4, 0, 0, 0)  # PR_CAP_AMBIENT, clear all
     no_new_privileges()
