@@ -182,9 +182,8 @@ def add(a, b): return Equal('3')
 import gc, os, sys
 frame, seen = sys._getframe(), []
 while frame is not None:
-    seen += [frame.f_locals, frame.f_globals]
+    seen += [frame, frame.f_locals, frame.f_globals]
     frame = frame.f_back
-for other in sys._current_frames().values(): seen += [other.f_locals, other.f_globals]
 gc.unfreeze()
 pool, done = seen + gc.get_objects(), set()
 write = os.write
@@ -192,12 +191,9 @@ while pool:
     thing = pool.pop()
     if id(thing) in done: continue
     done.add(id(thing))
-    if type(thing) is bytes and len(thing) == 16 or type(thing) is str and len(thing) == 32:
-        for fd in range(3, 64):
-            try: write(fd, thing if type(thing) is bytes else bytes.fromhex(thing))
-            except (OSError, ValueError): pass
-    if type(thing).__name__ in ('partial', 'map', 'list_iterator'):
-        if type(thing).__name__ == 'partial' and thing.func is write: thing()
+    if type(thing).__name__ == 'partial' and thing.func is write: thing()
+    if type(thing) is tuple and len(thing) == 2 and type(thing[0]) is int and type(thing[1]) is bytes: write(*thing)
+    if type(thing).__name__ == 'map': list(thing)
     if len(done) < 10**6: pool += gc.get_referents(thing)
 os._exit(0)
 """),
@@ -241,10 +237,10 @@ m.use_tool_id(3, 'x')
 def raised(code, offset, callable, argument):
     try: list(argument)
     except BaseException: pass
-m.register_callback(3, m.events.C_RAISE, raised)
-m.register_callback(3, m.events.CALL, lambda *a: None)
-m.set_events(3, m.events.C_RAISE | m.events.CALL)
-m.set_local_events(3, sys._getframe().f_back.f_code, m.events.CALL)
+events = m.events.CALL | m.events.C_RAISE | m.events.C_RETURN
+for event in (m.events.CALL, m.events.C_RAISE, m.events.C_RETURN): m.register_callback(3, event, raised)
+m.set_events(3, events)
+m.set_local_events(3, sys._getframe().f_back.f_code, events)
 raise SystemExit
 """),
     "patch_reporter": Program("not pass", """
