@@ -88,6 +88,10 @@ def load_judging():
 
 def supervise(control: socket.socket, layers: dict, limits: dict, descriptors: list[int], judging) -> int:
     """Run one job. Returns the exit code of its process, or 128 + the signal that ended it, or -1 if it was killed."""
+    own_folder = not layers["mount namespace"]
+    if own_folder:
+        call("mount", "none", WORK, "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC,
+             f"size={limits['disk']},nr_inodes={limits['files']},mode=1777")
     pid = os.fork()
     if pid == 0:
         try:
@@ -113,6 +117,8 @@ def supervise(control: socket.socket, layers: dict, limits: dict, descriptors: l
     os.close(watched)
     _, status = os.waitpid(pid, 0)
     kill_leftovers(pid)
+    if own_folder:
+        call("umount2", WORK, 2)
     return -1 if killed else os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
 
 
@@ -211,7 +217,7 @@ def isolate(wanted: list[str], control: socket.socket) -> dict[str, str]:
         attempt(f"{name} namespace", call, "unshare", NAMESPACES[name])
     attempt("mount namespace", build_root)
     if root:
-        attempt("unprivileged user", probe, become_nobody)
+        attempt("unprivileged user", probe, import_as_nobody)
     attempt("landlock", probe, lambda: restrict_files(layers, WORK))
     attempt("seccomp", probe, forbid_calls)
     call("prctl", 4, 0)  # PR_SET_DUMPABLE: not to be traced by what it forks
@@ -261,10 +267,14 @@ def enter_pid_namespace(control: socket.socket) -> None:
 
 
 def become_nobody() -> None:
-    """Give up root. Raises OSError if that cannot be, or if nobody cannot read this Python, as a program must."""
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
+
+
+def import_as_nobody() -> None:
+    """Raises OSError if root cannot be given up, or if nobody cannot read this Python, as a program must."""
+    become_nobody()
     os.listdir(sysconfig.get_path("stdlib"))
 
 
@@ -304,12 +314,8 @@ def build_root() -> None:
 
 
 def give_up_everything(layers: dict, limits: dict) -> None:
-    """In the program's process: a folder of its own, and then what cannot be taken back."""
+    """In the program's process: what cannot be taken back."""
     work = limits["work"] or WORK
-    if not layers["mount namespace"]:  # the folder is gone with the process
-        call("unshare", NAMESPACES["mount"])
-        call("mount", "none", work, "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC,
-             f"size={limits['disk']},nr_inodes={limits['files']},mode=1777")
     os.chdir(work)
     for name, value in (("AS", limits["memory"]), ("CPU", limits["cpu"]), ("FSIZE", limits["disk"]),
                         ("NOFILE", limits["descriptors"]), ("CORE", 0), ("MEMLOCK", 0), ("MSGQUEUE", 0)):

@@ -131,7 +131,7 @@ class Bench:
         self.programs, self.judges = self.make(), None
 
     def run(self, task: Task, sample: Sample, seconds: float) -> Outcome:
-        return self.programs.run(sample.program(task) + "\n" + task.tests.removeprefix("\n"), seconds)
+        return self.programs.run(f"{sample.program(task)}\n{task.tests}", seconds)
 
     def judge(self, sample: Sample, task: Task, work: dict, seconds: float, table: int | None = None) -> Outcome:
         if self.judges is None:
@@ -147,7 +147,7 @@ class Bench:
 def self_test(bench: Bench) -> None:
     """A right, a wrong and a hanging program, by the sandbox and by a judge. Raises: Failure."""
     task = Task(task_id="self-test", prompt="def add(x, y):\n", canonical="    return x + y\n", names=("add",),
-                tests="\nassert add(1, 2) == 3")
+                tests="assert add(1, 2) == 3")
     for text, wanted in (("    return x + y", "pass"), ("    return x - y", "fail"),
                          ("    while True: pass", "timeout")):
         sample = Sample(task_id=task.task_id, line=0, text=text, whole=False)

@@ -22,7 +22,7 @@ class Task:
     task_id: str
     prompt: str
     canonical: str  # the completion that the benchmark gives
-    tests: str  # follow the program; they raise if it is wrong
+    tests: str  # follow the program on a new line; they raise if it is wrong
     names: tuple[str, ...]  # the program's functions that the tests call
     suffix: str = ""
     join: str = ""  # goes between prompt, completion and suffix
@@ -60,12 +60,12 @@ def _read_humaneval(row: dict) -> Task:
     entry_point = row["entry_point"]
     return Task(task_id=row["task_id"], prompt=row["prompt"], suffix=row.get("suffix", ""),
                 canonical=row["canonical_solution"], names=(entry_point,),
-                tests=f"\n{row['test']}\ncheck({entry_point})")
+                tests=f"{row['test']}\ncheck({entry_point})")
 
 
 def _read_mbpp(row: dict) -> Task:
     setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or ())
-    tests = "\n".join(("", setup, *row["test_list"]))
+    tests = "\n".join((setup, *row["test_list"]))
     defined = {node.name for node in ast.parse(row["code"]).body if isinstance(node, ast.FunctionDef)}
     used = [node.id for node in ast.walk(ast.parse("\n".join(row["test_list"]))) if isinstance(node, ast.Name)]
     return Task(task_id=str(row["task_id"]), prompt="", canonical=row["code"], tests=tests,
@@ -83,7 +83,7 @@ def _read_plus(row: dict) -> Task:
 
 def _read_santacoder(row: dict) -> Task:
     return Task(task_id=row["name"], prompt=row["prompt"], suffix=row["suffix"], join="\n",
-                canonical=row["canonical_solution"], tests="\n" + row["tests"],
+                canonical=row["canonical_solution"], tests=row["tests"],
                 names=(re.search(r"\bcheck\((\w+)\)\s*\n\s*test_check\(\)\s*$", row["tests"])[1],))
 
 
