@@ -276,9 +276,9 @@ def score_samples(samples_path: str | Path, tasks: TaskSet, *, workers: int | No
     """
     path = Path(samples_path)
     warn = warn or (lambda text: print(f"dllm: warning: {text}", file=sys.stderr))
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
     benchmark = BENCHMARKS[tasks.name]
-    seconds = timeout or benchmark.seconds
+    seconds = benchmark.seconds if timeout is None else timeout
     if not 0 < seconds < float("inf") or workers < 1:
         raise UserError(f"--timeout and --workers must be above 0, not {seconds:g} and {workers}")
     samples, bad, missing = read_samples(path, tasks, skip_bad)

@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import json
 import re
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -66,8 +67,10 @@ def _read_humaneval(row: dict) -> Task:
 def _read_mbpp(row: dict) -> Task:
     setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or ())
     tests = "\n".join((setup, *row["test_list"]))
-    defined = {node.name for node in ast.parse(row["code"]).body if isinstance(node, ast.FunctionDef)}
-    used = [node.id for node in ast.walk(ast.parse("\n".join(row["test_list"]))) if isinstance(node, ast.Name)]
+    with warnings.catch_warnings(action="ignore"):  # of the escapes in its regular expressions
+        code, asserts = (ast.parse(text) for text in (row["code"], "\n".join(row["test_list"])))
+    defined = {node.name for node in code.body if isinstance(node, ast.FunctionDef)}
+    used = [node.id for node in ast.walk(asserts) if isinstance(node, ast.Name)]
     return Task(task_id=str(row["task_id"]), prompt="", canonical=row["code"], tests=tests,
                 names=tuple(name for name in dict.fromkeys(used) if name in defined))
 
