@@ -34,8 +34,8 @@ def bench_scoring_humaneval(paired, tmp_path):
         return json.loads(done.stdout)["verdicts"]["pass"]
 
     def usual() -> int:
-        done = subprocess.run([sys.executable, ROOT / "benchmarks" / "reference_executor.py", DATA, samples, str(WORKERS)],
-                              capture_output=True, check=True)
+        script = ROOT / "benchmarks" / "reference_executor.py"
+        done = subprocess.run([sys.executable, script, DATA, samples, str(WORKERS)], capture_output=True, check=True)
         return int(done.stdout)
 
     assert ours() == usual() == 2 * len(tasks)

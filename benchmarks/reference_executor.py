@@ -1,7 +1,8 @@
-"""python benchmarks/reference_executor.py TASKS.jsonl.gz SAMPLES.jsonl WORKERS: how HumanEval's samples are usually run.
+"""python benchmarks/reference_executor.py TASKS.jsonl.gz SAMPLES.jsonl WORKERS: how HumanEval's samples usually run.
 
-For each sample a manager process for the result and a process for the program, forked from this one: a timer of 3 s, the
-program's output thrown away, a temporary folder, and the functions that do harm set to None. It prints how many pass.
+For each sample a manager process for the result and a process for the program, forked from this one: a timer of 3 s,
+the program's output thrown away, a temporary folder, and the functions that do harm set to None. It prints how many
+pass.
 """
 
 import builtins
@@ -20,9 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 SECONDS = 3.0
 HARMFUL = {builtins: ("exit", "quit"), shutil: ("rmtree", "move", "chown"), subprocess: ("Popen",),
-           os: ("kill", "system", "putenv", "remove", "removedirs", "rmdir", "fchdir", "setuid", "fork", "forkpty", "killpg",
-                "rename", "renames", "truncate", "replace", "unlink", "fchmod", "fchown", "chmod", "chown", "chroot", "lchown",
-                "getcwd", "chdir")}
+           os: ("kill", "system", "putenv", "remove", "removedirs", "rmdir", "fchdir", "setuid", "fork", "forkpty",
+                "killpg", "rename", "renames", "truncate", "replace", "unlink", "fchmod", "fchown", "chmod", "chown",
+                "chroot", "lchown", "getcwd", "chdir")}
 
 
 def run_program(program: str, result) -> None:

@@ -148,7 +148,7 @@ def add_score(commands) -> None:
     score = commands.add_parser(
         "score", help="score samples of a code benchmark, in a sandbox, without a model",
         description="Run samples of a code benchmark in a sandbox, and estimate pass@k. The result goes to stdout as\n"
-                    "JSON. A manifest.json beside the samples, with data.md5 or data.sha256, names the data they are of.")
+                    "JSON. Data other than a manifest.json beside the samples names (data.md5, .sha256) is refused.")
     score.add_argument("samples", type=Path, metavar="SAMPLES.jsonl",
                        help="lines with task_id, and completion or solution (a whole program)")
     score.add_argument("--task", required=True, metavar="TASK", help="humaneval, humaneval_plus, mbpp, mbpp_plus, "

@@ -109,7 +109,7 @@ def supervise(control: socket.socket, layers: dict, limits: dict, descriptors: l
     poll.register(watched, select.POLLIN)
     poll.register(control, select.POLLIN)
     poll.poll()
-    word = control.recv(16)  # one for each job: "end" when the verdict is in, else "kill", or nothing: the owner is gone
+    word = control.recv(16)  # for each job one: "end", where it is ending, or "kill"; none: the owner is gone
     poll.unregister(control)
     killed = not poll.poll(1000 if word == b"end" else 0)
     if killed:
@@ -196,7 +196,7 @@ def describe(error: BaseException) -> dict:
 
 
 def isolate(wanted: list[str], control: socket.socket) -> dict[str, str]:
-    """Enter what namespaces there are, and find out about the rest. Returns layer -> why it is absent, "" if it is on."""
+    """Enter what namespaces there are, and try out the rest. Returns layer -> why it is absent, "" if it is on."""
     layers = {name: "" if name in wanted else "switched off" for name in (
         *(f"{name} namespace" for name in NAMESPACES), "unprivileged user", "landlock", "seccomp")}
 

@@ -2,22 +2,25 @@
 
 Who is trusted, and what crosses:
 
-    this process                 trusted. Has the tests, the expected outputs, the secrets of its user. It decides the
-                                 verdict and keeps the time. Reads from a program's pipe bytes, and from a judge's too.
-    the template (isolation.py)  trusted, and clean: a fresh interpreter with an empty environment, which has entered
-                                 namespaces and waits. It forks a process for each job and kills it; it never reads a job.
-    the program's process        not trusted: no file but Python's, an empty folder of its own that is gone with it, no
-                                 network, no other process, no environment, limits on everything, and killed in the end.
-    the judge's process          has the tests but not the program, and runs in the same isolation.
+    this process               trusted. Has the tests, the expected outputs, the secrets of its user. It decides the
+                               verdict and keeps the time. From a program, and from a judge, it reads a few bytes.
+    the template               trusted, and clean: a fresh interpreter (isolation.py) with an empty environment, which
+                               has entered namespaces and waits. It forks a process for each job and kills it, but
+                               never reads a job.
+    the program's process      not trusted: no file but Python's, an empty folder that is gone with it, no network, no
+                               other process, no environment, limits on everything, and killed in the end.
+    the judge's process        has the tests but not the program, and runs in the same isolation.
 
-`Sandbox.run` gives the verdict of the reference executors: program and tests are one module in one process, and it passes
-if the module runs to its end. That is told by a random token that the process gives back afterwards; exit codes, output,
-and what else the program may write mean nothing. The token is held where neither frames nor the garbage collector lead
-to it. What this cannot tell: a program in the same process can read the tests, return objects that equal everything, or
-search the memory with native code. For that there is `judged`: tests in the judge's process, the program in another, and
-between them calls and plain data (judging.py), so that a pass means that right values came out.
+`Sandbox.run` gives the verdict of the reference executors: program and tests are one module in one process, and it
+passes if the module runs to its end. A random token that the process gives back afterwards tells that; exit codes,
+output, and whatever else the program may write mean nothing. Neither frames nor the garbage collector lead to the
+token. What `run` cannot tell: a program in the same process can read the tests, return objects that equal everything,
+or search the memory with native code. That is what `Sandbox.judged` is for: tests in the judge's process, the program
+in another, and between them calls and plain data (judging.py), so that a pass means that right values came out.
 
-Layers that this machine does not have are named in `Sandbox.layers`, with the reason; `PROTECTS` says what is lost.
+One template serves one program after another, which share its namespaces and nothing else: all processes are killed and
+the folder is unmounted in between. Layers that this machine does not have are named in `Sandbox.layers`, with the
+reason; `PROTECTS` says what is lost.
 """
 
 import json
@@ -31,6 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +44,7 @@ from dllm.errors import Failure
 from dllm.evaluators.judging import Program
 
 PROTECTS = {  # layer -> what is lost without it
-    "user namespace": "needs root for the other namespaces; a limit on threads",
+    "user namespace": "only root gets the other namespaces; threads are not limited",
     "mount namespace": "programs see the file system's names, and its size limits them not; Landlock must hold",
     "network namespace": "the network is closed by seccomp and Landlock alone",
     "ipc namespace": "System V memory is closed by seccomp alone",
@@ -91,13 +95,13 @@ class _Job:
 class Sandbox:
     """One template process. Runs one program at a time; take one Sandbox for each thread. A context manager."""
 
-    def __init__(self, layers: tuple[str, ...] = LAYERS, limits: Limits = Limits()):
+    def __init__(self, layers: Sequence[str] = LAYERS, limits: Limits | None = None):
         """
         Args:
             layers: those to use where they can be had. Fewer are for tests and measurements.
         Raises: Failure if the template cannot start.
         """
-        self.limits = limits
+        self.limits = limits or Limits()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
@@ -255,7 +259,7 @@ class Sandbox:
     def _receive(self, seconds: float) -> bytes:
         message = self._control.recv(1 << 16) if _readable(self._control, time.monotonic() + seconds) else b""
         if not message:
-            raise Failure("the sandbox's template ended, or does not answer; score with fewer workers if memory is short")
+            raise Failure("the sandbox's template ended, or does not answer; take fewer workers if memory is short")
         return message
 
 

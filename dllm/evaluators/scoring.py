@@ -1,10 +1,10 @@
 """Scores samples of code benchmarks: runs them in the sandbox, and estimates pass@k. Needs no model.
 
-Samples are the field's JSON lines: task_id, and completion (what the model wrote) or solution (a whole program). Verdicts
-are those of the reference executors: program and tests in one process, 3 seconds. Two benchmarks have no tests but
-arguments and a solution to agree with (EvalPlus: HumanEval+, MBPP+); they are judged from outside the program's process,
-always. With `audit` every pass of the others is judged so again, which finds programs that read the tests, or return
-objects that equal everything.
+Samples are the field's JSON lines: task_id, and completion (what the model wrote) or solution (a whole program).
+Verdicts are those of the reference executors: program and tests in one process, 3 seconds. Two benchmarks have no tests
+but arguments and a solution to agree with (EvalPlus: HumanEval+, MBPP+); they are always judged from outside the
+program's process. With `audit` every pass of the others is judged so again, which finds programs that read the tests,
+or return objects that equal everything.
 """
 
 import json
@@ -14,7 +14,7 @@ import queue
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -151,7 +151,7 @@ def self_test(bench: Bench) -> None:
     for text, wanted in (("    return x + y", "pass"), ("    return x - y", "fail"),
                          ("    while True: pass", "timeout")):
         sample = Sample(task_id=task.task_id, line=0, text=text, whole=False)
-        seconds = 0.2 if wanted == "timeout" else 20.0
+        seconds = 0.1 if wanted == "timeout" else 20.0
         for judge in (bench.run, bench.audit):
             got = judge(task, sample, seconds)
             if got.verdict != wanted:
@@ -229,7 +229,7 @@ def exact_match(task: Task, text: str) -> dict[str, bool]:
 
 def run_all(bench_count: int, make: Callable[[], Bench], work: Iterable, do: Callable[[Bench, object], list[dict]],
             progress: Callable[[list[dict]], None]) -> list[dict]:
-    """do(bench, item) for every item, in threads that have a bench each; a bench that fails is renewed, once an item."""
+    """do(bench, item) for every item, in threads with a bench each; a bench that fails is renewed, once an item."""
     free: queue.SimpleQueue[Bench] = queue.SimpleQueue()
     with ExitStack() as stack:
         for _ in range(bench_count):
@@ -257,9 +257,10 @@ def run_all(bench_count: int, make: Callable[[], Bench], work: Iterable, do: Cal
         return results
 
 
-def score_samples(samples_path: str | Path, tasks: TaskSet, *, workers: int | None = None, timeout: float | None = None,
-                  audit: bool = False, require: str = "best", skip_bad: bool = False, limits: Limits = Limits(),
-                  layers: tuple[str, ...] = LAYERS, warn: Callable[[str], None] | None = None) -> dict:
+def score_samples(samples_path: str | Path, tasks: TaskSet, *, workers: int | None = None,
+                  timeout: float | None = None, audit: bool = False, require: str = "best", skip_bad: bool = False,
+                  limits: Limits | None = None, layers: Sequence[str] = LAYERS,
+                  warn: Callable[[str], None] | None = None) -> dict:
     """Score a file of samples.
 
     Args:
@@ -276,6 +277,7 @@ def score_samples(samples_path: str | Path, tasks: TaskSet, *, workers: int | No
     """
     path = Path(samples_path)
     warn = warn or (lambda text: print(f"dllm: warning: {text}", file=sys.stderr))
+    limits = limits or Limits()
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     benchmark = BENCHMARKS[tasks.name]
     seconds = benchmark.seconds if timeout is None else timeout

@@ -185,18 +185,17 @@ def _find(name: str, benchmark: Benchmark, data: str | None) -> Path:
     wanted = [file + ending for file in benchmark.files for ending in ("", ".gz")]
     source = data or benchmark.hub
     if source is None:
-        raise UserError(f"{name} has no repository on the hub with its arguments and tests; get {benchmark.files[0]} from "
-                        f"{benchmark.origin} and name it with --data")
+        raise UserError(f"the hub has no repository with all of {name}; get {benchmark.files[0]} of {benchmark.origin} "
+                        "and name it with --data")
     path = Path(source)
     if path.is_file():
         return path
     if not path.is_dir():
         path = _download(source, benchmark, wanted)
     for file in wanted:
-        if found := [path / file, *sorted(path.glob(f"*/{file}"))]:
-            found = [candidate for candidate in found if candidate.is_file()]
-            if found:
-                return found[0]
+        for found in (path / file, *sorted(path.glob(f"*/{file}"))):
+            if found.is_file():
+                return found
     parquet = sorted(path.rglob(benchmark.parquet))
     if len(parquet) != 1:
         raise UserError(f"{source} has neither {' nor '.join(wanted)} nor one file {benchmark.parquet}; "

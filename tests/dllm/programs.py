@@ -43,7 +43,7 @@ PROGRAMS: dict[str, Program] = {
     # honest, and right
     "ok": Program("pass", ADD),
     "ok_prints": Program("pass", "def add(a, b):\n    print('a' * 100, a, b, '\\ud800')\n    return a + b\n"),
-    "ok_helper_after": Program("pass", "def add(a, b):\n    return helper(a, b)\ndef helper(a, b):\n    return a + b\n"),
+    "ok_helper_after": Program("pass", "def add(a, b):\n    return then(a, b)\ndef then(a, b):\n    return a + b\n"),
     "ok_threads": Program("pass", """
 import threading
 def add(a, b):
@@ -312,7 +312,7 @@ if os.fork() == 0:
     "truncate_file": Program("any", _attempt("open({canary!r}, 'w').close()")),
     "symlink_escape": Program("any", _attempt("import os\nos.symlink({canary!r}, 'x')\nopen('x', 'w').close()")),
     "rmtree": Program("any", _attempt("import os, shutil\nshutil.rmtree(os.path.dirname({canary!r}))")),
-    "read_file": Program("pass", _attempt("found = open({canary!r}).read()\nadd = None") + "assert 'found' not in globals()\n"),
+    "read_file": Program("pass", _attempt("found = open({canary!r}).read()") + "assert 'found' not in globals()\n"),
     "proc_mem": Program("pass", _attempt("found = open('/proc/1/mem', 'rb')") + "assert 'found' not in globals()\n"),
     "kill_parent": Program("any", _attempt("""
 import os, signal

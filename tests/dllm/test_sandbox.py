@@ -1,4 +1,4 @@
-"""The sandbox: the right verdict for every program, nothing outside touched, nothing left behind, with and without layers."""
+"""The sandbox: the right verdict for every program, nothing outside touched, nothing left, layers or not."""
 
 import json
 import os
@@ -111,7 +111,8 @@ def left_behind() -> dict[str, set]:
     segments = Path("/proc/sysvipc/shm").read_text().splitlines()[1:] if Path("/proc/sysvipc/shm").exists() else []
     return {"processes": {pid for pid in processes() if is_below(pid, os.getpid())},
             "folders": {path.name for path in Path("/tmp").glob("dllm-sandbox-*")},
-            "shared memory": {path.name for path in Path("/dev/shm").glob("*dllm*")} | {s for s in segments if " 4711 " in s},
+            "shared memory": {path.name for path in Path("/dev/shm").glob("*dllm*")},
+            "segments": {segment for segment in segments if " 4711 " in segment},
             "mounts": set(Path("/proc/self/mountinfo").read_text().splitlines()),
             "descriptors": {str(len(os.listdir("/proc/self/fd")))}}
 
@@ -173,16 +174,12 @@ def test_numpy_runs_in_the_sandbox(full, judges):
 @pytest.mark.parametrize("layers", [("landlock", "seccomp"), NAMESPACES, ("seccomp",), ()],
                          ids=["no namespaces", "namespaces alone", "seccomp alone", "limits alone"])
 def test_fewer_layers_judge_the_same_and_leave_nothing(layers, outside):
-    skipped = {"fork_bomb", "kill_parent", "kill_all", "ptrace_parent", "delete_file", "truncate_file", "rmtree",
-               "symlink_escape", "read_file", "proc_mem", "net_tcp", "net_udp", "net_unix", "net_abstract", "exec_true",
-               "shared_memory", "pickle_result", "new_namespace", "disk_fill", "many_files", "thread_bomb"}
     before = left_behind()
     with Sandbox(layers, LIMITS) as sandbox:
         need(sandbox, *layers)
-        assert {layer for layer, reason in sandbox.missing.items() if reason == "switched off"} == set(LAYERS) - set(layers)
+        assert set(sandbox.missing) == set(LAYERS) - set(layers) and set(sandbox.missing.values()) == {"switched off"}
         for name in ("ok", "wrong", "exit0", "os_exit0", "loop", "mem_bomb", "orphan", "frames", "cleanup_blocker",
                      "env_leak", "ok_tempfile", "segv"):
-            assert name not in skipped
             outcome = run(sandbox, name, outside["places"])
             assert fits(outcome.verdict, PROGRAMS[name].verdict), (name, outcome)
         assert outside["touched"]() == []
@@ -224,8 +221,9 @@ def find_python() -> str:
         if path is None:
             continue
         try:
-            done = subprocess.run([path, "-c", "import sys; print(sys.version_info >= (3, 11))"], user=65534, group=65534,
-                                  extra_groups=[], capture_output=True, text=True, cwd="/")
+            code = "import sys; print(sys.version_info >= (3, 11))"
+            done = subprocess.run([path, "-c", code], user=65534, group=65534, extra_groups=[], capture_output=True,
+                                  text=True, cwd="/")
         except PermissionError:
             continue
         if done.stdout.strip() == "True":
@@ -245,7 +243,7 @@ with Sandbox(limits=Limits(memory=1 << 30, disk=8 << 20, files=200)) as sandbox,
 """
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user; the other tests run as an ordinary one")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user; all other tests run as one")
 def test_the_same_as_an_ordinary_user(outside):
     python = find_python()
     if not os.access(ROOT, os.X_OK):

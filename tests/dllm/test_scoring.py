@@ -1,4 +1,4 @@
-"""Scoring: the benchmarks' data, EvalPlus' rules, pass@k, bad input, and the verdicts of the benchmarks' own solutions."""
+"""Scoring: the benchmarks' data, EvalPlus' rules, pass@k, bad input, verdicts of the benchmarks' own solutions."""
 
 import ast
 import gzip
@@ -66,7 +66,7 @@ def canonical_samples(tasks: TaskSet, path: Path) -> Path:
 
 @pytest.mark.parametrize("samples, passed, k, wanted", [
     (1, 0, 1, 0), (1, 1, 1, 1), (10, 3, 1, 0.3), (10, 3, 10, 1), (10, 0, 10, 0), (10, 1, 10, 1), (5, 2, 2, 0.7),
-    (200, 1, 100, 0.5), (20, 4, 10, 1 - 16 * 15 * 14 * 13 * 12 * 11 * 10 * 9 * 8 * 7 / (20 * 19 * 18 * 17 * 16 * 15 * 14 * 13 * 12 * 11)),
+    (200, 1, 100, 0.5), (20, 4, 10, 1 - (10 * 9 * 8 * 7) / (20 * 19 * 18 * 17)),
 ])
 def test_pass_at_k_by_hand(samples, passed, k, wanted):
     assert pass_at_k(samples, passed, k) == pytest.approx(wanted, abs=1e-12)
@@ -179,7 +179,7 @@ def test_tasks_and_data_that_do_not_exist(tmp_path):
         read_tasks("humaneval", "/nowhere/at/all")
     with pytest.raises(UserError, match="has neither HumanEval.jsonl nor HumanEval.jsonl.gz nor one file"):
         read_tasks("humaneval", str(tmp_path))
-    with pytest.raises(UserError, match="get MbppPlus.jsonl from github.com/evalplus/mbppplus_release and name it"):
+    with pytest.raises(UserError, match="get MbppPlus.jsonl of github.com/evalplus/mbppplus_release"):
         read_tasks("mbpp_plus")
 
 
@@ -234,18 +234,22 @@ def test_large_values_cross_as_their_hash(monkeypatch):
 
 
 @pytest.mark.parametrize("dataset, entry_point, arguments, output, wanted, atol, right", [
-    ("humaneval", "f", [], 1, 1, 0, True), ("humaneval", "f", [], 1, 2, 0, False), ("humaneval", "f", [], (1,), [1], 0, False),
+    ("humaneval", "f", [], 1, 1, 0, True), ("humaneval", "f", [], 1, 2, 0, False),
+    ("humaneval", "f", [], (1,), [1], 0, False),
     ("humaneval", "f", [], 1.0, 1, 0, True), ("humaneval", "f", [], 0.5000005, 0.5, 1e-6, True),
     ("humaneval", "f", [], 0.500002, 0.5, 1e-6, False), ("humaneval", "f", [], 5e8, 5e8 + 40, 1e-6, True),
-    ("humaneval", "f", [], [0.5, 1.0000001], [0.5, 1.0], 1e-6, True), ("humaneval", "f", [], [0.5], [0.5, 1.0], 1e-6, False),
+    ("humaneval", "f", [], [0.5, 1.0000001], [0.5, 1.0], 1e-6, True),
+    ("humaneval", "f", [], [0.5], [0.5, 1.0], 1e-6, False),
     ("humaneval", "f", [], 1, 1.0000001, 1e-6, False),  # another type, and not equal
     ("humaneval", "f", [], math.nan, math.nan, 1e-6, False), ("humaneval", "f", [], math.inf, math.inf, 1e-6, True),
     ("humaneval", "f", [], 1e300, math.inf, 1e-6, False), ("humaneval", "f", [], "a", "b", 1e-6, False),
-    ("humaneval", "find_zero", [[-4, 0, 1]], -2.0, 2.0, 1e-4, True), ("humaneval", "find_zero", [[-4, 0, 1]], 2.1, 2.0, 1e-4, False),
+    ("humaneval", "find_zero", [[-4, 0, 1]], -2.0, 2.0, 1e-4, True),
+    ("humaneval", "find_zero", [[-4, 0, 1]], 2.1, 2.0, 1e-4, False),
     ("mbpp", "are_equivalent", [36, 57], True, False, 0, True), ("mbpp", "sum_div", [7], 0, 1, 0, True),
     ("mbpp", "sum_div", [7], 2, 1, 0, False), ("mbpp", "surface_Area", [3, 4], 35, 33, 0, True),
     ("mbpp", "surface_Area", [3, 4], 34, 33, 0, False), ("mbpp", "digit_distance_nums", [123, 256], 7, 6, 0, True),
-    ("mbpp", "digit_distance_nums", [1, 999], 26, 1, 0, True), ("mbpp", "digit_distance_nums", [1, 999], 25, 1, 0, False),
+    ("mbpp", "digit_distance_nums", [1, 999], 26, 1, 0, True),
+    ("mbpp", "digit_distance_nums", [1, 999], 25, 1, 0, False),
     ("mbpp", "find_dissimilar", [], (1, 2, 2), [2, 1], 0, True), ("mbpp", "Diff", [], [1], [2], 0, False),
     ("mbpp", "check_str", [], "a match", True, 0, True), ("mbpp", "check_str", [], None, True, 0, False),
     ("mbpp", "check_str", [], False, True, 0, False), ("mbpp", "check_str", [], judging.Opaque("Match"), True, 0, True),
@@ -266,7 +270,8 @@ def test_the_tolerance_of_floats_stays_for_the_calls_that_follow():
     assert found == [(4.0, 0), (4.0, 1e-6), (4.0, 1e-6)]
 
 
-PLUS = {"task_id": "HumanEval/0", "prompt": "def f(x):\n", "entry_point": "f", "canonical_solution": "    return x / 3\n",
+PLUS = {"task_id": "HumanEval/0", "prompt": "def f(x):\n", "entry_point": "f",
+        "canonical_solution": "    return x / 3\n",
         "base_input": [[1], [2]], "plus_input": [[10], [0]], "atol": 0, "test": ""}
 
 
@@ -275,7 +280,8 @@ PLUS = {"task_id": "HumanEval/0", "prompt": "def f(x):\n", "entry_point": "f", "
     ("    return x / 3 + 1e-3\n", "fail", "fail"), ("    return x / 3 if x < 10 else 0\n", "fail", "pass"),
     ("    while True: pass\n", "timeout", "timeout"), ("    import os; os._exit(0)\n", "crash", "crash"),
     ("    raise SystemExit\n", "fail", "fail"), ("    return [0] * 10**12\n", "oom", "oom"),
-    ("    return 'x' * 10**8\n", "fail", "fail"), ("    return 'x' * 10**7\n", "crash", "crash"), (EQUAL, "fail", "fail"), (":", "fail", "fail"),
+    ("    return 'x' * 10**7\n", "crash", "crash"),
+    (EQUAL, "fail", "fail"), (":", "fail", "fail"),
     ("    if x == 10:\n        import time; time.sleep(100)\n    return x / 3\n", "timeout", "pass"),
     ("    import sys\n    f = sys._getframe(1)\n    return f.f_locals.get('expected', 0)\n", "fail", "fail"),
 ])
@@ -304,7 +310,8 @@ def test_a_score_of_several_samples(tasks, samples, capsys):
     for one in (record, again):
         for result in one["results"]:
             del result["seconds"]
-    assert [again[key] for key in ("pass@1", "verdicts", "results")] == [record[key] for key in ("pass@1", "verdicts", "results")]
+    for key in ("pass@1", "pass@10", "intervals_95", "verdicts", "results"):
+        assert again[key] == record[key]
 
 
 def test_the_verdict_of_each_kind_of_sample(tasks, samples):
@@ -322,14 +329,16 @@ def test_audit_flags_what_passes_by_deception(tasks, samples):
              "    return next(z for x, y, z in zip(found, found[1:], found[2:]) if (x, y) == (a, b))\n")
     warnings = []
     record = score_samples(samples((0, RIGHT), (1, EQUAL), (2, reads)), tasks, audit=True, warn=warnings.append)
-    assert [(r["verdict"], r["audit"]) for r in record["results"]] == [("pass", "pass"), ("pass", "fail"), ("pass", "fail")]
+    assert [r["verdict"] for r in record["results"]] == ["pass", "pass", "pass"]
+    assert [r["audit"] for r in record["results"]] == ["pass", "fail", "fail"]
     assert record["pass@1"] == 1 and record["audited_pass@1"] == pytest.approx(1 / 3)
     assert warnings[-1] == ("2 passes do not hold with the tests out of the program's reach: "
                             "HumanEval/1 (line 2), HumanEval/2 (line 3)")
 
 
-@pytest.mark.parametrize("name", [name for name, program in PROGRAMS.items() if name.startswith("ok") or program.verdict == "fail"
-                                  or name in ("crlf", "always_eq", "always_eq_int", "os_exit0", "abort", "read_tests")])
+@pytest.mark.parametrize("name", [name for name, program in PROGRAMS.items()
+                                  if name.startswith("ok") or program.verdict == "fail" or name in
+                                  ("crlf", "always_eq", "always_eq_int", "os_exit0", "abort", "read_tests")])
 def test_verdicts_agree_with_the_usual_executor(name):
     """Programs that are harmless enough to run in it."""
     from tests.dllm.programs import TESTS
@@ -366,7 +375,8 @@ def test_own_solutions_pass_with_and_without_audit(name, count, data, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, count", [
-    ("humaneval_infill_single_line", 1033), ("humaneval_infill_multi_line", 5815), ("humaneval_infill_random_span", 1640),
+    ("humaneval_infill_single_line", 1033), ("humaneval_infill_multi_line", 5815),
+    ("humaneval_infill_random_span", 1640),
     ("santacoder_fim", 1043), ("humaneval_plus", 164), ("mbpp_plus", 378)])
 def test_own_solutions_of_every_task_pass(name, count, data, tmp_path):
     tasks = read_tasks(name, data)
@@ -401,7 +411,7 @@ def test_plus_verdicts_agree_with_evalplus(data, tmp_path):
     evaluation = pytest.importorskip("evalplus.eval", reason="evalplus is not installed")
     groundtruth = pytest.importorskip("evalplus.gen.util")
     checked = {"humaneval_plus": ["HumanEval/0", "HumanEval/2", "HumanEval/21", "HumanEval/53"],
-               "mbpp_plus": ["Mbpp/2", "Mbpp/63", "Mbpp/124", "Mbpp/295", "Mbpp/581"]}
+               "mbpp_plus": ["Mbpp/2", "Mbpp/7", "Mbpp/63", "Mbpp/124", "Mbpp/558", "Mbpp/581"]}
     for name, ids in checked.items():
         tasks, dataset = read_tasks(name, data), name.removesuffix("_plus")
         with Sandbox() as programs:
@@ -433,8 +443,9 @@ def test_bad_lines_are_named_by_number_and_the_rest_scored_only_if_asked(tasks, 
     with pytest.raises(UserError) as error:
         score_samples(file, tasks)
     assert str(error.value) == (
-        f"{file}: line 2 is not JSON; line 3 is of task HumanEval/7, which humaneval has not; line 4 has no task_id; line 7 "
-        "has neither completion nor solution as text; line 8 has no task_id; correct them, or score the rest with --skip-bad")
+        f"{file}: line 2 is not JSON; line 3 is of task HumanEval/7, which humaneval has not; line 4 has no task_id; "
+        "line 7 has neither completion nor solution as text; line 8 has no task_id; correct them, or score the rest "
+        "with --skip-bad")
     warnings = []
     record = score_samples(file, tasks, skip_bad=True, warn=warnings.append)
     assert record["pass@1"] == pytest.approx(2 / 3) and len(record["skipped_lines"]) == 5
@@ -443,7 +454,7 @@ def test_bad_lines_are_named_by_number_and_the_rest_scored_only_if_asked(tasks, 
 
 def test_missing_samples_are_named(tasks, samples):
     file = samples((1, RIGHT))
-    with pytest.raises(UserError, match="no sample for 2 of 3 tasks: HumanEval/0, HumanEval/2; score .* with --skip-bad"):
+    with pytest.raises(UserError, match="no sample for 2 of 3 tasks: HumanEval/0, HumanEval/2; score .* --skip-bad"):
         score_samples(file, tasks)
     warnings = []
     record = score_samples(file, tasks, skip_bad=True, warn=warnings.append)
@@ -474,8 +485,8 @@ def test_data_other_than_the_manifests_is_refused(tasks, samples, tmp_path):
 def test_fewer_layers_are_refused_when_strict_and_warned_of_else(tasks, samples):
     file = samples(*((i, RIGHT) for i in range(3)))
     without = tuple(layer for layer in LAYERS if layer != "seccomp")
-    with pytest.raises(UserError, match=r"--require-sandbox strict: this machine lacks .*seccomp \(switched off\): programs "
-                                        "may start processes"):
+    with pytest.raises(UserError, match=r"--require-sandbox strict: this machine lacks seccomp \(switched off\): "
+                                        "programs may start processes"):
         score_samples(file, tasks, require="strict", layers=without)
     for layers, wanted in ((without, "the sandbox lacks "), ((), "no layer of the sandbox can be had here")):
         warnings = []
@@ -512,8 +523,8 @@ def test_a_sandbox_that_breaks_is_renewed_once(tasks, samples, monkeypatch):
 
 def test_the_command_prints_the_score_and_writes_every_sample(tasks, samples, tmp_path, capsys):
     file = samples((0, RIGHT), (1, WRONG), (2, RIGHT))
-    assert cli.main(["score", str(file), "--task", "humaneval", "--data", str(tmp_path), "--workers", "1", "--timeout", "5",
-                     "--audit", "--output", str(tmp_path / "out" / "result.json")]) == 0
+    assert cli.main(["score", str(file), "--task", "humaneval", "--data", str(tmp_path), "--workers", "1",
+                     "--timeout", "5", "--audit", "--output", str(tmp_path / "out" / "result.json")]) == 0
     printed, written = json.loads(capsys.readouterr().out), json.loads((tmp_path / "out" / "result.json").read_text())
     assert [result["verdict"] for result in written.pop("results")] == ["pass", "fail", "pass"]
     assert printed == written and printed["pass@1"] == pytest.approx(2 / 3) and printed["settings"]["timeout"] == 5
@@ -521,8 +532,10 @@ def test_the_command_prints_the_score_and_writes_every_sample(tasks, samples, tm
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--task", "humanevil"], "there is no task 'humanevil'"), (["--task", "humaneval", "--timeout", "0"], "must be above 0"),
-    (["--task", "humaneval", "--workers", "-1"], "must be above 0"), ([], "the following arguments are required: --task"),
+    (["--task", "humanevil"], "there is no task 'humanevil'"),
+    (["--task", "humaneval", "--timeout", "0"], "must be above 0"),
+    (["--task", "humaneval", "--workers", "-1"], "must be above 0"),
+    ([], "the following arguments are required: --task"),
     (["--task", "humaneval", "--require-sandbox", "some"], "--require-sandbox is one of strict, best, not 'some'"),
 ])
 def test_wrong_flags_are_one_line(flags, message, tasks, samples, tmp_path, capsys):
@@ -530,6 +543,17 @@ def test_wrong_flags_are_one_line(flags, message, tasks, samples, tmp_path, caps
     assert cli.main(["score", str(file), *flags, "--data", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and message in err
+
+
+def test_doctor_tells_the_layers(capsys, monkeypatch):
+    from dllm import doctor
+    from dllm.evaluators import sandbox
+
+    monkeypatch.setattr(sandbox.Sandbox.__init__, "__defaults__", (("landlock", "seccomp"), None))
+    doctor._describe_sandbox()
+    out = capsys.readouterr().out
+    assert "pid namespace (switched off): programs see other processes" in out
+    assert out.startswith("sandbox          landlock, seccomp\n") or "landlock (" in out or "seccomp (" in out
 
 
 def test_scoring_needs_no_torch():
