@@ -139,10 +139,35 @@ def build_parser(describe_keys: bool = False) -> Parser:
                           help="write the JSON here too" + (", with every line" if name == "infill" else ""))
         task.set_defaults(run=run_eval, task=name)
 
+    add_score(commands)
+
     doctor = commands.add_parser("doctor", help="what is installed, what runs here, what to install",
                                  description="Print versions, devices, backends with reasons, and what to install.")
     doctor.set_defaults(run=run_doctor)
     return parser
+
+
+def add_score(commands) -> None:
+    score = commands.add_parser(
+        "score", help="score samples of a code benchmark, in a sandbox, without a model",
+        description="Run samples of a code benchmark in a sandbox, and estimate pass@k. The result goes to stdout as\n"
+                    "JSON. Data other than a manifest.json beside the samples names (data.md5, .sha256) is refused.")
+    score.add_argument("samples", type=Path, metavar="SAMPLES.jsonl",
+                       help="lines with task_id, and completion or solution (a whole program)")
+    score.add_argument("--task", required=True, metavar="TASK", help="humaneval, humaneval_plus, mbpp, mbpp_plus, "
+                       "humaneval_infill_single_line (or _multi_line, _random_span), santacoder_fim")
+    score.add_argument("--data", metavar="PATH", help="the benchmark's file, a folder that has it, or a hub repository "
+                       "as owner/name; default: its own repository")
+    score.add_argument("--workers", type=whole, metavar="N", help="programs at a time; default: one for each core")
+    score.add_argument("--timeout", type=number, metavar="S", help="seconds for a program and its tests, or with "
+                       "humaneval_plus and mbpp_plus for a call; default: the benchmark's, 3 or 4")
+    score.add_argument("--audit", action="store_true",
+                       help="judge every pass again with the tests out of the program's reach, and tell what differs")
+    score.add_argument("--require-sandbox", choices=("strict", "best"), default="best",
+                       help="strict: refuse to run without every layer of the sandbox; default: best, with a warning")
+    score.add_argument("--skip-bad", action="store_true", help="score what is left without bad lines and missing tasks")
+    score.add_argument("--output", type=Path, metavar="FILE", help="write the JSON here too, with every sample")
+    score.set_defaults(run=run_score)
 
 
 def add_model(parser: Parser) -> None:
@@ -467,6 +492,19 @@ def run_eval(args: argparse.Namespace) -> int:
         write_json(args.output, record)
     if args.task == "infill":
         del record["result"]["examples"]
+    print(json.dumps(record, indent=2, ensure_ascii=False))
+    return 0
+
+
+def run_score(args: argparse.Namespace) -> int:
+    from dllm.evaluators.scoring import score_samples
+    from dllm.evaluators.tasks import read_tasks
+
+    record = score_samples(args.samples, read_tasks(args.task, args.data), workers=args.workers, timeout=args.timeout,
+                           audit=args.audit, require=args.require_sandbox, skip_bad=args.skip_bad)
+    if args.output is not None:
+        write_json(args.output, record)
+    del record["results"]
     print(json.dumps(record, indent=2, ensure_ascii=False))
     return 0
 

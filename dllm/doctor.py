@@ -11,6 +11,7 @@ import torch
 
 import dllm
 import dllm_kernels
+from dllm.errors import Failure
 
 _REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "pyarrow")
 _OPTIONAL = ("triton", "flash-attn", "liger-kernel")
@@ -57,8 +58,28 @@ def report() -> None:
                 hints.append("g++ 11 or newer (apt-get install g++), for the C++ extension")
 
     print()
+    _describe_sandbox()
+    print()
     dllm_kernels.describe_backends()
     print("\nto install: " + ("\n            ".join(hints) if hints else "nothing"))
+
+
+def _describe_sandbox() -> None:
+    """The layers that programs run in when samples are scored, and what is not protected without the others."""
+    from dllm.evaluators.sandbox import PROTECTS, Sandbox
+
+    try:
+        with Sandbox() as sandbox:
+            layers = sandbox.layers
+    except Failure as error:
+        _line("sandbox", f"{error}: samples cannot be scored")
+        return
+    _line("sandbox", ", ".join(name for name, reason in layers.items() if not reason) or "no layer")
+    for name, reason in layers.items():
+        if reason:
+            _line("", f"no {name} ({reason}): {PROTECTS[name]}")
+    if not any(layers.values()):
+        _line("", "all that --require-sandbox strict asks for")
 
 
 def _line(name: str, text: str) -> None:

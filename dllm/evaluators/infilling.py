@@ -6,7 +6,6 @@ its lines that are not blank. One line per function, each in as much of its surr
 
 import ast
 import bisect
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from dllm.data import Document
 from dllm.errors import UserError
+from dllm.evaluators.estimates import wilson_interval
 from dllm.evaluators.held_out import decode, encode
 from dllm.evaluators.perplexity import batches_of_similar_length
 from dllm.model import DiffusionLM
@@ -212,12 +212,3 @@ def find_blocks(text: str, document: int) -> list[Block]:
             if lines:
                 blocks.append(Block(document, begins[first - 1], bounds[function.end_lineno - 1][1], lines))
     return blocks
-
-
-def wilson_interval(hits: int, trials: int) -> tuple[float, float]:
-    """The 95% confidence interval of a share (Wilson 1927), which stays inside 0..1 and works for 0 hits."""
-    z = 1.959963984540054
-    share, spread = hits / trials, z * z / trials
-    middle = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
-    return max(0.0, middle - half), min(1.0, middle + half)

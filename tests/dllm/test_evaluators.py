@@ -20,8 +20,9 @@ from dllm.evaluators import (
     masked_accuracy,
     perplexity_bound,
 )
+from dllm.evaluators.estimates import wilson_interval
 from dllm.evaluators.held_out import Window, corrupt_share, cut_windows, decode, ratio_with_error
-from dllm.evaluators.infilling import draw_gaps, find_blocks, wilson_interval
+from dllm.evaluators.infilling import draw_gaps, find_blocks
 from dllm.evaluators.perplexity import score_positions
 
 TEXT = "".join(f"def function_{i}(a, b):\n    '''Say é.'''\n    c = a * b + {i}\n    return c\n\n\n" for i in range(12))
