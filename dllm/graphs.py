@@ -4,51 +4,64 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dllm.cache import KeyValueCache
 from dllm.model import DiffusionLM
 
 
 class GraphedForward:
-    """`model.hidden_states` of whole canvases, one graph for each number of rows, length, and bucket of queries.
+    """`model.hidden_states`, one graph for each number of rows, length, bucket of queries, and part of a cache.
 
-    The wanted positions are filled up to a power of two, so that there are few graphs. A graph keeps its memory; the
-    first pass of a kind runs the model four times to make one. Not run on a GPU yet.
+    The wanted positions are filled up to a power of two, so that there are few graphs. A graph keeps its memory, and a
+    cache is kept for the next canvas of its size; the first pass of a kind runs the model four times to make a graph.
+    Not run on a GPU yet.
     """
 
     def __init__(self, model: DiffusionLM):
         self.model = model
         self.recorded: dict[tuple, tuple] = {}
+        self.caches: dict[tuple, KeyValueCache] = {}
 
-    def __call__(self, tokens: Tensor, *, position_ids: Tensor, queries: Tensor,
-                 attention_mask: Tensor | None) -> Tensor:
+    def cache_for(self, rows: int, capacity: int, *, grows: bool) -> KeyValueCache:
+        """The cache of canvases of this size."""
+        like = self.model.head_weight
+        key = (rows, capacity, grows, like.data_ptr())
+        if key not in self.caches:
+            self.caches[key] = KeyValueCache(self.model.config, rows, capacity, like=like, grows=grows)
+        return self.caches[key]
+
+    def __call__(self, tokens: Tensor, *, position_ids: Tensor, queries: Tensor, attention_mask: Tensor | None,
+                 cache: KeyValueCache | None = None, block_length: int | None = None) -> Tensor:
         """As `DiffusionLM.hidden_states`: tokens and position_ids [B, L], queries [B, Q] -> [B, Q, D]."""
+        settings = {} if cache is None else {"cache": cache, "block_length": block_length}
+        if cache is not None and cache.rows is not None:  # some rows of a cache: others each time
+            return self.model.hidden_states(tokens, position_ids=position_ids, queries=queries,
+                                            attention_mask=attention_mask, **settings)
         wanted = queries.shape[1]
         queries = F.pad(queries, (0, bucket_of(wanted, tokens.shape[1]) - wanted))
-        given = [x for x in (tokens, position_ids, queries, attention_mask) if x is not None]
-        key = (*tokens.shape, queries.shape[1], len(given), self.model.head_weight.data_ptr())
+        given = {"input_ids": tokens, "position_ids": position_ids, "queries": queries}
+        if attention_mask is not None:
+            given["attention_mask"] = attention_mask
+        part = None if cache is None else (cache.content.data_ptr(), cache.start, block_length)
+        key = (*tokens.shape, queries.shape[1], len(given), part, self.model.head_weight.data_ptr())
         if key not in self.recorded:
-            self.recorded[key] = self._record([x.clone() for x in given])
+            self.recorded[key] = self._record({name: x.clone() for name, x in given.items()}, settings)
         inputs, output, replay = self.recorded[key]
-        for place, x in zip(inputs, given, strict=True):
-            place.copy_(x)
+        for name, x in given.items():
+            inputs[name].copy_(x)
         replay()
         return output[:, :wanted].clone()
 
-    def _record(self, inputs: list[Tensor]):
+    def _record(self, inputs: dict[str, Tensor], settings: dict):
         """The inputs' places, the output's, and what computes the one from the others."""
-        def run() -> Tensor:
-            tokens, position_ids, queries, *mask = inputs
-            return self.model.hidden_states(tokens, position_ids=position_ids, queries=queries,
-                                            attention_mask=mask[0] if mask else None)
-
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # what is chosen, loaded or compiled at first use must be so before recording
             for _ in range(3):
-                run()
+                self.model.hidden_states(**inputs, **settings)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            output = run()
+            output = self.model.hidden_states(**inputs, **settings)
         return inputs, output, graph.replay
 
 

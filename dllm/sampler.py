@@ -61,7 +61,7 @@ class MDMGenerationConfig:
     max_infill_length: int = 64  # positions that a gap expands to at most
     infill_lengths: tuple[int, ...] = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # that `infill(length="auto")` chooses from
     constraint: Constraint | None = None  # what the text must be (constraints.py)
-    cuda_graphs: bool = False  # on a GPU and without a cache, replay forward passes instead of launching their kernels
+    cuda_graphs: bool = False  # on a GPU, replay forward passes instead of launching their kernels one by one
     block_causal: bool | None = None  # blocks, counted from the first token, see none after them; None: as trained
 
     def __post_init__(self):
@@ -399,8 +399,8 @@ class Denoising:
         if config.cache != "none" and (self.causal or config.cfg_scale > 0 or config.block_length is None):
             raise UserError(f"cache {config.cache!r} needs a block_length, and neither a block-causal model (which "
                             "keeps its finished blocks anyway) nor cfg_scale")
-        if config.cuda_graphs and (self.model.device.type != "cuda" or self.causal or config.cache != "none"):
-            raise UserError("cuda_graphs needs a model on a GPU, cache 'none', and attention that is not block-causal")
+        if config.cuda_graphs and self.model.device.type != "cuda":
+            raise UserError(f"cuda_graphs needs a model on a GPU, this one is on {self.model.device}; leave it out")
         if config.constraint is not None and config.constraint.final and (
                 config.alg in ("p2", "remdm") and config.remasking is None or config.editing_threshold is not None):
             raise UserError("what later tokens were chosen to fit must stay: such a constraint goes with neither p2, "

@@ -136,6 +136,12 @@ class HeadScorer:
             key_mask = None if key_mask is None else key_mask.repeat(2, 1)
         return self._guide(self.forward(tokens, position_ids=positions, queries=queries, attention_mask=key_mask))
 
+    def _make_cache(self, rows: int, *, grows: bool) -> KeyValueCache:
+        length = self.position_ids.shape[1]
+        if isinstance(self.forward, GraphedForward):
+            return self.forward.cache_for(rows, length, grows=grows)
+        return KeyValueCache(self.model.config, rows, length, like=self.model.head_weight, grows=grows)
+
     def _guide(self, hidden: Tensor) -> Tensor:
         """Classifier-free guidance of hidden [2R, Q, D], those without the prompt last; [R, Q, D]."""
         if self.cfg_scale == 0:
@@ -153,7 +159,7 @@ class CachedScorer(HeadScorer):
         super().__init__(model, config, mask_token_id, key_mask, position_ids, prompt)
         self.block_length = config.block_length
         rows = len(position_ids) * (2 if self.cfg_scale else 1)  # with guidance, those without the prompt come last
-        self.cache = KeyValueCache(model.config, rows, position_ids.shape[1], like=model.head_weight, grows=True)
+        self.cache = self._make_cache(rows, grows=True)
         self.finished = 0  # positions of which everything is kept
         self.before: Tensor | None = None  # [rows, D], under shift: of the last of them, about the one after it
 
@@ -191,7 +197,7 @@ class CachedScorer(HeadScorer):
         copies = len(both) // len(rows)
         whole = len(both) == self.cache.content.shape[2]
         self.cache.start, self.cache.rows = first, None if whole else both
-        return self.model.hidden_states(
+        return self.forward(
             tokens[:, first:end], cache=self.cache, block_length=self.block_length,
             position_ids=self.position_ids[rows, first:end].repeat(copies, 1),
             queries=(queries - first).repeat(copies, 1),
@@ -209,7 +215,7 @@ class StaleScorer(HeadScorer):
                  position_ids: Tensor, prompt: Tensor):
         super().__init__(model, config, mask_token_id, key_mask, position_ids, prompt)
         self.dual = config.cache == "dual"
-        self.cache = KeyValueCache(model.config, *position_ids.shape, like=model.head_weight, grows=False)
+        self.cache = self._make_cache(len(position_ids), grows=False)
         self.began = torch.full((len(position_ids),), -1)  # on the CPU: the block that each row is kept for
 
     def _hidden(self, asked: Asked) -> Tensor:
@@ -227,7 +233,7 @@ class StaleScorer(HeadScorer):
             these = asked.rows[some]
             self.cache.start = window.start
             self.cache.rows = None if len(these) == len(self.position_ids) else these
-            hidden[some] = self.model.hidden_states(
+            hidden[some] = self.forward(
                 self.step.tokens[these, window], position_ids=self.position_ids[these, window],
                 queries=(sources[some] - window.start).clamp(min=0), cache=self.cache,
                 attention_mask=None if self.key_mask is None else self.key_mask[these])

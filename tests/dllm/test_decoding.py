@@ -412,7 +412,7 @@ def test_guidance_of_zero_is_none_and_moves_away_from_the_unconditional():
     ({"editing_threshold": 0.9}, "editing_threshold is for remasking low_confidence_dynamic"),
     ({"schedule": "linear"}, "schedule linear is for remasking low_confidence without"),
     ({"schedule": "steep"}, "schedule must be one of even, linear, cosine, polynomial, not 'steep'"),
-    ({"cuda_graphs": True}, "cuda_graphs needs a model on a GPU, cache 'none'"),
+    ({"cuda_graphs": True}, "cuda_graphs needs a model on a GPU, this one is on cpu"),
     ({"blocks_from": "end"}, "blocks_from must be text, masked or none, not 'end'"),
     ({"remask_rate": 1.5}, r"remask_rate must be in \[0, 1\], not 1.5"),
     ({"expand_token_id": 5, "alg": "p2"}, "commits one position a step, by an alg that has confidences"),
