@@ -13,7 +13,16 @@ from dllm.errors import UserError
 from dllm.model import DiffusionLM
 from dllm.sampler import MDMGenerationConfig, denoise, fill_after_end
 from dllm.scorers import CachedScorer
-from dllm.strategies import Step, Update, choose_strategy, commit_scheduled
+from dllm.strategies import (
+    Step,
+    Update,
+    choose_strategy,
+    commit_above,
+    commit_by_factor,
+    commit_evenly_or_above,
+    commit_scheduled,
+)
+from dllm_kernels import token_scores, topk_unmask
 
 MASK = 60
 
@@ -300,7 +309,7 @@ class Counting:
     def __init__(self, step):
         self.step, self.k = step, torch.zeros(len(step.tokens), dtype=torch.long)
 
-    def unmask(self, k, confidence, *, raw):
+    def unmask(self, k, confidence, *, raw=True, threshold=None):
         self.k = k
         left = self.step.masked & (self.step.masked.cumsum(1) > k.unsqueeze(1))
         return Update(torch.where(left, MASK, 0), None)
@@ -444,3 +453,64 @@ def test_a_cache_gives_views_of_all_rows_and_names_those_computed_now():
     for kept, put in zip(cache.put(1, *new), new, strict=True):
         assert kept.shape[:2] == (4, 12) and kept.untyped_storage().data_ptr() == cache.content.data_ptr()
         assert torch.equal(kept[cache.rows, 3:8], put) and not kept[1].any() and not kept[:, :3].any()
+
+
+class FromLogits:
+    """A scorer that has the logits [B, L, V] already."""
+
+    def __init__(self, logits, step):
+        self.logits, self.step = logits, step
+
+    def unmask(self, k, confidence, *, raw, threshold=None):
+        result = topk_unmask(self.logits, self.step.tokens, self.step.mask_token_id, k, confidence=confidence, threshold=threshold)
+        return Update(result.tokens, result.confidence)
+
+    def score(self, positions, *, raw):
+        scores = token_scores(self.logits[positions])
+        return Update(torch.full_like(self.step.tokens, -1).masked_scatter(positions, scores.token),
+                      torch.full(positions.shape, -torch.inf).masked_scatter(positions, scores.confidence))
+
+
+def test_selections_are_those_of_fast_dllm(shared):
+    """By threshold, by count and by factor; the last as in Tiny-A2D's package (dInfer's takes the last position too
+    where only that one is not sure enough)."""
+    recorded = {name: torch.from_numpy(array) for name, array in np.load(
+        shared / "golden/families/functions/fastdllm_selection.npz").items()}
+    masked, mask = recorded["mask_index"], 40  # a word that is nowhere the most likely one
+    step = Step(0, 4, 1e-3, torch.where(masked, mask, 0), masked, masked, mask, None)
+    scorer = FromLogits(recorded["logits"], step)
+    for bound in (0.3, 0.7, 0.95):
+        update = commit_above(step, scorer, confidence="prob", raw=True, threshold=bound)
+        chosen = recorded[f"thr{bound}_sel"] & masked
+        assert torch.equal(update.tokens != step.tokens, chosen)
+        assert torch.equal(update.tokens[chosen], recorded[f"thr{bound}_x0"][chosen])
+    update = scorer.unmask(recorded["quota"], "prob", raw=True)
+    assert torch.equal(update.tokens != step.tokens, recorded["quota_sel"] & masked)
+    for factor in (0.3, 1.0, 2.0):
+        chosen = commit_by_factor(step, scorer, raw=True, factor=factor).tokens != step.tokens
+        theirs = recorded[f"dllm_factor{factor}_sel"] & masked
+        assert torch.equal(chosen, theirs)
+
+
+def test_tokens_and_confidences_are_those_of_dream(shared):
+    recorded = {name: torch.from_numpy(array) for name, array in np.load(
+        shared / "golden/families/functions/dream_sample_tokens.npz").items()}
+    for name, settings in {"maskgit": {}, "margin": {"confidence": "margin"}, "entropy": {"confidence": "entropy"},
+                           "topp09": {"top_p": 0.9}, "topk5": {"top_k": 5},
+                           "topp095_entropy": {"top_p": 0.95, "confidence": "entropy"}}.items():
+        scores = token_scores(recorded["logits"], **settings)
+        assert torch.equal(scores.token, recorded[f"{name}_x0"])
+        assert torch.allclose(scores.confidence, recorded[f"{name}_conf"], atol=1e-6), name
+
+
+def test_counts_of_llada2_are_the_originals(shared):
+    for name, expected in np.load(shared / "golden/families/functions/llada2_even_schedule.npz").items():
+        length, steps = (int(part[1:]) for part in name.split("_"))
+        counts = []
+        for index in range(steps):
+            masked = torch.ones(1, length, dtype=torch.bool)
+            step = Step(index, steps, 1e-3, torch.full((1, length), MASK), masked, masked, MASK, None)
+            scorer = Counting(step)
+            commit_evenly_or_above(step, scorer, block_length=length, threshold=2.0)
+            counts.append(int(scorer.k))
+        assert counts == expected.tolist()
