@@ -462,7 +462,8 @@ class FromLogits:
         self.logits, self.step = logits, step
 
     def unmask(self, k, confidence, *, raw, threshold=None):
-        result = topk_unmask(self.logits, self.step.tokens, self.step.mask_token_id, k, confidence=confidence, threshold=threshold)
+        result = topk_unmask(self.logits, self.step.tokens, self.step.mask_token_id, k,
+                             confidence=confidence, threshold=threshold)
         return Update(result.tokens, result.confidence)
 
     def score(self, positions, *, raw):
