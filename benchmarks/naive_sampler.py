@@ -1,4 +1,4 @@
-"""The baselines of bench_sampler.py: denoising as Open-dLLM and as LLaDA do it, written from their behaviour.
+"""The baselines of bench_sampler.py: denoising as Open-dLLM, LLaDA and Fast-dLLM do it, written from their behaviour.
 
 In Open-dLLM every step runs the model on the whole canvas, multiplies the head at every position, shifts a copy of the
 logits, and, per strategy, filters by sorting the vocabulary and takes the softmax of all rows in fp32. Steps whose
@@ -6,7 +6,10 @@ schedule commits nothing run all the same. Randomness is torch's global generato
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from dllm.cache import KeyValueCache
 
 
 def filter_and_score(logits: Tensor, temperature: float, top_p: float | None, top_k: int | None, confidence: str):
@@ -91,3 +94,36 @@ def naive_llada(model, canvas: Tensor, *, steps: int, block_length: int) -> tupl
                 best = scores[row].topk(per_step).indices
                 x[row, best] = tokens[row, best]
     return x, steps
+
+
+@torch.no_grad()
+def naive_fast_dllm(model, canvas: Tensor, *, block_length: int, threshold: float, dual: bool) -> tuple[Tensor, int]:
+    """Fast-dLLM's generate for LLaDA with its prefix or dual cache at temperature 0, one sequence; and forward passes.
+
+    All positions that are fed get logits, and a softmax in float64, as there. The cache keeps rotated keys; the
+    original rotates all of them in every step.
+    """
+    x, forwards = canvas.clone(), 0
+    cache = KeyValueCache(model.config, *x.shape, like=model.head_weight, grows=False)
+    first = int((x[0] == model.mask_token_id).nonzero()[0])
+    for start in range(first, x.shape[1], block_length):
+        end = start + block_length
+        for index in range(block_length + 1):
+            window = slice(0, x.shape[1]) if index == 0 else slice(start, end if dual else x.shape[1])
+            cache.start = window.start
+            positions = torch.arange(window.start, window.stop, device=x.device).unsqueeze(0)
+            hidden = model.hidden_states(x[:, window], cache=cache, position_ids=positions)
+            logits = F.linear(hidden, model.head_weight)
+            forwards += 1
+            tokens = logits.argmax(-1)
+            scores = logits.double().softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+            masked = x[:, window] == model.mask_token_id
+            masked[:, end - window.start:] = False
+            scores = scores.masked_fill(~masked, -torch.inf)
+            ordered, order = scores[0].sort(descending=True)
+            sure = ordered >= threshold
+            sure[0] = bool(masked.any())
+            x[0, window.start + order[sure]] = tokens[0, order[sure]]
+            if index and not (x[:, start:end] == model.mask_token_id).any():
+                break
+    return x, forwards

@@ -29,6 +29,11 @@ STABLE_TORCH_LIBRARY(dllm_kernels_native, m) {
   m.def(
       "cross_entropy_gradients_cuda(Tensor logits, Tensor targets, Tensor corrupted, float softcap, Tensor top, "
       "Tensor probability_scale, Tensor target_scale, Tensor(a!) grad) -> ()");
+  // attention.cu. q and out [B, Lq, Hq, E], k and v [rows, Lk, Hkv, E], key_mask [B, Lk], cache_rows [B] int64; block_length 0:
+  // none.
+  m.def(
+      "decode_attention_cuda(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? cache_rows, int block_length, "
+      "float scale, Tensor(a!) out) -> ()");
   // masked_cross_entropy.cpp. x [M, D] fp32, weight [V, D], the rest [M] fp32; softcap 0: none. The gradients are fp32;
   // those of weight and bias are added to what is there, or (add false) that of weight replaces it.
   m.def(

@@ -26,10 +26,13 @@ class KeyValueCache:
         self.rows: Tensor | None = None  # [R] int64: the rows that are computed now; None: all
 
     def put(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep k and v [R, n, Hkv, E] of the n positions from `start` on; all keys and values that these may see."""
+        """Keep k and v [R, n, Hkv, E] of the n positions from `start` on.
+
+        Returns: views of the keys and values [B, seen, Hkv, E] that these may see, of all rows: attention takes `rows`.
+        """
         keys, values = self.content[layer]
         end = self.start + k.shape[1]
         rows = slice(None) if self.rows is None else self.rows
         keys[rows, self.start:end], values[rows, self.start:end] = k, v
         seen = end if self.grows else keys.shape[1]
-        return keys[rows, :seen], values[rows, :seen]
+        return keys[:, :seen], values[:, :seen]

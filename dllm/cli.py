@@ -4,11 +4,12 @@ import argparse
 import difflib
 import json
 import secrets
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from dllm.errors import UserError, run_command
@@ -28,6 +29,7 @@ def dispatch(arguments: list[str]) -> int:
         args = build_parser(describe_keys=arguments[:1] == ["train"]).parse_args(arguments)
     except SystemExit as end:  # after --help
         return end.code
+    args.given = arguments
     return args.run(args)
 
 
@@ -102,7 +104,8 @@ def build_parser(describe_keys: bool = False) -> Parser:
     infill.add_argument("--suffix", metavar="TEXT", help="what comes after it")
     infill.add_argument("--file", type=Path, metavar="FILE", help="or: a text that has the marker at the gap")
     infill.add_argument("--marker", default="<FILL>", metavar="TEXT", help="default: <FILL>")
-    infill.add_argument("--length", type=whole, required=True, metavar="N", help="tokens to fill in")
+    infill.add_argument("--length", type=length, default="auto", metavar="N",
+                        help="tokens to fill in; auto, the default, tries several and takes that of the surest text")
     add_generation(infill)
     infill.set_defaults(run=run_infill)
 
@@ -185,11 +188,18 @@ def add_generation(parser: Parser) -> None:
     add_setting(parser, "--temperature", "0 takes the most likely token; default: 0", number)
     add_setting(parser, "--top-p", "keep the most likely tokens until their probability passes this", number)
     add_setting(parser, "--top-k", "keep the K most likely tokens")
-    add_setting(parser, "--alg", "origin, maskgit_plus, entropy, topk_margin or p2; default: entropy", str)
-    add_setting(parser, "--remasking", "low_confidence or random: LLaDA's sampler in the place of --alg", str)
+    add_setting(parser, "--alg", "origin, maskgit_plus, entropy, topk_margin, p2, remdm or confidence_threshold; "
+                                 "default: entropy", str)
+    add_setting(parser, "--remasking", "low_confidence, random (LLaDA's sampler) or low_confidence_dynamic (LLaDA2's), "
+                                       "in the place of --alg", str)
     add_setting(parser, "--block-length", "denoise so many masked positions after the other, from left to right")
     add_setting(parser, "--threshold", "commit all that are so sure, in as many steps as that takes", number)
     add_setting(parser, "--factor", "the same, the surer the more are committed together", number)
+    add_setting(parser, "--editing-threshold", "replace committed tokens if so sure of others (LLaDA2.1)", number)
+    add_setting(parser, "--expand-token-id", "the token that becomes two masked ones (DreamOn): the gap grows, shrinks")
+    constraint = parser.add_mutually_exclusive_group()
+    constraint.add_argument("--regex", metavar="PATTERN", help="the new text must match this regular expression")
+    constraint.add_argument("--json-schema", type=Path, metavar="FILE", help="it must be JSON that this schema accepts")
     add_setting(parser, "--cache", "none, prefix or dual: keep keys and values outside the block as they were", str)
     add_setting(parser, "--cfg-scale", "classifier-free guidance; default: 0", number)
     add_setting(parser, "--alg-temp", "noise on the confidences; default: 0", number)
@@ -198,6 +208,7 @@ def add_generation(parser: Parser) -> None:
     add_setting(parser, "--seed", "default: a fresh one, which is printed")
     add_setting(parser, "--num-return-sequences", "default: 1")
     parser.add_argument("--watch", action="store_true", help="show the text being unmasked, coloured by confidence")
+    parser.add_argument("--save-html", type=Path, metavar="FILE", help="write a page here that shows it step by step")
     parser.add_argument("--output", type=Path, metavar="FILE",
                         help="write the texts, the settings and the counts here, as JSON")
 
@@ -205,6 +216,11 @@ def add_generation(parser: Parser) -> None:
 def add_setting(parser: Parser, flag: str, text: str, kind: Callable | None = None) -> None:
     metavar = "N" if kind is None else "X"
     parser.add_argument(flag, type=kind or whole, default=argparse.SUPPRESS, metavar=metavar, help=text)
+
+
+def length(text: str) -> int | str:
+    """A whole number or auto."""
+    return text if text == "auto" else whole(text)
 
 
 def whole(text: str) -> int:
@@ -258,34 +274,43 @@ def run_doctor(args: argparse.Namespace) -> int:
 def run_sample(args: argparse.Namespace) -> int:
     from dllm.sampler import generate
 
-    config = generation_config(args)
     prompt = read_prompt(args)
+    config = generation_config(args)
     model, tokenizer = load_model(args)
+    config = replace(config, constraint=read_constraint(args, tokenizer, model))
     ids = encode(tokenizer, prompt)
-    masks = config.max_new_tokens
-    out, seconds = denoise_shown(args, config, model, tokenizer, ids, masks, ids[:0],
-                                 lambda on_step: generate(model, ids.unsqueeze(0), None, config, on_step))
+    out, seconds, traces = denoise_shown(args, config, model, tokenizer, ids, config.max_new_tokens, ids[:0],
+                                         lambda on_step: generate(model, ids.unsqueeze(0), None, config, on_step))
     texts = [decode_after(tokenizer, ids, cut_at_end(tokenizer, row[len(ids):])) for row in out.sequences.cpu()]
     if not args.watch:
         print_texts([prompt + text for text in texts])
-    finish(args, config, out, seconds, {"prompt": prompt, "texts": texts})
+    finish(args, config, out, seconds, {"prompt": prompt, "texts": texts}, tokenizer, traces)
     return 0
 
 
 def run_infill(args: argparse.Namespace) -> int:
+    from dllm.lengths import choose_lengths
     from dllm.sampler import infill
 
     before, after = read_gap(args)
     config = generation_config(args)
     model, tokenizer = load_model(args)
+    config = replace(config, constraint=read_constraint(args, tokenizer, model))
     prefix, suffix = encode(tokenizer, before), encode(tokenizer, after)
-    out, seconds = denoise_shown(
-        args, config, model, tokenizer, prefix, args.length, suffix,
-        lambda on_step: infill(model, prefix, suffix, length=args.length, generation_config=config, on_step=on_step))
-    texts = [decode_after(tokenizer, prefix, row[len(prefix):len(prefix) + args.length]) for row in out.sequences.cpu()]
+    length = args.length
+    if length == "auto" and config.expand_token_id is not None:
+        length = min(config.infill_lengths)
+    elif length == "auto":
+        length, = choose_lengths(model, prefix.unsqueeze(0), suffix.unsqueeze(0), config)
+    out, seconds, traces = denoise_shown(
+        args, config, model, tokenizer, prefix, length, suffix,
+        lambda on_step: infill(model, prefix, suffix, length=length, generation_config=config, on_step=on_step))
+    rows = out.sequences if out.attention_mask is None else [
+        row[visible] for row, visible in zip(out.sequences, out.attention_mask, strict=True)]
+    texts = [decode_after(tokenizer, prefix, row[len(prefix):len(row) - len(suffix)].cpu()) for row in rows]
     if not args.watch:
         print_texts([before + text + after for text in texts])
-    finish(args, config, out, seconds, {"prefix": before, "suffix": after, "texts": texts})
+    finish(args, config, out, seconds, {"prefix": before, "suffix": after, "texts": texts}, tokenizer, traces)
     return 0
 
 
@@ -296,6 +321,17 @@ def generation_config(args: argparse.Namespace):
     given = {field.name: getattr(args, field.name) for field in fields(MDMGenerationConfig)
              if getattr(args, field.name, None) is not None}
     return MDMGenerationConfig(**{"seed": secrets.randbelow(2**31), **given})
+
+
+def read_constraint(args: argparse.Namespace, tokenizer, model):
+    """What the flags say that the new text must be, or None."""
+    from dllm.constraints import Regex, json_schema
+
+    if args.regex is not None:
+        return Regex(args.regex, tokenizer, model.config.vocab_size)
+    if args.json_schema is not None:
+        return json_schema(read_text(args.json_schema), tokenizer, model.config.vocab_size)
+    return None
 
 
 def load_model(args: argparse.Namespace):
@@ -369,22 +405,32 @@ def cut_at_end(tokenizer, ids):
 
 
 def denoise_shown(args: argparse.Namespace, config, model, tokenizer, prefix, length: int, suffix, run: Callable):
-    """Call run(on_step), drawing each step with --watch. Returns its output and the seconds that it took."""
+    """Call run(on_step), drawing each step with --watch. Returns its output, the seconds that it took, and for
+    --save-html a trace of each text."""
     import torch
 
     from dllm.sampler import find_mask_token
 
-    shown = nullcontext()
-    if args.watch:
-        from dllm.visualize import watch
+    shown, traces = nullcontext(), []
+    if args.watch or args.save_html is not None:
+        from dllm.visualize import Trace, watch
 
         mask_token_id = find_mask_token(model, config)
         canvas = torch.cat((prefix, prefix.new_full((length,), mask_token_id), suffix))
-        shown = watch(tokenizer, canvas.expand(config.num_return_sequences, -1), mask_token_id, config.alg)
+        canvas = canvas.expand(config.num_return_sequences, -1)
+        kind = config.remasking or config.alg
+        if args.watch:
+            shown = watch(tokenizer, canvas, mask_token_id, kind)
+        if args.save_html is not None:
+            traces = [Trace(row, mask_token_id, kind, index) for index, row in enumerate(canvas)]
     start = time.perf_counter()
-    with shown as on_step:
+    with shown as draw:
+        def on_step(step) -> None:
+            for note in (*traces, *([draw] if args.watch else [])):
+                note(step)
+
         out = run(on_step)
-    return out, time.perf_counter() - start
+    return out, time.perf_counter() - start, traces
 
 
 def print_texts(texts: list[str]) -> None:
@@ -394,14 +440,27 @@ def print_texts(texts: list[str]) -> None:
         print(text)
 
 
-def finish(args: argparse.Namespace, config, out, seconds: float, texts: dict) -> None:
-    """A line about the run on stderr, and its record in --output."""
-    print(f"{out.steps} steps, {out.forwards} forward passes, {out.tokens_per_forward:.2f} tokens in each, "
-          f"{seconds:.2f} s, seed {config.seed}", file=sys.stderr)
+def finish(args: argparse.Namespace, config, out, seconds: float, texts: dict, tokenizer, traces: list) -> None:
+    """A line about the run on stderr, its record in --output, its page in --save-html."""
+    counts = (f"{out.steps} steps, {out.forwards} forward passes, {out.tokens_per_forward:.2f} tokens in each, "
+              f"{seconds:.2f} s, seed {config.seed}")
+    print(counts, file=sys.stderr)
+    constraint = args.regex if args.json_schema is None else str(args.json_schema)
     if args.output is not None:
-        write_json(args.output, {"model": args.model, **texts, "settings": asdict(config), "steps": out.steps,
+        settings = {**asdict(replace(config, constraint=None)), "constraint": constraint}
+        write_json(args.output, {"model": args.model, **texts, "settings": settings, "steps": out.steps,
                                  "forwards": out.forwards, "tokens_per_forward": out.tokens_per_forward,
                                  "seconds": round(seconds, 3)})
+    if args.save_html is not None:
+        from dllm.checkpoint import write_atomically
+        from dllm.report import write_sample
+        from dllm.visualize import animation
+
+        facts = {"Model": args.model, "Method": config.remasking or config.alg, "Denoising steps": str(out.steps),
+                 "Forward passes": str(out.forwards), "Tokens per forward pass": f"{out.tokens_per_forward:.2f}",
+                 "Seconds": f"{seconds:.2f}", "Seed": str(config.seed)}
+        page = write_sample([animation(trace, tokenizer) for trace in traces], facts, shlex.join(["dllm", *args.given]))
+        write_atomically(args.save_html, page.encode("utf-8", "replace"))
 
 
 def run_eval(args: argparse.Namespace) -> int:

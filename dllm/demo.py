@@ -182,7 +182,7 @@ def animate_function(model: DiffusionLM, tokenizer, documents: Sequence[Document
     canvas[gap.start:gap.end] = model.mask_token_id
     trace = record(model, canvas, MDMGenerationConfig(alg="maskgit_plus", steps=gap.end - gap.start, seed=0))
     truth = gap.prefix + decode(tokenizer, gap.tokens[gap.start:gap.end]) + gap.suffix
-    return animation(trace, tokenizer, canvas.tolist(), gap.function), gap.source, truth.strip("\n")
+    return animation(trace, tokenizer, gap.function), gap.source, truth.strip("\n")
 
 
 def show(console: Console, result: DemoResult) -> None:

@@ -7,7 +7,7 @@ are. What has to be done to the tensors is in published.py. Nothing here imports
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -305,14 +305,15 @@ def _flatten_rope(raw: Mapping) -> dict:
     return flat
 
 
-def check_parameter_names(expected: Iterable[str], found: Iterable[str], where: str) -> None:
-    """Refuse a checkpoint whose parameters are not exactly those of the model, naming them."""
-    expected, found = set(expected), set(found)
-    for problem, names in (("lacks", expected - found), ("has unknown", found - expected)):
-        if names:
-            shown = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            raise UserError(f"{where} {problem} parameter{'s' * (len(names) > 1)} {shown}; "
-                            "is config.json of the same model?")
+def check_parameters(expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]], where: str) -> None:
+    """Refuse a checkpoint whose parameters, by name and shape, are not exactly those of the model; name them all."""
+    misshapen = [f"{name} {list(shape)}, not {list(expected[name])}" for name, shape in sorted(found.items())
+                 if name in expected and [*shape] != [*expected[name]]]
+    problems = [f"{problem}: {', '.join(names)}" for problem, names in (
+        ("missing", sorted(expected.keys() - found.keys())), ("unknown", sorted(found.keys() - expected.keys())),
+        ("of another shape", misshapen)) if names]
+    if problems:
+        raise UserError(f"{where}: the parameters are not those of config.json. {'; '.join(problems)}")
 
 
 def mask_token_id_of(folder: Path) -> int | None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dllm.cache import KeyValueCache
 from dllm.errors import UserError
-from dllm.families import ModelConfig, check_parameter_names, mask_token_id_of, read_config, read_json, write_config
+from dllm.families import ModelConfig, check_parameters, mask_token_id_of, read_config, read_json, write_config
 from dllm.published import to_ours, to_published
 from dllm_kernels import bidirectional_attention, bidirectional_attention_varlen
 
@@ -95,7 +95,8 @@ class Attention(nn.Module):
             out = bidirectional_attention_varlen(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), at.cu_seqlens,
                                                  at.max_seqlen, block_length=at.block_length)
         else:
-            out = bidirectional_attention(q, k, v, key_mask=at.key_mask, block_length=at.block_length)
+            out = bidirectional_attention(q, k, v, key_mask=at.key_mask, block_length=at.block_length,
+                                          cache_rows=None if at.cache is None else at.cache.rows)
         return self.o_proj(out.reshape(*x.shape[:-1], -1))
 
 
@@ -236,6 +237,8 @@ class DiffusionLM(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mask_token_id = config.mask_token_id  # or, after from_pretrained, the one the folder's tokenizer names
         self.generation_defaults: dict | None = None  # generation_config.json, kept for saving
+        self.graphs = None  # of sampling with cuda_graphs (graphs.py)
+        self._frequencies: Tensor | None = None  # of the rotary embedding, where the model is
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=config.initializer_range)
@@ -317,7 +320,9 @@ class DiffusionLM(nn.Module):
 
     def _rotary(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin [B, L, 1, rotary_dim] of the positions, computed in fp32."""
-        angles = position_ids.float().unsqueeze(-1) * rotary_frequencies(self.config).to(position_ids.device)
+        if self._frequencies is None or self._frequencies.device != position_ids.device:
+            self._frequencies = rotary_frequencies(self.config).to(position_ids.device)
+        angles = position_ids.float().unsqueeze(-1) * self._frequencies
         angles = torch.cat((angles, angles), dim=-1).unsqueeze(2)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -327,11 +332,25 @@ class DiffusionLM(nn.Module):
 
         return generate(self, inputs, attention_mask, generation_config)
 
-    def infill(self, prefix_ids: Tensor, suffix_ids: Tensor, *, length: int, generation_config=None):
+    def diffusion_steps(self, inputs: Tensor, attention_mask: Tensor | None = None, generation_config=None):
+        """`diffusion_generate` one denoising step at a time: `for step in model.diffusion_steps(ids)`; see
+        `dllm.sampler.start`."""
+        from dllm.sampler import start
+
+        return start(self, inputs, attention_mask, generation_config)
+
+    def infill(self, prefix_ids: Tensor, suffix_ids: Tensor, *, length: int | str, generation_config=None):
         """Denoise `length` masked positions between a prefix and a suffix; see `dllm.sampler.infill`."""
         from dllm.sampler import infill
 
         return infill(self, prefix_ids, suffix_ids, length=length, generation_config=generation_config)
+
+    def perplexity_bound(self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings):
+        """Bound the negative log-likelihood of sequences, with its standard error; see
+        `dllm.evaluators.bound_likelihood`."""
+        from dllm.evaluators import bound_likelihood
+
+        return bound_likelihood(self, input_ids, attention_mask, **settings)
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | os.PathLike, dtype: torch.dtype = torch.float32,
@@ -353,11 +372,8 @@ class DiffusionLM(nn.Module):
                 state.pop(name, None)  # some writers store the tied matrix twice
         state = {name: tensor for name, tensor in state.items() if not name.endswith("rotary_emb.inv_freq")}
         expected = to_published(config, model.state_dict())
-        check_parameter_names(expected, state, where=str(folder))
-        for name, tensor in state.items():
-            if tensor.shape != expected[name].shape:
-                raise UserError(f"{folder}: {name} has shape {list(tensor.shape)}, config.json asks for "
-                                f"{list(expected[name].shape)}; they are not of the same model")
+        check_parameters({name: tensor.shape for name, tensor in expected.items()},
+                         {name: tensor.shape for name, tensor in state.items()}, where=str(folder))
         state = {name: tensor.to(device, torch.float32 if name.endswith("expert_bias") else dtype)
                  for name, tensor in to_ours(config, state).items()}
         model.load_state_dict(state, assign=True)

@@ -1,4 +1,5 @@
-"""The demo's report: one HTML page with everything inside it, made for no network, phones, dark and light screens."""
+"""Pages with everything inside them, made for no network, phones, dark and light screens: the demo's report, and the
+denoising of a sample."""
 
 import html
 import math
@@ -38,18 +39,7 @@ def write_report(report: Report) -> str:
     """The whole page."""
     shares = [f"{result.share:.0%}" for result in report.masked]
     last = len(report.masked) - 1
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<link rel="icon" href="data:,">
-<title>dllm demo: a masked diffusion language model of Python</title>
-<style>{PAGE_STYLE}{ANIMATION_STYLE}</style>
-</head>
-<body>
-<main>
+    return f"""{_head("dllm demo: a masked diffusion language model of Python")}
 <header>
 <h1>A masked diffusion language model, trained on this machine</h1>
 <p class="lead">{html.escape(_lead(report.facts))}</p>
@@ -113,6 +103,39 @@ differently): at most
 </body>
 </html>
 """
+
+
+def write_sample(animations: Sequence[str], facts: Mapping[str, str], command: str) -> str:
+    """The page of `dllm sample --save-html`: each text being denoised, and how that was done."""
+    cards = "".join(f'<div class="card">{animation}</div>' for animation in animations)
+    rows = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts.items())
+    return f"""{_head("dllm: a text being denoised")}
+<h1>A text being denoised</h1>
+<p class="soft">Grey is still hidden. A committed token has the colour of the confidence with which it was committed;
+tick “order” for the step that committed it.</p>
+<div class="examples">{cards}</div>
+<h2>How</h2>
+<div class="card"><dl>{rows}<dt>Command</dt><dd><code>{html.escape(command)}</code></dd></dl></div>
+</main>
+<script>{ANIMATION_SCRIPT}</script>
+</body>
+</html>
+"""
+
+
+def _head(title: str) -> str:
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<title>{html.escape(title)}</title>
+<style>{PAGE_STYLE}{ANIMATION_STYLE}</style>
+</head>
+<body>
+<main>"""
 
 
 def _lead(facts: Mapping[str, str]) -> str:

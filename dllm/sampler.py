@@ -1,21 +1,27 @@
 """The denoising loop: from a canvas with masked positions to tokens, by any strategy of strategies.py.
 
 Each step runs the model once, on the rows that still change, and multiplies the head only at the positions that the
-strategy asks about. Randomness is a function of (seed, sequence, step, position), so a prompt gives the same text alone
-and in any batch.
+strategy asks about (scorers.py). Randomness is a function of (seed, sequence, step, position), so a prompt gives the
+same text alone and in any batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from dllm.cache import KeyValueCache
+from dllm.canvas import ElasticGap, WholeBlocks
+from dllm.constraints import Constraint
+from dllm.corruption import SCHEDULES
 from dllm.errors import UserError
 from dllm.model import DiffusionLM, number_tokens
-from dllm.strategies import CONFIDENCES, REMASKINGS, STRATEGIES, Step, Update, choose_strategy
-from dllm_kernels import linear_token_scores, linear_topk_unmask, philox_uniform
+from dllm.scorers import CachedScorer, HeadScorer, StaleScorer
+from dllm.strategies import CONFIDENCES, REMASKINGS, STRATEGIES, Step, begin_with_first, choose_strategy
+from dllm_kernels import philox_uniform
 
 BLOCK_LENGTH = 32  # of block-causal models whose checkpoint names none: LLaDA2's
 
@@ -37,15 +43,29 @@ class MDMGenerationConfig:
     output_history: bool = False
     seed: int | None = None  # None draws one from torch's global generator
     block_length: int | None = None  # denoise so many masked positions after the other, from left to right; None: all
+    blocks_from: str | None = None  # "text": they are counted from the first token on, as block-causal models are
+    # trained; "masked": from the first masked position on; None: "text" for block-causal models, else "masked"
     remasking: str | None = None  # in the place of `alg` a key of strategies.REMASKINGS: LLaDA's sampler
+    schedule: str = "even"  # of `remasking`: as many in each step, or what a key of corruption.SCHEDULES leaves masked
     threshold: float | None = None  # commit all that are at least so sure, one at least, in as many steps as that takes
     factor: float | None = None  # the same where the bound rises with how many are committed (strategies.py)
+    editing_threshold: float | None = None  # with a threshold, replace committed tokens if so sure of others (LLaDA2.1)
+    max_post_steps: int = 16  # that edit a block which has no masked position left
+    remask_rate: float = 0.02  # of remdm: the chance at most that a step masks a committed token again
     cfg_scale: float = 0.0  # classifier-free guidance: logits + cfg_scale * (logits - those without the prompt)
     cache: str = "none"  # "prefix" takes what is before a block, "dual" what is around it, as it was when it began
     stop_at_eos: bool = False  # a row ends with the first end-of-text token that no masked position is before
+    expand_token_id: int | None = None  # commits one position a step; this token becomes two masked ones (DreamOn)
+    delete_eos_token: bool = True  # where gaps expand, an end-of-text token is taken out of them
+    pad_eos_to_right: bool = False  # where gaps expand, the masked positions after an end-of-text token become that too
+    max_infill_length: int = 64  # positions that a gap expands to at most
+    infill_lengths: tuple[int, ...] = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # that `infill(length="auto")` chooses from
+    constraint: Constraint | None = None  # what the text must be (constraints.py)
+    cuda_graphs: bool = False  # on a GPU, replay forward passes instead of launching their kernels one by one
     block_causal: bool | None = None  # blocks, counted from the first token, see none after them; None: as trained
 
     def __post_init__(self):
+        object.__setattr__(self, "infill_lengths", tuple(self.infill_lengths))  # a list, where it was read from JSON
         wants = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
             "steps": (self.steps >= 1, "at least 1"),
@@ -58,22 +78,35 @@ class MDMGenerationConfig:
             "num_return_sequences": (self.num_return_sequences >= 1, "at least 1"),
             "block_length": (self.block_length is None or self.block_length >= 1, "at least 1"),
             "remasking": (self.remasking in (None, *REMASKINGS), "none or one of " + ", ".join(REMASKINGS)),
+            "blocks_from": (self.blocks_from in (None, "text", "masked"), "text, masked or none"),
+            "schedule": (self.schedule in ("even", *SCHEDULES), "one of " + ", ".join(("even", *SCHEDULES))),
             "factor": (self.factor is None or self.factor > 0, "above 0"),
+            "max_post_steps": (self.max_post_steps >= 0, "0 or more"),
+            "remask_rate": (0 <= self.remask_rate <= 1, "in [0, 1]"),
+            "max_infill_length": (self.max_infill_length >= 1, "at least 1"),
+            "infill_lengths": (len(self.infill_lengths) > 0 and min(self.infill_lengths) >= 1, "numbers of 1 or more"),
             "cfg_scale": (0 <= self.cfg_scale < float("inf"), "0 or more"),
             "cache": (self.cache in ("none", "prefix", "dual"), "none, prefix or dual"),
         }
         for name, (holds, wanted) in wants.items():
             if not holds:
                 raise UserError(f"{name} must be {wanted}, not {getattr(self, name)!r}")
-        if self.remasking == "low_confidence_dynamic":
-            if self.threshold is None or self.factor is not None:
-                raise UserError("remasking low_confidence_dynamic needs a threshold (LLaDA2: 0.95), and no factor")
-        elif self.threshold is not None or self.factor is not None:
-            if self.threshold is not None and self.factor is not None:
-                raise UserError("threshold and factor exclude each other: each says how many positions a step commits")
-            if (self.remasking or self.alg) not in CONFIDENCES:
-                raise UserError(f"threshold and factor need confidences, which {self.remasking or self.alg} has not; "
-                                "choose " + ", ".join(CONFIDENCES))
+        name = self.remasking or self.alg
+        if name in ("low_confidence_dynamic", "confidence_threshold") and (self.threshold is None or self.factor):
+            raise UserError(f"{name} needs a threshold (0.9, say), and no factor")
+        if self.threshold is not None and self.factor is not None:
+            raise UserError("threshold and factor exclude each other: each says how many positions a step commits")
+        if (self.threshold, self.factor) != (None, None) and name not in (*CONFIDENCES, "low_confidence_dynamic"):
+            raise UserError(f"threshold and factor need confidences, which {name} has not; choose "
+                            + ", ".join(CONFIDENCES))
+        if self.editing_threshold is not None and name != "low_confidence_dynamic":
+            raise UserError("editing_threshold is for remasking low_confidence_dynamic (LLaDA2.1)")
+        if self.schedule != "even" and (name != "low_confidence" or (self.threshold, self.factor) != (None, None)):
+            raise UserError(f"schedule {self.schedule} is for remasking low_confidence without threshold and factor")
+        if self.expand_token_id is not None and (
+                name not in CONFIDENCES or self.remasking or (self.threshold, self.factor) != (None, None)):
+            raise UserError("expand_token_id commits one position a step, by an alg that has confidences: "
+                            "maskgit_plus, entropy or topk_margin, without remasking, threshold and factor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +116,11 @@ class GenerationOutput:
     steps: int  # denoising steps taken, free ones included
     forwards: int  # forward passes of the model
     tokens_per_forward: float  # positions filled / forward passes, each row's counted for itself
+    confidence: Tensor  # [B, L] fp32 with which each token was committed (as `alg` ranks them), -inf where none was
+    attention_mask: Tensor | None = None  # [B, L] bool, False where a row has ended, if gaps could grow and shrink
 
 
-OnStep = Callable[[int, Tensor, Tensor | None], None]
+OnStep = Callable[["CanvasStep"], None]
 
 
 def generate(model: DiffusionLM, inputs: Tensor, attention_mask: Tensor | None = None,
@@ -95,9 +130,18 @@ def generate(model: DiffusionLM, inputs: Tensor, attention_mask: Tensor | None =
     Args:
         inputs: [B, P] or [P] int64. Prompts of different lengths are padded, on the left as usual or on the right.
         attention_mask: [B, P], nonzero where there is a token; without it every position counts.
-        on_step: called after each step with its number, the canvas [B, L] and the confidences (see `denoise`).
+        on_step: called after each step with a `CanvasStep`.
     Returns: sequences [B * num_return_sequences, P + max_new_tokens].
     Raises: UserError if the result would not fit into the model's positions, or nothing names the mask token.
+    """
+    return finish(start(model, inputs, attention_mask, config), on_step)
+
+
+def start(model: DiffusionLM, inputs: Tensor, attention_mask: Tensor | None = None,
+          config: MDMGenerationConfig | None = None) -> "Denoising":
+    """`generate` step by step: `for step in start(...)` takes one at a time, and gives the canvas after it.
+
+    Args and errors: as `generate`.
     """
     config = config or MDMGenerationConfig()
     inputs = inputs.reshape(1, -1) if inputs.ndim == 1 else inputs
@@ -110,291 +154,318 @@ def generate(model: DiffusionLM, inputs: Tensor, attention_mask: Tensor | None =
     if attention_mask is not None:
         prompt_mask = attention_mask.reshape(inputs.shape).bool()
         attention_mask = torch.cat((prompt_mask, torch.ones_like(new, dtype=torch.bool)), 1)
-    return denoise(model, torch.cat((inputs, new), 1), config, attention_mask, on_step)
+    return Denoising(model, torch.cat((inputs, new), 1), config, attention_mask)
 
 
-def infill(model: DiffusionLM, prefix_ids: Tensor, suffix_ids: Tensor, *, length: int,
+def infill(model: DiffusionLM, prefix_ids: Tensor, suffix_ids: Tensor, *, length: int | str,
            generation_config: MDMGenerationConfig | None = None, on_step: OnStep | None = None) -> GenerationOutput:
     """Denoise `length` masked positions between prefix [B, P] or [P] and suffix [B, S] or [S].
 
-    The sequences of the output are [B, P + length + S].
+    length: "auto" takes for each row the one of `infill_lengths` that the model is surest of (lengths.py); or, if gaps
+        expand, lets them grow from the shortest one.
+    The sequences of the output are [B, P + length + S]; with "auto" and several rows, the longest, and attention_mask
+    says where each ends.
     """
     config = generation_config or MDMGenerationConfig()
-    if length < 1:
-        raise UserError(f"length must be at least 1, not {length}: the number of tokens to fill in")
+    if length != "auto" and (not isinstance(length, int) or length < 1):
+        raise UserError(f"length must be at least 1 or 'auto', not {length!r}: the number of tokens to fill in")
     prefix_ids, suffix_ids = (ids.reshape(1, -1) if ids.ndim == 1 else ids for ids in (prefix_ids, suffix_ids))
-    middle = prefix_ids.new_full((len(prefix_ids), length), find_mask_token(model, config))
-    return denoise(model, torch.cat((prefix_ids, middle, suffix_ids), 1), config, on_step=on_step)
+    if length != "auto":
+        lengths = [length] * len(prefix_ids)
+    elif config.expand_token_id is not None:
+        lengths = [min(config.infill_lengths)] * len(prefix_ids)
+    else:
+        from dllm.lengths import choose_lengths
+
+        lengths = choose_lengths(model, prefix_ids, suffix_ids, config)
+    canvas, visible = make_gaps(prefix_ids, suffix_ids, lengths, find_mask_token(model, config))
+    out = denoise(model, canvas, config, visible, on_step)
+    if out.attention_mask is None and not bool(visible.all()):
+        out = replace(out, attention_mask=visible.to(out.sequences.device).repeat_interleave(
+            config.num_return_sequences, 0))
+    return out
 
 
-@torch.no_grad()
-def denoise(model: DiffusionLM, canvas: Tensor, config: MDMGenerationConfig, attention_mask: Tensor | None = None,
-            on_step: OnStep | None = None) -> GenerationOutput:
-    """Fill every masked position of the canvas.
+def make_gaps(prefix_ids: Tensor, suffix_ids: Tensor, lengths: Sequence[int],
+              mask_token_id: int) -> tuple[Tensor, Tensor]:
+    """Rows of prefix [B, P], lengths[b] masked positions and suffix [B, S]: the canvas [B, L], padded on the right, and
+    [B, L] bool, False where it is."""
+    rows = [torch.cat((prefix, prefix.new_full((length,), mask_token_id), suffix))
+            for prefix, suffix, length in zip(prefix_ids, suffix_ids, lengths, strict=True)]
+    sizes = torch.tensor([len(row) for row in rows])
+    return pad_sequence(rows, batch_first=True), torch.arange(int(sizes.max())) < sizes.unsqueeze(1)
+
+
+class CanvasStep(NamedTuple):
+    """The canvas after a denoising step."""
+
+    index: int  # from 0
+    tokens: Tensor  # [B, L] int64
+    confidence: Tensor | None  # [B, L] fp32 that the step gave, -inf where not scored; None if it was free
+    kept: Tensor  # [B, L] fp32 with which each token was committed, -inf where none was
+    visible: Tensor | None  # [B, L] bool, False beyond a row's end, where gaps can grow and shrink
+
+
+class Denoising:
+    """A canvas being denoised: iterate over its steps, each a `CanvasStep`; `result()` is what they have come to.
 
     Args:
         canvas: [B, L] int64; the positions that equal the mask token are filled, the others never change.
         attention_mask: [B, L], nonzero where there is a token; padding is never attended and takes no position.
-        on_step: called after each step with its number from 0, the canvas, and confidences [B, L] fp32 (-inf where not
-            scored; None if the step was free).
     A model may predict the mask token itself (the originals allow it); such positions can be left masked at the end.
+    Raises: UserError if settings, canvas and model do not go together.
     """
-    mask_token_id = find_mask_token(model, config)
-    canvas = canvas.to(model.device).repeat_interleave(config.num_return_sequences, 0)
-    key_mask = None
-    if attention_mask is not None and not bool(attention_mask.all()):
-        key_mask = attention_mask.to(model.device).bool().repeat_interleave(config.num_return_sequences, 0)
-    sequence = torch.arange(len(canvas), device=model.device) % config.num_return_sequences
-    seed = draw_seed() if config.seed is None else config.seed
-    causal = model.config.block_causal if config.block_causal is None else config.block_causal
-    if config.cache != "none" and (causal or config.cfg_scale > 0 or config.block_length is None):
-        raise UserError(f"cache {config.cache!r} needs a block_length, and neither a block-causal model (which keeps "
-                        "its finished blocks anyway) nor cfg_scale")
-    if causal:
-        config = replace(config, block_length=config.block_length or model.config.block_length or BLOCK_LENGTH)
-        layout = WholeBlocks(canvas, key_mask, config.block_length, mask_token_id)
-        canvas, key_mask = layout.canvas, None
-    strategy = choose_strategy(config.alg, config.remasking, config.threshold, config.factor, config.block_length)
-    random = (config.temperature > 0 or config.alg_temp > 0
-              or (config.remasking or config.alg) in ("origin", "random"))
 
-    tokens, editable = canvas, canvas == mask_token_id
-    if key_mask is not None:
-        editable = editable & key_mask
-    kind = CachedScorer if causal else HeadScorer if config.cache == "none" else StaleScorer
-    scorer = kind(model, config, mask_token_id, key_mask, number_tokens(canvas, key_mask, None), ~editable)
-    place = scorer.position_ids if causal else editable.cumsum(1) - 1
-    history: list[Tensor] = []
-    steps = 0
-    for number, block, total in split_into_blocks(editable, place, config):
-        for index in range(total):
-            masked = (tokens == mask_token_id) & block
-            if not masked.any():
-                break
-            # Not by the steps taken: how many a block takes depends on the other rows.
-            draw = number * total + index
-            uniform = philox_uniform(seed, sequence[:, None], draw, scorer.position_ids) if random else None
-            step = Step(index, total, config.eps, tokens, masked, block, mask_token_id, uniform)
-            tokens, confidence = strategy(step, scorer.at(step))
-            if confidence is not None and confidence.isnan().any():
-                raise UserError(f"step {steps}: the model's logits at {int(confidence.isnan().sum())} positions are "
-                                "NaN or infinite: its weights are damaged, or too large for its dtype (try float32)")
-            if config.stop_at_eos:
-                tokens = fill_after_end(tokens, editable, mask_token_id, find_ends(model))
-            if config.output_history:
-                history.append(layout.restore(tokens) if causal else tokens)
-            if on_step is not None:
-                seen = (tokens, confidence)
-                on_step(steps, *(layout.restore(x) if causal and x is not None else x for x in seen))
-            steps += 1
-    filled = int(editable.sum())
-    return GenerationOutput(layout.restore(tokens) if causal else tokens, history if config.output_history else None,
-                            steps, scorer.forwards, filled / max(scorer.row_forwards, 1))
+    def __init__(self, model: DiffusionLM, canvas: Tensor, config: MDMGenerationConfig,
+                 attention_mask: Tensor | None = None):
+        self.model, self.mask_token_id = model, find_mask_token(model, config)
+        self.seed = draw_seed() if config.seed is None else config.seed
+        copies = config.num_return_sequences
+        canvas = canvas.to(model.device).repeat_interleave(copies, 0)
+        key_mask = None
+        if attention_mask is not None and not bool(attention_mask.all()):
+            key_mask = attention_mask.to(model.device).bool().repeat_interleave(copies, 0)
+        self.sequence = torch.arange(len(canvas), device=model.device).unsqueeze(1) % copies
+        self.causal = model.config.block_causal if config.block_causal is None else config.block_causal
+        from_text = config.blocks_from == "text" or (self.causal and config.blocks_from is None)
+        if self.causal:
+            config = replace(config, block_length=config.block_length or model.config.block_length or BLOCK_LENGTH)
+            self.layout = WholeBlocks(canvas, key_mask, config.block_length, self.mask_token_id, not from_text)
+            canvas, key_mask = self.layout.canvas, self.layout.key_mask
+        self.config = config
+        self._check()
+
+        self.tokens, self.key_mask = canvas, key_mask
+        self.editable = canvas == self.mask_token_id
+        if key_mask is not None:
+            self.editable &= key_mask
+        self.filled = int(self.editable.sum())
+        self.confidence = torch.full(canvas.shape, -torch.inf, device=canvas.device)  # with which each was committed
+        self.scorer = self._make_scorer()
+        if self.causal or config.blocks_from == "text":
+            place = torch.arange(canvas.shape[1], device=canvas.device).expand_as(canvas)
+            place = place if self.causal else self.scorer.position_ids
+        else:
+            place = self.editable.cumsum(1) - 1
+        self.blocks = split_into_blocks(self.editable, place, config, even=not (self.causal or from_text))
+        self.gap = None
+        if config.expand_token_id is not None:
+            self.gap = ElasticGap(canvas, model.config.vocab_size, expand=config.expand_token_id,
+                                  delete=self.ends[0] if config.delete_eos_token else None,
+                                  max_length=config.max_infill_length)
+        self.strategy = choose_strategy(config, config.block_length, config.steps)
+        self.steps_before = 0  # of a block, beside those that its strategy counts
+        if config.cache != "none" and model.config.shift_logits:
+            self.strategy, self.steps_before = partial(begin_with_first, then=self.strategy), 1
+        # A constraint may keep a step from committing all that the strategy chose, so the last one may be repeated.
+        self.steps_after = self.filled if config.constraint is not None and config.constraint.final else 0
+        # On a GPU, to count what is left is to wait for it. Where every step commits as many as it was asked to, only
+        # the last step of a block does. (A model that predicts the mask token commits fewer.)
+        self.recount = (canvas.device.type == "cpu" or config.constraint is not None or config.stop_at_eos
+                        or self.gap is not None or (config.remasking or config.alg) == "remdm")
+        self.damaged = torch.zeros((), dtype=torch.long, device=canvas.device)  # confidences that were no numbers
+        self.history: list[Tensor] = []
+        self.steps = 0
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[CanvasStep]:
+        config = self.config
+        for number, block, total, columns in self.blocks:
+            size = block.sum(1).cpu()
+            left = None if self.recount else size
+            settled = torch.zeros_like(size, dtype=torch.bool)  # nothing is left to edit
+            edits = torch.zeros_like(size)  # steps since no position is masked
+            planned = total + self.steps_before
+            for count in range(planned + self.steps_after):
+                index = min(count, planned - 1)
+                masked = (self.tokens == self.mask_token_id) & block
+                if left is None or index == planned - 1:
+                    left = masked.sum(1).cpu()
+                filled = left == 0
+                working = ~filled
+                if config.editing_threshold is not None:
+                    working |= (size > 0) & ~settled & (edits < config.max_post_steps)
+                elif config.alg == "remdm" and config.remasking is None:
+                    working = size > 0
+                if not working.any():
+                    break
+                before = self.tokens
+                # Not by the steps taken: how many a block takes depends on the other rows.
+                step = Step(index, total, config.eps, before, masked, block, self.mask_token_id,
+                            self._uniform(number * (planned + self.steps_after) + count), self._allowed(masked, block),
+                            columns, left, size, working)
+                self.scorer.committed = None
+                confidence = self._take(step)
+                if self.recount or (confidence is not None and self.scorer.committed is None):
+                    left = None
+                elif confidence is not None:
+                    left = left - self.scorer.committed
+                if config.editing_threshold is not None:
+                    edits += filled
+                    settled |= filled & (self.tokens == before).all(1).cpu()
+                if self.gap is not None:
+                    confidence = self._resize(masked, confidence)
+                    block, size = self.editable, self.editable.sum(1).cpu()
+                yield self._note(confidence)
+            self._check_damage()
+
+    def result(self) -> GenerationOutput:
+        """The canvas as it is now."""
+        visible = None if self.gap is None else self.key_mask
+        filled = self.filled if self.gap is None else int(self.editable.sum())
+        return GenerationOutput(
+            self._given(self.tokens), self.history if self.config.output_history else None, self.steps,
+            self.scorer.forwards, filled / max(self.scorer.row_forwards, 1), self._given(self.confidence), visible)
+
+    def _take(self, step: Step) -> Tensor | None:
+        """Let the strategy take a step; the confidences it gave."""
+        tokens, confidence = self.strategy(step, self.scorer.at(step))
+        if confidence is not None:
+            self.damaged += confidence.isnan().sum()
+            if self.recount:
+                self._check_damage()
+        if self.config.constraint is not None:
+            tokens = self.config.constraint.keep(step.tokens, tokens, confidence, self._constrained(),
+                                                 self.mask_token_id)
+        if self.config.stop_at_eos:
+            tokens = fill_after_end(tokens, self.editable, self.mask_token_id, self.ends)
+        if self.gap is not None and self.config.pad_eos_to_right:
+            after = (step.masked & (tokens == self.ends[0])).cumsum(1) > 0
+            tokens = torch.where(step.masked & after, self.ends[0], tokens)
+        given = self.confidence if confidence is None else confidence
+        self.confidence = torch.where(tokens == step.tokens, self.confidence, given)
+        self.confidence = self.confidence.masked_fill(tokens == self.mask_token_id, -torch.inf)
+        self.tokens = tokens
+        return confidence
+
+    def _check_damage(self) -> None:
+        if self.damaged:
+            raise UserError(f"step {self.steps}: the model's logits at {int(self.damaged)} positions are NaN or "
+                            "infinite: its weights are damaged, or too large for its dtype (try float32)")
+
+    def _resize(self, masked: Tensor, confidence: Tensor | None) -> Tensor:
+        """Let the gaps grow and shrink by what was committed where `masked`."""
+        visible = torch.ones_like(masked) if self.key_mask is None else self.key_mask
+        given = torch.full_like(self.confidence, -torch.inf) if confidence is None else confidence
+        self.tokens, self.key_mask, (self.editable, kept, given) = self.gap.resize(
+            self.tokens, masked, visible, self.mask_token_id, (self.editable, self.confidence, given))
+        still_masked = self.tokens == self.mask_token_id
+        self.confidence = kept.masked_fill(still_masked | ~self.editable, -torch.inf)
+        before, self.scorer = self.scorer, self._make_scorer()
+        self.scorer.forwards, self.scorer.row_forwards = before.forwards, before.row_forwards
+        return given.masked_fill(~self.editable, -torch.inf)
+
+    def _note(self, confidence: Tensor | None) -> CanvasStep:
+        tokens = self._given(self.tokens)
+        if self.config.output_history:
+            self.history.append(tokens)
+        self.steps += 1
+        return CanvasStep(self.steps - 1, tokens, None if confidence is None else self._given(confidence),
+                          self._given(self.confidence), None if self.gap is None else self.key_mask)
+
+    def _given(self, x: Tensor) -> Tensor:
+        """x [B, L] on the canvas that was given."""
+        return self.layout.restore(x) if self.causal else x
+
+    def _uniform(self, draw: int) -> Tensor | None:
+        config = self.config
+        if (config.temperature > 0 or config.alg_temp > 0
+                or (config.remasking or config.alg) in ("origin", "random", "remdm")):
+            return philox_uniform(self.seed, self.sequence, draw, self.scorer.position_ids)
+        return None
+
+    def _allowed(self, masked: Tensor, block: Tensor) -> Tensor | None:
+        if self.gap is not None:
+            return self.gap.allowed(block)
+        if self.config.constraint is not None:
+            return self.config.constraint.allowed(self.tokens, self._constrained(), self.mask_token_id)
+        return None
+
+    def _constrained(self) -> Tensor:
+        """[B, L] bool: the positions to fill, without those that only complete a block."""
+        return self.editable & self.layout.real if self.causal else self.editable
+
+    def _make_scorer(self) -> HeadScorer:
+        kind = CachedScorer if self.causal else HeadScorer if self.config.cache == "none" else StaleScorer
+        positions = number_tokens(self.tokens, self.key_mask, None)
+        return kind(self.model, self.config, self.mask_token_id, self.key_mask, positions, ~self.editable)
+
+    @property
+    def ends(self) -> list[int]:
+        return find_ends(self.model)
+
+    def _check(self):
+        config = self.config
+        if config.cache != "none" and (self.causal or config.cfg_scale > 0 or config.block_length is None):
+            raise UserError(f"cache {config.cache!r} needs a block_length, and neither a block-causal model (which "
+                            "keeps its finished blocks anyway) nor cfg_scale")
+        if config.cuda_graphs and self.model.device.type != "cuda":
+            raise UserError(f"cuda_graphs needs a model on a GPU, this one is on {self.model.device}; leave it out")
+        if config.constraint is not None and config.constraint.final and (
+                config.alg in ("p2", "remdm") and config.remasking is None or config.editing_threshold is not None):
+            raise UserError("what later tokens were chosen to fit must stay: such a constraint goes with neither p2, "
+                            "remdm nor editing_threshold")
+        if config.expand_token_id is not None:
+            if config.block_length is not None or config.constraint is not None or self.causal:
+                raise UserError("expand_token_id goes with neither blocks nor a constraint: they count on positions "
+                                "that stay where they are")
+            if not 0 <= config.expand_token_id < self.model.config.vocab_size:
+                raise UserError(f"expand_token_id {config.expand_token_id} is outside the model's vocabulary of "
+                                f"{self.model.config.vocab_size}")
 
 
-def split_into_blocks(editable: Tensor, place: Tensor, config: MDMGenerationConfig) -> list[tuple[int, Tensor, int]]:
-    """Of each block its number, the positions [B, L] to fill, and the denoising steps it gets.
+def denoise(model: DiffusionLM, canvas: Tensor, config: MDMGenerationConfig, attention_mask: Tensor | None = None,
+            on_step: OnStep | None = None) -> GenerationOutput:
+    """Fill every masked position of the canvas; see `Denoising`.
+
+    on_step: called after each step with a `CanvasStep`.
+    """
+    return finish(Denoising(model, canvas, config, attention_mask), on_step)
+
+
+def finish(denoising: Denoising, on_step: OnStep | None = None) -> GenerationOutput:
+    """Take all steps that are left."""
+    for step in denoising:
+        if on_step is not None:
+            on_step(step)
+    return denoising.result()
+
+
+def split_into_blocks(editable: Tensor, place: Tensor, config: MDMGenerationConfig, *,
+                      even: bool) -> list[tuple[int, Tensor, int, tuple[int, int]]]:
+    """Of each block its number, the positions [B, L] to fill, the denoising steps it gets, and the columns it spans.
 
     Args:
         place: [B, L] int64, by which the positions are counted off into blocks: among those to fill, or in the row.
+        even: whether block_length must divide the positions to fill.
     Raises: UserError if block_length does not divide the positions of a row, or the number of blocks the steps.
     """
     longest = int(place[editable].max()) + 1 if editable.any() else 0
     length = config.block_length or max(longest, 1)
     counts = place.masked_fill(~editable, -1).amax(1) + 1 if editable.numel() else editable.sum(1)
-    if config.block_length is not None and (uneven := counts[counts % length > 0]).numel():
+    if even and config.block_length is not None and (uneven := counts[counts % length > 0]).numel():
         raise UserError(f"block_length {length} does not divide the {int(uneven[0])} positions to fill; choose one "
                         "that does")
     numbers = (place // length)[editable].unique().tolist()
-    unlimited = config.remasking != "low_confidence_dynamic" and (config.threshold, config.factor) != (None, None)
-    if config.steps % max(len(numbers), 1) and not unlimited:
+    if config.editing_threshold is not None:
+        steps = length + config.max_post_steps
+    elif config.remasking != "low_confidence_dynamic" and (config.threshold, config.factor) != (None, None):
+        steps = length  # as many as it takes
+    elif config.steps % max(len(numbers), 1):
         raise UserError(f"steps must be a multiple of the {len(numbers)} blocks of {length} positions, not "
                         f"{config.steps}; {-(-config.steps // len(numbers)) * len(numbers)} would be")
-    return [(number, editable & (place // length == number), length if unlimited else config.steps // len(numbers))
-            for number in numbers]
-
-
-class WholeBlocks:
-    """A canvas for a block-causal model: rows that begin in the first column and end with a whole block.
-
-    What is masked to complete a row's last block is filled too, as the model sees it, but not given out.
-    """
-
-    def __init__(self, canvas: Tensor, key_mask: Tensor | None, block_length: int, mask_token_id: int):
-        self.given = canvas
-        self.key_mask = torch.ones_like(canvas, dtype=torch.bool) if key_mask is None else key_mask
-        self.order = self.key_mask.long().argsort(dim=1, descending=True, stable=True)
-        lengths = self.key_mask.sum(1, keepdim=True)
-        whole = -(-lengths // block_length) * block_length
-        width = int(whole.max()) if len(canvas) else 0
-        tokens = torch.nn.functional.pad(canvas.gather(1, self.order), (0, width - canvas.shape[1]))
-        place = torch.arange(width, device=canvas.device)
-        beyond = torch.where(place < whole, mask_token_id, 0 if mask_token_id else 1)
-        self.canvas = torch.where(place < lengths, tokens, beyond)
-
-    def restore(self, aligned: Tensor) -> Tensor:
-        """Tokens or confidences [B, width] where they were given; padding keeps its tokens, and has no confidence."""
-        length = self.given.shape[1]
-        aligned = torch.nn.functional.pad(aligned[:, :length], (0, max(length - aligned.shape[1], 0)))
-        padding = torch.full_like(aligned, -torch.inf) if aligned.is_floating_point() else self.given
-        return torch.where(self.key_mask, torch.empty_like(aligned).scatter_(1, self.order, aligned), padding)
-
-
-class HeadScorer:
-    """Answers a strategy: hidden states of the rows and positions it asks about, then the head on those alone."""
-
-    def __init__(self, model: DiffusionLM, config: MDMGenerationConfig, mask_token_id: int, key_mask: Tensor | None,
-                 position_ids: Tensor, prompt: Tensor):
-        self.model, self.mask_token_id, self.key_mask, self.position_ids = model, mask_token_id, key_mask, position_ids
-        self.cfg_scale, self.prompt = config.cfg_scale, prompt  # [B, L] bool, what guidance does without
-        self.source = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
-        if model.config.shift_logits:
-            self.source = previous_token(self.source, key_mask)
-        self.sampling = {"temperature": config.temperature, "top_k": config.top_k or None, "top_p": config.top_p}
-        self.selection_temperature = config.alg_temp
-        self.forwards = self.row_forwards = 0
-
-    def at(self, step: Step) -> "HeadScorer":
-        self.step = step
-        return self
-
-    def unmask(self, k: Tensor, confidence: str, *, raw: bool = False, threshold: float | None = None) -> Update:
-        wanted = self.step.masked & (k > 0).unsqueeze(1)
-        rows, index, valid, hidden = self._hidden(wanted)
-        uniform = None if self.step.uniform is None else self.step.uniform[rows.unsqueeze(1), index]
-        tokens = torch.where(valid, self.mask_token_id, -1)  # the places that only fill up a row are not masked
-        result = linear_topk_unmask(hidden, self.model.head_weight, tokens, self.mask_token_id, k[rows],
-                                    confidence=confidence, selection_temperature=self.selection_temperature,
-                                    threshold=threshold, confidence_of="raw" if raw else "filtered",
-                                    generator=uniform, **self.sampling)
-        return Update(self._place(self.step.tokens, wanted, result.tokens[valid]),
-                      self._place(None, wanted, result.confidence[valid]))
-
-    def score(self, positions: Tensor, *, raw: bool = False) -> Update:
-        rows, index, valid, hidden = self._hidden(positions)
-        uniform = None if self.step.uniform is None else self.step.uniform[positions]
-        scores = linear_token_scores(hidden, self.model.head_weight, valid.flatten().nonzero().squeeze(1),
-                                     confidence="prob", confidence_of="raw" if raw else "filtered",
-                                     generator=uniform, **self.sampling)
-        nothing = torch.full_like(self.step.tokens, -1)
-        return Update(self._place(nothing, positions, scores.token), self._place(None, positions, scores.confidence))
-
-    def _hidden(self, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the positions `wanted` [B, L] are predicted from.
-
-        Returns: rows [R] that want anything, index [R, Q] of the wanted positions filled up with 0, valid [R, Q], and
-            hidden [R, Q, D].
-        """
-        rows, index, valid = list_positions(wanted)
-        self.forwards += 1
-        self.row_forwards += len(rows)
-        tokens, positions, queries = self.step.tokens[rows], self.position_ids[rows], self.source[rows].gather(1, index)
-        key_mask = None if self.key_mask is None else self.key_mask[rows]
-        if self.cfg_scale > 0:
-            tokens = torch.cat((tokens, tokens.masked_fill(self.prompt[rows], self.mask_token_id)))
-            positions, queries = positions.repeat(2, 1), queries.repeat(2, 1)
-            key_mask = None if key_mask is None else key_mask.repeat(2, 1)
-        hidden = self.model.hidden_states(tokens, position_ids=positions, queries=queries, attention_mask=key_mask)
-        if self.cfg_scale > 0:
-            # The head is linear, so what guidance does to the logits it may do to the hidden states.
-            hidden, without = hidden.chunk(2)
-            hidden = without + (self.cfg_scale + 1) * (hidden - without)
-        return rows, index, valid, hidden
-
-    @staticmethod
-    def _place(onto: Tensor | None, where: Tensor, values: Tensor) -> Tensor:
-        """A copy of `onto` (None: all -inf) with the values, in row-major order, at `where` [B, L]."""
-        if onto is None:
-            onto = torch.full(where.shape, -torch.inf, device=where.device)
-        return onto.masked_scatter(where, values)
-
-
-class CachedScorer(HeadScorer):
-    """The same for a block-causal model and one block at a time: finished blocks are computed once and kept."""
-
-    def __init__(self, model: DiffusionLM, config: MDMGenerationConfig, mask_token_id: int, key_mask: Tensor | None,
-                 position_ids: Tensor, prompt: Tensor):
-        super().__init__(model, config, mask_token_id, key_mask, position_ids, prompt)
-        if model.config.shift_logits or config.cfg_scale > 0:
-            raise UserError("block-causal decoding takes neither models with shifted logits nor cfg_scale; "
-                            "set block_causal=False or leave cfg_scale out")
-        self.block_length = config.block_length
-        self.cache = KeyValueCache(model.config, *position_ids.shape, like=model.head_weight, grows=True)
-        self.finished = 0  # positions of which everything is kept
-
-    def _hidden(self, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows, index, valid = list_positions(wanted)
-        start = int(self.step.editable.any(0).nonzero()[0]) // self.block_length * self.block_length
-        first, end = self.finished, start + self.block_length
-        computed = rows
-        if first < start:  # blocks were finished since: those of every row are computed along, and kept
-            computed = torch.arange(len(wanted), device=wanted.device)
-        self.cache.start, self.cache.rows = first, None if len(computed) == len(wanted) else computed
-        queries = torch.full((len(wanted), index.shape[1]), start, device=wanted.device)
-        queries[rows] = torch.where(valid, index, start)
-        self.forwards += 1
-        self.row_forwards += len(computed)
-        hidden = self.model.hidden_states(self.step.tokens[computed, first:end], cache=self.cache,
-                                          block_length=self.block_length, queries=queries[computed] - first)
-        self.finished = start
-        return rows, index, valid, hidden[rows] if len(computed) > len(rows) else hidden
-
-
-class StaleScorer(HeadScorer):
-    """Computes the whole canvas when a block begins, then the block alone ("dual") or all from it on ("prefix")."""
-
-    def __init__(self, model: DiffusionLM, config: MDMGenerationConfig, mask_token_id: int, key_mask: Tensor | None,
-                 position_ids: Tensor, prompt: Tensor):
-        super().__init__(model, config, mask_token_id, key_mask, position_ids, prompt)
-        self.dual = config.cache == "dual"
-        self.cache = KeyValueCache(model.config, *position_ids.shape, like=model.head_weight, grows=False)
-        self.began = torch.full((len(position_ids),), -1, device=position_ids.device)  # the block each row is kept for
-
-    def _hidden(self, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows, index, valid = list_positions(wanted)
-        columns = self.step.editable.any(0).nonzero().squeeze(1)
+    else:
+        steps = config.steps // max(len(numbers), 1)
+    blocks = []
+    for number in numbers:
+        block = editable & (place // length == number)
+        columns = block.any(0).nonzero().flatten()
         start, end = int(columns[0]), int(columns[-1]) + 1
-        if not self.step.editable[rows, start:end].all():
-            raise UserError(f"cache {'dual' if self.dual else 'prefix'!r} needs the positions to fill of all rows in "
-                            "the same columns, one after the other; pad prompts on the left")
-        begins = self.began[rows] != start
-        self.began[rows] = start
-        sources = torch.where(valid, self.source[rows].gather(1, index), self.source[rows, start:start + 1])
-        first = int(self.source[rows, start].min())  # one before the block, where logits are shifted
-        hidden = self.model.head_weight.new_empty(*index.shape, self.model.head_weight.shape[1])
-        # Rows that begin later than others are computed apart, so that a row's tokens do not depend on the others.
-        for some, window in ((begins, slice(0, wanted.shape[1])),
-                             (~begins, slice(first, end if self.dual else wanted.shape[1]))):
-            if not some.any():
-                continue
-            these = rows[some]
-            self.cache.start, self.cache.rows = window.start, None if len(these) == len(wanted) else these
-            hidden[some] = self.model.hidden_states(
-                self.step.tokens[these, window], position_ids=self.position_ids[these, window],
-                queries=sources[some] - window.start, cache=self.cache,
-                attention_mask=None if self.key_mask is None else self.key_mask[these])
-            self.forwards += 1
-            self.row_forwards += len(these)
-        return rows, index, valid, hidden
-
-
-def list_positions(wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of wanted [B, L]: rows [R] that want anything, index [R, Q] of the positions, filled up with 0, valid [R, Q]."""
-    rows = wanted.any(1).nonzero().squeeze(1)
-    wanted = wanted[rows]
-    counts = wanted.sum(1)
-    valid = torch.arange(int(counts.max()), device=wanted.device) < counts.unsqueeze(1)
-    index = torch.zeros(valid.shape, dtype=torch.long, device=wanted.device)
-    index[valid] = wanted.nonzero()[:, 1]
-    return rows, index, valid
-
-
-def previous_token(places: Tensor, key_mask: Tensor | None) -> Tensor:
-    """Where the logits about each token of [B, L] are under right shift: at the token before it, skipping padding;
-    the first token's are at its own place."""
-    last_seen = places if key_mask is None else torch.where(key_mask, places, -1).cummax(1).values
-    before = torch.cat((last_seen.new_full((len(places), 1), -1), last_seen[:, :-1]), 1)
-    return torch.where(before < 0, places, before)
+        if config.cache != "none" and not block[block.any(1), start:end].all():
+            raise UserError(f"cache {config.cache!r} needs the positions to fill of all rows in the same columns, one "
+                            "after the other; pad prompts on the left")
+        blocks.append((number, block, steps, (start, end)))
+    return blocks
 
 
 def find_mask_token(model: DiffusionLM, config: MDMGenerationConfig) -> int:

@@ -6,12 +6,14 @@ Symbols: B rows, L positions, step i of n, time running from 1 to eps, t before 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from dllm.corruption import SCHEDULES
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +28,32 @@ class Step:
     editable: Tensor  # [B, L] bool: of that block, masked when denoising began
     mask_token_id: int
     uniform: Tensor | None  # [B, L, 2] float64 in (0, 1); None where nothing is random
+    allowed: Tensor | None = None  # [B, L, V] bool, or bits: the words each position may take; None: all
+    columns: tuple[int, int] = (0, 0)  # of the block: the first, and that after the last
+    # What the host knows without asking a GPU, [B] on the CPU. None: it asks.
+    left: Tensor | None = None  # int64: masked positions of each row
+    size: Tensor | None = None  # int64: editable positions of each row
+    working: Tensor | None = None  # bool: rows still at work; None: those with a masked position
+
+    def __post_init__(self):
+        for name, counted in (("left", self.masked), ("size", self.editable)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, counted.sum(1).cpu())
+        if self.working is None:
+            object.__setattr__(self, "working", self.left > 0)
 
     @property
     def last(self) -> bool:
         return self.index == self.total - 1
 
+    def times(self) -> Tensor:
+        """t and s, fp32 [2]."""
+        return torch.linspace(1.0, self.eps, self.total + 1)[self.index : self.index + 2]
+
     def share(self) -> Tensor:
         """1 - s/t, fp32 scalar: the share of the masked positions that this step should commit."""
-        times = torch.linspace(1.0, self.eps, self.total + 1)
-        return 1 - times[self.index + 1] / times[self.index]
+        t, s = self.times()
+        return 1 - s / t
 
 
 class Update(NamedTuple):
@@ -48,6 +67,7 @@ class Scorer(Protocol):
     def unmask(self, k: Tensor, confidence: str, *, raw: bool = False, threshold: float | None = None) -> Update:
         """Commit the k[b] most confident masked positions of each row, and all whose confidence reaches the threshold.
 
+        k: [B] int64 on the CPU; of a row with 0 nothing is computed.
         raw: the confidence is of the distribution before temperature and filters.
         """
 
@@ -63,8 +83,7 @@ def commit_most_confident(step: Step, scorer: Scorer, *, confidence: str) -> Upd
 
     The product is in fp32, as in the original: exact arithmetic would commit one more now and then.
     """
-    masked = step.masked.sum(1)
-    k = masked if step.last else (masked.float() * step.share().to(masked.device)).long()
+    k = step.left if step.last else (step.left.float() * step.share()).long()
     if not k.any():
         return Update(step.tokens, None)
     return scorer.unmask(k, confidence)
@@ -73,24 +92,64 @@ def commit_most_confident(step: Step, scorer: Scorer, *, confidence: str) -> Upd
 def commit_evenly(step: Step, scorer: Scorer, *, confidence: str) -> Update:
     """Commit as many positions in each step, one more in the first ones where that does not come out (LLaDA,
     arXiv:2502.09992, which calls it remasking). The confidence is that of the distribution before temperature."""
-    count = step.editable.sum(1)
-    k = torch.where(step.masked.any(1), count // step.total + (step.index < count % step.total), 0)
+    k = torch.where(step.left > 0, step.size // step.total + (step.index < step.size % step.total), 0)
     if not k.any():
         return Update(step.tokens, None)
     return scorer.unmask(k, confidence, raw=True)
+
+
+def commit_scheduled(step: Step, scorer: Scorer, *, schedule: str) -> Update:
+    """Commit round(masked * (1 - (1 - alpha(s)) / (1 - alpha(t)))) positions, halves to even, so that the share masked
+    follows a schedule of corruption.py (MDLM sampler of Tiny-A2D). The confidence is as in `commit_evenly`; the product
+    is in fp32, as in the original, which decides where a half would be."""
+    alpha = SCHEDULES[schedule].alpha
+    t, s = (torch.tensor(1 - i / step.total) for i in (step.index, step.index + 1))
+    share = 1 - (1 - alpha(s)) / (1 - alpha(t))
+    k = (step.left.float() * share).round().long()
+    if not k.any():
+        return Update(step.tokens, None)
+    return scorer.unmask(k, "prob", raw=True)
 
 
 def commit_evenly_or_above(step: Step, scorer: Scorer, *, block_length: int, threshold: float) -> Update:
     """Commit as many of a block's positions in each step, and more if they are so sure (LLaDA2; SDAR's
     low_confidence_dynamic, arXiv:2510.06303). A block that begins within the prompt is so done in fewer steps."""
     k = block_length // step.total + (step.index < block_length % step.total)
-    return scorer.unmask(torch.where(step.masked.any(1), k, 0), "prob", threshold=threshold)
+    return scorer.unmask(torch.where(step.left > 0, k, 0), "prob", threshold=threshold)
+
+
+def commit_and_edit(step: Step, scorer: Scorer, *, threshold: float, editing_threshold: float) -> Update:
+    """Commit every position whose confidence reaches the threshold, or the surest; and replace what was committed
+    before where the model is surer than `editing_threshold` of another token (LLaDA2.1)."""
+    scored = scorer.score(step.editable & step.working.to(step.tokens.device).unsqueeze(1))
+    masked = torch.where(step.masked, scored.confidence, -torch.inf)
+    surest = torch.zeros_like(step.masked).scatter(1, masked.argmax(1, keepdim=True), True)
+    chosen = step.masked & (surest | (masked >= threshold))
+    edited = step.editable & ~step.masked & (scored.confidence > editing_threshold)
+    return Update(torch.where(chosen | edited, scored.tokens, step.tokens), scored.confidence)
 
 
 def commit_above(step: Step, scorer: Scorer, *, confidence: str, raw: bool, threshold: float) -> Update:
     """Commit every position whose confidence reaches the threshold, and at least the surest (Fast-dLLM,
     arXiv:2505.22618)."""
-    return scorer.unmask(step.masked.any(1).long(), confidence, raw=raw, threshold=threshold)
+    return scorer.unmask((step.left > 0).long(), confidence, raw=raw, threshold=threshold)
+
+
+def commit_surest(step: Step, scorer: Scorer, *, confidence: str) -> Update:
+    """Commit one position of each row (DreamOn, arXiv:2602.01326)."""
+    return scorer.unmask((step.left > 0).long(), confidence)
+
+
+def commit_above_in_time(step: Step, scorer: Scorer, *, steps: int, threshold: float) -> Update:
+    """As `commit_above`, but no more positions than an even commitment in so many steps would have committed by now
+    (Fast-dLLM's confidence_threshold for Dream, where there are no blocks)."""
+    scored = scorer.score(step.masked)
+    due = (step.size * min(step.index + 1, steps) // steps - (step.size - step.left)).clamp(min=1)
+    order = scored.confidence.nan_to_num(-torch.inf).argsort(dim=1, descending=True, stable=True)
+    n = torch.arange(order.shape[1], device=order.device)
+    sure = (scored.confidence.gather(1, order) >= threshold) & (n < due.to(n.device).unsqueeze(1)) | (n == 0)
+    chosen = torch.zeros_like(step.masked).scatter(1, order, sure) & step.masked
+    return Update(torch.where(chosen, scored.tokens, step.tokens), scored.confidence)
 
 
 def commit_by_factor(step: Step, scorer: Scorer, *, raw: bool, factor: float) -> Update:
@@ -116,6 +175,21 @@ def commit_at_random(step: Step, scorer: Scorer) -> Update:
     return Update(torch.where(chosen, scored.tokens, step.tokens), scored.confidence)
 
 
+def commit_and_remask_at_random(step: Step, scorer: Scorer, *, rate: float) -> Update:
+    """`commit_at_random` that masks committed positions again with probability sigma = min(rate, s / (1 - t)), and
+    commits the more for it, so that as many are masked at each time (ReMDM-cap, arXiv:2503.00307)."""
+    t, s = (float(time) for time in step.times())
+    again = min(rate, s / (1 - t)) if t < 1 and not step.last else 0.0
+    commit = 1.0 if step.last else (1 - s - (1 - again) * (1 - t)) / t
+    drawn = step.uniform[..., 1]
+    tokens = torch.where(step.editable & ~step.masked & (drawn < again), step.mask_token_id, step.tokens)
+    chosen = step.masked & (drawn < commit)
+    if not chosen.any():
+        return Update(tokens, None)
+    scored = scorer.score(chosen)
+    return Update(torch.where(chosen, scored.tokens, tokens), scored.confidence)
+
+
 def plan_and_remask(step: Step, scorer: Scorer) -> Update:
     """P2 (arXiv:2502.03540): score every editable position anew, mask the floor(editable * (1 - (i+1)/n)) least sure.
 
@@ -137,6 +211,8 @@ STRATEGIES: Mapping[str, Strategy] = {
     "entropy": partial(commit_most_confident, confidence="entropy"),
     "topk_margin": partial(commit_most_confident, confidence="margin"),
     "p2": plan_and_remask,
+    "remdm": commit_and_remask_at_random,
+    "confidence_threshold": commit_above_in_time,
 }
 # LLaDA's, by the names of its `remasking`
 REMASKINGS: Mapping[str, Strategy] = {
@@ -145,17 +221,52 @@ REMASKINGS: Mapping[str, Strategy] = {
     "low_confidence_dynamic": commit_evenly_or_above,
 }
 # What a strategy ranks positions by, where a threshold can replace its count.
-CONFIDENCES = {"maskgit_plus": "prob", "entropy": "entropy", "topk_margin": "margin", "low_confidence": "prob"}
+CONFIDENCES = {"maskgit_plus": "prob", "entropy": "entropy", "topk_margin": "margin", "confidence_threshold": "prob",
+               "low_confidence": "prob"}
 
 
-def choose_strategy(alg: str, remasking: str | None, threshold: float | None, factor: float | None,
-                    block_length: int) -> Strategy:
-    """The strategy of a generation config."""
-    name = remasking or alg
-    if remasking == "low_confidence_dynamic":
+def begin_with_first(step: Step, scorer: Scorer, *, then: Strategy) -> Update:
+    """Commit the first position of a block alone, in the step that computes what is before it; `then` does the rest.
+
+    So Fast-dLLM decodes Dream with a cache: under shifted logits that position is predicted from before the block.
+    """
+    if step.index:
+        return then(replace(step, index=step.index - 1), scorer)
+    first = step.masked & (step.editable.cumsum(1) == 1)
+    scored = scorer.score(first)
+    return Update(torch.where(first, scored.tokens, step.tokens), scored.confidence)
+
+
+class Method(Protocol):
+    """What the choice of a strategy depends on, of the generation config."""
+
+    alg: str
+    remasking: str | None
+    schedule: str
+    threshold: float | None
+    factor: float | None
+    editing_threshold: float | None
+    remask_rate: float
+    expand_token_id: int | None
+
+
+def choose_strategy(method: Method, block_length: int | None, steps: int) -> Strategy:
+    """The strategy of a generation config, for blocks of `block_length` positions and `steps` denoising steps."""
+    name, raw, threshold = method.remasking or method.alg, method.remasking is not None, method.threshold
+    if method.editing_threshold is not None:
+        return partial(commit_and_edit, threshold=threshold, editing_threshold=method.editing_threshold)
+    if name == "low_confidence_dynamic":
         return partial(commit_evenly_or_above, block_length=block_length, threshold=threshold)
+    if name == "confidence_threshold" and block_length is None:
+        return partial(commit_above_in_time, steps=steps, threshold=threshold)
+    if name == "remdm":
+        return partial(commit_and_remask_at_random, rate=method.remask_rate)
+    if method.expand_token_id is not None:
+        return partial(commit_surest, confidence=CONFIDENCES[name])
     if threshold is not None:
-        return partial(commit_above, confidence=CONFIDENCES[name], raw=remasking is not None, threshold=threshold)
-    if factor is not None:
-        return partial(commit_by_factor, raw=remasking is not None, factor=factor)
-    return REMASKINGS[remasking] if remasking else STRATEGIES[alg]
+        return partial(commit_above, confidence=CONFIDENCES[name], raw=raw, threshold=threshold)
+    if method.factor is not None:
+        return partial(commit_by_factor, raw=raw, factor=method.factor)
+    if raw and method.schedule != "even":
+        return partial(commit_scheduled, schedule=method.schedule)
+    return REMASKINGS[name] if raw else STRATEGIES[name]

@@ -14,6 +14,7 @@ from dllm_kernels.topk_unmask import (
     Unmasked,
     linear_token_scores,
     linear_topk_unmask,
+    pack_allowed,
     philox_uniform,
     token_scores,
     topk_unmask,
@@ -25,8 +26,8 @@ __all__ = [
     "Scores", "Unmasked", "apply_dllm_kernels_to_dream", "apply_dllm_kernels_to_llada", "apply_dllm_kernels_to_llama",
     "apply_dllm_kernels_to_qwen2", "apply_dllm_kernels_to_qwen3", "bidirectional_attention",
     "bidirectional_attention_varlen", "block_diffusion_attention", "describe_backends", "linear_masked_cross_entropy",
-    "linear_token_scores", "linear_topk_unmask", "masked_cross_entropy", "philox_uniform", "register_attention",
-    "token_scores", "topk_unmask",
+    "linear_token_scores", "linear_topk_unmask", "masked_cross_entropy", "pack_allowed", "philox_uniform",
+    "register_attention", "token_scores", "topk_unmask",
 ]
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,6 +95,62 @@ def perplexity_bound(model: DiffusionLM, tokenizer, documents: Sequence[Document
         bits_per_byte=per_byte / math.log(2),
         bits_per_byte_stderr=None if per_byte_error is None else per_byte_error / math.log(2),
         documents=len(set(of_document)), windows=count, tokens=sum(lengths), bytes=sum(sizes), samples=settings.samples)
+
+
+class Likelihood(NamedTuple):
+    """Of each of B sequences an upper bound on -log p(scored tokens | the others), by Monte Carlo."""
+
+    nats: Tensor  # [B] float64
+    stderr: Tensor  # [B] float64: of nats, were other positions corrupted; a little too large, as counts are stratified
+    tokens: Tensor  # [B] int64, how many are scored
+
+    @property
+    def perplexity(self) -> Tensor:
+        """[B] float64: exp of the nats per token."""
+        return (self.nats / self.tokens).exp()
+
+
+def bound_likelihood(model: DiffusionLM, input_ids: Tensor, attention_mask: Tensor | None = None, *,
+                     scored: Tensor | None = None, samples: int = 128, seed: int = 0,
+                     batch_tokens: int = 16384) -> Likelihood:
+    """The bound of `perplexity_bound` for given sequences, as LLaDA and Dream score the answers of a multiple choice:
+    `samples` times n of the scored tokens are corrupted, n spread evenly over 1 to all of them.
+
+    Args:
+        input_ids: [B, L] or [L] int64.
+        attention_mask: [B, L], nonzero where there is a token; padding may be on either side.
+        scored: [B, L] bool, the tokens whose probability is bounded, given all others (False for a prompt); by default
+            all, but for the first where the model's logits are shifted.
+        samples: corrupted copies of each sequence.
+        batch_tokens: positions of one forward pass; changes nothing but speed and memory.
+    Raises: UserError if nothing of a sequence is scored, or the first token of one whose model's logits are shifted.
+    """
+    input_ids = input_ids.reshape(1, -1) if input_ids.ndim == 1 else input_ids
+    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    first = real & (real.cumsum(1) == 1)
+    shifted = model.config.shift_logits
+    scored = real & ~first if scored is None and shifted else real if scored is None else scored.bool() & real
+    if samples < 2:
+        raise UserError(f"samples must be at least 2, for a standard error, not {samples}")
+    if not scored.any(1).all():
+        raise UserError(f"sequence {int((~scored.any(1)).nonzero()[0])} has no token to score; mark some in `scored`")
+    if shifted and (scored & first).any():
+        raise UserError("a model with shifted logits cannot predict the first token; leave it out of `scored`")
+    generator = torch.Generator().manual_seed(seed)
+    windows, corrupted = [], []
+    for tokens, visible, wanted in zip(input_ids.cpu(), real.cpu(), scored.cpu(), strict=True):
+        places = wanted[visible].nonzero().flatten()
+        offset = float(torch.rand((), generator=generator, dtype=torch.float64))
+        for sample in range(samples):
+            count = int((sample + offset) / samples * len(places)) + 1
+            chosen = torch.zeros(int(visible.sum()), dtype=torch.bool)
+            chosen[places[torch.randperm(len(places), generator=generator)[:count]]] = True
+            windows.append(Window(tokens[visible], len(windows), 0))
+            corrupted.append(chosen)
+    nats = score_positions(model, windows, corrupted, batch_tokens)
+    sizes = scored.sum(1).cpu()
+    drawn = torch.stack([values.mean() for values, _ in nats]).view(len(input_ids), samples) * sizes.unsqueeze(1)
+    return Likelihood(drawn.mean(1), drawn.std(1) / math.sqrt(samples), sizes)
 
 
 def masked_accuracy(model: DiffusionLM, tokenizer, documents: Sequence[Document],

@@ -68,7 +68,9 @@ def block_diffusion_mask(batch: int, length: int, block_length: int, cu_seqlens:
     return torch.cat((noisy, clean), 1)
 
 
-def bidirectional_attention(q, k, v, key_mask, block_length, scale):
+def bidirectional_attention(q, k, v, key_mask, block_length, scale, cache_rows=None):
+    if cache_rows is not None:
+        k, v = k[cache_rows], v[cache_rows]
     return attend(q, k, v, dense_mask(q, k, key_mask, block_length), scale)
 
 

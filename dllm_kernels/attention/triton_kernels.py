@@ -33,50 +33,30 @@ __all__ = ["bidirectional_attention", "bidirectional_attention_varlen", "block_d
 FEW = 128  # queries at most, of which the heads of a group share a tile and the keys are split among programs,
 PROGRAMS = 264  # until there are so many: two for each multiprocessor of an H200. Not measured on a GPU.
 
-# By bytes per element and head size. Not measured on a GPU: tiles that spill no registers and fit the shared memory of
+
+def _tiles_of(*tiles: tuple[int, int, int, int]) -> dict[str, dict[str, int]]:
+    names = "forward", "few", "query_gradient", "key_gradient"
+    return {name: dict(zip(("ROWS", "COLUMNS", "num_warps", "num_stages"), tile, strict=True))
+            for name, tile in zip(names, tiles, strict=True)}
+
+
+# By bytes per number and head size. Not measured on a GPU: tiles that spill no registers and fit the shared memory of
 # sm_80, sm_90 and sm_100. wgmma gives each group of four warps 64 rows of its own (COLUMNS in "key_gradient"): heads of
-# 256 leave no registers for that, so two groups compute the same there, or mma serves. "few" is where ROWS of "forward"
-# would be mostly empty.
+# 256 leave no registers for that, so two groups compute the same there, or mma serves. "few" serves at most FEW
+# queries. sm_80 keeps both operands of a product in registers: it has tiles of its own where these spill, and "few"
+# still spills 8 to 24 bytes there with some masks.
 TILES = {
-    (2, 32): {"forward": {"ROWS": 128, "COLUMNS": 128, "num_warps": 8, "num_stages": 3},
-              "few": {"ROWS": 64, "COLUMNS": 64, "num_warps": 4, "num_stages": 3},
-              "query_gradient": {"ROWS": 128, "COLUMNS": 32, "num_warps": 8, "num_stages": 3},
-              "key_gradient": {"ROWS": 64, "COLUMNS": 128, "num_warps": 8, "num_stages": 2}},
-    (2, 64): {"forward": {"ROWS": 128, "COLUMNS": 64, "num_warps": 8, "num_stages": 3},
-              "few": {"ROWS": 64, "COLUMNS": 64, "num_warps": 4, "num_stages": 3},
-              "query_gradient": {"ROWS": 128, "COLUMNS": 64, "num_warps": 8, "num_stages": 3},
-              "key_gradient": {"ROWS": 32, "COLUMNS": 128, "num_warps": 8, "num_stages": 2}},
-    (2, 128): {"forward": {"ROWS": 128, "COLUMNS": 64, "num_warps": 8, "num_stages": 3},
-               "few": {"ROWS": 128, "COLUMNS": 32, "num_warps": 8, "num_stages": 3},
-               "query_gradient": {"ROWS": 128, "COLUMNS": 64, "num_warps": 8, "num_stages": 2},
-               "key_gradient": {"ROWS": 16, "COLUMNS": 128, "num_warps": 8, "num_stages": 2}},
-    (2, 256): {"forward": {"ROWS": 64, "COLUMNS": 32, "num_warps": 8, "num_stages": 3},
-               "few": {"ROWS": 64, "COLUMNS": 16, "num_warps": 8, "num_stages": 3},
-               "query_gradient": {"ROWS": 64, "COLUMNS": 32, "num_warps": 8, "num_stages": 3},
-               "key_gradient": {"ROWS": 32, "COLUMNS": 32, "num_warps": 8, "num_stages": 2}},
-    (4, 32): {"forward": {"ROWS": 32, "COLUMNS": 32, "num_warps": 4, "num_stages": 2},
-              "few": {"ROWS": 16, "COLUMNS": 32, "num_warps": 4, "num_stages": 2},
-              "query_gradient": {"ROWS": 64, "COLUMNS": 32, "num_warps": 4, "num_stages": 2},
-              "key_gradient": {"ROWS": 16, "COLUMNS": 32, "num_warps": 4, "num_stages": 2}},
-    (4, 64): {"forward": {"ROWS": 32, "COLUMNS": 32, "num_warps": 4, "num_stages": 2},
-              "few": {"ROWS": 32, "COLUMNS": 16, "num_warps": 4, "num_stages": 2},
-              "query_gradient": {"ROWS": 64, "COLUMNS": 32, "num_warps": 8, "num_stages": 2},
-              "key_gradient": {"ROWS": 32, "COLUMNS": 32, "num_warps": 8, "num_stages": 1}},
-    (4, 128): {"forward": {"ROWS": 16, "COLUMNS": 32, "num_warps": 8, "num_stages": 2},
-               "few": {"ROWS": 16, "COLUMNS": 32, "num_warps": 8, "num_stages": 2},
-               "query_gradient": {"ROWS": 16, "COLUMNS": 32, "num_warps": 8, "num_stages": 2},
-               "key_gradient": {"ROWS": 16, "COLUMNS": 32, "num_warps": 8, "num_stages": 2}},
-    (4, 256): {"forward": {"ROWS": 16, "COLUMNS": 32, "num_warps": 8, "num_stages": 2},
-               "few": {"ROWS": 16, "COLUMNS": 32, "num_warps": 8, "num_stages": 2},
-               "query_gradient": {"ROWS": 32, "COLUMNS": 16, "num_warps": 8, "num_stages": 2},
-               "key_gradient": {"ROWS": 16, "COLUMNS": 16, "num_warps": 8, "num_stages": 1}},
-}
-AMPERE = {  # where those above spill on sm_80, which keeps both operands of a product in registers
-    (2, 128): {"forward": {"ROWS": 128, "COLUMNS": 32, "num_warps": 8, "num_stages": 3},
-               "few": {"ROWS": 64, "COLUMNS": 16, "num_warps": 4, "num_stages": 4},
-               "query_gradient": {"ROWS": 64, "COLUMNS": 32, "num_warps": 4, "num_stages": 3},
-               "key_gradient": {"ROWS": 32, "COLUMNS": 32, "num_warps": 4, "num_stages": 2}},
-    (4, 256): {"few": {"ROWS": 16, "COLUMNS": 16, "num_warps": 8, "num_stages": 1}},
+    (2, 32): _tiles_of((128, 128, 8, 3), (64, 64, 4, 3), (128, 32, 8, 3), (64, 128, 8, 2)),
+    (2, 64): _tiles_of((128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 8, 3), (32, 128, 8, 2)),
+    (2, 128): _tiles_of((128, 64, 8, 3), (128, 32, 8, 3), (128, 64, 8, 2), (16, 128, 8, 2)),
+    (2, 128, "sm_80"): _tiles_of((128, 32, 8, 3), (64, 16, 4, 4), (64, 32, 4, 3), (32, 32, 4, 2)),
+    (2, 256): _tiles_of((64, 32, 8, 3), (64, 16, 8, 3), (64, 32, 8, 3), (32, 32, 8, 2)),
+    (4, 32): _tiles_of((32, 32, 4, 2), (16, 32, 4, 2), (64, 32, 4, 2), (16, 32, 4, 2)),
+    (4, 64): _tiles_of((32, 32, 8, 2), (32, 16, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
+    (4, 128): _tiles_of((16, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2)),
+    (4, 128, "sm_80"): _tiles_of((16, 16, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2)),
+    (4, 256): _tiles_of((16, 32, 8, 2), (16, 32, 8, 2), (32, 16, 8, 2), (16, 16, 8, 1)),
+    (4, 256, "sm_80"): _tiles_of((16, 32, 8, 2), (16, 16, 8, 1), (32, 16, 8, 2), (16, 16, 8, 1)),
 }
 COMBINE = {"ROWS": 8, "num_warps": 4}
 
@@ -90,9 +70,15 @@ def refuses(tensor: Tensor) -> str | None:
 
 
 def bidirectional_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, block_length: int | None,
-                            scale: float) -> Tensor:
-    """As `reference.bidirectional_attention`: q [B, Lq, Hq, E], k and v [B, Lk, Hkv, E], key_mask [B, Lk] bool."""
-    return _attend(q, k, v, key_mask, None, block_length, scale, "all" if block_length is None else "blocks")
+                            scale: float, cache_rows: Tensor | None = None) -> Tensor:
+    """As `reference.bidirectional_attention`: q [B, Lq, Hq, E], k and v [rows, Lk, Hkv, E], key_mask [B, Lk] bool.
+
+    The rows of a cache are read where they are, unless there are gradients.
+    """
+    if cache_rows is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        k, v, cache_rows = k[cache_rows], v[cache_rows], None
+    return _attend(q, k, v, key_mask, None, block_length, scale, "all" if block_length is None else "blocks",
+                   cache_rows)
 
 
 def bidirectional_attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
@@ -108,10 +94,10 @@ def block_diffusion_attention(q: Tensor, k: Tensor, v: Tensor, block_length: int
     return _attend(q, k, v, None, cu_seqlens, block_length, scale, "diffusion")
 
 
-def _attend(q, k, v, key_mask, cu_seqlens, block_length, scale, mask):
+def _attend(q, k, v, key_mask, cu_seqlens, block_length, scale, mask, cache_rows=None):
     if scale < 0:  # the kernels take the scale out of a maximum
         q, scale = -q, -scale
-    return _Attention.apply(q, k, v, key_mask, cu_seqlens, block_length, float(scale), mask)
+    return _Attention.apply(q, k, v, key_mask, cu_seqlens, block_length, float(scale), mask, cache_rows)
 
 
 @triton.jit
@@ -252,11 +238,13 @@ VARYING = ["scale", "q_batch", "q_row", "q_head", "k_batch", "k_row", "k_head", 
 
 
 @triton.jit(do_not_specialize=VARYING)
-def _forward_kernel(out, lse, query, key, value, key_mask, cu_seqlens, scale, q_batch, q_row, q_head, k_batch, k_row,
-                    k_head, v_batch, v_row, v_head, n, documents, T, Lq, Lk, heads, MASK: tl.constexpr,
+def _forward_kernel(out, lse, cache_rows, query, key, value, key_mask, cu_seqlens, scale, q_batch, q_row, q_head,
+                    k_batch, k_row, k_head, v_batch, v_row, v_head, n, documents, T, Lq, Lk, heads, MASK: tl.constexpr,
                     GROUP: tl.constexpr, PACKED: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, ROWS: tl.constexpr,
                     COLUMNS: tl.constexpr):
     """Write out [splits, B, positions, Hq, E] and lse [splits, B, Hq, positions].
+
+    Row b of the batch reads the keys and values of row cache_rows[b], of its own where that is None.
 
     Rows of a tile are positions of one head or, PACKED, the GROUP heads of one position and then of the next.
     """
@@ -292,8 +280,11 @@ def _forward_kernel(out, lse, query, key, value, key_mask, cu_seqlens, scale, q_
     q = query + batch * q_batch * 8 + position * q_row * 8 + row_head * q_head * 8
     q_tile = _load(q + ((i * q_row + h * q_head) * 8)[:, None] + e[None, :], inside, e, E, True)
     kv_head = row_head // GROUP
-    k = key + batch * k_batch * 8 + start.to(tl.int64) * k_row * 8 + kv_head * k_head * 8
-    v = value + batch * v_batch * 8 + start.to(tl.int64) * v_row * 8 + kv_head * v_head * 8
+    cached = batch
+    if cache_rows is not None:
+        cached = tl.load(cache_rows + batch)
+    k = key + cached * k_batch * 8 + start.to(tl.int64) * k_row * 8 + kv_head * k_head * 8
+    v = value + cached * v_batch * 8 + start.to(tl.int64) * v_row * 8 + kv_head * v_head * 8
     seen = _seen(p, n, keys, copy, MASK)
     acc = tl.zeros((ROWS, EP), tl.float32)
     top = tl.full((ROWS,), -3e38, tl.float32)  # finite: a tile that a row does not see would give nan
@@ -529,12 +520,12 @@ def _key_gradient_kernel(dk, dv, dout, lse, delta, query, key, value, key_mask, 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, key_mask, cu_seqlens, block_length, scale, mask):
+    def forward(ctx, q, k, v, key_mask, cu_seqlens, block_length, scale, mask, cache_rows):
         q, k, v = (_readable(x) for x in (q, k, v))
-        key_mask = None if key_mask is None else key_mask.contiguous()
-        cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+        key_mask, cu_seqlens, cache_rows = (None if x is None else x.contiguous()
+                                            for x in (key_mask, cu_seqlens, cache_rows))
         ctx.form = block_length, scale, mask
-        out, lse = _forward(q, k, v, key_mask, cu_seqlens, *ctx.form)
+        out, lse = _forward(q, k, v, key_mask, cu_seqlens, *ctx.form, cache_rows)
         ctx.save_for_backward(q, k, v, key_mask, cu_seqlens, out, lse)
         return out
 
@@ -545,7 +536,7 @@ class _Attention(torch.autograd.Function):
                                "use backend=\"reference\"")
         wanted = ctx.needs_input_grad[:3]
         gradients = _gradients(dout.contiguous(), *ctx.saved_tensors, *ctx.form, wanted[1] or wanted[2])
-        return *(x if want else None for x, want in zip(gradients, wanted, strict=True)), None, None, None, None, None
+        return *(x if want else None for x, want in zip(gradients, wanted, strict=True)), *[None] * 6
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -557,7 +548,7 @@ def _readable(x: Tensor) -> Tensor:
 def _tiles(q: Tensor) -> dict:
     key = q.element_size(), triton.next_power_of_2(q.shape[3])
     ampere = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] < 9
-    return TILES[key] | (AMPERE.get(key, {}) if ampere else {})
+    return TILES.get((*key, "sm_80"), TILES[key]) if ampere else TILES[key]
 
 
 def _arguments(q, k, v, key_mask, cu_seqlens, block_length, scale, mask):
@@ -578,7 +569,7 @@ def _slots(B: int, L: int, cu_seqlens: Tensor | None, size: int, mask: str) -> i
     return slots * (2 if mask == "diffusion" else 1)
 
 
-def _forward(q, k, v, key_mask, cu_seqlens, block_length, scale, mask):
+def _forward(q, k, v, key_mask, cu_seqlens, block_length, scale, mask, cache_rows):
     """out [B, positions, Hq, E] in q's dtype, and lse [B, Hq, positions]."""
     B, positions, heads, E = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -589,14 +580,14 @@ def _forward(q, k, v, key_mask, cu_seqlens, block_length, scale, mask):
     Lq, Lk, shared = arguments["Lq"], arguments["Lk"], arguments["GROUP"]
     packed = cu_seqlens is None and mask != "diffusion" and Lq <= FEW
     shared = shared if packed else 1
-    tiles = table["few" if packed and Lq * shared <= table["few"]["ROWS"] else "forward"]
+    tiles = table["few" if packed else "forward"]
     programs = _slots(B, Lq * shared, cu_seqlens, tiles["ROWS"], mask) * (heads // shared)
     splits = max(min(PROGRAMS // programs, Lk // tiles["COLUMNS"]), 1) if packed else 1
     parts, part_lse = out, lse
     if splits > 1:
         parts, part_lse = (torch.empty(splits, *x.shape, dtype=torch.float32, device=q.device) for x in (out, lse))
     with torch.cuda.device_of(q):
-        _forward_kernel[(programs, splits)](parts, part_lse, **arguments, PACKED=packed, **tiles)
+        _forward_kernel[(programs, splits)](parts, part_lse, cache_rows, **arguments, PACKED=packed, **tiles)
         if splits > 1:
             _combine_kernel[(-(-lse.numel() // COMBINE["ROWS"]),)](
                 out, lse, parts, part_lse, splits, B * Lq, Lq, heads, E, arguments["EP"], **COMBINE)

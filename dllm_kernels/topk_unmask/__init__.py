@@ -24,10 +24,12 @@ from dllm_kernels.operators import define_operator
 from dllm_kernels.topk_unmask import allowed as allowed_words
 from dllm_kernels.topk_unmask import cpu, reference, vocabulary_parallel
 from dllm_kernels.topk_unmask import random as random_numbers
+from dllm_kernels.topk_unmask.allowed import pack as pack_allowed
 from dllm_kernels.topk_unmask.selection import commit
 
 __all__ = [
-    "Scores", "Unmasked", "linear_token_scores", "linear_topk_unmask", "philox_uniform", "token_scores", "topk_unmask",
+    "Scores", "Unmasked", "linear_token_scores", "linear_topk_unmask", "pack_allowed", "philox_uniform", "token_scores",
+    "topk_unmask",
 ]
 
 

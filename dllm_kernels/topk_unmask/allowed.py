@@ -16,7 +16,7 @@ def width(words: int) -> int:
 
 
 def pack(allowed: Tensor) -> Tensor:
-    """[..., V] bool as [..., ceil(V / 32)] int32."""
+    """allowed [..., V] bool as bits, [..., ceil(V / 32)] int32."""
     words = allowed.shape[-1]
     if sys.byteorder != "little":
         raise RuntimeError("packing a bool mask needs a little-endian machine; give `allowed` as int32 bits")

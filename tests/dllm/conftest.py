@@ -1,6 +1,8 @@
 """Fixtures of the stack's tests."""
 
 import resource
+import shutil
+import subprocess
 from contextlib import contextmanager
 
 import pytest
@@ -35,3 +37,16 @@ def full_disk():
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
     return limit_file_size
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
+    if browser is None:
+        pytest.skip("no chromium here (apt-get install chromium)")
+
+    def run(page, *flags: str) -> subprocess.CompletedProcess:
+        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0",
+                   "--host-resolver-rules=MAP * ~NOTFOUND", *flags, page.as_uri()]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return run

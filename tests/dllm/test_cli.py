@@ -17,6 +17,7 @@ import dllm
 from dllm import cli
 from dllm.errors import run_command
 from dllm.evaluators import HeldOutSettings, InfillingSettings
+from dllm.lengths import choose_lengths
 from dllm.sampler import MDMGenerationConfig
 from dllm.tokenizer import load_tokenizer
 
@@ -99,6 +100,61 @@ def test_sample_equals_the_library_and_its_record_says_how(model_folder, capsys,
         assert text == tokenizer.decode(new, skip_special_tokens=True)
     assert capsys.readouterr().out == "".join(
         f"--- {i} of 2 ---\nx = {text}\n" for i, text in enumerate(record["texts"], start=1))
+
+
+def test_what_sample_writes_matches_the_expression(model_folder, capsys, tmp_path):
+    pytest.importorskip("outlines_core", reason="outlines-core is not installed")
+    file = tmp_path / "record.json"
+    assert cli.main(["sample", str(model_folder), "--prompt", "x = ", "--max-new-tokens", "9", "--steps", "4",
+                     "--alg", "maskgit_plus", "--regex", "[0-9]+", "--output", str(file)]) == 0
+    record = json.loads(file.read_text())
+    assert re.fullmatch("[0-9]+", record["texts"][0]) and record["settings"]["constraint"] == "[0-9]+"
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}')
+    arguments = ["infill", str(model_folder), "--prefix", "x = ", "--suffix", "\n", "--alg", "maskgit_plus", "--steps",
+                 "8", "--json-schema", str(schema), "--output", str(file)]
+    assert cli.main(arguments) == 0  # of the lengths, those in which such JSON can be written
+    assert isinstance(json.loads(json.loads(file.read_text())["texts"][0])["a"], bool)
+    assert cli.main([*arguments, "--length", "2"]) == 2
+    assert "no text of 2 tokens matches the constraint" in capsys.readouterr().err
+
+
+def test_infill_chooses_the_length_itself(model_folder, capsys, tmp_path):
+    file = tmp_path / "record.json"
+    arguments = ["infill", str(model_folder), "--prefix", "x = ", "--suffix", "\n", "--alg", "maskgit_plus",
+                 "--steps", "4"]
+    assert cli.main([*arguments, "--output", str(file)]) == 0
+    auto, out = json.loads(file.read_text()), capsys.readouterr().out
+    assert out == f"x = {auto['texts'][0]}\n\n"
+    model, tokenizer = dllm.DiffusionLM.from_pretrained(model_folder), load_tokenizer(model_folder)
+    length, = choose_lengths(model, *(torch.tensor(tokenizer([text])["input_ids"]) for text in ("x = ", "\n")),
+                             dllm.MDMGenerationConfig(alg="maskgit_plus", steps=4))
+    assert cli.main([*arguments, "--length", str(length)]) == 0
+    assert capsys.readouterr().out == out
+
+
+def test_the_page_of_a_sample_plays_in_a_browser(model_folder, chromium, tmp_path):
+    page, probe = tmp_path / "new" / "sample.html", tmp_path / "probe.html"
+    assert cli.main(["sample", str(model_folder), "--prompt", "if a < b: # </script>", "--max-new-tokens", "12",
+                     "--steps", "6", "--alg", "maskgit_plus", "--num-return-sequences", "2", "--seed", "3",
+                     "--save-html", str(page)]) == 0
+    assert "--seed 3" in page.read_text() and "<dd>6</dd>" in page.read_text() and "://" not in page.read_text()
+    probe.write_text(page.read_text().replace("</body>", """<script>
+      const roots = [...document.querySelectorAll(".denoise")], root = roots[1];
+      root.querySelector("[data-do=play]").click();
+      const slider = root.querySelector("[type=range]");
+      slider.value = slider.max; slider.dispatchEvent(new Event("input"));
+      root.querySelector("[type=checkbox]").click();
+      const steps = [...root.querySelectorAll("[data-at]")].map(slot => +slot.dataset.at);
+      const number = getComputedStyle(root.querySelector("[data-at]"), "::after").content;
+      const masked = root.querySelectorAll(".mask").length;  // an untrained model may predict the mask token
+      document.title = [roots.length, steps.length + masked, steps.length > 6, Math.max(...steps) <= 6,
+        number !== "none", document.documentElement.scrollWidth <= innerWidth].join();
+    </script></body>"""))
+    for width in (500, 1280):
+        shown = chromium(probe, f"--window-size={width},900", "--dump-dom")
+        assert re.search(r"<title>(.*?)</title>", shown.stdout)[1] == "2,12,true,true,true,true"
+        assert "CONSOLE" not in shown.stderr, shown.stderr
 
 
 def test_sample_stops_the_text_at_the_end_of_text_token(model_folder):
@@ -256,7 +312,7 @@ def test_vocabulary_mismatch(fails, broken, corpus, tmp_path):
         err = fails(2, *command)
         assert f"tokenizer has {len(tokenizer)} tokens" in err and "vocabulary is 400" in err
     edit_json(broken / "config.json", vocab_size=500)
-    assert "has shape [400, 32], config.json asks for [500, 32]" in fails(2, "sample", broken, "--prompt", "x")
+    assert "[400, 32], not [500, 32]" in fails(2, "sample", broken, "--prompt", "x")
 
 
 def test_a_prompt_longer_than_the_models_positions(fails, model_folder):
@@ -271,7 +327,7 @@ def test_a_prompt_longer_than_the_models_positions(fails, model_folder):
     (["--max-new-tokens", "-3"], "max_new_tokens must be at least 1, not -3"),
     (["--temperature", "-1"], "temperature must be 0 or more, not -1"),
     (["--top-p", "1.5"], "top_p must be in (0, 1], not 1.5"),
-    (["--alg", "beam"], "alg must be one of origin, maskgit_plus, entropy, topk_margin, p2, not 'beam'"),
+    (["--alg", "beam"], "p2, remdm, confidence_threshold, not 'beam'"),
     (["--steps", "many"], "--steps: a whole number is wanted, not 'many'"),
     (["--promt", "x"], "has no flag --promt; did you mean --prompt?"),
     (["--device", "gpu"], "--device is one of auto, cpu, cuda, not 'gpu'"),
@@ -297,7 +353,8 @@ def test_a_device_that_is_not_there(fails, model_folder):
     (["train", "--train.lrr=1"], "no configuration key train.lrr; did you mean train.lr?"),
     (["train", "--lr=1"], "--train.lr=1e-3"),
     (["train", "--train.lr=fast", "--train.output_dir=x"], "train.lr must be a number, not 'fast'"),
-    (["infill", "model", "--prefix", "x"], "required: --length"),
+    (["infill", "model", "--prefix", "x", "--length", "few"], "--length: a whole number is wanted, not 'few'"),
+    (["sample", "model", "--regex", "a", "--json-schema", "b"], "not allowed with"),
     (["infill", "model", "--length", "3"], "give --prefix and --suffix, or --file"),
     (["infill", "model", "--length", "3", "--file", __file__, "--suffix", "x"], "leave out --prefix and --suffix"),
     (["infill", "model", "--length", "3", "--file", __file__, "--marker", "import "], "once, not"),

@@ -8,10 +8,21 @@ import pytest
 import torch
 from test_families import tiny
 
+from dllm.cache import KeyValueCache
 from dllm.errors import UserError
 from dllm.model import DiffusionLM
-from dllm.sampler import CachedScorer, MDMGenerationConfig, denoise, fill_after_end
-from dllm.strategies import choose_strategy
+from dllm.sampler import MDMGenerationConfig, denoise, fill_after_end
+from dllm.scorers import CachedScorer
+from dllm.strategies import (
+    Step,
+    Update,
+    choose_strategy,
+    commit_above,
+    commit_by_factor,
+    commit_evenly_or_above,
+    commit_scheduled,
+)
+from dllm_kernels import token_scores, topk_unmask
 
 MASK = 60
 
@@ -77,6 +88,77 @@ def test_llada2_generations_equal_the_originals(shared):
         assert out.sequences[0, -new:].tolist() == expected[0, start:start + new].tolist(), case["name"]
 
 
+def test_edited_generations_equal_the_originals(shared):
+    """LLaDA2.1's sampler."""
+    model = DiffusionLM.from_pretrained(shared / "golden" / "families" / "llada2" / "checkpoint")
+    for case, expected in read_cases(shared, "llada2", "generate_llada2", ("modelgen", "llada2_")):
+        new, prompt = case["max_new_tokens"], torch.tensor([case["prompt"]])
+        out = model.diffusion_generate(prompt, generation_config=MDMGenerationConfig(
+            max_new_tokens=new, block_length=case["block_size"], remasking="low_confidence_dynamic",
+            threshold=case["threshold"], editing_threshold=case["editing_threshold"],
+            max_post_steps=case["max_post_steps"], mask_token_id=case["mask_id"]))
+        assert out.sequences[0].tolist() == expected[0, :prompt.shape[1] + new].tolist(), case["name"]
+
+
+@pytest.mark.parametrize("family", ["a2d_qwen2", "a2d_qwen3"])
+def test_block_diffusion_generations_equal_the_originals(shared, family):
+    """BD3-LM's sampler: blocks begin after the prompt; guidance and right shift with the exact cache too. The original
+    takes every token that has the padding's number for padding: what follows a block with a generated one is not equal.
+    """
+    model = DiffusionLM.from_pretrained(shared / "golden" / "families" / family / "checkpoint")
+    seen = 0
+    for case, expected in read_cases(shared, family, "generate_a2d", ("mdlm",)):
+        ids, mask = pad_left(case["prompts"])
+        new, length = case["max_new_tokens"], case["block_size"]
+        model.config = replace(model.config, shift_logits=case["right_shift_logits"])
+        out = model.diffusion_generate(ids, mask, generation_config=MDMGenerationConfig(
+            max_new_tokens=new, block_length=length, steps=case["steps_per_block"] * -(-new // length),
+            block_causal=True, blocks_from="masked", remasking="low_confidence", schedule="linear",
+            cfg_scale=case["cfg_scale"], mask_token_id=case["mask_id"]))
+        for generated, recorded in zip(out.sequences[:, -new:].tolist(), expected[:, -new:].tolist(), strict=True):
+            end = -(-(recorded.index(case["pad_id"]) + 1) // length) * length if case["pad_id"] in recorded else new
+            assert generated[:end] == recorded[:end], case["name"]
+            seen += end
+    assert seen > 0.9 * 4 * 2 * 23
+
+
+def test_infilled_generations_equal_the_originals(shared):
+    model = DiffusionLM.from_pretrained(shared / "golden" / "families" / "llada" / "checkpoint")
+    (case, expected), = read_cases(shared, "llada", "generate_dllm_mdlm", ("sample",))
+    width = max(map(len, case["inputs"]))
+    canvas = torch.tensor([row + [0] * (width - len(row)) for row in case["inputs"]])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in case["inputs"]])
+    out = denoise(model, canvas, MDMGenerationConfig(block_length=case["block_size"], steps=case["steps"],
+                                                     blocks_from="text", remasking="low_confidence",
+                                                     schedule="linear"), mask)
+    for row, generated, recorded in zip(case["inputs"], out.sequences, expected, strict=True):
+        assert generated[:len(row)].tolist() == recorded[:len(row)].tolist()
+
+
+def test_dreamon_generations_equal_the_originals(shared):
+    """Gaps that grow and shrink."""
+    model = DiffusionLM.from_pretrained(shared / "golden" / "families" / "dreamon" / "checkpoint")
+    for case, expected in read_cases(shared, "dreamon", "generate_dreamon"):
+        out = denoise(model, torch.tensor([case["prompt"]]), MDMGenerationConfig(
+            alg=case["alg"], steps=case["steps"], expand_token_id=case["expand_id"],
+            delete_eos_token=case["delete_eos_token"], pad_eos_to_right=case["pad_eos_to_right"],
+            max_infill_length=case["max_gen_len"]))
+        length = len(case["prompt"]) - case["min_gen_len"] + case["num_generation_tokens"]
+        assert out.sequences[0].tolist() == expected[0, :length].tolist(), case["name"]
+
+
+@pytest.mark.parametrize("kind", ["nocache", "prefix", "dual"])
+def test_fast_dllm_generations_of_dream_equal_the_originals(shared, kind):
+    model = DiffusionLM.from_pretrained(shared / "golden" / "families" / "dream" / "checkpoint")
+    others = [other for other in ("nocache", "prefix", "dual") if other != kind]
+    for case, expected in read_cases(shared, "dream", "generate_fastdllm", others):
+        out = model.diffusion_generate(torch.tensor([case["prompt"]]), generation_config=MDMGenerationConfig(
+            max_new_tokens=case["max_new_tokens"], steps=case["steps"], alg=case.get("alg", "confidence_threshold"),
+            threshold=case["threshold"], block_length=case.get("block_length"),
+            cache="none" if kind == "nocache" else kind))
+        assert out.sequences[0].tolist() == expected[0].tolist(), case["name"]
+
+
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 def test_cached_generations_equal_the_originals(shared, cache):
     """Where a block is full after its first step, Fast-dLLM runs one forward pass more, which commits nothing."""
@@ -118,7 +200,7 @@ def test_blocks_kept_in_the_cache_change_no_token(settings, monkeypatch):
     computed = []
     original = DiffusionLM.hidden_states
 
-    def compute_anew(self, input_ids, *, cache, block_length, queries):
+    def compute_anew(self, input_ids, *, cache, block_length, queries, position_ids, attention_mask):
         canvas = cached_scorer[-1].step.tokens
         rows = cache.rows if cache.rows is not None else torch.arange(len(canvas))
         computed.append(len(rows))
@@ -148,12 +230,104 @@ def test_history_and_steps_of_a_block_causal_model_are_of_the_canvas_given():
     canvas, mask = pad_left([[1, 2, 3, *[MASK] * 6], [4, *[MASK] * 6]])
     seen = []
     out = denoise(model, canvas, MDMGenerationConfig(steps=6, block_length=4, alg="maskgit_plus", mask_token_id=MASK,
-                                                     output_history=True), mask, lambda *step: seen.append(step))
+                                                     output_history=True), mask, seen.append)
     assert torch.equal(out.history[-1], out.sequences) and len(seen) == len(out.history)
-    for tokens, (_, canvas_seen, confidence) in zip(out.history, seen, strict=True):
+    for tokens, (_, canvas_seen, confidence, *_) in zip(out.history, seen, strict=True):
         assert tokens.shape == canvas.shape and torch.equal(tokens, canvas_seen)
         assert torch.equal(tokens[canvas != MASK], canvas[canvas != MASK])
         assert confidence is None or (confidence[mask == 0] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("scale", [0.0, 1.5])
+def test_blocks_after_the_prompt_are_those_of_the_whole_canvas_computed_anew(shift, scale):
+    """Prompts of 5, 1 and 8 tokens, blocks of 4 from the first masked position on, the last one shorter."""
+    model = tiny("a2d-qwen3", block_causal=True, vocab_size=61, shift_logits=shift)
+    with torch.no_grad():
+        model.head_weight[MASK] = 0  # never the surest
+    canvas, mask = pad_left([[*range(1, n + 1), *[MASK] * 10] for n in (5, 1, 8)])
+    config = MDMGenerationConfig(remasking="low_confidence", threshold=2.0, block_length=4, blocks_from="masked",
+                                 mask_token_id=MASK, cfg_scale=scale)
+    together = denoise(model, canvas, config, mask).sequences
+    for row, n in enumerate((5, 1, 8)):
+        tokens = canvas[row:row + 1, -n - 10:].clone()
+        assert torch.equal(denoise(model, tokens, config).sequences[0], together[row, -n - 10:])
+        padded = torch.nn.functional.pad(tokens, (-n % 4, 0), value=1)
+        real, prompt = torch.arange(padded.shape[1]) >= -n % 4, -n % 4 + n
+        for first in range(prompt, padded.shape[1], 4):
+            block = slice(first, min(first + 4, padded.shape[1]))
+            while (padded[0, block] == MASK).any():
+                logits = []
+                for known in (padded, padded.clone().index_fill_(1, torch.arange(prompt), MASK)):
+                    with torch.no_grad():
+                        hidden = model.hidden_states(known[:, :block.stop], attention_mask=real[None, :block.stop],
+                                                     block_length=4)
+                    logits.append(hidden[0, [i - shift for i in range(block.start, block.stop)]] @ model.head_weight.T)
+                guided = logits[1] + (scale + 1) * (logits[0] - logits[1])
+                best = guided.softmax(-1).max(-1)
+                place = best.values.masked_fill(padded[0, block] != MASK, -1).argmax()
+                padded[0, first + place] = best.indices[place]
+        assert torch.equal(padded[0, -n - 10:], together[row, -n - 10:])
+
+
+def test_rows_whose_gaps_grow_and_shrink_get_the_same_tokens_alone_and_in_a_batch():
+    model = tiny("qwen2", vocab_size=61, eos_token_id=7)
+    with torch.no_grad():
+        model.head_weight[[7, 8]] *= 3  # 7 deletes, 8 expands
+    canvas, mask = pad_left([[*range(10, 10 + n), *[MASK] * 3, 30, 31] for n in (5, 1, 8)])
+    config = MDMGenerationConfig(alg="maskgit_plus", steps=40, expand_token_id=8, max_infill_length=9, seed=1,
+                                 mask_token_id=MASK, temperature=1.0)
+    seen = []
+    together = denoise(model, canvas, config, mask, lambda step: seen.append(step.tokens.shape[1]))
+    assert len({*seen}) > 2  # both happened
+    for row, n in enumerate((5, 1, 8)):
+        alone = denoise(model, canvas[row:row + 1, -n - 5:], config).sequences[0]
+        got = together.sequences[row][together.attention_mask[row]]
+        assert torch.equal(got, alone) and not (got == MASK).any()
+        assert got[:n].tolist() == list(range(10, 10 + n)) and got[-2:].tolist() == [30, 31]
+        assert 8 not in got[n:-2] or len(got) == n + 2 + 9
+        assert together.confidence[row][together.attention_mask[row]].isfinite().sum() == len(got) - n - 2
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
+def test_remasking_at_random_leaves_as_many_masked_as_without(rate):
+    """ReMDM keeps the marginals: at each time a position is masked with probability t, whatever the rate."""
+    model, masked = tiny("llada", head_dim=6, vocab_size=61), []
+    config = MDMGenerationConfig(alg="remdm", remask_rate=rate, steps=8, mask_token_id=MASK, seed=0,
+                                 num_return_sequences=400)
+    denoise(model, torch.full((1, 8), MASK), config,
+            on_step=lambda step: masked.append(step.tokens == MASK))
+    shares, times = torch.stack(masked).float().mean((1, 2)), torch.linspace(1, 1e-3, 9)[1:]
+    times[-1] = 0
+    assert (shares - times).abs().max() < 4 * (0.25 / 3200) ** 0.5
+    assert (rate > 0) == any(bool((after & ~before).any()) for before, after in zip(masked, masked[1:], strict=False))
+
+
+class Counting:
+    """A scorer for which the leftmost positions are the surest, and which notes how many are asked for."""
+
+    def __init__(self, step):
+        self.step, self.k = step, torch.zeros(len(step.tokens), dtype=torch.long)
+
+    def unmask(self, k, confidence, *, raw=True, threshold=None):
+        self.k = k
+        left = self.step.masked & (self.step.masked.cumsum(1) > k.unsqueeze(1))
+        return Update(torch.where(left, MASK, 0), None)
+
+
+def test_counts_of_a_schedule_are_the_originals(shared):
+    recorded = np.load(shared / "golden/families/functions/transfer_schedules.npz")
+    editable = torch.from_numpy(recorded["mask_index"])[1:].bool()
+    for name in (name for name in recorded.files if name.startswith("dllm_")):
+        _, schedule, steps = name.split("_")
+        total, counts, masked = int(steps.removeprefix("steps")), [], editable
+        for index in range(total):
+            step = Step(index, total, 1e-3, torch.where(masked, MASK, 0), masked, editable, MASK, None)
+            scorer = Counting(step)
+            masked = commit_scheduled(step, scorer, schedule=schedule).tokens == MASK
+            counts.append(scorer.k)
+        for row, expected in zip(torch.stack(counts, 1).tolist(), recorded[name].tolist(), strict=True):
+            assert [n for n in row if n] == [n for n in expected if n], name  # the originals leave out steps of none
 
 
 def canvas_of(rows, length):
@@ -243,7 +417,16 @@ def test_guidance_of_zero_is_none_and_moves_away_from_the_unconditional():
     ({"cache": "dual", "block_length": 4, "cfg_scale": 1.0}, "nor cfg_scale"),
     ({"cache": "dual", "block_length": 4, "block_causal": True}, "neither a block-causal model"),
     ({"remasking": "low_confidence_dynamic"}, "low_confidence_dynamic needs a threshold"),
-    ({"block_causal": True, "cfg_scale": 1.0, "block_length": 4}, "neither models with shifted logits nor cfg_scale"),
+    ({"alg": "confidence_threshold"}, "confidence_threshold needs a threshold"),
+    ({"editing_threshold": 0.9}, "editing_threshold is for remasking low_confidence_dynamic"),
+    ({"schedule": "linear"}, "schedule linear is for remasking low_confidence without"),
+    ({"schedule": "steep"}, "schedule must be one of even, linear, cosine, polynomial, not 'steep'"),
+    ({"cuda_graphs": True}, "cuda_graphs needs a model on a GPU, this one is on cpu"),
+    ({"blocks_from": "end"}, "blocks_from must be text, masked or none, not 'end'"),
+    ({"remask_rate": 1.5}, r"remask_rate must be in \[0, 1\], not 1.5"),
+    ({"expand_token_id": 5, "alg": "p2"}, "commits one position a step, by an alg that has confidences"),
+    ({"expand_token_id": 5, "block_length": 4}, "expand_token_id goes with neither blocks nor a constraint"),
+    ({"expand_token_id": 5000}, "expand_token_id 5000 is outside the model's vocabulary"),
     ({"factor": 1.0, "threshold": 0.9}, "threshold and factor exclude each other"),
     ({"alg": "p2", "threshold": 0.9}, "need confidences, which p2 has not; choose maskgit_plus, entropy"),
 ])
@@ -253,6 +436,81 @@ def test_settings_that_cannot_work_are_refused(settings, message):
 
 
 def test_the_strategy_of_a_config():
-    assert choose_strategy("entropy", None, None, None, None).keywords == {"confidence": "entropy"}
-    assert choose_strategy("entropy", "random", None, None, None).keywords == {"confidence": "random"}
-    assert choose_strategy("topk_margin", None, 0.9, None, None).keywords["raw"] is False
+    def keywords(**settings):
+        return choose_strategy(MDMGenerationConfig(**settings), None, 1).keywords
+
+    assert keywords(alg="entropy") == {"confidence": "entropy"}
+    assert keywords(remasking="random") == {"confidence": "random"}
+    assert keywords(alg="topk_margin", threshold=0.9)["raw"] is False
+
+
+def test_a_cache_gives_views_of_all_rows_and_names_those_computed_now():
+    config = tiny("llada").config
+    cache = KeyValueCache(config, 4, 12, torch.zeros(0), grows=False)
+    cache.content.zero_()
+    cache.start, cache.rows = 3, torch.tensor([2, 0])
+    new = [torch.randn(2, 5, config.num_key_value_heads, config.head_dim) for _ in range(2)]
+    for kept, put in zip(cache.put(1, *new), new, strict=True):
+        assert kept.shape[:2] == (4, 12) and kept.untyped_storage().data_ptr() == cache.content.data_ptr()
+        assert torch.equal(kept[cache.rows, 3:8], put) and not kept[1].any() and not kept[:, :3].any()
+
+
+class FromLogits:
+    """A scorer that has the logits [B, L, V] already."""
+
+    def __init__(self, logits, step):
+        self.logits, self.step = logits, step
+
+    def unmask(self, k, confidence, *, raw, threshold=None):
+        result = topk_unmask(self.logits, self.step.tokens, self.step.mask_token_id, k, confidence=confidence, threshold=threshold)
+        return Update(result.tokens, result.confidence)
+
+    def score(self, positions, *, raw):
+        scores = token_scores(self.logits[positions])
+        return Update(torch.full_like(self.step.tokens, -1).masked_scatter(positions, scores.token),
+                      torch.full(positions.shape, -torch.inf).masked_scatter(positions, scores.confidence))
+
+
+def test_selections_are_those_of_fast_dllm(shared):
+    """By threshold, by count and by factor; the last as in Tiny-A2D's package (dInfer's takes the last position too
+    where only that one is not sure enough)."""
+    recorded = {name: torch.from_numpy(array) for name, array in np.load(
+        shared / "golden/families/functions/fastdllm_selection.npz").items()}
+    masked, mask = recorded["mask_index"], 40  # a word that is nowhere the most likely one
+    step = Step(0, 4, 1e-3, torch.where(masked, mask, 0), masked, masked, mask, None)
+    scorer = FromLogits(recorded["logits"], step)
+    for bound in (0.3, 0.7, 0.95):
+        update = commit_above(step, scorer, confidence="prob", raw=True, threshold=bound)
+        chosen = recorded[f"thr{bound}_sel"] & masked
+        assert torch.equal(update.tokens != step.tokens, chosen)
+        assert torch.equal(update.tokens[chosen], recorded[f"thr{bound}_x0"][chosen])
+    update = scorer.unmask(recorded["quota"], "prob", raw=True)
+    assert torch.equal(update.tokens != step.tokens, recorded["quota_sel"] & masked)
+    for factor in (0.3, 1.0, 2.0):
+        chosen = commit_by_factor(step, scorer, raw=True, factor=factor).tokens != step.tokens
+        theirs = recorded[f"dllm_factor{factor}_sel"] & masked
+        assert torch.equal(chosen, theirs)
+
+
+def test_tokens_and_confidences_are_those_of_dream(shared):
+    recorded = {name: torch.from_numpy(array) for name, array in np.load(
+        shared / "golden/families/functions/dream_sample_tokens.npz").items()}
+    for name, settings in {"maskgit": {}, "margin": {"confidence": "margin"}, "entropy": {"confidence": "entropy"},
+                           "topp09": {"top_p": 0.9}, "topk5": {"top_k": 5},
+                           "topp095_entropy": {"top_p": 0.95, "confidence": "entropy"}}.items():
+        scores = token_scores(recorded["logits"], **settings)
+        assert torch.equal(scores.token, recorded[f"{name}_x0"])
+        assert torch.allclose(scores.confidence, recorded[f"{name}_conf"], atol=1e-6), name
+
+
+def test_counts_of_llada2_are_the_originals(shared):
+    for name, expected in np.load(shared / "golden/families/functions/llada2_even_schedule.npz").items():
+        length, steps = (int(part[1:]) for part in name.split("_"))
+        counts = []
+        for index in range(steps):
+            masked = torch.ones(1, length, dtype=torch.bool)
+            step = Step(index, steps, 1e-3, torch.full((1, length), MASK), masked, masked, MASK, None)
+            scorer = Counting(step)
+            commit_evenly_or_above(step, scorer, block_length=length, threshold=2.0)
+            counts.append(int(scorer.k))
+        assert counts == expected.tolist()

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -87,6 +88,42 @@ def test_bound_equals_the_enumeration_of_all_sets_of_corrupted_positions(tokeniz
     result = perplexity_bound(KnownModel(logits, V, mask), None, [], HeldOutSettings(samples=3000))
     assert abs(result.nats_per_token - exact / L) < 4 * result.monte_carlo_stderr < 0.05
     assert result.nats_per_token_stderr is None  # of a single document nothing can be said about others
+
+
+def test_bound_of_an_answer_is_the_mean_over_all_sets_of_its_tokens(model):
+    """Prompts of 3 and 1 tokens, answers of 3 and 4, padding on either side; alone or together the same numbers."""
+    mask, rows = model.mask_token_id, [([11, 12, 13], [20, 21, 22]), ([14], [23, 24, 25, 26])]
+    ids = torch.tensor([[9, 11, 12, 13, 20, 21, 22], [14, 23, 24, 25, 26, 9, 9]])
+    real = torch.tensor([[0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]])
+    scored = torch.tensor([[0, 0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 0, 0]])
+    bound = model.perplexity_bound(ids, real, scored=scored, samples=600)
+    assert bound.tokens.tolist() == [3, 4]
+    for row, (prompt, answer) in enumerate(rows):
+        n, shift = len(answer), int(model.config.shift_logits)
+        exact = 0.0
+        for count in range(1, n + 1):
+            sets = list(itertools.combinations(range(n), count))
+            for chosen in sets:
+                noisy = torch.tensor([prompt + [mask if i in chosen else token for i, token in enumerate(answer)]])
+                with torch.no_grad():
+                    log_p = model(noisy).logits[0].log_softmax(-1)
+                nll = -sum(float(log_p[len(prompt) + i - shift, answer[i]]) for i in chosen)
+                exact += n / count * nll / len(sets) / n
+        assert abs(float(bound.nats[row]) - exact) < 4 * float(bound.stderr[row]) < 0.05 * exact
+    alone = model.perplexity_bound(ids[0, 1:], scored=scored[:1, 1:], samples=600)
+    assert alone.nats[0] == pytest.approx(float(bound.nats[0]), rel=1e-6)
+    assert torch.equal(bound.perplexity, (bound.nats / bound.tokens).exp())
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"samples": 1}, "samples must be at least 2, for a standard error, not 1"),
+    ({"scored": torch.tensor([[0, 0, 0]])}, "sequence 0 has no token to score"),
+    ({"scored": torch.tensor([[1, 1, 1]])}, "a model with shifted logits cannot predict the first token"),
+])
+def test_a_bound_that_cannot_be_is_refused(model, monkeypatch, change, message):
+    monkeypatch.setattr(model, "config", replace(model.config, shift_logits=True))
+    with pytest.raises(UserError, match=message):
+        model.perplexity_bound(torch.tensor([5, 6, 7]), **change)
 
 
 @pytest.mark.parametrize("shift", [False, True])

@@ -185,12 +185,13 @@ def test_parameters_that_are_missing_extra_or_misshapen_are_named_as_published(b
     state = load_file(folder / "model.safetensors")
     taken = state.pop("model.layers.1.mlp.experts.3.up_proj.weight")
     save_file(state, folder / "model.safetensors")
-    with pytest.raises(UserError, match=r"lacks parameter model\.layers\.1\.mlp\.experts\.3\.up_proj\.weight"):
+    with pytest.raises(UserError, match=r"missing: model\.layers\.1\.mlp\.experts\.3\.up_proj\.weight$"):
         DiffusionLM.from_pretrained(folder)
     name = "model.layers.0.attention.query_key_value.weight"
-    save_file({**state, "model.layers.1.mlp.experts.3.up_proj.weight": taken, name: state[name][:-1].contiguous()},
+    save_file({**state, name: state[name][:-1].contiguous(), "other.up_proj.weight": taken, "more": taken.clone()},
               folder / "model.safetensors")
-    with pytest.raises(UserError, match=r"query_key_value\.weight has shape \[127, 64\], config.json asks for \[128"):
+    with pytest.raises(UserError, match=r"missing: model\.layers\.1\S*; unknown: more, other\.up_proj\.weight; "
+                                        r"of another shape: \S*query_key_value\.weight \[127, 64\], not \[128, 64\]$"):
         DiffusionLM.from_pretrained(folder)
 
 

@@ -1,6 +1,8 @@
 """The denoising loop: recorded generations to the token, independence of the batch, what a step costs, bad requests."""
 
+import itertools
 import json
+import traceback
 from dataclasses import replace
 
 import pytest
@@ -10,7 +12,8 @@ from test_model import tiny
 
 from dllm.errors import UserError
 from dllm.model import DiffusionLM
-from dllm.sampler import MDMGenerationConfig, denoise, generate, previous_token
+from dllm.sampler import Denoising, MDMGenerationConfig, denoise, generate, start
+from dllm.scorers import previous_token
 from dllm.strategies import STRATEGIES
 
 MASK = 60
@@ -52,7 +55,7 @@ def test_sequences_and_histories_equal_the_originals(shared, name):
 def assert_differs_by_a_tie(model, prompt, config, history):
     """The first step that differs commits other positions of the very same confidence, and the same number of them."""
     steps = []
-    generate(model, prompt, config=config, on_step=lambda index, tokens, confidence: steps.append((tokens, confidence)))
+    generate(model, prompt, config=config, on_step=lambda step: steps.append((step.tokens, step.confidence)))
     for (tokens, confidence), recorded in zip(steps, history, strict=True):
         different = tokens != recorded
         if different.any():
@@ -64,6 +67,7 @@ def assert_differs_by_a_tie(model, prompt, config, history):
 
 RANDOM = {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "alg_temp": 0.3, "steps": 6, "max_new_tokens": 8,
           "mask_token_id": MASK}
+NEEDS = {"confidence_threshold": {"threshold": 0.1}}
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -71,7 +75,7 @@ RANDOM = {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "alg_temp": 0.3, "steps
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_a_prompt_gives_the_same_tokens_alone_and_in_any_batch(alg, temperature, side):
     model = tiny()
-    config = MDMGenerationConfig(**{**RANDOM, "alg": alg, "temperature": temperature, "seed": 7})
+    config = MDMGenerationConfig(**{**RANDOM, "alg": alg, "temperature": temperature, "seed": 7, **NEEDS.get(alg, {})})
     prompts = [torch.randint(1, MASK, (n,)) for n in (5, 2, 9, 1)]
     padded, mask = torch.zeros(4, 9, dtype=torch.long), torch.zeros(4, 9, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
@@ -89,7 +93,7 @@ def test_a_seed_repeats_and_another_differs(alg):
 
     def sample(**changes):
         return model.diffusion_generate(prompt, generation_config=MDMGenerationConfig(
-            **{**RANDOM, "alg": alg, "num_return_sequences": 3, **changes})).sequences
+            **{**RANDOM, "alg": alg, "num_return_sequences": 3, **NEEDS.get(alg, {}), **changes})).sequences
 
     first = sample(seed=1)
     assert torch.equal(first, sample(seed=1))
@@ -133,16 +137,16 @@ def test_rows_that_are_finished_leave_the_forward_pass():
 
 
 def test_the_head_is_multiplied_only_at_masked_positions(monkeypatch):
-    import dllm.sampler as sampler
+    import dllm.scorers as scorers
 
     model, seen = tiny(), []
 
     def counting(hidden, weight, tokens, mask_token_id, k, **keywords):
         seen.append((int((tokens == mask_token_id).sum()), hidden.shape[1]))
-        return sampler_op(hidden, weight, tokens, mask_token_id, k, **keywords)
+        return operation(hidden, weight, tokens, mask_token_id, k, **keywords)
 
-    sampler_op = sampler.linear_topk_unmask
-    monkeypatch.setattr(sampler, "linear_topk_unmask", counting)
+    operation = scorers.linear_topk_unmask
+    monkeypatch.setattr(scorers, "linear_topk_unmask", counting)
     model.diffusion_generate(torch.ones(1, 20, dtype=torch.long), generation_config=MDMGenerationConfig(
         max_new_tokens=4, steps=4, mask_token_id=MASK))
     assert all(masked == width <= 4 for masked, width in seen) and seen
@@ -158,14 +162,113 @@ def test_infill_fills_between_prefix_and_suffix():
     assert torch.equal(out.sequences, denoised.sequences)
 
 
+def test_the_length_of_a_gap_is_that_of_the_surest_infilling():
+    model, prefixes, suffixes = tiny(), torch.tensor([[1, 2, 3], [9, 8, 7]]), torch.tensor([[4, 5], [6, 6]])
+    config = MDMGenerationConfig(mask_token_id=MASK, steps=64, alg="maskgit_plus", infill_lengths=(1, 3, 5, 8))
+    out = model.infill(prefixes, suffixes, length="auto", generation_config=config)
+    for row in range(2):
+        tried = {n: model.infill(prefixes[row], suffixes[row], length=n, generation_config=config)
+                 for n in config.infill_lengths}
+        score = {n: float(one.confidence[0, 3:3 + n].log().mean()) for n, one in tried.items()}
+        best = tried[max(score, key=score.get)].sequences[0]
+        visible = slice(None) if out.attention_mask is None else out.attention_mask[row]
+        assert torch.equal(out.sequences[row][visible], best)
+
+
+def test_a_gap_that_expands_begins_short():
+    model = tiny(vocab_size=61)
+    config = MDMGenerationConfig(mask_token_id=MASK, expand_token_id=8, alg="maskgit_plus", infill_lengths=(4, 2),
+                                 delete_eos_token=False, max_infill_length=2)
+    out = model.infill(torch.tensor([1, 2]), torch.tensor([3]), length="auto", generation_config=config)
+    assert out.sequences.shape == (1, 5) and 8 not in out.sequences[0]
+
+
 def test_on_step_sees_every_step():
     model, seen = tiny(), []
     config = MDMGenerationConfig(max_new_tokens=4, steps=6, mask_token_id=MASK)
-    out = generate(model, torch.tensor([[1, 2]]), config=config, on_step=lambda *step: seen.append(step))
-    assert [index for index, _, _ in seen] == list(range(6))
-    assert torch.equal(seen[-1][1], out.sequences)
-    scored = [confidence for _, _, confidence in seen if confidence is not None]
+    out = generate(model, torch.tensor([[1, 2]]), config=config, on_step=seen.append)
+    assert [step.index for step in seen] == list(range(6))
+    assert torch.equal(seen[-1].tokens, out.sequences)
+    scored = [step.confidence for step in seen if step.confidence is not None]
     assert len(scored) == out.forwards and all(confidence[:, :2].eq(-torch.inf).all() for confidence in scored)
+
+
+@pytest.mark.parametrize("settings", [{"alg": "maskgit_plus"}, {"alg": "p2"}, {"alg": "entropy", "temperature": 0.7},
+                                      {"alg": "remdm", "remask_rate": 0.5}])
+def test_every_committed_token_has_the_confidence_it_was_committed_with(settings):
+    model, seen = tiny(), []
+    config = MDMGenerationConfig(max_new_tokens=6, steps=6, mask_token_id=MASK, seed=0, **settings)
+    out = generate(model, torch.tensor([[1, 2]]), config=config, on_step=seen.append)
+    expected, before = torch.full((1, 8), -torch.inf), torch.tensor([[1, 2, *[MASK] * 6]])
+    for _, tokens, confidence, *_ in seen:
+        if confidence is not None:
+            expected = torch.where(tokens == before, expected, confidence)
+        expected[tokens == MASK], before = -torch.inf, tokens
+    assert torch.equal(out.confidence, expected)
+    assert (out.confidence[:, :2] == -torch.inf).all() and out.confidence[out.sequences != MASK][2:].isfinite().all()
+
+
+class OnGpu(torch.Tensor):
+    """A tensor, and all that is computed from it, that notes what would make the host wait if it were on a GPU: a value
+    that is read, or a shape that depends on values. What the kernels do is left to their own tests."""
+
+    waits: list[str] = []
+    READS = {"__bool__", "__float__", "__index__", "__int__", "cpu", "equal", "item", "masked_select", "nonzero",
+             "numpy", "tolist", "unique"}
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        by_mask = function.__name__ in ("__getitem__", "__setitem__") and any(
+            isinstance(x, torch.Tensor) and x.dtype == torch.bool
+            for x in (args[1] if isinstance(args[1], tuple) else (args[1],)))
+        callers = itertools.islice(traceback.walk_stack(None), 8)
+        if (function.__name__ in cls.READS or by_mask) and not any(
+                "dllm_kernels" in frame.f_code.co_filename for frame, _ in callers):
+            cls.waits.append(function.__name__)
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        return result.as_subclass(torch.Tensor) if function.__name__ == "cpu" else result
+
+
+@pytest.mark.parametrize("settings", [
+    {"alg": "entropy"}, {"alg": "maskgit_plus", "temperature": 0.7}, {"remasking": "low_confidence", "block_length": 4},
+    {"remasking": "random", "cfg_scale": 1.0}, {"remasking": "low_confidence", "schedule": "cosine"},
+    {"remasking": "low_confidence", "block_length": 4, "cache": "dual"},
+    {"remasking": "low_confidence", "block_length": 4, "cache": "prefix"},
+    {"remasking": "low_confidence", "block_length": 4, "block_causal": True, "steps": 12}])
+def test_steps_that_commit_by_count_never_wait_for_a_gpu(settings):
+    """But for one at the end of each block; and their tokens are those of steps that count what is left."""
+    model = tiny(shift_logits=False)
+    with torch.no_grad():
+        model.head_weight[MASK] = 0  # never predicted
+    canvas = torch.randint(1, MASK, (2, 13))
+    canvas[:, 5:] = MASK
+    config = MDMGenerationConfig(**{"steps": 8, "mask_token_id": MASK, "seed": 0, **settings})
+    denoising = Denoising(model, canvas.as_subclass(OnGpu), config)
+    denoising.recount = False  # as on a GPU
+    steps = iter(denoising)
+    next(steps)
+    OnGpu.waits.clear()
+    next(steps)
+    assert not OnGpu.waits
+    for _ in steps:
+        pass
+    assert OnGpu.waits.count("cpu") <= 2 * len(denoising.blocks)
+    counted = denoise(model, canvas, config).sequences
+    assert torch.equal(denoising.result().sequences.as_subclass(torch.Tensor), counted)
+    OnGpu.waits.clear()
+    list(Denoising(model, canvas.as_subclass(OnGpu), config))
+    assert OnGpu.waits.count("cpu") > 2 * len(denoising.blocks)  # it would have been seen
+
+
+def test_steps_can_be_taken_one_at_a_time():
+    model, config = tiny(), MDMGenerationConfig(max_new_tokens=4, steps=6, mask_token_id=MASK)
+    denoising = start(model, torch.tensor([[1, 2]]), config=config)
+    seen = []
+    for step in denoising:
+        assert step.index == len(seen) and torch.equal(step.tokens, denoising.result().sequences)
+        seen.append(step.tokens)
+    whole = generate(model, torch.tensor([[1, 2]]), config=config)
+    assert torch.equal(seen[-1], whole.sequences) and len(seen) == whole.steps == denoising.result().steps
 
 
 def test_the_token_before_skips_padding():
@@ -177,10 +280,11 @@ def test_the_token_before_skips_padding():
 
 @pytest.mark.parametrize("field, value, message", [
     ("steps", 0, "steps must be at least 1, not 0"),
-    ("alg", "greedy", "alg must be one of origin, maskgit_plus, entropy, topk_margin, p2, not 'greedy'"),
+    ("alg", "greedy", "alg must be one of origin, maskgit_plus, entropy, .*, not 'greedy'"),
     ("temperature", -1.0, "temperature must be 0 or more, not -1.0"),
     ("top_p", 0.0, r"top_p must be in \(0, 1\], not 0.0"),
     ("max_new_tokens", 0, "max_new_tokens must be at least 1"),
+    ("infill_lengths", (), r"infill_lengths must be numbers of 1 or more, not \(\)"),
     ("eps", 1.0, r"eps must be in \(0, 1\)"),
 ])
 def test_a_request_that_cannot_work_is_refused(field, value, message):
@@ -212,4 +316,4 @@ def test_logits_that_are_not_numbers_are_an_error_and_no_text(alg):
         model.head_weight[3] = torch.nan
     with pytest.raises(UserError, match="step .: the model's logits at . positions are NaN or infinite: its weights"):
         model.diffusion_generate(torch.tensor([[5, 6]]), generation_config=MDMGenerationConfig(
-            max_new_tokens=4, steps=4, alg=alg, seed=0, mask_token_id=MASK))
+            max_new_tokens=4, steps=4, alg=alg, seed=0, mask_token_id=MASK, **NEEDS.get(alg, {})))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from dllm.sampler import MDMGenerationConfig, denoise
+from dllm.sampler import CanvasStep, MDMGenerationConfig, denoise
 from dllm.visualize import MASK_GLYPH, RAMP, Trace, animation, confidence_level, record, watch
 
 
@@ -25,14 +25,15 @@ def data_of(markup: str) -> dict:
 @pytest.mark.parametrize("alg", ["entropy", "maskgit_plus", "topk_margin", "p2", "origin"])
 def test_replaying_the_animation_gives_the_denoised_text(model, tokenizer, canvas, alg):
     config = MDMGenerationConfig(alg=alg, steps=6, temperature=1.0, seed=3)
-    data = data_of(animation(record(model, canvas, config), tokenizer, canvas.tolist()))
+    data = data_of(animation(record(model, canvas, config), tokenizer))
     pieces = list(data["start"])
     assert [text is None for text in pieces] == (canvas == model.mask_token_id).tolist()
     for changes in data["steps"]:
         assert changes
-        for position, text, level in changes:
+        for position, text, level, fresh in changes:
             pieces[position] = text
-            assert 0 <= level < len(RAMP) and canvas[position] == model.mask_token_id
+            assert (text is None and level is None) or (0 <= level < len(RAMP) and fresh)
+            assert canvas[position] == model.mask_token_id
     final = denoise(model, canvas.unsqueeze(0), config).sequences[0].tolist()
     assert pieces == [None if token == model.mask_token_id else tokenizer.decode([token]) for token in final]
 
@@ -40,14 +41,32 @@ def test_replaying_the_animation_gives_the_denoised_text(model, tokenizer, canva
 def test_the_animation_can_show_a_part(model, tokenizer, canvas):
     trace = record(model, canvas, MDMGenerationConfig(steps=4))
     part = range(int((canvas == model.mask_token_id).nonzero()[0]) - 1, len(canvas) - 2)
-    every = data_of(animation(trace, tokenizer, canvas.tolist()))
-    some = data_of(animation(trace, tokenizer, canvas.tolist(), part))
+    every = data_of(animation(trace, tokenizer))
+    some = data_of(animation(trace, tokenizer, part))
     assert some["start"] == every["start"][part.start:part.stop]
     assert some["steps"] == [[[place - part.start, *rest] for place, *rest in step] for step in every["steps"]]
 
 
+def test_a_gap_that_grows_and_shrinks_is_replayed(tokenizer):
+    mask, gone = tokenizer.mask_token_id, -torch.inf
+    trace = Trace(torch.tensor([5, mask, 6]), mask, "maskgit_plus")
+    committed = [gone, 0.9, gone, gone]
+    for index, (tokens, kept) in enumerate([([5, mask, mask, 6], [gone] * 4), ([5, 7, mask, 6], committed),
+                                            ([5, 7, 6, 0], committed)]):
+        visible = torch.tensor([[True] * 3 + [index < 2]])
+        trace(CanvasStep(index, torch.tensor([tokens]), torch.tensor([kept]), torch.tensor([kept]), visible))
+    data = data_of(animation(trace, tokenizer))
+    five, six, seven = (tokenizer.decode([token]) for token in (5, 6, 7))
+    pieces, seen = data["start"], []
+    for changes in data["steps"]:
+        for place, text, *_ in changes:
+            pieces[place] = text
+        seen.append(list(pieces))
+    assert seen == [[five, None, None, six], [five, seven, None, six], [five, seven, six, ""]]
+
+
 def test_text_that_looks_like_markup_cannot_leave_the_data(model, tokenizer, canvas):
-    markup = animation(record(model, canvas, MDMGenerationConfig(steps=3)), tokenizer, canvas.tolist())
+    markup = animation(record(model, canvas, MDMGenerationConfig(steps=3)), tokenizer)
     assert "".join(text for text in data_of(markup)["start"] if text).startswith("def f(</script>): <!-- & ")
     assert markup.count("</script>") == 1 and "<!--" not in markup
 
@@ -58,10 +77,11 @@ def test_a_position_masked_again_is_shown_as_masked(tokenizer):
     trace = Trace(torch.tensor([5, mask]), mask, "p2")
     confidence = torch.tensor([[0.0, 0.9]])
     for index, tokens in enumerate(([5, 7], [5, 7], [5, mask], [5, 8])):
-        trace(index, torch.tensor([tokens]), confidence)
-    steps = data_of(animation(trace, tokenizer, [5, mask]))["steps"]
+        kept = torch.tensor([[-torch.inf, -torch.inf if tokens[1] == mask else 0.9]])
+        trace(CanvasStep(index, torch.tensor([tokens]), confidence, kept, None))
+    steps = data_of(animation(trace, tokenizer))["steps"]
     first, second = tokenizer.decode([7]), tokenizer.decode([8])
-    assert [[text for _, text, _ in step] for step in steps] == [[first], [None], [second]]
+    assert [[text for _, text, *_ in step] for step in steps] == [[first], [None], [second]]
 
 
 @pytest.mark.parametrize("confidence, alg, level", [

@@ -1,11 +1,27 @@
-"""Attention against a float64 definition written out position by position."""
+"""Attention against a float64 definition written out position by position, and with the dense mask at more sizes."""
+
+import importlib
+import sys
+import types
+from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dllm_kernels import bidirectional_attention, bidirectional_attention_varlen, block_diffusion_attention
-from dllm_kernels.attention import BLOCK_DIFFUSION_BACKENDS, DENSE_BACKENDS, VARLEN_BACKENDS, sdpa
+from dllm_kernels.attention import (
+    BACKENDS,
+    BLOCK_DIFFUSION_BACKENDS,
+    DENSE_BACKENDS,
+    VARLEN_BACKENDS,
+    choices,
+    flash,
+    reference,
+    sdpa,
+)
 from dllm_kernels.dispatch import runnable
 
 dense_backends = pytest.mark.parametrize("backend", runnable(DENSE_BACKENDS))
@@ -34,6 +50,74 @@ def exact(q, k, v, sees):
 
 def assert_as_exact_as_eager(ours, truth, eager):
     assert (ours.double() - truth).abs().max() <= 2 * (eager.double() - truth).abs().max() + 1e-6
+
+
+def eager(q, k, v, mask):
+    """As `reference.attend`, but in the inputs' dtype."""
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
+    scores = torch.einsum("bqhe,bkhe->bhqk", q, k) * q.shape[-1] ** -0.5
+    if mask is None:
+        return torch.einsum("bhqk,bkhe->bqhe", scores.softmax(-1), v)
+    mask = mask.unsqueeze(1)
+    scores = scores.masked_fill(~mask, -torch.inf).masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    return torch.einsum("bhqk,bkhe->bqhe", scores.softmax(-1).masked_fill(~mask, 0.0), v)
+
+
+def every_mask(L):
+    """Name, operation of (q, k, v, backend), B, Lq, Lk, dense mask."""
+    few = max(L // 2, 1)
+    padding = torch.arange(L) < torch.tensor([[L], [L // 3]])
+    ends = torch.tensor([0, L // 3, L // 3, L // 3 + (L > 1), L], dtype=torch.int32)  # of 0, 1 and more positions
+    for Lq, key_mask, n in product((L, few), (None, padding), (None, 5)):
+        def dense(q, k, v, backend, key_mask=key_mask, n=n):
+            return bidirectional_attention(q, k, v, key_mask=key_mask, block_length=n, backend=backend)
+
+        shape = torch.empty(2, Lq, 0), torch.empty(2, L, 0)
+        yield f"dense {Lq} {key_mask is not None} {n}", dense, 2, Lq, L, reference.dense_mask(*shape, key_mask, n)
+    for n in (None, 5):
+        def packed(q, k, v, backend, n=n):
+            return bidirectional_attention_varlen(q[0], k[0], v[0], ends, L, block_length=n, backend=backend)[None]
+
+        yield f"packed {n}", packed, 1, L, L, reference.varlen_mask(ends, L, n)
+    for cu_seqlens in (None, ends):
+        def diffuse(q, k, v, backend, cu_seqlens=cu_seqlens):
+            return block_diffusion_attention(q, k, v, 5, cu_seqlens=cu_seqlens, backend=backend)
+
+        mask = reference.block_diffusion_mask(1, L, 5, cu_seqlens, "cpu")
+        yield f"diffusion {cu_seqlens is not None}", diffuse, 1, 2 * L, 2 * L, mask
+
+
+def outcome(function, tensors, dtype=None):
+    leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in tensors]
+    out = function(*leaves)
+    upstream = torch.linspace(-1, 1.5, out.numel()).view_as(out).to(tensors[0].dtype).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+
+
+@pytest.fixture
+def one_thread():
+    """On a busy machine small products wait for the slowest thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("L, E, dtype", [
+    *product((1, 7, 63, 65, 129), (32, 72, 256), (torch.float32, torch.bfloat16, torch.float16)),
+    *((1000, 64, dtype) for dtype in (torch.float32, torch.bfloat16))],  # eager fp16 takes seconds
+    ids=str)
+def test_every_mask_dtype_head_size_and_odd_length_forward_and_backward(L, E, dtype, one_thread):
+    """Error at most twice eager's; gradients in bf16, which PyTorch's kernel rounds more often, three times."""
+    for name, op, B, Lq, Lk, mask in every_mask(L):
+        tensors = make(B, Lq, Lk, 2, 1, E, dtype)
+        ours = outcome(lambda *x, op=op: op(*x, None), tensors)
+        truth = outcome(lambda *x, mask=mask: reference.attend(*x, mask, E ** -0.5), tensors, torch.double)
+        theirs = outcome(lambda *x, mask=mask: eager(*x, mask), tensors)
+        for which, mine, its, true in zip(("out", "dq", "dk", "dv"), ours, theirs, truth, strict=True):
+            times = 3 if dtype == torch.bfloat16 and which != "out" else 2
+            limit = times * (its.double() - true).abs().max() + 4e-6
+            assert (mine.double() - true).abs().max() <= limit, (name, which)
 
 
 @dense_backends
@@ -84,6 +168,30 @@ def test_blocks_see_themselves_and_those_before(Lq, block_length, backend):
     truth = exact(q, k, v, lambda b, i: key_mask[b] & (block <= block[i + 11 - Lq]))
     ours = bidirectional_attention(q, k, v, key_mask=key_mask, block_length=block_length, backend=backend)
     assert (ours - truth).abs().max() < 1e-5
+
+
+@dense_backends
+def test_rows_of_a_cache_as_if_they_were_taken_out(backend):
+    """Any rows, in any order, twice too; of a part of the positions; a row that is not asked for may be NaN."""
+    q, k, v = make(4, 3, 11, 4, 2, 16)
+    k, v = (torch.cat((x, x + 1))[:5] for x in (k, v))
+    k[1], v[1] = torch.nan, torch.nan
+    key_mask = torch.ones(4, 9, dtype=torch.bool)
+    key_mask[2, 4:] = False
+    rows = torch.tensor([4, 0, 3, 0])
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    for mask, block_length in ((None, None), (key_mask, None), (None, 4), (key_mask, 4)):
+        def run(keys, values, mask=mask, block_length=block_length, **rows):
+            return bidirectional_attention(q, keys, values, key_mask=mask, block_length=block_length, backend=backend,
+                                           **rows)
+
+        ours, apart = run(k[:, :9], v[:, :9], cache_rows=rows), run(k[rows, :9], v[rows, :9])
+        assert (ours - apart).abs().max() < 1e-6
+        gradients = [torch.autograd.grad(out.square().sum(), leaves) for out in (ours, apart)]
+        for mine, its in zip(*gradients, strict=True):
+            assert (mine - its).abs().max() < 1e-5
+        with torch.no_grad():
+            assert (run(k[:, :9], v[:, :9], cache_rows=rows) - apart).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("backend", runnable(VARLEN_BACKENDS))
@@ -210,7 +318,9 @@ def test_compiles_whole_and_passes_opcheck():
     cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32)
     scale = 16 ** -0.5
     ops = torch.ops.dllm_kernels
-    torch.library.opcheck(ops.bidirectional_attention.default, (q, k, v, key_mask, 2, scale, None))
+    torch.library.opcheck(ops.bidirectional_attention.default, (q, k, v, key_mask, 2, None, scale, None))
+    torch.library.opcheck(ops.bidirectional_attention.default,
+                          (q, k, v, None, None, torch.tensor([1, 1]), scale, None))
     torch.library.opcheck(ops.bidirectional_attention_varlen.default,
                           (*(x[0].detach().requires_grad_() for x in (q, k, v)), cu_seqlens, 3, None, scale, None))
     torch.library.opcheck(ops.block_diffusion_attention.default, (*(x[:, :4] for x in (q, k, v)), 2, None, scale, None))
@@ -242,6 +352,125 @@ def test_autocast_brings_mixed_dtypes_to_its_own_and_compiles():
         assert ours.dtype == torch.bfloat16 and torch.equal(ours, wanted) and torch.equal(ours_compiled, wanted)
 
 
+def test_choices_name_backends_and_are_followed(monkeypatch):
+    kinds = {"dense": "bidirectional_attention", "decoding": "bidirectional_attention",
+             "packed": "bidirectional_attention_varlen", "block_diffusion": "block_diffusion_attention"}
+    assert {*choices.CHOICES} >= {*product(("cpu", "cuda"), kinds)}
+    for (machine, kind), choice in choices.CHOICES.items():
+        assert {*choice.order} <= {backend.name for backend in BACKENDS[kinds[kind]]}, (machine, kind)
+    taken = []
+    attention = importlib.import_module("dllm_kernels.attention")
+    noting = [b._replace(run=lambda *x, b=b: taken.append(b.name) or b.run(*x)) for b in DENSE_BACKENDS]
+    monkeypatch.setitem(attention.BACKENDS, "bidirectional_attention", noting)
+    for order in (("reference",), ("sdpa",)):
+        monkeypatch.setitem(choices.CHOICES, ("cpu", "decoding"), choices.Choice(order, "a test"))
+        attention._in_order.cache_clear()
+        bidirectional_attention(*make(1, 3, 9, 2, 1, 8))
+    bidirectional_attention(*make(1, 9, 9, 2, 1, 8))  # as many queries as keys: "dense"
+    monkeypatch.undo()
+    attention._in_order.cache_clear()
+    assert taken == ["reference", "sdpa", "sdpa"]
+
+
+def test_flash_attn_gets_packed_documents_as_it_names_them(monkeypatch):
+    """It is not installed here: a function in its place computes the same."""
+    seen = {}
+
+    def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, softmax_scale,
+                               causal, deterministic):
+        seen.update(longest=(max_seqlen_q, max_seqlen_k), deterministic=deterministic)
+        assert cu_seqlens_q is cu_seqlens_k
+        return reference.bidirectional_attention_varlen(q, k, v, cu_seqlens_q, max_seqlen_q, 1 if causal else None,
+                                                        softmax_scale)
+
+    stand_in = types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
+    monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
+    q, k, v = (x[0] for x in make(1, 9, 9, 4, 2, 16))
+    ends = torch.tensor([0, 4, 9], dtype=torch.int32)
+    for block_length in (None, 1):
+        arguments = ends, 5, block_length, 0.3
+        ours = flash.bidirectional_attention_varlen(q, k, v, *arguments)
+        assert torch.equal(ours, reference.bidirectional_attention_varlen(q, k, v, *arguments))
+    assert seen == {"longest": (5, 5), "deterministic": False}
+    torch.use_deterministic_algorithms(True)
+    try:
+        flash.bidirectional_attention_varlen(q, k, v, ends, 5, None, 0.3)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen["deterministic"]
+
+
+@pytest.mark.parametrize("block_length, reason", [(None, "flash_attn: needs "), (4, "flash_attn: needs ")])
+def test_flash_attn_says_why_it_cannot_run(block_length, reason):
+    q, k, v = (x[0] for x in make(1, 9, 9, 4, 2, 16))
+    with pytest.raises(ValueError) as error:
+        bidirectional_attention_varlen(q, k, v, torch.tensor([0, 9]).int(), 9, block_length=block_length,
+                                       backend="flash_attn")
+    assert reason in str(error.value)
+    assert flash.refuses(q) == "needs a CUDA tensor" and flash.refuses_blocks(q) == "has no block_length but 1"
+
+
+class SaysGpu(torch.Tensor):
+    device = property(lambda self: torch.device("cuda"))
+
+
+def test_cudnn_never_gets_a_mask(monkeypatch):
+    """Its backward gives NaN for some masks on H100 and H200 (pytorch issue 196678).
+
+    Of the others only the memory-efficient kernel takes masks, and no grouped heads.
+    """
+    calls = []
+
+    def watched(q, k, v, attn_mask=None, enable_gqa=False, **others):
+        calls.append((attn_mask is not None, torch.backends.cuda.cudnn_sdp_enabled()))
+        assert attn_mask is None or (q.shape[1] == k.shape[1] == v.shape[1] and not enable_gqa)
+        return torch.empty_like(q)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    q, k, v = (x.as_subclass(SaysGpu) for x in make(2, 9, 9, 4, 2, 16))
+    for mask in (None, torch.ones(2, 9, 9, dtype=torch.bool)):
+        sdpa.attend(q, k, v, mask, 1.0)
+    assert calls == [(False, True), (True, False)]  # without a mask it may be the fastest
+    sources = [path.read_text() for path in Path(sdpa.__file__).parents[2].glob("dllm*/**/*.py")]
+    assert sum(source.count(" F.scaled_dot_product_attention(") for source in sources) == 1  # the one in `attend`
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("backend", runnable(DENSE_BACKENDS))
+def test_gradients_stay_finite_where_cudnn_gave_nan(backend):
+    """pytorch issue 196678: L % 128 == 64, a mask, and rows whose log-sum-exp is under -88.7."""
+    q, k, v = (x.to("cuda", torch.bfloat16) for x in make(2, 704, 704, 14, 2, 64))
+    q, k = q.abs() * 8, -k.abs() * 8
+    key_mask = torch.arange(704, device="cuda") < torch.tensor([[704], [600]], device="cuda")
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    if any(b.name == backend and b.refuses(q) for b in DENSE_BACKENDS):
+        pytest.skip(f"{backend} does not take this")
+    out = bidirectional_attention(*leaves, key_mask=key_mask, backend=backend)
+    assert all(x.isfinite().all() for x in (out, *torch.autograd.grad(out.float().square().sum(), leaves)))
+
+
+def test_deterministic_algorithms_give_the_same_bits_again():
+    """On a GPU PyTorch leaves cuDNN out then, and its Flash adds up in a fixed order."""
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    tensors = [x.to(device, dtype) for x in make(2, 130, 130, 4, 2, 64)]
+    key_mask = torch.arange(130, device=device) < torch.tensor([[130], [70]], device=device)
+    ends = torch.tensor([0, 60, 60, 130, 200, 260], dtype=torch.int32, device=device)
+
+    def gradients():
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        outputs = (bidirectional_attention(*leaves), bidirectional_attention(*leaves, key_mask=key_mask),
+                   bidirectional_attention(*leaves, block_length=32), block_diffusion_attention(*leaves, 32),
+                   bidirectional_attention_varlen(*(x.flatten(0, 1) for x in leaves), ends, 70))
+        return torch.autograd.grad([x.float().square().sum() for x in outputs], leaves)
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, *others = [gradients() for _ in range(3)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(x, y) for again in others for x, y in zip(first, again, strict=True))
+
+
 @pytest.mark.parametrize("change, message", [
     (lambda q, k, v: bidirectional_attention(q[0], k, v),
      "takes q [B, Lq, Hq, E], k and v [B, Lk, Hkv, E], Hq a multiple of Hkv"),
@@ -250,7 +479,18 @@ def test_autocast_brings_mixed_dtypes_to_its_own_and_compiles():
     (lambda q, k, v: bidirectional_attention(q.half(), k, v),
      "q, k and v must share dtype and device, not ['torch.float16"),
     (lambda q, k, v: bidirectional_attention(q, k, v, key_mask=torch.ones(2, 4)),
-     "key_mask [B, Lk] bool = [2, 5], not [2, 4]"),
+     "key_mask [B, Lk] = [2, 5] torch.bool, not [2, 4] torch.float32"),
+    (lambda q, k, v: bidirectional_attention(q, k[:1], v[:1]), "not [[2, 5, 4, 16], [1, 5, 2, 16]"),
+    (lambda q, k, v: bidirectional_attention(q, k, v, cache_rows=torch.tensor([0, 1, 1])),
+     "takes cache_rows [B] = [2] torch.int64, not [3] torch.int64"),
+    (lambda q, k, v: bidirectional_attention(q, k, v, cache_rows=torch.tensor([0, 2])),
+     "takes cache_rows from 0 to 1, the rows of k and v, not [0, 2]"),
+    (lambda q, k, v: bidirectional_attention(q, k.to("meta"), v),
+     "must share dtype and device, not ['torch.float32 on cpu', 'torch.float32 on meta'"),
+    (lambda q, k, v: bidirectional_attention(q, k, v, key_mask=torch.ones(2, 5, dtype=torch.bool, device="meta")),
+     "takes key_mask [B, Lk] on the device of q, cpu, not on meta; move it there"),
+    (lambda q, k, v: bidirectional_attention_varlen(q[0], k[0], v[0], torch.tensor([0, 5]).int().to("meta"), 5),
+     "takes cu_seqlens on the device of q, cpu, not on meta"),
     (lambda q, k, v: bidirectional_attention(q, k, v, block_length=0), "block_length must be at least 1, not 0"),
     (lambda q, k, v: bidirectional_attention(q, k[:, :3], v[:, :3], block_length=2), "5 queries and 3 keys"),
     (lambda q, k, v: bidirectional_attention(q, k, v, backend="cuda9"), "there is no backend 'cuda9'"),

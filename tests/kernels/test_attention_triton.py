@@ -148,6 +148,26 @@ def test_blocks_see_themselves_and_those_before(Lq, block_length, dtype, small_t
 
 
 @dtypes
+@pytest.mark.parametrize("few", [0, 128])
+def test_rows_of_a_cache_are_read_where_they_are(few, dtype, small_tiles, poisoned, monkeypatch):
+    monkeypatch.setattr(triton_kernels, "FEW", few)
+    q, k, v = make(3, 9, 50, 4, 2, 32, dtype)
+    k, v = (torch.cat((x, x + 1))[:5] for x in (k, v))
+    k[1], v[1], k[:, 40:], v[:, 40:] = [torch.nan] * 4
+    rows = torch.tensor([4, 0, 3], device=DEVICE)
+    key_mask = torch.ones(3, 40, dtype=torch.bool, device=DEVICE)
+    key_mask[1, 20:] = False
+    for arguments in ((None, None), (key_mask, 8)):
+        ours = triton_kernels.bidirectional_attention(q, k[:, :40], v[:, :40], *arguments, 0.2, rows)
+        apart = triton_kernels.bidirectional_attention(q, k[rows, :40], v[rows, :40], *arguments, 0.2)
+        assert torch.equal(ours, apart)
+        leaf = k.detach().requires_grad_()
+        out = triton_kernels.bidirectional_attention(q, leaf[:, :40], v[:, :40], *arguments, 0.2, rows)
+        gradient, = torch.autograd.grad(out.sum(), leaf)
+        assert torch.equal(out, apart) and gradient[rows, :20].abs().sum() > 0 and not gradient[1].any()
+
+
+@dtypes
 @pytest.mark.parametrize("block_length", [None, 1, 32])
 def test_packed_documents_are_as_if_alone(block_length, dtype, small_tiles, poisoned):
     count, cu_seqlens = sum(LENGTHS), cumulative(LENGTHS)

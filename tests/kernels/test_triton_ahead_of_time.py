@@ -20,10 +20,11 @@ DATA = {"bias", "dk", "dout", "dq", "dv", "g", "grad_hidden", "grad_logits", "hi
         "query", "value", "weight"}
 IN_FP32 = {("attention_parts", "out")}  # though data elsewhere
 POINTERS = {
-    "allowed": "*i32", "committed": "*i1", "corrupted": "*i1", "count": "*i64", "cu_seqlens": "*i32", "cuts": "*i32",
-    "filled": "*i64", "ids": "*i32", "k": "*i64", "key_mask": "*i1", "lasts": "*i32", "listed": "*i64", "masked": "*i1",
-    "numbers": "*fp64", "position": "*i64", "rows": "*i64", "sequence": "*i64", "step_pointer": "*i64",
-    "targets": "*i32", "token": "*i64", "tokens": "*i64", "uniform": "*fp64"}
+    "allowed": "*i32", "cache_rows": "*i64", "committed": "*i1", "corrupted": "*i1", "count": "*i64",
+    "cu_seqlens": "*i32", "cuts": "*i32", "filled": "*i64", "ids": "*i32", "k": "*i64", "key_mask": "*i1",
+    "lasts": "*i32", "listed": "*i64", "masked": "*i1", "numbers": "*fp64", "position": "*i64",
+    "rows": "*i64", "sequence": "*i64", "step_pointer": "*i64", "targets": "*i32", "token": "*i64",
+    "tokens": "*i64", "uniform": "*fp64"}
 MULTIPLES_OF_16 = {"D", "N", "V", "hidden_stride", "inputs_stride", "logits_stride", "size", "span", "start",
                    "weight_stride", "width"}
 NUMBERS = dict.fromkeys(
@@ -94,7 +95,8 @@ def attention_cases():
     """Heads of 64 and 128 in bf16 for Hopper alone: all sizes, dtypes and architectures take six minutes."""
     from dllm_kernels.attention import triton_kernels as attention
 
-    masks = [("blocks", {"cu_seqlens"}), ("diffusion", {"key_mask"}), ("all", {"key_mask"})]
+    unused = {"key_mask", "cache_rows"}
+    masks = [("blocks", {"cu_seqlens"}), ("diffusion", unused), ("all", unused)]
     for E in (64, 128):
         for name, chosen in attention.TILES[2, E].items():
             few, sizes = name == "few", {"E": E, "EP": E, "GROUP": 7}
@@ -102,7 +104,7 @@ def attention_cases():
             for mask, absent in masks[:1] if few else masks:
                 settings = sizes | {"MASK": mask} | ({"PACKED": few} if few or name == "forward" else {})
                 for label in (name, "parts") if few else (name,):
-                    yield f"attention_{label}", "bf16", kernel, settings | chosen, absent, 90
+                    yield f"attention_{label}", "bf16", kernel, settings | chosen, absent & {*kernel.arg_names}, 90
         yield "attention_combine", "bf16", attention._combine_kernel, {"E": E, "EP": E, **attention.COMBINE}, set(), 90
 
 

@@ -1,0 +1,250 @@
+"""Scorers: how a strategy's question about some positions of the canvas is answered by the model.
+
+Each runs the model on the rows that are asked about, computes the last layer at the wanted positions alone, and
+multiplies the head there. They differ in what they keep between denoising steps: `HeadScorer` nothing, `CachedScorer`
+the finished blocks of a block-causal model (exact), `StaleScorer` what is outside the block (Fast-dLLM; approximate).
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dllm.cache import KeyValueCache
+from dllm.graphs import GraphedForward
+from dllm.model import DiffusionLM
+from dllm.strategies import Step, Update
+from dllm_kernels import linear_token_scores, linear_topk_unmask
+
+
+class Settings(Protocol):
+    """What a scorer reads of the generation config."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    alg_temp: float
+    cfg_scale: float
+    block_length: int | None
+    cache: str
+    cuda_graphs: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Positions of a canvas [B, L], listed: R rows that want any, and as many places in each as the row with most has.
+
+    Nothing here waits for a GPU: how many there are is given.
+    """
+
+    numbers: Tensor  # [R] int64 on the CPU: the rows
+    rows: Tensor  # the same on the device
+    index: Tensor  # [R, Q] int64: the wanted positions of each row in their order, then others of the row
+    valid: Tensor  # [R, Q] bool: which of them are wanted
+    shape: torch.Size  # [B, L]
+
+    @classmethod
+    def of(cls, wanted: Tensor, numbers: Tensor, counts: Tensor) -> "Asked":
+        """wanted [B, L] bool; numbers [R] of the rows that want any, counts [B] of how many each does, on the CPU."""
+        rows, counts = numbers.to(wanted.device, non_blocking=True), counts[numbers]
+        most = int(counts.max()) if len(counts) else 0
+        index = wanted[rows].byte().argsort(dim=1, descending=True, stable=True)[:, :most]
+        counts = counts.to(wanted.device, non_blocking=True)
+        valid = torch.arange(most, device=wanted.device) < counts.unsqueeze(1)
+        return cls(numbers, rows, index, valid, wanted.shape)
+
+    def place(self, onto: Tensor | None, values: Tensor) -> Tensor:
+        """A copy of `onto` [B, L] (None: all -inf) with values [R, Q] where they are wanted."""
+        if onto is None:
+            onto = torch.full(self.shape, -torch.inf, device=values.device)
+        mine = onto[self.rows]
+        mine = mine.scatter(1, self.index, torch.where(self.valid, values, mine.gather(1, self.index)))
+        return onto.index_copy(0, self.rows, mine)
+
+
+class HeadScorer:
+    """Computes the whole canvas in every step."""
+
+    def __init__(self, model: DiffusionLM, config: Settings, mask_token_id: int, key_mask: Tensor | None,
+                 position_ids: Tensor, prompt: Tensor):
+        self.model, self.mask_token_id, self.key_mask, self.position_ids = model, mask_token_id, key_mask, position_ids
+        self.cfg_scale, self.prompt = config.cfg_scale, prompt  # [B, L] bool, what guidance does without
+        self.source = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
+        if model.config.shift_logits:
+            self.source = previous_token(self.source, key_mask)
+        self.sampling = {"temperature": config.temperature, "top_k": config.top_k or None, "top_p": config.top_p}
+        self.selection_temperature = config.alg_temp
+        self.forward = model.hidden_states
+        if config.cuda_graphs:
+            model.graphs = self.forward = model.graphs or GraphedForward(model)
+        self.forwards = self.row_forwards = 0
+        # What the last step commits, [B] int64 on the CPU, where that is known before it is computed.
+        self.committed: Tensor | None = None
+
+    def at(self, step: Step) -> "HeadScorer":
+        self.step = step
+        return self
+
+    def unmask(self, k: Tensor, confidence: str, *, raw: bool = False, threshold: float | None = None) -> Update:
+        step = self.step
+        chosen = ((k > 0) & (step.left > 0)).nonzero().squeeze(1)  # on the CPU, as k is: no GPU is waited for
+        if threshold is None:
+            self.committed = torch.minimum(k, step.left)
+        asked = Asked.of(step.masked, chosen, step.left)
+        hidden = self._hidden(asked)
+        uniform = None if step.uniform is None else step.uniform[asked.rows.unsqueeze(1), asked.index]
+        tokens = torch.where(asked.valid, self.mask_token_id, -1)  # the places that only fill up a row are not masked
+        k = k[chosen].to(step.tokens.device, non_blocking=True)
+        result = linear_topk_unmask(hidden, self.model.head_weight, tokens, self.mask_token_id, k,
+                                    confidence=confidence, selection_temperature=self.selection_temperature,
+                                    threshold=threshold, confidence_of="raw" if raw else "filtered",
+                                    allowed=self._allowed(asked), generator=uniform, **self.sampling)
+        return Update(asked.place(step.tokens, result.tokens), asked.place(None, result.confidence))
+
+    def score(self, positions: Tensor, *, raw: bool = False) -> Update:
+        counts = positions.sum(1).cpu()
+        asked = Asked.of(positions, (counts > 0).nonzero().squeeze(1), counts)
+        hidden = self._hidden(asked)
+        places = asked.valid.flatten().nonzero().squeeze(1)
+        uniform, allowed = self.step.uniform, self._allowed(asked)
+        if uniform is not None:
+            uniform = uniform[asked.rows.unsqueeze(1), asked.index].flatten(0, 1)[places]
+        scores = linear_token_scores(hidden, self.model.head_weight, places, confidence="prob",
+                                     confidence_of="raw" if raw else "filtered",
+                                     allowed=None if allowed is None else allowed.flatten(0, 1)[places],
+                                     generator=uniform, **self.sampling)
+        token, confidence = (values.new_zeros(asked.valid.numel()).index_copy(0, places, values).view(asked.index.shape)
+                             for values in scores)
+        nothing = torch.full_like(self.step.tokens, -1)
+        return Update(asked.place(nothing, token), asked.place(None, confidence))
+
+    def _allowed(self, asked: "Asked") -> Tensor | None:
+        return None if self.step.allowed is None else self.step.allowed[asked.rows.unsqueeze(1), asked.index]
+
+    def _hidden(self, asked: "Asked") -> Tensor:
+        """What the positions are predicted from, [R, Q, D]."""
+        rows = asked.rows
+        self.forwards += 1
+        self.row_forwards += len(rows)
+        tokens, positions = self.step.tokens[rows], self.position_ids[rows]
+        queries = self.source[rows].gather(1, asked.index)
+        key_mask = None if self.key_mask is None else self.key_mask[rows]
+        if self.cfg_scale > 0:
+            tokens = torch.cat((tokens, tokens.masked_fill(self.prompt[rows], self.mask_token_id)))
+            positions, queries = positions.repeat(2, 1), queries.repeat(2, 1)
+            key_mask = None if key_mask is None else key_mask.repeat(2, 1)
+        return self._guide(self.forward(tokens, position_ids=positions, queries=queries, attention_mask=key_mask))
+
+    def _make_cache(self, rows: int, *, grows: bool) -> KeyValueCache:
+        length = self.position_ids.shape[1]
+        if isinstance(self.forward, GraphedForward):
+            return self.forward.cache_for(rows, length, grows=grows)
+        return KeyValueCache(self.model.config, rows, length, like=self.model.head_weight, grows=grows)
+
+    def _guide(self, hidden: Tensor) -> Tensor:
+        """Classifier-free guidance of hidden [2R, Q, D], those without the prompt last; [R, Q, D]."""
+        if self.cfg_scale == 0:
+            return hidden
+        # The head is linear, so what guidance does to the logits it may do to the hidden states.
+        hidden, without = hidden.chunk(2)
+        return without + (self.cfg_scale + 1) * (hidden - without)
+
+
+class CachedScorer(HeadScorer):
+    """Computes one block of a block-causal model at a time; finished blocks are computed once more, and kept."""
+
+    def __init__(self, model: DiffusionLM, config: Settings, mask_token_id: int, key_mask: Tensor | None,
+                 position_ids: Tensor, prompt: Tensor):
+        super().__init__(model, config, mask_token_id, key_mask, position_ids, prompt)
+        self.block_length = config.block_length
+        rows = len(position_ids) * (2 if self.cfg_scale else 1)  # with guidance, those without the prompt come last
+        self.cache = self._make_cache(rows, grows=True)
+        self.finished = 0  # positions of which everything is kept
+        self.before: Tensor | None = None  # [rows, D], under shift: of the last of them, about the one after it
+
+    def _hidden(self, asked: Asked) -> Tensor:
+        start = self.step.columns[0] // self.block_length * self.block_length
+        end = min(start + self.block_length, self.position_ids.shape[1])
+        everything = torch.arange(len(self.position_ids), device=asked.rows.device)
+        if self.finished < start and self.model.config.shift_logits:
+            last = torch.full((len(everything), 1), start - 1, device=asked.rows.device)
+            self.before = self._compute(everything, self.finished, start, last).squeeze(1)
+            self.finished = start
+        first = self.finished
+        # Where blocks were finished since, those of every row are computed along, and kept.
+        computed = everything if first < start else asked.rows
+        queries = torch.full((len(everything), asked.index.shape[1]), start, device=asked.rows.device)
+        sources = torch.where(asked.valid, self.source[asked.rows].gather(1, asked.index), start)
+        queries = queries.index_copy(0, asked.rows, sources)[computed]
+        hidden = self._compute(computed, first, end, queries.clamp(min=start))
+        if self.before is not None:
+            before = self.before[self._both(computed)].unsqueeze(1)
+            hidden = torch.where((queries < start).repeat(len(hidden) // len(queries), 1).unsqueeze(-1), before, hidden)
+        self.finished = start
+        hidden = self._guide(hidden)
+        return hidden[asked.rows] if len(computed) > len(asked.rows) else hidden
+
+    def _compute(self, rows: Tensor, first: int, end: int, queries: Tensor) -> Tensor:
+        """Hidden states of the positions `queries` [R, Q] of some rows, all in the last block before `end`; those from
+        `first` on are computed, and their keys and values kept."""
+        self.forwards += 1
+        self.row_forwards += len(rows)
+        tokens = self.step.tokens[rows]
+        if self.cfg_scale > 0:
+            tokens = torch.cat((tokens, tokens.masked_fill(self.prompt[rows], self.mask_token_id)))
+        both = self._both(rows)
+        copies = len(both) // len(rows)
+        whole = len(both) == self.cache.content.shape[2]
+        self.cache.start, self.cache.rows = first, None if whole else both
+        return self.forward(
+            tokens[:, first:end], cache=self.cache, block_length=self.block_length,
+            position_ids=self.position_ids[rows, first:end].repeat(copies, 1),
+            queries=(queries - first).repeat(copies, 1),
+            attention_mask=None if self.key_mask is None else self.key_mask[rows, :end].repeat(copies, 1))
+
+    def _both(self, rows: Tensor) -> Tensor:
+        """The rows of the cache: with guidance also those without the prompt."""
+        return torch.cat((rows, rows + len(self.position_ids))) if self.cfg_scale > 0 else rows
+
+
+class StaleScorer(HeadScorer):
+    """Computes the whole canvas when a block begins, then the block alone ("dual") or all from it on ("prefix")."""
+
+    def __init__(self, model: DiffusionLM, config: Settings, mask_token_id: int, key_mask: Tensor | None,
+                 position_ids: Tensor, prompt: Tensor):
+        super().__init__(model, config, mask_token_id, key_mask, position_ids, prompt)
+        self.dual = config.cache == "dual"
+        self.cache = self._make_cache(len(position_ids), grows=False)
+        self.began = torch.full((len(position_ids),), -1)  # on the CPU: the block that each row is kept for
+
+    def _hidden(self, asked: Asked) -> Tensor:
+        start, end = self.step.columns
+        begins = self.began[asked.numbers] != start
+        self.began[asked.numbers] = start
+        sources = torch.where(asked.valid, self.source[asked.rows].gather(1, asked.index), start)
+        hidden = self.model.head_weight.new_empty(*asked.index.shape, self.model.head_weight.shape[1])
+        # Rows that begin later than others are computed apart, so that a row's tokens do not depend on the others.
+        for some, window in ((begins, slice(0, self.position_ids.shape[1])),
+                             (~begins, slice(start, end if self.dual else self.position_ids.shape[1]))):
+            some = some.nonzero().squeeze(1).to(asked.rows.device, non_blocking=True)
+            if not len(some):
+                continue
+            these = asked.rows[some]
+            self.cache.start = window.start
+            self.cache.rows = None if len(these) == len(self.position_ids) else these
+            hidden[some] = self.forward(
+                self.step.tokens[these, window], position_ids=self.position_ids[these, window],
+                queries=(sources[some] - window.start).clamp(min=0), cache=self.cache,
+                attention_mask=None if self.key_mask is None else self.key_mask[these])
+            self.forwards += 1
+            self.row_forwards += len(these)
+        return hidden
+
+
+def previous_token(places: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Where the logits about each token of [B, L] are under right shift: at the token before it, skipping padding;
+    the first token's are at its own place."""
+    last_seen = places if key_mask is None else torch.where(key_mask, places, -1).cummax(1).values
+    before = torch.cat((last_seen.new_full((len(places), 1), -1), last_seen[:, :-1]), 1)
+    return torch.where(before < 0, places, before)

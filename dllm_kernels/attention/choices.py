@@ -1,0 +1,43 @@
+"""Which backend of attention is tried first, by machine and kind of call: data, each with its measurement.
+
+Kinds: "dense" (bidirectional_attention, masked or not), "decoding" (the same, at most 64 queries and more keys),
+"packed" (bidirectional_attention_varlen), "block_diffusion". `python -m benchmarks.attention_choices` measures what
+runs on a machine and prints lines to put here.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from dllm_kernels.dispatch import Backend
+
+
+class Choice(NamedTuple):
+    order: tuple[str, ...]  # backends, the first first; what is not named comes after them
+    source: str  # machine, versions, measurement
+
+
+ON_CPU = ("python -m benchmarks.attention_choices, AMD EPYC with AVX-512 (family 26), one thread, torch 2.13.0+cpu: "
+          "in fp32 sdpa is 1.4 to 23 times as fast as reference")
+UNMEASURED = "not measured: PyTorch's own first"
+CHOICES = {  # by machine ("cpu", "sm_90" and so on, or any "cuda") and kind
+    ("cpu", "dense"): Choice(("sdpa", "reference"), ON_CPU),
+    ("cpu", "decoding"): Choice(("sdpa", "reference"), ON_CPU),
+    ("cpu", "packed"): Choice(("sdpa", "reference"), ON_CPU),
+    ("cpu", "block_diffusion"): Choice(("sdpa", "reference"), ON_CPU),
+    ("cuda", "dense"): Choice(("sdpa", "triton", "reference"), UNMEASURED),
+    ("cuda", "decoding"): Choice(("sdpa", "triton", "cuda", "reference"), UNMEASURED),
+    ("cuda", "packed"): Choice(("sdpa", "triton", "flash_attn", "reference"), UNMEASURED),
+    ("cuda", "block_diffusion"): Choice(("sdpa", "triton", "reference"), UNMEASURED),
+}
+
+
+def preferred(kind: str, device: torch.device) -> Callable[[Backend], int]:
+    """A key to sort backends by: what a machine's own line says, else that of its type."""
+    machines = [device.type]
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        machines.insert(0, f"sm_{major}{minor}")
+    order = next((CHOICES[machine, kind].order for machine in machines if (machine, kind) in CHOICES), ())
+    return lambda backend: order.index(backend.name) if backend.name in order else len(order)
