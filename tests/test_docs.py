@@ -3,6 +3,7 @@
 A block after `<!-- network -->` names a model of the hub; the tiny model takes its place. Training stops after 2 steps.
 """
 
+import json
 import re
 import shlex
 import shutil
@@ -23,7 +24,7 @@ BLOCKS = list(BLOCK.finditer((ROOT / "README.md").read_text()))
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, model_folder) -> Path:
-    """A folder with what the README's commands name: my_model, my_code, data/data, configs."""
+    """A folder with what the README's commands name: models, code, data, configurations, samples, tasks."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(model_folder, folder / "my_model")
     shutil.copytree(ROOT / "configs", folder / "configs")
@@ -35,6 +36,11 @@ def place(tmp_path_factory, model_folder) -> Path:
     (folder / "my_code" / "example.py").write_text("def f(x):\n")
     (folder / "my_code" / "gap.py").write_text("def f(x):\n    <FILL>\n    return y\n")
     (folder / "my_code" / "data.jsonl").write_text('{"text": "x = 1\\n"}\n{"text": "y = 2\\n"}\n' * 200)
+    task = {"task_id": "HumanEval/0", "prompt": "def f():\n", "canonical_solution": "    return 1\n",
+            "entry_point": "f", "test": "def check(candidate):\n    assert candidate() == 1\n"}
+    (folder / "my_tasks").mkdir()
+    (folder / "my_tasks" / "HumanEval.jsonl").write_text(json.dumps(task))
+    (folder / "my_samples.jsonl").write_text('{"task_id": "HumanEval/0", "completion": "    return 1"}\n')
     return folder
 
 

@@ -20,9 +20,9 @@ import resource
 import select
 import signal
 import socket
+import stat
 import struct
 import sys
-import sysconfig
 import time
 from contextlib import suppress
 
@@ -30,7 +30,8 @@ NAMESPACES = {  # name -> flag of unshare(2)
     "user": 0x10000000, "mount": 0x00020000, "network": 0x40000000, "ipc": 0x08000000, "uts": 0x04000000,
     "pid": 0x20000000}
 NOBODY = 65534
-WORK = "/tmp"  # the program's folder where there is a mount namespace
+# The program's folder where there is a mount namespace; not one that Python is in.
+WORK = "/sandbox" if any(path.startswith("/tmp/") for path in (sys.prefix, sys.base_prefix)) else "/tmp"
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = (
     1, 2, 4, 8, 32, 4096, 16384, 1 << 18)
 _SYSTEM = ("/usr", "/lib", "/lib64", "/lib32", "/nix/store", "/etc/ld.so.cache", "/etc/localtime")
@@ -275,11 +276,11 @@ def become_nobody() -> None:
 def import_as_nobody() -> None:
     """Raises OSError if root cannot be given up, or if nobody cannot read this Python, as a program must."""
     become_nobody()
-    os.listdir(sysconfig.get_path("stdlib"))
+    os.listdir(os.path.dirname(os.__file__))
 
 
 def build_root() -> None:
-    """Move to a file system of its own: Python and the system's libraries, read-only, and an empty /tmp."""
+    """Move to a file system of its own: Python and the system's libraries, read-only, and a place for WORK."""
     call("mount", "none", "/", None, _MS_REC | _MS_PRIVATE, None)
     python = {os.path.realpath(path) for path in (sys.prefix, sys.base_prefix)} | {sys.prefix, sys.base_prefix}
     sources = {}  # opened before the new root covers where some of them may be
@@ -290,13 +291,28 @@ def build_root() -> None:
     root = next(path for path in ("/tmp", "/mnt", "/run", "/home") if os.path.isdir(path))
     call("mount", "none", root, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,mode=755")
     os.chdir(root)
+    try:
+        fill_root(sources)
+        call("pivot_root", ".", ".")
+    except OSError:
+        os.chdir("/")
+        call("umount2", root, 2)  # MNT_DETACH
+        raise
+    call("umount2", ".", 2)  # the old root, stacked on the new one
+    os.chdir("/")
+    call("mount", None, "/", None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | _MS_NODEV, None)
+    sys.path[:] = [path for path in sys.path if os.path.exists(path)]
+
+
+def fill_root(sources: dict[str, str | int]) -> None:
+    """Make each path below the current folder: a symbolic link, or the mounted file or folder of a descriptor."""
     for path, source in sources.items():
         target = path.lstrip("/")
         os.makedirs(os.path.dirname(target) or ".", 0o755, exist_ok=True)
         if isinstance(source, str):
             os.symlink(source, target)
             continue
-        if os.path.isdir(path) and f"/{target}" not in _DEVICES:
+        if stat.S_ISDIR(os.fstat(source).st_mode):
             os.makedirs(target, 0o755, exist_ok=True)
         else:
             os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o644))
@@ -306,11 +322,6 @@ def build_root() -> None:
             call("syscall", 442, -100, target, 0x8000, attributes, len(attributes))
         os.close(source)
     os.makedirs(WORK.lstrip("/"), 0o755, exist_ok=True)
-    call("pivot_root", ".", ".")
-    call("umount2", ".", 2)  # MNT_DETACH: the old root, stacked on the new one
-    os.chdir("/")
-    call("mount", None, "/", None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | _MS_NODEV, None)
-    sys.path[:] = [path for path in sys.path if os.path.exists(path)]
 
 
 def give_up_everything(layers: dict, limits: dict) -> None:
@@ -324,6 +335,7 @@ def give_up_everything(layers: dict, limits: dict) -> None:
         set_limit(resource.RLIMIT_NPROC, limits["threads"])
     if os.geteuid() == 0 and not layers["unprivileged user"]:
         become_nobody()
+    call("prctl", 1, signal.SIGKILL)  # again, for one that lives without the template's namespace
     call("prctl", 47, 4, 0, 0, 0)  # PR_CAP_AMBIENT, clear all
     no_new_privileges()
     call("capset", struct.pack("II", 0x20080522, 0), bytes(24))

@@ -99,7 +99,7 @@ def processes() -> dict[int, str]:
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             try:
-                command = Path(f"/proc/{entry}/cmdline").read_bytes().decode()
+                command = Path(f"/proc/{entry}/cmdline").read_bytes().decode(errors="replace")
             except OSError:
                 continue
             if "isolation.py" in command:
@@ -334,6 +334,30 @@ def test_the_error_is_told_in_one_line(full):
     assert full.run("while True: pass", 0.2).error == "not done in 0.2 s"
     assert full.run("import os; os._exit(3)", 4).error == "the process ended by itself, with exit code 3"
     assert full.run("import ctypes; ctypes.string_at(0)", 4).error == "the process was ended by SIGSEGV"
+
+
+def test_a_python_in_the_temporary_folder(tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    code = ("import sys\nsys.path.insert(0, sys.argv[1])\nfrom dllm.evaluators.sandbox import Sandbox\n"
+            "with Sandbox() as sandbox:\n"
+            "    assert sandbox.run('import csv, tempfile, sys\\ntempfile.TemporaryFile()', 10).passed\n")
+    subprocess.run([tmp_path / "venv" / "bin" / "python", "-c", code, str(ROOT)], check=True)
+
+
+def test_a_root_that_cannot_be_built_costs_one_layer_only(full, tmp_path):
+    """As in a container that forbids pivot_root: the folder of a program is then one of the owner's."""
+    need(full, *LAYERS)
+    folder = tmp_path / "evaluators"
+    shutil.copytree(Path(sandbox_module.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    template = (folder / "isolation.py").read_text()
+    assert 'call("pivot_root", ".", ".")' in template
+    (folder / "isolation.py").write_text(template.replace('call("pivot_root", ".", ".")', 'raise OSError("forbidden")'))
+    code = ("import sys\nsys.path.insert(0, sys.argv[1])\nfrom dllm.evaluators import sandbox\n"
+            "sandbox.__file__ = sys.argv[2]\nwith sandbox.Sandbox() as box:\n"
+            "    assert box.missing.pop('mount namespace') == 'forbidden'\n"
+            "    assert set(box.missing) <= {'mount namespace', 'unprivileged user'}, box.missing  # Python in /root\n"
+            "    assert box.run('open(\"x\", \"w\").close()', 10).passed\n")
+    subprocess.run([sys.executable, "-c", code, str(ROOT), str(folder / "sandbox.py")], check=True)
 
 
 def test_remove_folder_also_where_nobody_may_read(tmp_path):
