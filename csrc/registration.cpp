@@ -35,12 +35,13 @@ STABLE_TORCH_LIBRARY(dllm_kernels_native, m) {
       "decode_attention_cuda(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? cache_rows, int block_length, "
       "float scale, Tensor(a!) out) -> ()");
   // masked_cross_entropy.cpp. x [M, D] fp32, weight [V, D], the rest [M] fp32; softcap 0: none. The gradients are fp32;
-  // those of weight and bias are added to what is there, or (add false) that of weight replaces it.
+  // those of weight and bias are added to what is there, or (add false) that of weight replaces it. limit: rows whose logits
+  // in a tile of words are all below it are left out of the gradients, if their targets are elsewhere.
   m.def(
       "linear_cross_entropy_statistics_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor targets, float softcap, "
       "Tensor(a!) top, Tensor(b!) total, Tensor(c!) target_logit) -> ()");
   m.def(
       "linear_cross_entropy_gradients_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor targets, float softcap, "
-      "Tensor top, Tensor probability_scale, Tensor target_scale, Tensor(a!)? grad_x, Tensor(b!)? grad_weight, "
-      "Tensor(c!)? grad_bias, bool add) -> ()");
+      "Tensor top, Tensor probability_scale, Tensor target_scale, Tensor? limit, Tensor(a!)? grad_x, "
+      "Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, bool add) -> ()");
 }

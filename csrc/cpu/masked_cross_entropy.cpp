@@ -6,7 +6,8 @@
 //     statistics   z = w x;  top = max z, total = sum exp(z - top), and z at the target, kept per row
 //     gradients    z again;  g = probability_scale exp(z - top) - target_scale [target];  grad_x += g w, grad_w = g x
 // so a training step takes four products, and no more memory than the gradients. Threads share out the words; what they
-// find of a row is put together in their order, so results do not vary from run to run.
+// find of a row is put together in their order, so results do not vary from run to run. Where limits are given, 16 rows
+// whose z are below them in the whole tile, and whose targets are not in it, are left out of both gradients.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -81,8 +82,11 @@ DLLM_BY_WIDTH(find_statistics, (const Head& head, const Rows& rows, const float*
                                 Statistics& stats),
               (head, rows, x_turned, begin, end, stats))
 
+constexpr int64_t kGroup = 16;  // rows left out together: whole vectors, and whole tiles of a product
+
 struct Scales {
   const float *top, *probability, *target;  // [M] each
+  const float* limit = nullptr;             // [M]: below it a logit's gradient may be left out
 };
 
 struct Gradients {
@@ -92,6 +96,17 @@ struct Gradients {
   bool add_weight;  // to what is there
 };
 
+// Whether, of each group of `count` rows, a z [words, kBlock] reaches its row's limit, or a target lies in the tile.
+DLLM_INLINE void find_live_groups(const float* z, int64_t words, int64_t count, const float* limit, const int64_t* place,
+                                  bool* live) {
+  int32_t reached[kBlock];
+  for (int64_t n = 0; n < kBlock; ++n) reached[n] = n < count && place[n] >= 0 && place[n] < words;
+  for (int64_t v = 0; v < words; ++v)
+    for (int64_t n = 0; n < count; ++n) reached[n] |= !(z[v * kBlock + n] < limit[n]);  // a NaN is to be seen too
+  for (int64_t group = 0; group * kGroup < kBlock; ++group)
+    live[group] = std::any_of(reached + group * kGroup, reached + (group + 1) * kGroup, [](int32_t r) { return r != 0; });
+}
+
 template <int width>
 DLLM_INLINE void find_gradients_of_width(const Head& head, const Rows& rows, const Scales& scales, const float* x_turned,
                                          const float* x_panels, int64_t begin, int64_t end, const Gradients& out) {
@@ -100,11 +115,13 @@ DLLM_INLINE void find_gradients_of_width(const Head& head, const Rows& rows, con
   float* z = logits.get();
   float top[kBlock], scale[kBlock], target_scale[kBlock];
   int64_t place[kBlock];  // of the target in the tile
+  bool live[kBlock / kGroup];
+  std::fill(live, live + kBlock / kGroup, true);
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t first = tile * kWords, words = std::min(kWords, head.V - first);
     int64_t w_row;
     const float* w = dllm::read_words(head, first, words, staged.get(), &w_row);
-    if (out.x) dllm::pack<width>(w, w_row, 1, kWords, D, kWords, wide_D, w_panels.get());
+    bool packed = false, multiplied = false;
     for (int64_t row = 0; row < rows.M; row += kBlock) {
       const int64_t count = std::min(kBlock, rows.M - row), wide = std::min(kBlock, padded - row);
       dllm::logits_of_tile<width>(head, w, w_row, first, words, x_turned, row, wide, z);
@@ -117,43 +134,57 @@ DLLM_INLINE void find_gradients_of_width(const Head& head, const Rows& rows, con
         const float capped = head.softcap > 0 ? z[place[n] * kBlock + n] / head.softcap : 0;
         target_scale[n] = scales.target[row + n] * (1.0f - capped * capped);
       }
-      for (int64_t v = 0; v < words; ++v) {
-        float* here = z + v * kBlock;
-        if (head.softcap > 0) {
-          for (int64_t n = 0; n < wide; ++n) {
-            const float value = here[n] / head.softcap;
-            here[n] = scale[n] * exp_nonpositive(here[n] - top[n]) * (1.0f - value * value);
-          }
-        } else {
-          for (int64_t n = 0; n < wide; ++n) here[n] = scale[n] * exp_nonpositive(here[n] - top[n]);
-        }
-      }
-      std::fill(z + words * kBlock, z + kWords * kBlock, 0.0f);
-      for (int64_t v = 0; v < words; ++v) std::fill(z + v * kBlock + count, z + v * kBlock + wide, 0.0f);
-      for (int64_t n = 0; n < count; ++n)
-        if (place[n] >= 0 && place[n] < words) z[place[n] * kBlock + n] -= target_scale[n];
-      if (out.bias)
+      if (scales.limit) find_live_groups(z, words, count, scales.limit + row, place, live);
+      for (int64_t from = 0, end; from < wide; from = end + kGroup) {  // runs of live groups
+        end = from;
+        while (end < wide && live[end / kGroup]) end += kGroup;
+        if (end == from) continue;
+        const int64_t to = std::min(end, wide), there = std::min(count, to);
         for (int64_t v = 0; v < words; ++v) {
-          float sum = 0;
-          for (int64_t n = 0; n < count; ++n) sum += z[v * kBlock + n];
-          out.bias[first + v] += sum;
+          float* here = z + v * kBlock;
+          if (head.softcap > 0) {
+            for (int64_t n = from; n < to; ++n) {
+              const float value = here[n] / head.softcap;
+              here[n] = scale[n] * exp_nonpositive(here[n] - top[n]) * (1.0f - value * value);
+            }
+          } else {
+            for (int64_t n = from; n < to; ++n) here[n] = scale[n] * exp_nonpositive(here[n] - top[n]);
+          }
+          if (there < to) std::fill(here + there, here + to, 0.0f);
         }
-      if (out.x)
-        dllm::multiply<width>(z, 1, kBlock, wide, w_panels.get(), kWords, 0, kWords, wide_D, out.x + row * wide_D, wide_D,
-                              true);
-      if (out.weight)
-        dllm::multiply<width>(z, kBlock, 1, kWords, x_panels, padded, row, wide, wide_D, w_gradient.get(), wide_D, row > 0);
-    }
-    if (out.weight)
-      for (int64_t v = 0; v < words; ++v) {
-        const float* from = w_gradient.get() + v * wide_D;
-        float* to = out.weight + (first + v) * D;
-        if (out.add_weight) {
-          for (int64_t d = 0; d < D; ++d) to[d] += from[d];
-        } else {
-          std::memcpy(to, from, D * sizeof(float));
+        for (int64_t v = words; v < kWords; ++v) std::fill(z + v * kBlock + from, z + v * kBlock + to, 0.0f);
+        for (int64_t n = from; n < there; ++n)
+          if (place[n] >= 0 && place[n] < words) z[place[n] * kBlock + n] -= target_scale[n];
+        if (out.bias)
+          for (int64_t v = 0; v < words; ++v) {
+            float sum = 0;
+            for (int64_t n = from; n < there; ++n) sum += z[v * kBlock + n];
+            out.bias[first + v] += sum;
+          }
+        if (out.x) {
+          if (!packed) dllm::pack<width>(w, w_row, 1, kWords, D, kWords, wide_D, w_panels.get());
+          packed = true;
+          dllm::multiply<width>(z + from, 1, kBlock, to - from, w_panels.get(), kWords, 0, kWords, wide_D,
+                                out.x + (row + from) * wide_D, wide_D, true);
         }
+        if (out.weight)
+          dllm::multiply<width>(z + from, kBlock, 1, kWords, x_panels, padded, row + from, to - from, wide_D, w_gradient.get(),
+                                wide_D, multiplied);
+        multiplied = true;
       }
+    }
+    if (!out.weight || (!multiplied && out.add_weight)) continue;
+    for (int64_t v = 0; v < words; ++v) {
+      const float* from = w_gradient.get() + v * wide_D;
+      float* to = out.weight + (first + v) * D;
+      if (!multiplied) {
+        std::fill(to, to + D, 0.0f);
+      } else if (out.add_weight) {
+        for (int64_t d = 0; d < D; ++d) to[d] += from[d];
+      } else {
+        std::memcpy(to, from, D * sizeof(float));
+      }
+    }
   }
 }
 
@@ -214,7 +245,7 @@ void linear_statistics(const Tensor& x, const Tensor& weight, std::optional<Tens
 
 void linear_gradients(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, const Tensor& targets,
                       double softcap, const Tensor& top, const Tensor& probability_scale, const Tensor& target_scale,
-                      std::optional<Tensor> grad_x, std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias,
+                      std::optional<Tensor> limit, std::optional<Tensor> grad_x, std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias,
                       bool add) {
   const Head head = dllm::describe_head(weight, bias, softcap);
   const Rows rows = describe_rows(x, targets, head);
@@ -226,7 +257,7 @@ void linear_gradients(const Tensor& x, const Tensor& weight, std::optional<Tenso
   const auto out = [](std::optional<Tensor>& tensor) {
     return tensor ? static_cast<float*>(tensor->mutable_data_ptr()) : nullptr;
   };
-  const Scales scales{pointer(top), pointer(probability_scale), pointer(target_scale)};
+  const Scales scales{pointer(top), pointer(probability_scale), pointer(target_scale), limit ? pointer(*limit) : nullptr};
   Parts<Buffer> parts;
   torch::stable::parallel_for(0, (head.V + kWords - 1) / kWords, 1, [&](int64_t begin, int64_t end) {
     Buffer mine(grad_x ? padded * wide_D : 0);

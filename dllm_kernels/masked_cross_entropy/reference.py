@@ -10,7 +10,7 @@ gradients need the logits once more, a fourth product.
 import torch
 from torch import Tensor
 
-WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # of logits held at once
+WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # of logits held at once, unless the caller says
 
 
 def masked_cross_entropy(logits: Tensor, targets: Tensor, corrupted: Tensor, weights: Tensor | None, reduction: str,
@@ -20,12 +20,15 @@ def masked_cross_entropy(logits: Tensor, targets: Tensor, corrupted: Tensor, wei
 
 
 def linear_masked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, corrupted: Tensor, bias: Tensor | None,
-                                weights: Tensor | None, reduction: str, softcap: float | None,
-                                z_loss: float) -> Tensor:
-    """[N, D] hidden, [V, D] weight, [V] bias, flat targets, corrupted and weights [N]; [N] fp32 or a scalar."""
+                                weights: Tensor | None, reduction: str, softcap: float | None, z_loss: float,
+                                skip_below: float = 0.0, workspace_bytes: int | None = None) -> Tensor:
+    """[N, D] hidden, [V, D] weight, [V] bias, flat targets, corrupted and weights [N]; [N] fp32 or a scalar.
+
+    It skips nothing, whatever `skip_below` allows.
+    """
     now = reduction != "none" and torch.is_grad_enabled()  # inside an autograd.Function it is always off
     return _LinearMaskedCrossEntropy.apply(hidden, weight, bias, targets, corrupted, weights, reduction,
-                                           (softcap, z_loss), now)
+                                           (softcap, z_loss), workspace_bytes, now)
 
 
 class _MaskedCrossEntropy(torch.autograd.Function):
@@ -54,16 +57,18 @@ class _MaskedCrossEntropy(torch.autograd.Function):
 
 class _LinearMaskedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, corrupted, weights, reduction, form, gradients_now):
+    def forward(ctx, hidden, weight, bias, targets, corrupted, weights, reduction, form, workspace_bytes,
+                gradients_now):
         with torch.autocast(hidden.device.type, enabled=False):
             rows, scale, compute = _plan(hidden, corrupted, weights, reduction)
             wanted = ctx.needs_input_grad[:3] if gradients_now else (False,) * 3
-            loss, *gradients = _linear(hidden, weight, bias, targets, rows, scale.to(compute), form, wanted)
+            loss, *gradients = _linear(hidden, weight, bias, targets, rows, scale.to(compute), form,
+                                       workspace_bytes, wanted)
             if reduction == "none":
                 ctx.save_for_backward(hidden, weight, bias, targets, rows, scale)
             else:
                 ctx.save_for_backward(*gradients)
-            ctx.reduction, ctx.form = reduction, form
+            ctx.reduction, ctx.form, ctx.workspace_bytes = reduction, form, workspace_bytes
             ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
             return _reduce(loss, scale, rows, len(hidden), reduction)
 
@@ -74,11 +79,12 @@ class _LinearMaskedCrossEntropy(torch.autograd.Function):
             hidden, weight, bias, targets, rows, scale = ctx.saved_tensors
             with torch.autocast(hidden.device.type, enabled=False):
                 scale = scale * grad[rows]
-                gradients = _linear(hidden, weight, bias, targets, rows, scale, ctx.form, ctx.needs_input_grad[:3])[1:]
+                gradients = _linear(hidden, weight, bias, targets, rows, scale, ctx.form, ctx.workspace_bytes,
+                                    ctx.needs_input_grad[:3])[1:]
         else:
             gradients = [None if saved is None else saved * grad for saved in ctx.saved_tensors]
         gradients = [None if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
-        return *gradients, None, None, None, None, None, None
+        return *gradients, None, None, None, None, None, None, None
 
 
 def refuse_second_derivative() -> None:
@@ -102,14 +108,16 @@ def _reduce(loss: Tensor, scale: Tensor, rows: Tensor, count: int, reduction: st
     return (loss * scale).sum()
 
 
-def _chunks(rows: Tensor, width: int) -> list[slice]:
+def _chunks(rows: Tensor, width: int, workspace_bytes: int | None = None) -> list[slice]:
     """The rows in slices whose logits, `width` of 4 bytes each, fit the workspace."""
-    size = max(1, WORKSPACE_BYTES.get(rows.device.type, 1 << 30) // (4 * max(width, 1)))
+    if workspace_bytes is None:
+        workspace_bytes = WORKSPACE_BYTES.get(rows.device.type, 1 << 30)
+    size = max(1, workspace_bytes // (4 * max(width, 1)))
     return [slice(start, start + size) for start in range(0, len(rows), size)]
 
 
 def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, scale: Tensor, form,
-            wanted):
+            workspace_bytes: int | None, wanted):
     """loss [M] of the rows, and the gradients of sum(scale * loss) for hidden, weight and bias, where wanted."""
     compute, V = scale.dtype, len(weight)
     x, w = hidden[rows].to(compute), weight.to(compute)
@@ -118,7 +126,7 @@ def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
     grad_x = torch.empty_like(x) if wanted[0] else None
     grad_w = torch.zeros_like(w) if wanted[1] else None
     grad_b = torch.zeros(V, dtype=compute, device=w.device) if wanted[2] else None
-    chunks = _chunks(rows, V)
+    chunks = _chunks(rows, V, workspace_bytes)
     buffer = torch.empty(min(len(rows), chunks[0].stop if chunks else 0), V, dtype=compute, device=w.device)
     for chunk in chunks:
         target = targets[rows[chunk]]

@@ -11,10 +11,13 @@ all N rows; half a batch is typically not corrupted, which by estimate costs mor
 Hence all four products (z; in the backward z again, grad_hidden, grad_weight) are kernels of this file.
 
 The forward stores three numbers per row and share of the vocabulary. The backward stores the gradient g of z, in the
-inputs' dtype, for as many rows as WORKSPACE_BYTES hold, then multiplies it from both sides: computing z within each of
+inputs' dtype, for as many rows as the workspace holds, then multiplies it from both sides: computing z within each of
 the two products would need no workspace but a fifth product, and in grad_hidden one per tile of D. Nothing is added
-atomically: the same inputs give the same bits. A target outside [0, V) picks no logit: its loss is lse.
+atomically: the same inputs give the same bits. With skip_below, "gradient" says of each of its tiles whether it wrote
+g, and the products run over the lists of those it did: a branch in their loops would end the pipelining of their loads.
 """
+
+import math
 
 import torch
 import triton
@@ -22,8 +25,17 @@ import triton.language as tl
 from torch import Tensor
 
 from dllm_kernels.masked_cross_entropy.reference import refuse_second_derivative
+from dllm_kernels.masked_cross_entropy.rows import (
+    FromLogits,
+    Passes,
+    probability_scale,
+    row_loss,
+    row_scale,
+    with_rows_contiguous,
+)
+from dllm_kernels.triton_head import logits_of_tile
 
-WORKSPACE_BYTES = 1 << 30  # of gradients with respect to the logits held at once, in the backward
+WORKSPACE_BYTES = 1 << 30  # unless the caller says: of gradients of the logits held at once, in the backward
 GROUP = 16  # row tiles that share words in the cache
 SPLITS, PROGRAMS = 32, 512  # shares of the vocabulary: so many, or more for few rows, until there are so many programs
 
@@ -40,22 +52,30 @@ TILES = {
         "grad_hidden": {"ROWS": 64, "COLUMNS": 64, "INNER": 32, "num_warps": 4, "num_stages": 3},
         "grad_weight": {"WORDS": 64, "COLUMNS": 64, "INNER": 32, "num_warps": 8, "num_stages": 5}},
 }
+# With skip_below: the list of tiles is one more load to wait for; in fp32, INNER 32 spills on sm_80.
+LISTED = {2: {"grad_hidden": {"num_stages": 5}, "grad_weight": {}},
+          4: {"grad_hidden": {"num_stages": 5}, "grad_weight": {"INNER": 16}}}
 GRAD_BIAS = {"ROWS": 32, "WORDS": 64, "num_warps": 4}  # divides the tiles of "gradient" too
 ROW = {"WORDS": 4096, "num_warps": 8}  # of the kernels that read logits
 
 
 def masked_cross_entropy(logits: Tensor, targets: Tensor, corrupted: Tensor, weights: Tensor | None, reduction: str,
                          softcap: float | None = None, z_loss: float = 0.0) -> Tensor:
-    """As `reference.masked_cross_entropy`."""
-    return _MaskedCrossEntropy.apply(logits, targets, corrupted, weights, reduction, _float(softcap), z_loss)
+    """As `reference.masked_cross_entropy`; a target out of range makes the loss NaN."""
+    return FromLogits.apply(logits, targets, corrupted, weights, reduction, _float(softcap), z_loss,
+                            Passes(_row_statistics, _row_gradients))
 
 
 def linear_masked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, corrupted: Tensor, bias: Tensor | None,
                                 weights: Tensor | None, reduction: str, softcap: float | None = None,
-                                z_loss: float = 0.0) -> Tensor:
-    """As `reference.linear_masked_cross_entropy`; hidden and weight of different dtypes are multiplied in the wider."""
+                                z_loss: float = 0.0, skip_below: float = 0.0,
+                                workspace_bytes: int | None = None) -> Tensor:
+    """As `reference.linear_masked_cross_entropy`; hidden and weight of different dtypes are multiplied in the wider.
+
+    A target out of range makes the loss NaN. What `skip_below` skips are the tiles of "gradient" in TILES.
+    """
     return _LinearMaskedCrossEntropy.apply(hidden, weight, bias, targets, corrupted, weights, reduction,
-                                           _float(softcap), z_loss)
+                                           _float(softcap), z_loss, skip_below, workspace_bytes)
 
 
 def _float(softcap):  # an int would be another kernel, and 1 a third
@@ -90,7 +110,8 @@ def _row_statistics_kernel(tops, totals, target_logits, logits, targets, corrupt
         top = new_top
     tl.store(tops + n, top)
     tl.store(totals + n, total)
-    tl.store(target_logits + n, target_logit)
+    # Out of range, no logit has been picked, and the loss is to show it.
+    tl.store(target_logits + n, tl.where((target >= 0) & (target < V), target_logit, float("nan")))
 
 
 @triton.jit
@@ -120,22 +141,6 @@ def _gradient(z, is_target, top, probability_scale, target_scale, softcap):
 
 
 @triton.jit
-def _logits(x, weight, bias, first, weight_stride, V, D, WORDS: tl.constexpr, INNER: tl.constexpr):
-    """[rows, WORDS] fp32 logits of rows that start at pointers x, from word `first`; arbitrary beyond V."""
-    weight += tl.cast(first, tl.int64) * weight_stride  # in 64 bits once: offsets within a tile fit 32
-    v = tl.minimum(tl.arange(0, WORDS), V - 1 - first)
-    z = tl.zeros((x.shape[0], WORDS), tl.float32)
-    for start in range(0, D, INNER):
-        d = start + tl.arange(0, INNER)
-        a = tl.load(x[:, None] + d[None, :], mask=d[None, :] < D, other=0.0)
-        b = tl.load(weight + (v[None, :] * weight_stride + d[:, None]), mask=d[:, None] < D, other=0.0)
-        z = tl.dot(a, b, z, input_precision="ieee")
-    if bias is not None:
-        z += tl.load(bias + first + v).to(tl.float32)[None, :]
-    return z
-
-
-@triton.jit
 def _statistics_kernel(tops, totals, target_logits, hidden, weight, bias, targets, rows, count, hidden_stride,
                        weight_stride, softcap, N, V, D, group, splits, span, ROWS: tl.constexpr, WORDS: tl.constexpr,
                        INNER: tl.constexpr):
@@ -155,7 +160,7 @@ def _statistics_kernel(tops, totals, target_logits, hidden, weight, bias, target
     target_logit = tl.zeros((ROWS,), tl.float32)
     for start in range(split * span, tl.minimum((split + 1) * span, V), WORDS):
         v = start + tl.arange(0, WORDS)
-        z = _logits(x, weight, bias, start, weight_stride, V, D, WORDS, INNER)
+        z = logits_of_tile(x, weight, bias, start, weight_stride, V, D, WORDS, INNER)
         if softcap is not None:
             z = _soft_cap(z, softcap)
         is_word = v[None, :] < V
@@ -171,10 +176,14 @@ def _statistics_kernel(tops, totals, target_logits, hidden, weight, bias, target
 
 
 @triton.jit
-def _gradient_kernel(g, hidden, weight, bias, targets, rows, count, tops, probability_scale, target_scale,
-                     hidden_stride, weight_stride, softcap, start, row_tiles, width, V, D, ROWS: tl.constexpr,
-                     WORDS: tl.constexpr, INNER: tl.constexpr):
-    """Write g [rows from `start`, width] for the live rows and, with zeros, for the rest of their tiles."""
+def _gradient_kernel(g, written, hidden, weight, bias, targets, rows, count, tops, limits, probability_scale,
+                     target_scale, hidden_stride, weight_stride, softcap, start, row_tiles, width, V, D,
+                     ROWS: tl.constexpr, WORDS: tl.constexpr, INNER: tl.constexpr):
+    """Write g [rows from `start`, width] for the live rows and, with zeros, for the rest of their tiles.
+
+    Given limits, write a tile only if a logit in it reaches its row's limit or is that of a target, and then set
+    written [word tiles, row_tiles].
+    """
     program = tl.program_id(0)
     tile, words = program % row_tiles, program // row_tiles  # a chunk's rows stay in the cache, the words pass by once
     live = tl.load(count).to(tl.int32) - start
@@ -184,8 +193,19 @@ def _gradient_kernel(g, hidden, weight, bias, targets, rows, count, tops, probab
     is_live = i < live
     x = hidden + tl.load(rows + start + tl.minimum(i, live - 1)) * hidden_stride
     v = words * WORDS + tl.arange(0, WORDS)
-    z = _logits(x, weight, bias, words * WORDS, weight_stride, V, D, WORDS, INNER)
+    z = logits_of_tile(x, weight, bias, words * WORDS, weight_stride, V, D, WORDS, INNER)
     target = tl.load(targets + start + i, mask=is_live, other=-1)
+    if limits is not None:
+        limit = tl.load(limits + start + i, mask=is_live, other=float("inf"))
+        capped = z
+        if softcap is not None:
+            capped = _soft_cap(z, softcap)
+        # Not >=: a NaN is to be seen too.
+        needed = (((capped < limit[:, None]) == 0) & is_live[:, None]) | (v[None, :] == target[:, None])
+        needed = tl.max(tl.max((needed & (v[None, :] < V)).to(tl.int32), 1), 0)
+        if needed == 0:
+            return
+        tl.store(written + words * row_tiles + tile, 1)
     top = tl.load(tops + start + i, mask=is_live, other=0.0)
     p_scale = tl.load(probability_scale + start + i, mask=is_live, other=0.0)
     t_scale = tl.load(target_scale + start + i, mask=is_live, other=0.0)
@@ -195,9 +215,11 @@ def _gradient_kernel(g, hidden, weight, bias, targets, rows, count, tops, probab
 
 
 @triton.jit
-def _grad_hidden_kernel(grad_hidden, g, weight, rows, count, unit, weight_stride, start, row_tiles, width, V, D,
-                        ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr):
-    """grad_hidden[rows from `start`] = unit * g @ weight."""
+def _grad_hidden_kernel(grad_hidden, g, weight, rows, count, unit, tiles, tile_counts, weight_stride, start, row_tiles,
+                        width, V, D, TILE_ROWS: tl.constexpr, TILE_WORDS: tl.constexpr, ROWS: tl.constexpr,
+                        COLUMNS: tl.constexpr, INNER: tl.constexpr):
+    """grad_hidden[rows from `start`] = unit * g @ weight, over the words of the first tile_counts[tile of rows] of
+    tiles [tiles of rows, tiles of words], or all words."""
     program = tl.program_id(0)
     tile, columns = program % row_tiles, program // row_tiles
     live = tl.load(count).to(tl.int32) - start
@@ -208,7 +230,15 @@ def _grad_hidden_kernel(grad_hidden, g, weight, rows, count, unit, weight_stride
     out = tl.zeros((ROWS, COLUMNS), tl.float32)
     v = tl.arange(0, INNER)
     g += i.to(tl.int64)[:, None] * width + v[None, :]
-    for first in range(0, V, INNER):
+    end = V
+    if tiles is not None:
+        tile_row = tile * ROWS // TILE_ROWS
+        end = tl.load(tile_counts + tile_row) * TILE_WORDS
+        tiles += tile_row * (width // TILE_WORDS)
+    for at in range(0, end, INNER):
+        first = at
+        if tiles is not None:
+            first = tl.multiple_of(tl.load(tiles + at // TILE_WORDS) * TILE_WORDS + at % TILE_WORDS, INNER)
         a = tl.load(g + first)
         b = tl.load(weight + tl.cast(first, tl.int64) * weight_stride + (v[:, None] * weight_stride + d[None, :]),
                     mask=(v[:, None] < V - first) & (d[None, :] < D), other=0.0)
@@ -219,9 +249,11 @@ def _grad_hidden_kernel(grad_hidden, g, weight, rows, count, unit, weight_stride
 
 
 @triton.jit
-def _grad_weight_kernel(grad_weight, g, hidden, rows, count, hidden_stride, start, size, column_tiles, width, V, D,
+def _grad_weight_kernel(grad_weight, g, hidden, rows, count, tiles, tile_counts, hidden_stride, start, size,
+                        column_tiles, width, V, D, TILE_ROWS: tl.constexpr, TILE_WORDS: tl.constexpr,
                         WORDS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr):
-    """grad_weight += g.T @ hidden[rows from `start`], of at most `size` rows."""
+    """grad_weight += g.T @ hidden[rows from `start`], of at most `size` rows: those in the first
+    tile_counts[tile of words] of tiles [tiles of words, tiles of rows], or all that are live."""
     program = tl.program_id(0)
     words, columns = program // column_tiles, program % column_tiles
     live = tl.minimum(tl.load(count).to(tl.int32) - start, size)
@@ -233,7 +265,15 @@ def _grad_weight_kernel(grad_weight, g, hidden, rows, count, hidden_stride, star
     at = grad_weight + v.to(tl.int64)[:, None] * D + d[None, :]
     mask = (v[:, None] < V) & (d[None, :] < D)
     out = tl.load(at, mask=mask, other=0.0)
-    for first in range(0, live, INNER):
+    end = live
+    if tiles is not None:
+        tile_row = words * WORDS // TILE_WORDS
+        end = tl.load(tile_counts + tile_row) * TILE_ROWS
+        tiles += tile_row * (size // TILE_ROWS)
+    for place in range(0, end, INNER):
+        first = place
+        if tiles is not None:
+            first = tl.multiple_of(tl.load(tiles + place // TILE_ROWS) * TILE_ROWS + place % TILE_ROWS, INNER)
         row = tl.load(rows + start + tl.minimum(first + i, live - 1))  # past live g is zero
         a = tl.load(g + tl.cast(first, tl.int64) * width + (i[None, :] * width + v[:, None]))
         b = tl.load(hidden + row[:, None] * hidden_stride + d[None, :], mask=d[None, :] < D, other=0.0)
@@ -242,8 +282,9 @@ def _grad_weight_kernel(grad_weight, g, hidden, rows, count, hidden_stride, star
 
 
 @triton.jit
-def _grad_bias_kernel(grad_bias, g, count, start, size, width, V, ROWS: tl.constexpr, WORDS: tl.constexpr):
-    """grad_bias += the sum over the rows of g."""
+def _grad_bias_kernel(grad_bias, g, count, written, start, size, width, V, TILE_ROWS: tl.constexpr,
+                      TILE_WORDS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr):
+    """grad_bias += the sum over the rows of g, of the tiles that are written."""
     v = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
     live = tl.minimum(tl.load(count).to(tl.int32) - start, size)
     if live <= 0:
@@ -251,79 +292,73 @@ def _grad_bias_kernel(grad_bias, g, count, start, size, width, V, ROWS: tl.const
     out = tl.load(grad_bias + v, mask=v < V, other=0.0)
     for first in range(0, live, ROWS):
         i = first + tl.arange(0, ROWS)
-        out += tl.sum(tl.load(g + i.to(tl.int64)[:, None] * width + v[None, :]).to(tl.float32), 0)
+        is_written = 1
+        if written is not None:
+            column = tl.program_id(0) * WORDS // TILE_WORDS
+            is_written = tl.load(written + column * (size // TILE_ROWS) + first // TILE_ROWS)
+        if is_written != 0:
+            out += tl.sum(tl.load(g + i.to(tl.int64)[:, None] * width + v[None, :]).to(tl.float32), 0)
     tl.store(grad_bias + v, out, mask=v < V)
 
 
-class _MaskedCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, targets, corrupted, weights, reduction, softcap, z_loss):
-        N, V = logits.shape
-        targets = _narrow(targets, V)
-        scale = _scale(corrupted, corrupted, weights, reduction)
-        top, total, target_logit = _statistics_of(N, logits)
-        if N:
-            x = _readable(logits)
-            with torch.cuda.device_of(x):
-                _row_statistics_kernel[(N,)](top, total, target_logit, x, targets, corrupted, x.stride(0), softcap, V,
-                                             **ROW)
-        ctx.save_for_backward(logits, targets, corrupted, scale, top, total)
-        ctx.softcap, ctx.z_loss = softcap, z_loss
-        loss = _loss(top, total, target_logit, scale, z_loss)
-        return loss if reduction == "none" else loss.sum()
+def _row_statistics(logits, targets, corrupted, softcap):
+    N, V = logits.shape
+    statistics = _statistics_of(N, logits)
+    if N:
+        with torch.cuda.device_of(logits):
+            _row_statistics_kernel[(N,)](*statistics, logits, _narrow(targets, V), corrupted, logits.stride(0), softcap,
+                                         V, **ROW)
+    return statistics
 
-    @staticmethod
-    def backward(ctx, grad):
-        refuse_second_derivative()
-        logits, targets, corrupted, scale, top, total = ctx.saved_tensors
-        N, V = logits.shape
-        probability_scale, target_scale = _gradient_scales(corrupted, scale, grad, top, total, ctx.z_loss)
-        out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        if N:
-            x = _readable(logits)
-            with torch.cuda.device_of(x):
-                _row_gradient_kernel[(N,)](out, x, targets, corrupted, top, probability_scale, target_scale,
-                                           x.stride(0), ctx.softcap, V, **ROW)
-        return out, None, None, None, None, None, None
+
+def _row_gradients(logits, targets, corrupted, softcap, *scales):
+    N, V = logits.shape
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    if N:
+        with torch.cuda.device_of(logits):
+            _row_gradient_kernel[(N,)](out, logits, _narrow(targets, V), corrupted, *scales, logits.stride(0), softcap,
+                                       V, **ROW)
+    return out
 
 
 class _LinearMaskedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, corrupted, weights, reduction, softcap, z_loss):
-        N = len(hidden)
+    def forward(ctx, hidden, weight, bias, targets, corrupted, weights, reduction, softcap, z_loss, skip_below,
+                workspace_bytes):
+        N, V = len(hidden), len(weight)
         count = corrupted.sum()
         rows = corrupted.byte().argsort(descending=True, stable=True)
         live = torch.arange(N, device=rows.device) < count
-        targets = _narrow(targets[rows], len(weight))
-        scale = _scale(corrupted, live, None if weights is None else weights[rows], reduction)
-        statistics = _statistics(hidden, weight, bias, targets, rows, count, softcap)
-        top = statistics[0].amax(0)
-        total = (statistics[1] * (statistics[0] - top).exp()).sum(0)
+        targets = _narrow(targets[rows], V)
+        scale = row_scale(live, None if weights is None else weights[rows], count if reduction == "mean" else None)
+        tops, totals, target_logits = _statistics(hidden, weight, bias, targets, rows, count, softcap)
+        top = tops.amax(0)
+        total = (totals * (tops - top).exp()).sum(0)
+        # Out of range, no logit has been picked, and the loss is to show it.
+        target_logit = torch.where(live & ((targets < 0) | (targets >= V)), torch.nan, target_logits.sum(0))
         ctx.save_for_backward(hidden, weight, bias, targets, rows, count, live, scale, top, total)
-        ctx.softcap, ctx.z_loss = softcap, z_loss
-        loss = _loss(top, total, statistics[2].sum(0), scale, z_loss)
         ctx.scattered = reduction == "none"
+        ctx.settings = softcap, z_loss, skip_below, workspace_bytes
+        loss = row_loss(top, total, target_logit, scale, z_loss)
         return torch.zeros_like(loss).scatter_(0, rows, loss) if ctx.scattered else loss.sum()
 
     @staticmethod
     def backward(ctx, grad):
         refuse_second_derivative()
         hidden, weight, bias, targets, rows, count, live, scale, top, total = ctx.saved_tensors
-        scales = _gradient_scales(live, scale, grad[rows] if ctx.scattered else grad, top, total, ctx.z_loss)
-        gradients = _gradients(hidden, weight, bias, targets, rows, count, top, *scales, ctx.softcap,
+        softcap, z_loss, skip_below, workspace_bytes = ctx.settings
+        scale = torch.where(live, scale * (grad[rows] if ctx.scattered else grad), 0.0)
+        limit = top + total.log() + math.log(skip_below) if skip_below else None
+        gradients = _gradients(hidden, weight, bias, targets, rows, count, top, limit,
+                               probability_scale(scale, top, total, z_loss), scale, softcap,
+                               WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes,
                                ctx.needs_input_grad[:3])
-        return *gradients, None, None, None, None, None, None
+        return *gradients, *(None,) * 8
 
 
 def _narrow(targets: Tensor, V: int) -> Tensor:
     """The targets in 32 bits; those out of range stay so."""
     return targets.clamp(-1, V).int()
-
-
-def _scale(corrupted, live, weights, reduction):
-    """What the loss of each row is multiplied by, [N] fp32, 0 where not live."""
-    scale = live.float() if weights is None else torch.where(live, weights.float(), 0.0)
-    return scale / corrupted.sum().clamp(min=1) if reduction == "mean" else scale
 
 
 def _statistics_of(shape, like):
@@ -332,24 +367,9 @@ def _statistics_of(shape, like):
     return top, torch.ones_like(top), target_logit
 
 
-def _loss(top, total, target_logit, scale, z_loss):
-    loss = total.log() + (top - target_logit)
-    return scale * (loss + z_loss * (top + total.log())**2 if z_loss else loss)
-
-
-def _gradient_scales(live, scale, grad, top, total, z_loss):
-    """What the exponentials and the one-hot targets of each row are multiplied by in the gradient, [N] fp32 each."""
-    scale = torch.where(live, scale * grad, 0.0)
-    return scale * (1 + 2 * z_loss * (top + total.log())) / total if z_loss else scale / total, scale
-
-
-def _readable(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _operands(hidden, weight):
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    return _readable(hidden.to(dtype)), _readable(weight.to(dtype)), TILES[dtype.itemsize]
+    return with_rows_contiguous(hidden.to(dtype)), with_rows_contiguous(weight.to(dtype)), TILES[dtype.itemsize]
 
 
 def _statistics(hidden, weight, bias, targets, rows, count, softcap):
@@ -371,7 +391,8 @@ def _statistics(hidden, weight, bias, targets, rows, count, softcap):
     return statistics
 
 
-def _gradients(hidden, weight, bias, targets, rows, count, top, probability_scale, target_scale, softcap, wanted):
+def _gradients(hidden, weight, bias, targets, rows, count, top, limit, probability_scale, target_scale, softcap,
+               workspace_bytes, wanted):
     """The gradients for hidden, weight and bias, where wanted."""
     (N, D), V = hidden.shape, len(weight)
     x, w, tiles = _operands(hidden, weight)
@@ -383,30 +404,47 @@ def _gradients(hidden, weight, bias, targets, rows, count, top, probability_scal
         unit = target_scale.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
         scales = probability_scale / unit, target_scale / unit
         outer = tiles["gradient"]
-        width = -(-V // outer["WORDS"]) * outer["WORDS"]
-        fitting = max(1, WORKSPACE_BYTES // (width * x.element_size() * outer["ROWS"]))
+        if limit is not None:
+            tiles = {name: tiles[name] | changes for name, changes in LISTED[x.element_size()].items()}
+        word_tiles = -(-V // outer["WORDS"])
+        width = word_tiles * outer["WORDS"]
+        fitting = max(1, workspace_bytes // (width * x.element_size() * outer["ROWS"]))
         row_tiles = min(-(-N // outer["ROWS"]), fitting)
         size = row_tiles * outer["ROWS"]
         g = torch.empty(size, width, dtype=x.dtype, device=x.device)
-        strides = x.stride(0), w.stride(0)
+        strides, tile = (x.stride(0), w.stride(0)), {"TILE_ROWS": outer["ROWS"], "TILE_WORDS": outer["WORDS"]}
         with torch.cuda.device_of(x):
             for start in range(0, N, size):
-                _gradient_kernel[(row_tiles * width // outer["WORDS"],)](
-                    g, x, w, bias, targets, rows, count, top, *scales, *strides, softcap, start, row_tiles, width, V, D,
-                    **outer)
+                written = None
+                if limit is not None:
+                    written = torch.zeros(word_tiles, row_tiles, dtype=torch.int8, device=x.device)
+                _gradient_kernel[(row_tiles * word_tiles,)](
+                    g, written, x, w, bias, targets, rows, count, top, limit, *scales, *strides, softcap, start,
+                    row_tiles, width, V, D, **outer)
                 if wanted[0]:
                     inner = tiles["grad_hidden"]
                     tall, wide = size // inner["ROWS"], -(-D // inner["COLUMNS"])
-                    _grad_hidden_kernel[(tall * wide,)](grad_hidden, g, w, rows, count, unit, strides[1], start, tall,
-                                                        width, V, D, **inner)
+                    _grad_hidden_kernel[(tall * wide,)](
+                        grad_hidden, g, w, rows, count, unit, *_list_written(written, 0), strides[1], start, tall,
+                        width, V, D, **tile, **inner)
                 if wanted[1]:
                     inner = tiles["grad_weight"]
                     tall, wide = width // inner["WORDS"], -(-D // inner["COLUMNS"])
-                    _grad_weight_kernel[(tall * wide,)](grad_weight, g, x, rows, count, strides[0], start, size, wide,
-                                                        width, V, D, **inner)
+                    _grad_weight_kernel[(tall * wide,)](
+                        grad_weight, g, x, rows, count, *_list_written(written, 1), strides[0], start, size, wide,
+                        width, V, D, **tile, **inner)
                 if wanted[2]:
-                    _grad_bias_kernel[(width // GRAD_BIAS["WORDS"],)](grad_bias, g, count, start, size, width, V,
-                                                                      **GRAD_BIAS)
+                    _grad_bias_kernel[(width // GRAD_BIAS["WORDS"],)](
+                        grad_bias, g, count, written, start, size, width, V, **tile, **GRAD_BIAS)
         grad_weight, grad_bias = (None if x is None else x.mul_(unit) for x in (grad_weight, grad_bias))
     return (grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype))
+
+
+def _list_written(written, dimension):
+    """Of each row or column of `written`, the places of the tiles that are, first, and how many they are."""
+    if written is None:
+        return None, None
+    places = written.T if dimension == 0 else written
+    return (places.argsort(dim=1, descending=True, stable=True).int().contiguous(),
+            places.sum(1, dtype=torch.int32))

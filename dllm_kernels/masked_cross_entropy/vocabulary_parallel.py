@@ -13,8 +13,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def count_words(weight: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """How many words each process holds, int64, the same in each."""
+    sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=weight.device)
+    sizes[dist.get_rank(group)] = len(weight)
+    dist.all_reduce(sizes, group=group)
+    return sizes
+
+
 def combine(slice_loss: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, weight: Tensor, targets: Tensor,
-            corrupted: Tensor, bias: Tensor | None, softcap: float | None,
+            corrupted: Tensor, bias: Tensor | None, softcap: float | None, sizes: Tensor,
             group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """nll and logsumexp [N] over the words of all processes, the same in each, 0 where not corrupted.
 
@@ -22,12 +30,10 @@ def combine(slice_loss: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, weig
         slice_loss: (hidden, targets within this slice) -> nll [N] over this slice's words, 0 where not corrupted.
         hidden: [N, D], the same in every process; its gradient is the whole one in each.
         weight, bias: [Vr, D] and [Vr], the words of this process, which follow those of the process before it.
-        targets: [N] int64 in [0, sum of Vr).
+        targets: [N] int64 in [0, sum of Vr); out of it, nll is NaN.
+        sizes: Vr of all processes, from `count_words`.
     """
     hidden = _SumGradients.apply(hidden, group)
-    sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=targets.device)
-    sizes[dist.get_rank(group)] = len(weight)
-    dist.all_reduce(sizes, group=group)
     place = targets - sizes[:dist.get_rank(group)].sum()
     mine = corrupted & (place >= 0) & (place < len(weight))
     own_target = torch.where(mine, place, 0)
@@ -43,6 +49,7 @@ def combine(slice_loss: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, weig
     dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
     total = _Sum.apply((lse_of_slice - top).exp(), group)
     target_logit = _Sum.apply(torch.where(mine, z, 0), group)
+    target_logit = torch.where((targets >= 0) & (targets < sizes.sum()), target_logit, torch.nan)
     lse = torch.where(corrupted, top + total.log(), 0)
     return torch.where(corrupted, total.log() + (top - target_logit), 0), lse
 

@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dllm_kernels.triton_head import logits_of_tile
 from dllm_kernels.triton_support import missing, refuses
 
 __all__ = ["commit", "find_rows", "linear_score_rows", "missing", "philox_uniform", "refuses", "score_rows"]
@@ -311,22 +312,6 @@ def _multiply(hidden, weight, bias, first, weight_stride, V, D, WORDS: tl.conste
     return z
 
 
-@triton.jit
-def _logits(hidden, weight, bias, first, weight_stride, V, D, WORDS: tl.constexpr, INNER: tl.constexpr):
-    """Logits [rows, WORDS] in fp32 of the words from `first`, for rows at the pointers hidden [rows]."""
-    v = tl.minimum(tl.arange(0, WORDS), V - 1 - first)
-    weight += tl.cast(first, tl.int64) * weight_stride
-    z = tl.zeros((hidden.shape[0], WORDS), tl.float32)
-    for start in range(0, D, INNER):
-        d = start + tl.arange(0, INNER)
-        a = tl.load(hidden[:, None] + d[None, :], mask=d[None, :] < D, other=0.0)
-        b = tl.load(weight + (v[None, :] * weight_stride + d[:, None]), mask=d[:, None] < D, other=0.0)
-        z = tl.dot(a, b, z, input_precision="ieee")
-    if bias is not None:
-        z += tl.load(bias + first + v).to(tl.float32)[None, :]
-    return z
-
-
 @triton.jit(do_not_specialize=["allowed_stride", "group", "splits"])
 def _linear_statistics_kernel(stats, ids, hidden, weight, bias, rows, listed, count, allowed, temperature,
                               hidden_stride, weight_stride, allowed_stride, V, D, group, splits, span,
@@ -352,7 +337,7 @@ def _linear_statistics_kernel(stats, ids, hidden, weight, bias, rows, listed, co
     raw_top, raw_best, raw_total, raw_extra = top, best, total, extra
     for start in range(split * span, tl.minimum((split + 1) * span, V), WORDS):
         v = start + tl.arange(0, WORDS)[None, :]
-        z = _logits(hidden, weight, bias, start, weight_stride, V, D, WORDS, INNER)
+        z = logits_of_tile(hidden, weight, bias, start, weight_stride, V, D, WORDS, INNER)
         x = _tempered(z, v, allowed, V, temperature)
         top, best, total, extra = _fold(top, best, total, extra, x, v, V, IDS, "" if RAW else MEASURE)
         if RAW:
@@ -383,7 +368,8 @@ def _linear_logits_kernel(workspace, hidden, weight, bias, rows, listed, count, 
         return
     i = tile * ROWS + tl.arange(0, ROWS)
     n = tl.load(listed + tl.minimum(i, live - 1))
-    z = _logits(hidden + _row_of(rows, n) * hidden_stride, weight, bias, first, weight_stride, V, D, WORDS, INNER)
+    x = hidden + _row_of(rows, n) * hidden_stride
+    z = logits_of_tile(x, weight, bias, first, weight_stride, V, D, WORDS, INNER)
     v = first + tl.arange(0, WORDS)
     tl.store(workspace + (n[:, None] * V + v[None, :]), z, mask=(i[:, None] < live) & (v[None, :] < V))
 

@@ -181,7 +181,7 @@ def test_what_is_frozen_costs_no_product_on_the_cpu(frozen, monkeypatch):
 
         @staticmethod
         def linear_cross_entropy_gradients_cpu(*arguments):
-            calls.append(arguments[8:10])
+            calls.append(arguments[9:11])
             return operators.linear_cross_entropy_gradients_cpu(*arguments)
 
     monkeypatch.setattr(library, "operators", lambda: Recorder)
@@ -251,9 +251,96 @@ def test_soft_cap_and_z_loss(softcap, z_loss, reduction, backend):
         assert (mine - true).abs().max() <= 2 * (theirs - true).abs().max() + 2e-6 * true.abs().max()
 
 
+def make_peaked(N=200, D=48, V=1500, dtype=torch.float32):
+    """Words in falling order of frequency, as a trained head has them: Zipf's law as the bias, and as the targets."""
+    hidden, weight, _, _, corrupted, weights = make(N, D, V, dtype)
+    frequency = 1 / torch.arange(1, V + 1)
+    targets = frequency.multinomial(N, replacement=True, generator=torch.Generator().manual_seed(0))
+    return hidden, weight * 0.05, frequency.log().to(dtype), targets, corrupted, weights
+
+
+@linear_backends
+@reductions
+@pytest.mark.parametrize("softcap, z_loss", [(None, 0.0), (20.0, 0.1)])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_skipping_errs_by_less_than_it_says(dtype, softcap, z_loss, reduction, backend):
+    hidden, weight, bias, targets, corrupted, weights = make_peaked(dtype=dtype)
+    bound, leaves = 2.0**-9, [x.requires_grad_() for x in (hidden, weight, bias)]
+    settings = {"weights": weights, "reduction": reduction, "softcap": softcap, "z_loss": z_loss}
+    upstream = torch.linspace(-1, 2, len(hidden)) if reduction == "none" else torch.tensor(0.7)
+
+    def run(head=leaves, **others):
+        loss = linear_masked_cross_entropy(*head[:2], targets, corrupted, bias=head[2], **settings, **others)
+        return loss.detach(), *torch.autograd.grad(loss, head, upstream.to(loss.dtype).view_as(loss))
+
+    exact_loss, *exact_gradients = run(backend=backend)
+    loss, *gradients = run(skip_below=bound, backend=backend)
+    truth = run([x.detach().double().requires_grad_() for x in leaves], backend="reference")
+    z = F.linear(*(x.detach().double() for x in leaves))
+    lse = (z if softcap is None else softcap * torch.tanh(z / softcap)).logsumexp(1)
+    scale = torch.where(corrupted, weights * upstream, 0.0).abs() * (1 + 2 * z_loss * lse).abs()
+    scale = scale / corrupted.sum() if reduction == "mean" else scale
+    allowed = (bound * scale[:, None] * weight.double().abs().sum(0),
+               (bound * scale @ hidden.double().abs()).expand(len(weight), -1),
+               (bound * scale.sum()).expand(len(weight)))
+    assert torch.equal(loss, exact_loss)
+    for mine, without, true, most in zip(gradients, exact_gradients, truth[1:], allowed, strict=True):
+        rounding = (without.double() - true).abs().max()
+        assert ((mine.double() - true).abs() <= most + 2 * rounding).all()
+    assert (gradients[0][~corrupted] == 0).all()
+    assert torch.equal(gradients[1], exact_gradients[1]) == (backend == "reference")
+
+
+@needs_cpu_backend
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 192, 200, 4200])
+def test_a_tile_is_left_out_as_a_whole_or_not_at_all(rows):
+    """What is left of the gradient of the logits is, in each tile of 16 rows and 128 words, all of it or nothing."""
+    V, bound = 1000, 2.0**-8
+    g = torch.Generator().manual_seed(rows)
+    frequency = 1 / torch.arange(1, V + 1)
+    z = frequency.log() + 0.5 * torch.randn(rows, V, generator=g)
+    targets = frequency.multinomial(rows, replacement=True, generator=g)
+    whole = z.softmax(1) - F.one_hot(targets, V)
+    big = (z.softmax(1) >= bound) | F.one_hot(targets, V).bool()
+    big = F.pad(big, (0, -V % 128, 0, -rows % 16)).view(-(-rows // 16), 16, -(-V // 128), 128).amax((1, 3))
+    expected = whole * big.repeat_interleave(16, 0).repeat_interleave(128, 1)[:rows, :V]
+    bias = torch.zeros(V, requires_grad=True)
+    weight, each = torch.eye(V).requires_grad_(), torch.ones(rows, dtype=torch.bool)
+    hidden = z.requires_grad_()
+    loss = linear_masked_cross_entropy(hidden, weight, targets, each, bias=bias, reduction="sum", skip_below=bound,
+                                       backend="cpu")
+    of_hidden, of_weight, of_bias = torch.autograd.grad(loss, (hidden, weight, bias))
+    assert 0.1 < big.float().mean() < 0.9
+    assert (of_hidden - expected).abs().max() < 1e-5
+    assert (of_weight - expected.T @ z).abs().max() < 1e-4 * rows and (of_bias - expected.sum(0)).abs().max() < 1e-4
+
+
+@needs_cpu_backend
+def test_what_is_not_a_number_is_never_skipped():
+    hidden, weight, bias, targets, corrupted, _ = make_peaked()
+    weight[1400] = torch.nan
+    hidden.requires_grad_()
+    loss = linear_masked_cross_entropy(hidden, weight, targets, corrupted, bias=bias, skip_below=0.5, backend="cpu")
+    gradient, = torch.autograd.grad(loss, hidden)
+    assert gradient[corrupted].isnan().all()
+
+
+@linear_backends
+@pytest.mark.parametrize("factors", [[0.0] * 7, [0.0, 1e30, 1.0, 1e-30, 0.0, 1e30, 3.0]])
+def test_weights_of_zero_and_huge_ones(factors, backend):
+    hidden, weight, _, targets, _, _ = make(7, 5, 41)
+    weights, every = torch.tensor(factors), torch.ones(7, dtype=torch.bool)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    loss = linear_masked_cross_entropy(*leaves, targets, every, weights=weights, reduction="sum", backend=backend)
+    truth = [x.detach().double().requires_grad_() for x in leaves]
+    expected = exact(F.linear(*truth), targets, every, weights, "sum")
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for ours, true in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, truth), strict=True):
+        assert (ours - true).abs().max() <= 1e-5 * true.abs().max()
+
+
 @pytest.mark.parametrize("backend", ["reference"])
 def test_the_logits_are_never_all_stored(backend, monkeypatch):
-    monkeypatch.setitem(reference.WORKSPACE_BYTES, "cpu", 4 * 1001 * 5)  # five rows
     hidden, weight, _, targets, corrupted, weights = make(33, 16, 1001, share=1.0)
     sizes, original = [], torch.mm
 
@@ -263,8 +350,9 @@ def test_the_logits_are_never_all_stored(backend, monkeypatch):
 
     monkeypatch.setattr(torch, "mm", watching)
     hidden.requires_grad_()
-    loss = linear_masked_cross_entropy(hidden, weight, targets, corrupted, weights=weights, backend=backend)
-    assert max(sizes) <= 5 * 1001
+    loss = linear_masked_cross_entropy(hidden, weight, targets, corrupted, weights=weights, backend=backend,
+                                       workspace_bytes=4 * 1001 * 5)  # five rows
+    assert max(sizes) == 5 * 1001
     truth = exact(F.linear(hidden, weight).double(), targets, corrupted, weights, "mean")
     assert loss.item() == pytest.approx(truth.item(), rel=1e-5)
 
@@ -390,7 +478,7 @@ def test_compiles_whole_and_passes_opcheck(reduction):
     hidden.requires_grad_(), weight.requires_grad_()
     ops = torch.ops.dllm_kernels
     torch.library.opcheck(ops.linear_masked_cross_entropy.default,
-                          (hidden, weight, targets, corrupted, bias, weights, reduction, 9.0, 0.1, None))
+                          (hidden, weight, targets, corrupted, bias, weights, reduction, 9.0, 0.1, 1e-3, 1 << 20, None))
     logits = F.linear(hidden, weight).detach().requires_grad_()
     torch.library.opcheck(ops.masked_cross_entropy.default,
                           (logits, targets, corrupted, None, reduction, None, 0.0, None))
@@ -421,6 +509,11 @@ def test_gradients_in_double():
      "int64 targets and bool corrupted, not torch.float32, torch.int64 and torch.float32"),
     ({"reduction": "average"}, "reduction must be one of mean, sum, none, not 'average'"),
     ({"backend": "triton9"}, "there is no backend 'triton9'"),
+    ({"skip_below": 1.0}, "skip_below is a probability in [0, 1), not 1.0; 0 skips nothing"),
+    ({"skip_below": -1e-4}, "skip_below is a probability in [0, 1), not -0.0001"),
+    ({"workspace_bytes": 0}, "workspace_bytes must be above 0, or None for the default, not 0"),
+    ({"weight": torch.zeros(17, 4, dtype=torch.int8)}, "takes a floating weight and bias, not torch.int8"),
+    ({"weight": torch.zeros(17, 4, device="meta")}, "inputs are on cpu, meta; move them to one device"),
     ({"softcap": 0.0}, "softcap must be above 0, or None for none, not 0.0"),
     ({"targets": torch.full((9,), 17)}, "must be in [0, 17), not 17 to 17; is the vocabulary that of the tokenizer?"),
     ({"targets": torch.full((9,), -100)}, "must be in [0, 17), not -100 to -100"),

@@ -46,6 +46,31 @@ def check_words_shared_out(rank):
                 torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+def check_skipping_with_words_shared_out(rank):
+    """Words by falling frequency, so that the tiles of the later ones are left out of the gradients."""
+    words, bound, V = (slice(0, 300) if rank == 0 else slice(300, 1000)), 2.0**-7, 1000
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(N, D, generator=g), 0.1 * torch.randn(V, D, generator=g)
+    bias, targets = -torch.arange(1.0, V + 1).log(), torch.arange(N)
+    each = torch.ones(N, dtype=torch.bool)
+    leaves = [x.requires_grad_() for x in (hidden, weight[words].clone(), bias[words].clone())]
+    loss, exact = (linear_masked_cross_entropy(*leaves[:2], targets, each, bias=leaves[2], skip_below=below,
+                                               group=dist.group.WORLD) for below in (bound, 0.0))
+    assert torch.equal(loss, exact)
+    mine, all_of_it = torch.autograd.grad(loss, leaves), torch.autograd.grad(exact, leaves)
+    error = [(x - y).abs() for x, y in zip(mine, all_of_it, strict=True)]
+    assert (error[0] <= bound / N * weight.abs().sum(0) + 1e-7).all()
+    assert (error[1] <= bound / N * hidden.abs().sum(0) + 1e-7).all() and (error[2] <= bound + 1e-7).all()
+    assert (mine[1][0] != 0).all() and (mine[1][256:] == 0).all()
+
+
+def check_targets_out_of_range_are_refused(rank):
+    hidden, weight, bias, targets, corrupted, _ = make_case()
+    targets[corrupted.nonzero()[0]] = 2 * V
+    with pytest.raises(ValueError, match=rf"must be in \[0, {2 * V}\), not \d+ to {2 * V}; is the vocabulary"):
+        linear_masked_cross_entropy(hidden, weight, targets, corrupted, group=dist.group.WORLD)
+
+
 class Head(nn.Module):
     """A layer, and the head with its loss, as a model has them."""
 
@@ -90,6 +115,8 @@ def check_all(rank, store):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     check_words_shared_out(rank)
+    check_skipping_with_words_shared_out(rank)
+    check_targets_out_of_range_are_refused(rank)
     check_data_shared_out(rank, nn.parallel.DistributedDataParallel)
     check_data_shared_out(rank, fsdp)
     check_a_dtensor_is_refused(rank)

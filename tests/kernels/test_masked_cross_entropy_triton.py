@@ -114,6 +114,62 @@ def test_with_many_tiles_chunks_and_shares_of_the_vocabulary(shape, share, dtype
     check_linear(shape, dtype, share, reduction, softcap, z_loss)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_a_tile_is_left_out_as_a_whole_or_not_at_all(softcap, dtype, many_tiles):
+    """What is left of the gradient g of the logits is, in each tile of "gradient", all of it or nothing."""
+    (N, D, V), bound, z_loss = (40, 24, 300), 2.0**-7, 0.1
+    tile, each = triton_kernels.TILES[2]["gradient"], torch.arange(N, device=DEVICE) % 8 != 3
+    rows, words = tile["ROWS"], tile["WORDS"]
+    hidden, weight, _, _, _, weights = make(N, D, V, dtype)
+    frequency = 1 / torch.arange(1, V + 1)
+    weight, bias = 0.1 * weight, frequency.log().to(DEVICE, dtype)
+    targets = frequency[:200].multinomial(N, replacement=True, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+    def run(x, w, b, backend=triton_kernels, **settings):
+        return backend.linear_masked_cross_entropy(x, w, targets, each, b, weights, "sum", softcap, z_loss, **settings)
+
+    tensors = hidden, weight, bias
+    loss, of_hidden, of_weight, of_bias = gradients(lambda *x: run(*x, skip_below=bound), tensors, dtype)
+    without = gradients(lambda *x: run(*x, skip_below=0.0), tensors, dtype)
+    assert torch.equal(loss, without[0])
+    assert all(torch.equal(x, y) for x, y in zip(without, gradients(run, tensors, dtype), strict=True))
+    x, w, b = (tensor.double() for tensor in tensors)
+    z = F.linear(x, w, b).requires_grad_()
+    capped = z if softcap is None else softcap * torch.tanh(z / softcap)
+    exact = F.cross_entropy(capped, targets, reduction="none") + z_loss * capped.logsumexp(1)**2
+    g, = torch.autograd.grad((exact * weights * each).sum() * 0.7, z)
+    big = ((capped.softmax(1) >= bound) | F.one_hot(targets, V).bool())[each]
+    big = F.pad(big, (0, -V % words, 0, -len(big) % rows)).view(-1, rows, (V + words - 1) // words, words).amax((1, 3))
+    assert 0.1 < big.double().mean() < 0.9
+    g[each] *= big.repeat_interleave(rows, 0).repeat_interleave(words, 1)[:int(each.sum()), :V]
+    for mine, true in ((of_hidden, g @ w), (of_weight, g.T @ x), (of_bias, g.sum(0))):
+        assert (mine - true).abs().max() <= max(2 * torch.finfo(dtype).eps, 1e-5) * true.abs().max()
+    assert (of_weight[-words:] == 0).all()  # of the rarest, which no row has as its target
+
+
+@pytest.mark.parametrize("workspace_bytes", [1, 1 << 15, 1 << 30])
+def test_the_workspace_is_as_large_as_asked_for_at_most(workspace_bytes, monkeypatch):
+    """Or one tile of rows; in bytes, that its gradients of the logits take at once."""
+    *tensors, targets, corrupted, weights = make(150, 16, 100)
+    sizes, kernel = [], triton_kernels._gradient_kernel
+
+    class Watching:
+        def __getitem__(self, grid):
+            return lambda g, *others, **settings: (sizes.append(g.nbytes), kernel[grid](g, *others, **settings))
+
+    def run(x, w, b, **settings):
+        return triton_kernels.linear_masked_cross_entropy(x, w, targets, corrupted, b, weights, "mean", **settings)
+
+    expected = gradients(run, tensors, torch.float32)
+    monkeypatch.setattr(triton_kernels, "_gradient_kernel", Watching())
+    found = gradients(lambda *x: run(*x, workspace_bytes=workspace_bytes), tensors, torch.float32)
+    for mine, whole in zip(found, expected, strict=True):
+        assert (mine - whole).abs().max() <= 1e-6
+    tile = triton_kernels.TILES[4]["gradient"]["ROWS"] * 128 * 4
+    assert max(sizes) <= max(workspace_bytes, tile) and len(sizes) == -(-150 * 128 * 4 // max(sizes))
+
+
 @reductions
 @pytest.mark.parametrize("softcap, z_loss", [(None, 0.0), (5.0, 0.1)])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -179,14 +235,13 @@ def test_huge_and_infinite_logits():
     assert loss.tolist() == [0.0, 1e4] and logits.grad.tolist() == [[0, 0, 0, 0], [1, 0, -1, 0]]
 
 
-def test_a_target_out_of_range_picks_no_logit():
+def test_a_target_out_of_range_reads_nothing_and_shows_in_its_own_loss():
     hidden, weight, _, _, _, _ = make(7, 5, 41)
-    targets = torch.tensor([-100, -1, 41, 63, 2**40, -2**40, 10**9], device=DEVICE)
-    every = torch.ones(7, dtype=torch.bool, device=DEVICE)
-    expected = F.linear(hidden, weight).logsumexp(1)
-    for loss in (triton_kernels.linear_masked_cross_entropy(hidden, weight, targets, every, None, None, "none"),
-                 triton_kernels.masked_cross_entropy(F.linear(hidden, weight), targets, every, None, "none")):
-        assert (loss - expected).abs().max() < 1e-5
+    targets = torch.tensor([-100, 5, 41, 63, 2**40, -2**40, 10**9], device=DEVICE)
+    scored = torch.arange(7, device=DEVICE) != 3
+    for loss in (triton_kernels.linear_masked_cross_entropy(hidden, weight, targets, scored, None, None, "none"),
+                 triton_kernels.masked_cross_entropy(F.linear(hidden, weight), targets, scored, None, "none")):
+        assert loss.isnan().tolist() == [True, False, True, False, True, True, True] and loss[3] == 0
 
 
 @reductions

@@ -22,9 +22,9 @@ IN_FP32 = {("attention_parts", "out")}  # though data elsewhere
 POINTERS = {
     "allowed": "*i32", "cache_rows": "*i64", "committed": "*i1", "corrupted": "*i1", "count": "*i64",
     "cu_seqlens": "*i32", "cuts": "*i32", "filled": "*i64", "ids": "*i32", "k": "*i64", "key_mask": "*i1",
-    "lasts": "*i32", "listed": "*i64", "masked": "*i1", "numbers": "*fp64", "position": "*i64",
-    "rows": "*i64", "sequence": "*i64", "step_pointer": "*i64", "targets": "*i32", "token": "*i64",
-    "tokens": "*i64", "uniform": "*fp64"}
+    "lasts": "*i32", "listed": "*i64", "masked": "*i1", "numbers": "*fp64", "position": "*i64", "rows": "*i64", "sequence": "*i64", "step_pointer": "*i64",
+    "targets": "*i32", "tile_counts": "*i32", "tiles": "*i32", "token": "*i64", "tokens": "*i64", "uniform": "*fp64",
+    "written": "*i8"}
 MULTIPLES_OF_16 = {"D", "N", "V", "hidden_stride", "inputs_stride", "logits_stride", "size", "span", "start",
                    "weight_stride", "width"}
 NUMBERS = dict.fromkeys(
@@ -36,6 +36,7 @@ NUMBERS |= dict.fromkeys({"Lk", "Lq", "T", "documents", "heads"} | {
 NUMBERS |= dict.fromkeys(("scale", "softcap", "temperature", "threshold"), "fp32")
 NUMBERS |= dict.fromkeys(("temperature_bits", "top_p_bits"), "i64")
 OPTIONAL = {"bias", "softcap"}
+SKIPPING = {"limits", "tile_counts", "tiles", "written"}  # of masked cross-entropy, without skip_below
 
 
 def cases():
@@ -44,11 +45,16 @@ def cases():
 
     for dtype, size in (("bf16", 2), ("fp32", 4)):
         rows = {"row_statistics": loss.ROW, "row_gradient": loss.ROW, "grad_bias": loss.GRAD_BIAS}
+        outer = loss.TILES[size]["gradient"]
         for name, chosen in (rows | loss.TILES[size]).items():
             kernel = getattr(loss, f"_{name}_kernel")
-            yield name, dtype, kernel, chosen, set()
-            if OPTIONAL & {*kernel.arg_names}:
-                yield name, dtype, kernel, chosen, OPTIONAL & {*kernel.arg_names}
+            if name.startswith("grad_"):
+                chosen = chosen | {"TILE_ROWS": outer["ROWS"], "TILE_WORDS": outer["WORDS"]}
+            skipping, optional = SKIPPING & {*kernel.arg_names}, OPTIONAL & {*kernel.arg_names}
+            for absent in (skipping, *([skipping | optional] if optional else [])):
+                yield name, dtype, kernel, chosen, absent
+            if skipping:
+                yield name, dtype, kernel, chosen | loss.LISTED[size].get(name, {}), set()
     yield from unmask_cases()
     yield from attention_cases()
 
@@ -171,7 +177,7 @@ def test_shared_memory_fits(compiled):
 def test_products_use_the_tensor_cores_of_hopper(compiled):
     products = ("statistics", "gradient", "grad_hidden", "grad_weight")
     hopper = [x for x in compiled if x["kernel"] in products and x["capability"] == 90 and x["dtype"] == "bf16"]
-    assert len(hopper) == 6 and all(x["wgmma"] for x in hopper)
+    assert len(hopper) == 9 and all(x["wgmma"] for x in hopper)
     products = ("unmask_linear_statistics", "unmask_linear_logits")
     hopper = [x for x in compiled if x["kernel"] in products and x["capability"] == 90 and x["dtype"] == "bf16"]
     assert len(hopper) == 6 and all(x["wgmma"] for x in hopper)
