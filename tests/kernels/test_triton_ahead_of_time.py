@@ -22,9 +22,9 @@ IN_FP32 = {("attention_parts", "out")}  # though data elsewhere
 POINTERS = {
     "allowed": "*i32", "cache_rows": "*i64", "committed": "*i1", "corrupted": "*i1", "count": "*i64",
     "cu_seqlens": "*i32", "cuts": "*i32", "filled": "*i64", "ids": "*i32", "k": "*i64", "key_mask": "*i1",
-    "lasts": "*i32", "listed": "*i64", "masked": "*i1", "numbers": "*fp64", "position": "*i64", "rows": "*i64", "sequence": "*i64", "step_pointer": "*i64",
-    "targets": "*i32", "tile_counts": "*i32", "tiles": "*i32", "token": "*i64", "tokens": "*i64", "uniform": "*fp64",
-    "written": "*i8"}
+    "lasts": "*i32", "listed": "*i64", "masked": "*i1", "numbers": "*fp64", "position": "*i64",
+    "rows": "*i64", "sequence": "*i64", "step_pointer": "*i64", "targets": "*i32", "tile_counts": "*i32",
+    "tiles": "*i32", "token": "*i64", "tokens": "*i64", "uniform": "*fp64", "written": "*i8"}
 MULTIPLES_OF_16 = {"D", "N", "V", "hidden_stride", "inputs_stride", "logits_stride", "size", "span", "start",
                    "weight_stride", "width"}
 NUMBERS = dict.fromkeys(
