@@ -11,6 +11,15 @@ STABLE_TORCH_LIBRARY(dllm_kernels_native, m) {
   m.def(
       "linear_score_rows_cpu(Tensor hidden, Tensor weight, Tensor? bias, Tensor? uniform, Tensor? allowed, "
       "Tensor(a!) token, Tensor(b!) score, int confidence, float temperature, bool raw) -> ()");
+  // topk_unmask.cu. rows [n] int64: those of the logits to score; at -1 the score is -infinity, past the last row NaN. top_k V and
+  // top_p infinity: no filter. tokens, masked, token, confidence, filled, committed [B, L], k [B], uniform [B, L, 2].
+  m.def(
+      "score_rows_cuda(Tensor logits, Tensor? rows, Tensor? uniform, Tensor? allowed, Tensor(a!) token, Tensor(b!) score, "
+      "int confidence, float temperature, bool filtered, int top_k, float top_p, bool raw) -> ()");
+  m.def("find_rows_cuda(Tensor tokens, int mask_token_id, bool packed, Tensor(a!) masked, Tensor(b!) rows) -> ()");
+  m.def(
+      "commit_cuda(Tensor tokens, Tensor masked, Tensor token, Tensor confidence, Tensor k, Tensor? uniform, "
+      "float temperature, float? threshold, Tensor(a!) filled, Tensor(b!) committed) -> ()");
   // linear.cpp. logits [M, V] = hidden [M, D] fp32 times weight [V, D], for few rows.
   m.def("linear_rows_cpu(Tensor hidden, Tensor weight, Tensor? bias, Tensor(a!) logits) -> ()");
   // masked_cross_entropy.cpp. Rows [M] int64 of logits [N, V]; the rest [M] fp32; softcap 0: none. grad [N, V] of the

@@ -33,6 +33,17 @@ def why_missing() -> str | None:
     return _load()
 
 
+def why_missing_on_cuda(operator: str) -> str | None:
+    """Why an operator of csrc/cuda cannot run on this machine, None if it can."""
+    if not torch.cuda.is_available():
+        return "needs a GPU"
+    if reason := why_missing():
+        return reason
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"dllm_kernels_native::{operator}", "CUDA"):
+        return "the extension was built without nvcc; install the CUDA toolkit, then this package again"
+    return None
+
+
 def operators():
     """The namespace of its operators. Call only when `why_missing()` is None."""
     if reason := _load():

@@ -22,6 +22,14 @@ __device__ inline uint32_t pack(float low, float high) {
   return both;
 }
 
+template <Number kNumber>
+__device__ inline float widen(uint16_t x) {
+  if constexpr (kNumber == Number::bf16) return __uint_as_float(static_cast<uint32_t>(x) << 16);
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x));
+  return value;
+}
+
 // 2^x; what is below 2^-126 becomes 0.
 __device__ inline float exp2_of(float x) {
   float y;

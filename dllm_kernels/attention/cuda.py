@@ -12,13 +12,7 @@ QUERIES = 64  # at most: of more, a kernel for long inputs makes better use
 
 
 def missing() -> str | None:
-    if not torch.cuda.is_available():
-        return "needs a GPU"
-    if reason := library.why_missing():
-        return reason
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("dllm_kernels_native::decode_attention_cuda", "CUDA"):
-        return "the extension was built without nvcc; install the CUDA toolkit, then this package again"
-    return None
+    return library.why_missing_on_cuda("decode_attention_cuda")
 
 
 def refuses(q: Tensor) -> str | None:

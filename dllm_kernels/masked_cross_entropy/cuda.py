@@ -8,13 +8,7 @@ from dllm_kernels.masked_cross_entropy.rows import FromLogits, Passes
 
 
 def missing() -> str | None:
-    if not torch.cuda.is_available():
-        return "needs a GPU"
-    if reason := library.why_missing():
-        return reason
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("dllm_kernels_native::cross_entropy_statistics_cuda", "CUDA"):
-        return "the extension was built without nvcc; install the CUDA toolkit, then this package again"
-    return None
+    return library.why_missing_on_cuda("cross_entropy_statistics_cuda")
 
 
 def refuses(tensor: Tensor) -> str | None:

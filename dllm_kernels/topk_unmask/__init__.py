@@ -22,7 +22,7 @@ from dllm_kernels import triton_support
 from dllm_kernels.dispatch import Backend, choose
 from dllm_kernels.operators import define_operator
 from dllm_kernels.topk_unmask import allowed as allowed_words
-from dllm_kernels.topk_unmask import cpu, reference, vocabulary_parallel
+from dllm_kernels.topk_unmask import cpu, cuda, reference, vocabulary_parallel
 from dllm_kernels.topk_unmask import random as random_numbers
 from dllm_kernels.topk_unmask.allowed import pack as pack_allowed
 from dllm_kernels.topk_unmask.selection import commit
@@ -43,7 +43,9 @@ def _on_triton(function: str) -> Backend:
                    triton_support.missing, triton_support.refuses)
 
 
+# Triton before CUDA C++ until a GPU has shown which is faster.
 LOGITS_BACKENDS = (Backend("cpu", cpu.score_rows, cpu.missing, cpu.refuses), _on_triton("score_rows"),
+                   Backend("cuda", cuda.score_rows, cuda.missing, cuda.refuses),
                    Backend("reference", reference.score_rows))
 LINEAR_BACKENDS = (Backend("cpu", cpu.linear_score_rows, cpu.missing, cpu.refuses), _on_triton("linear_score_rows"),
                    Backend("reference", reference.linear_score_rows))
@@ -276,10 +278,10 @@ def _as_tensor(k, tokens):
 
 def _unmask(inputs, weight, bias, tokens, mask_token_id, k, uniform, bits, confidence, temperature, top_k, top_p, raw,
             selection_temperature, threshold, backend, group=None):
-    if group is None and choose("topk_unmask", LOGITS_BACKENDS if weight is None else LINEAR_BACKENDS, backend,
-                                inputs).name == "triton":
+    table = LOGITS_BACKENDS if weight is None else LINEAR_BACKENDS
+    if group is None and (name := choose("topk_unmask", table, backend, inputs).name) in ("triton", "cuda"):
         return _unmask_without_waiting(inputs, weight, bias, tokens, mask_token_id, k, uniform, bits, confidence,
-                                       temperature, top_k, top_p, raw, selection_temperature, threshold)
+                                       temperature, top_k, top_p, raw, selection_temperature, threshold, name)
     masked = tokens == mask_token_id
     positions = masked.flatten().nonzero().squeeze(1)
     rows = positions if inputs.ndim == 3 else None
@@ -297,10 +299,10 @@ def _unmask(inputs, weight, bias, tokens, mask_token_id, k, uniform, bits, confi
 
 
 def _unmask_without_waiting(inputs, weight, bias, tokens, mask_token_id, k, uniform, bits, confidence, temperature,
-                            top_k, top_p, raw, selection_temperature, threshold):
+                            top_k, top_p, raw, selection_temperature, threshold, backend):
     """The same where only the GPU knows how many positions are masked: a place for each position, and nothing is read
     where it is not masked. A row of [M, V] that is missing gives the confidence NaN."""
-    kernels = _triton_kernels()
+    kernels = cuda if backend == "cuda" else _triton_kernels()
     masked, rows = kernels.find_rows(tokens, mask_token_id, inputs.ndim == 2)
     if bits is not None:
         if bits.ndim == 2:
@@ -309,7 +311,7 @@ def _unmask_without_waiting(inputs, weight, bias, tokens, mask_token_id, k, unif
         else:
             bits = bits.expand(len(rows), -1) if bits.ndim == 1 else bits.flatten(0, 1)
     token, score = _score(inputs, weight, bias, rows, None if uniform is None else uniform.flatten(0, 1), bits,
-                          confidence, temperature, top_k, top_p, raw, backend="triton", group=None)
+                          confidence, temperature, top_k, top_p, raw, backend=backend, group=None)
     return kernels.commit(tokens, masked, token.view_as(tokens), score.view_as(tokens), k, selection_temperature,
                           threshold, uniform)
 

@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dllm_kernels.topk_unmask.settings import effective, is_filtered
 from dllm_kernels.triton_head import logits_of_tile
 from dllm_kernels.triton_support import missing, refuses
 
@@ -524,7 +525,7 @@ def linear_score_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows:
     rows = torch.arange(n, device=hidden.device) if rows is None else rows.contiguous()
     row_tiles, word_tiles = -(-n // tiles["ROWS"]), -(-V // tiles["WORDS"])
     strides = hidden.stride(0), weight.stride(0)
-    if _is_filtered(confidence, temperature, top_k, top_p, raw, V):
+    if is_filtered(V, confidence, temperature, top_k, top_p, raw):
         size = max(1, min(n, WORKSPACE_BYTES // (4 * V)))
         logits = torch.empty(size, V, dtype=torch.float32, device=hidden.device)
         tokens, scores = _outputs(n, hidden.device)
@@ -569,13 +570,8 @@ class _Plan:
     def __init__(self, n, V, blocks, inputs, rows, uniform, allowed, confidence, temperature, top_k, top_p, raw):
         device = inputs.device
         self.n, self.V, self.blocks, self.confidence = n, V, blocks, confidence
-        self.filtered = _is_filtered(confidence, temperature, top_k, top_p, raw, V)
-        # Elsewhere the raw logits are those that the token is chosen from.
-        self.raw = raw and confidence != "random" and (temperature > 0 or allowed is not None)
-        self.measure = "prob" if confidence == "random" else confidence
-        self.temperature = float(temperature) if temperature > 0 else None
-        self.top_k = V if top_k is None or top_k < 1 else min(top_k, V)
-        self.top_p = float("inf") if top_p is None or top_p >= 1 else top_p
+        self.measure, self.temperature, self.filtered, self.top_k, self.top_p, self.raw = effective(
+            V, allowed is not None, confidence, temperature, top_k, top_p, raw)
         self.rows = None if rows is None else rows.contiguous()
         self.uniform = None if uniform is None else uniform.contiguous()
         self.allowed = None if allowed is None else _readable(allowed)
@@ -591,12 +587,6 @@ class _Plan:
             self.allowed_stride, len(inputs), self.V, inputs.shape[1], self.blocks, span, CONFIDENCE=self.confidence,
             RAW=self.raw, SHIFT=shift, BLOCKS=triton.next_power_of_2(self.blocks), WORDS=triton.next_power_of_2(span),
             **CHOOSE["logits" if weight is None else "linear"])
-
-
-def _is_filtered(confidence, temperature, top_k, top_p, raw, V):
-    """Whether the filters can change the token or the confidence: the likeliest word is always kept."""
-    filters = (top_p is not None and top_p < 1) or (top_k is not None and 0 < top_k < V)
-    return filters and (temperature > 0 or not (raw or confidence == "random"))
 
 
 def _outputs(n, device):

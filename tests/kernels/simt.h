@@ -1,4 +1,5 @@
-// Runs the blocks of a CUDA kernel on a CPU: its threads as coroutines of one thread, in turn, each until it waits for others.
+// Runs the blocks of a CUDA kernel on a CPU: its threads as coroutines of one thread, each until it waits for others, and each
+// warp as far as it comes before the next one starts: so that what lacks a barrier is overtaken.
 // What csrc/cuda/tensor_cores.cuh has in instructions is here as PTX's manual describes it. 16-byte copies arrive when they are
 // waited for, and not before; reads of eight rows of a matrix that meet in a bank of shared memory are counted.
 #define DLLM_TENSOR_CORES  // in place of csrc/cuda/tensor_cores.cuh
@@ -99,14 +100,21 @@ inline void run_block(int threads, const std::function<void()>& body) {
     makecontext(&thread.context, run_thread, 0);
   }
   for (bool left = true; left;) {
-    left = here.progress = false;
-    for (int i = 0; i < threads; ++i) {
-      if (here.threads[i].done) continue;
-      left = true;
-      threadIdx.x = i;
-      swapcontext(&here.scheduler, &here.threads[i].context);
+    left = false;
+    bool progress = false;
+    for (int warp = 0; warp < threads / 32; ++warp) {
+      do {
+        here.progress = false;
+        for (int i = 32 * warp; i < 32 * warp + 32; ++i) {
+          if (here.threads[i].done) continue;
+          left = true;
+          threadIdx.x = i;
+          swapcontext(&here.scheduler, &here.threads[i].context);
+        }
+        progress |= here.progress;
+      } while (here.progress);
     }
-    if (left && !here.progress) throw std::runtime_error("the threads wait for one another");
+    if (left && !progress) throw std::runtime_error("the threads wait for one another");
   }
 }
 
@@ -140,12 +148,34 @@ inline uint16_t to_fp16(float x) {
 
 inline void __syncthreads() { simt::barrier(simt::block->generation.size() - 1, simt::block->threads.size()); }
 
-inline float __shfl_xor_sync(unsigned, float x, int step) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  bits = simt::exchange({bits})[(threadIdx.x % 32) ^ step][0];
-  std::memcpy(&x, &bits, 4);
+namespace simt {
+
+// What lane `from` of the warp gives.
+template <typename T>
+T of_lane(T x, int from) {
+  uint64_t bits = 0;
+  std::memcpy(&bits, &x, sizeof(T));
+  bits = exchange({bits})[from][0];
+  std::memcpy(&x, &bits, sizeof(T));
   return x;
+}
+
+}  // namespace simt
+
+template <typename T>
+T __shfl_sync(unsigned, T x, int from) {
+  return simt::of_lane(x, from);
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned, T x, int step) {
+  return simt::of_lane(x, threadIdx.x % 32 ^ step);
+}
+
+template <typename T>
+T __shfl_up_sync(unsigned, T x, int step) {
+  const int lane = threadIdx.x % 32;
+  return simt::of_lane(x, lane < step ? lane : lane - step);
 }
 
 inline unsigned __ballot_sync(unsigned, bool set) {
@@ -154,6 +184,11 @@ inline unsigned __ballot_sync(unsigned, bool set) {
   for (int lane = 0; lane < 32; ++lane) bits |= static_cast<unsigned>(all[lane][0]) << lane;
   return bits;
 }
+
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
+inline int __ffs(unsigned x) { return __builtin_ffs(x); }
+inline float __fdiv_rn(float x, float y) { return x / y; }
 
 namespace dllm {
 

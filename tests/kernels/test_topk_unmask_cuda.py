@@ -1,0 +1,347 @@
+"""The CUDA C++ kernels of unmasking against the reference: on a GPU and, thread by thread, on a CPU (simt.h).
+
+On the CPU the same source runs, compiled by g++: this proves indices, sums, barriers and what shared memory holds, not
+what nvcc makes of them, nor speed. The uniforms are fixed, and in none of the draws does rounding decide.
+"""
+
+import ctypes
+import importlib
+import math
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import dllm_kernels
+from dllm_kernels import library
+from dllm_kernels.dispatch import Backend
+from dllm_kernels.topk_unmask import cuda, random, reference, selection
+from dllm_kernels.topk_unmask.allowed import pack, width
+
+topk_unmask = importlib.import_module("dllm_kernels.topk_unmask")
+ON_GPU = cuda.missing() is None
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+CONFIDENCES = ["prob", "margin", "entropy", "random"]
+FILTERS = [(3, None), (None, 0.8), (40, 0.9), (None, 1e-6)]  # top_k, top_p
+
+
+class Emulated:
+    """The operators of the extension, run by the emulator."""
+
+    def __init__(self, path):
+        self.compiled = ctypes.CDLL(str(path))
+
+    def _run(self, name, *arguments):
+        given = [ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else
+                 ctypes.c_double(x) if isinstance(x, float) else None if x is None else ctypes.c_int64(x)
+                 for x in arguments]
+        function = getattr(self.compiled, name)
+        function.restype = ctypes.c_int64
+        assert function(*given) == 0
+
+    def score_rows_cuda(self, logits, rows, uniform, allowed, token, score, confidence, temperature, filtered, top_k,
+                        top_p, raw):
+        token.fill_(-7), score.fill_(-7.0)
+        stride = 0 if allowed is None else allowed.stride(0)
+        sizes = torch.tensor([len(token), *logits.shape, logits.stride(0), stride, top_k])
+        number = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 1}[logits.dtype]
+        self._run("score_rows", number, logits, rows, uniform, allowed, token, score, sizes, confidence, filtered, raw,
+                  temperature, top_p)
+
+    def find_rows_cuda(self, tokens, mask_token_id, packed, masked, rows):
+        self._run("find_rows", tokens, mask_token_id, tokens.numel(), packed, masked, rows)
+
+    def commit_cuda(self, tokens, masked, token, confidence, k, uniform, temperature, threshold, filled, committed):
+        self._run("commit", tokens, masked, token, confidence, k, uniform, float(temperature), threshold is not None,
+                  float(threshold or 0), *tokens.shape, filled, committed)
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("there is no g++ to compile the kernels for the CPU")
+    path = tmp_path_factory.mktemp("simt") / "score.so"
+    subprocess.run(["g++", "-std=c++20", "-O2", "-Wno-unknown-pragmas", "-shared", "-fPIC",
+                    Path(__file__).with_name("score_rows_on_cpu.cpp"), "-o", path], check=True)
+    return Emulated(path)
+
+
+@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.skipif(
+    not ON_GPU, reason=f"cannot run here: {cuda.missing()}"))])
+def device(request, monkeypatch):
+    """Where the tensors are; on the CPU the operators are the emulator's."""
+    if request.param == "gpu":
+        return "cuda"
+    emulated = request.getfixturevalue("emulator")
+    monkeypatch.setattr(library, "operators", lambda: emulated)
+    return "cpu"
+
+
+def make(n, V, device, dtype=torch.float32, scale=3.0):
+    """Logits, uniforms, and bits that allow half of the words."""
+    g = torch.Generator().manual_seed(V)
+    logits, u = scale * torch.randn(n, V, generator=g), torch.rand(n, 2, dtype=torch.float64, generator=g)
+    return logits.to(device, dtype), u.to(device), pack(torch.rand(n, V, generator=g) < 0.5).to(device)
+
+
+def on_cpu(function, *arguments):
+    return function(*(x.cpu() if isinstance(x, Tensor) else x for x in arguments))
+
+
+def assert_same(ours, want):
+    (token, score), (want_token, want_score) = [[x.cpu() for x in pair] for pair in (ours, want)]
+    assert torch.allclose(score, want_score, rtol=2e-5, atol=2e-6, equal_nan=True), (score, want_score)
+    defined = ~want_score.isnan()
+    assert torch.equal(token[defined], want_token[defined])
+    assert (token >= 0).all()
+
+
+def check(logits, u, bits, *settings):
+    assert_same(cuda.score_rows(logits, None, u, bits, *settings),
+                on_cpu(reference.score_rows, logits, None, u, bits, *settings))
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("confidence", CONFIDENCES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_token_and_confidence(dtype, confidence, temperature, raw, device):
+    for V in (1, 2, 1000, 4099):  # one segment and several, rows that begin between two multiples of 16 bytes
+        logits, u, bits = make(3, V, device, dtype)
+        for allowed in (None, bits):
+            check(logits, u, allowed, confidence, temperature, None, None, raw)
+
+
+@pytest.mark.parametrize("confidence, temperature, raw", [
+    ("prob", 0.7, False), ("margin", 0.0, False), ("entropy", 1.3, False), ("prob", 0.7, True), ("margin", 1.0, True),
+    ("entropy", 0.0, True), ("random", 0.7, False)])
+@pytest.mark.parametrize("top_k, top_p", FILTERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_filters(dtype, top_k, top_p, confidence, temperature, raw, device):
+    V = [1000, 2, 1301, 517][CONFIDENCES.index(confidence)]
+    logits, u, bits = make(2, V, device, dtype)
+    check(logits, u, bits if top_k else None, confidence, temperature, top_k, top_p, raw)
+
+
+@pytest.mark.parametrize("top_k, top_p", FILTERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_equals(dtype, top_k, top_p, device):
+    _, u, bits = make(3, 3000, device)
+    logits = make(3, 3000, device, dtype, scale=1.0)[0].round()
+    logits[logits == 0] *= -1  # -0.0 equals 0.0
+    logits[:, ::3] = logits[:, ::3].abs()
+    u[:, 0] = torch.tensor([0.001, 0.6, 1 - 2**-53], dtype=torch.float64)  # the last word that is kept
+    check(logits, u, None, "prob", 1.0, top_k, top_p, False)
+    check(logits, u, bits, "margin", 0.0, None, None, False)
+    check(logits, u, None, "entropy", 0.3, None, None, True)
+    check(logits, u, None, "prob", 0.0, None, None, False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_cut_through_equals_goes_to_the_lowest_words(dtype, device):
+    logits = torch.zeros(4, 3000, device=device, dtype=dtype)
+    logits[0, ::2] = -0.0
+    logits[1, 7] = 5.0
+    logits[2, :] = -3.0
+    logits[3, 1000:] = -torch.inf
+    u = torch.full((4, 2), 1 - 2.0**-53, dtype=torch.float64, device=device)
+    token, probability = cuda.score_rows(logits, None, u, None, "prob", 1.0, None, 0.5, False)
+    share = math.exp(5) / (math.exp(5) + 2999)
+    equals = int((0.5 - share) / ((1 - share) / 2999)) + 1  # kept beside word 7
+    assert token.tolist() == [1500, equals, 1500, 500]
+    assert probability.tolist() == pytest.approx([1 / 1501, 1 / (math.exp(5) + equals), 1 / 1501, 1 / 501])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("settings", [("prob", 0.0, None, None, False), ("entropy", 0.8, None, 0.9, False),
+                                      ("margin", 0.7, 5, None, True), ("random", 0.5, None, None, False),
+                                      ("prob", 1.0, None, None, True)])
+def test_nan_infinite_and_huge_logits(settings, dtype, device):
+    logits, u, _ = make(7, 1100, device, dtype)
+    logits[0, ::2] = -torch.inf
+    logits[1] = -torch.inf
+    logits[1, 77] = 3.0
+    logits[2] *= 1e3
+    logits[3, 9] = 6e4 if dtype == torch.float16 else 1e30
+    logits[4, 123] = torch.nan
+    logits[5] = -torch.inf
+    logits[6, 1099] = torch.inf
+    check(logits, u, None, *settings)
+    check(logits, u, torch.zeros(1, width(1100), dtype=torch.int32, device=device).expand(7, -1), *settings)
+    but_those = torch.ones(1, 1100, dtype=torch.bool)
+    but_those[:, [123, 1099]] = False
+    check(logits, u, pack(but_those).to(device).expand(7, -1), *settings)
+    token, score = cuda.score_rows(logits, None, u, None, *settings)
+    assert score[4:].isnan().all() and not score[:4].isnan().any() and ((token >= 0) & (token < 1100)).all()
+
+
+@pytest.mark.parametrize("temperature, top_p", [(0.0, None), (0.9, None), (0.9, 0.7)])
+def test_rows_are_read_where_asked_and_nowhere_else(temperature, top_p, device):
+    logits, u, bits = make(5, 701, device)
+    rows = torch.tensor([3, -1, 0, 5, 3, 2**40, -1], device=device)
+    logits[[1, 2, 4]] = torch.nan
+    u, bits = u[[0, 1, 2, 3, 4, 0, 1]], bits[[0, 1, 2, 3, 4, 0, 1]]
+    settings = ("prob", temperature, None, top_p, False)
+    token, score = cuda.score_rows(logits, rows, u, bits, *settings)
+    live = [0, 2, 4]
+    assert_same((token[live], score[live]),
+                on_cpu(reference.score_rows, logits, rows[live], u[live], bits[live], *settings))
+    assert (score[[1, 6]] == -torch.inf).all() and score[[3, 5]].isnan().all()
+    wide = torch.full((5, 2, 701), torch.nan, device=device)
+    wide[:, 0] = logits
+    for strided in (wide[:, 0], logits.T.contiguous().T, torch.stack([logits, logits], 2)[..., 0]):
+        again = cuda.score_rows(strided, rows, u, bits, *settings)
+        assert torch.equal(again[0][live], token[live]) and torch.equal(again[1][live], score[live])
+
+
+@pytest.mark.parametrize("settings", [("entropy", 0.7, None, None, False), ("prob", 0.9, 40, 0.9, True)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_gives_the_same_bits_wherever_it_lies(settings, dtype, device):
+    """Also where it does not begin at a multiple of 16 bytes."""
+    logits, u, _ = make(1, 2500, device, dtype)
+    memory = torch.full((2600,), torch.nan, dtype=dtype, device=device)
+    token, score = cuda.score_rows(logits, None, u, None, *settings)
+    for offset in range(16 // dtype.itemsize + 1):
+        row = memory[offset:offset + 2500].copy_(logits[0])
+        again = cuda.score_rows(row.unsqueeze(0), None, u, None, *settings)
+        assert again[0] == token and again[1] == score
+        memory.fill_(torch.nan)
+
+
+@pytest.mark.parametrize("top_k, top_p, draws", [(None, None, 600), (5, 0.7, 100)])
+def test_samples_follow_the_distribution(top_k, top_p, draws, device):
+    V = 70
+    logits = make(1, V, device, scale=1.5)[0]
+    u = random.philox_uniform(7, torch.tensor(0), 5, torch.arange(draws)).to(device)
+    rows = torch.zeros(draws, dtype=torch.int64, device=device)
+    settings = ("prob", 1.3, top_k, top_p, False)
+    token, score = cuda.score_rows(logits, rows, u, None, *settings)
+    assert_same((token, score), on_cpu(reference.score_rows, logits, rows, u, None, *settings))
+    p = reference.filter_logits(logits.cpu().double() / 1.3, top_k, top_p).softmax(1)[0]
+    count = token.cpu().bincount(minlength=V)
+    assert (count[p == 0] == 0).all()
+    common = p * draws >= 5
+    seen, want = count[common].double(), p[common] * draws
+    if (rare := p[~common].sum()) > 0:
+        seen, want = torch.cat([seen, count[~common].sum().view(1)]), torch.cat([want, rare.view(1) * draws])
+    freedom = len(seen) - 1
+    assert ((seen - want) ** 2 / want).sum() < freedom + 5 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("u", [2.0**-54, 1 - 2.0**-53])
+def test_uniforms_at_the_ends_take_the_first_and_last_possible_word(u, device):
+    """Where sums differ by their rounding, no sum may pass: then the last word that has a probability."""
+    logits = make(34, 5000, device)[0]
+    logits[:, :40], logits[:, 4500:] = -torch.inf, -torch.inf
+    logits[1, 2000:] = -torch.inf
+    logits[2, :4499] = -torch.inf
+    logits[3, 4000:] = -200.0  # whose probability rounds to nothing
+    both = torch.full((34, 2), u, dtype=torch.float64, device=device)
+    token, _ = cuda.score_rows(logits, None, both, None, "prob", 1.0, None, None, False)
+    p = logits[4:].cpu().double().softmax(1)
+    beside = torch.stack([row[:t].sum() if u < 0.5 else row[t + 1:].sum() for row, t in zip(p, token[4:], strict=True)])
+    assert (beside < 1e-6).all() and (p.gather(1, token[4:, None].cpu()) > 0).all()
+    assert token[:4].tolist() == ([40, 40, 4499, 40] if u < 0.5 else [4499, 1999, 4499, 3999])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("B, L", [(0, 5), (3, 0), (1, 1), (3, 1700)])
+def test_find_rows(B, L, packed, device):
+    tokens = torch.randint(3, (B, L), generator=torch.Generator().manual_seed(0)).to(device)
+    masked, rows = cuda.find_rows(tokens, 2, packed)
+    assert torch.equal(masked, tokens == 2)
+    flat = masked.flatten()
+    place = flat.cumsum(0) - 1 if packed else torch.arange(B * L, device=device)
+    assert torch.equal(rows, torch.where(flat, place, -1))
+
+
+@pytest.mark.parametrize("threshold", [None, 0.7])
+@pytest.mark.parametrize("selection_temperature", [0.0, 0.3])
+@pytest.mark.parametrize("B, L", [(1, 1), (5, 67), (2, 600)])
+def test_commit_equals_the_definition_to_the_bit(B, L, selection_temperature, threshold, device):
+    g = torch.Generator().manual_seed(L)
+    tokens, token = torch.randint(9, (2, B, L), generator=g)
+    masked = torch.rand(B, L, generator=g) < 0.6
+    confidence = (torch.rand(B, L, generator=g) * 8).round() / 8  # equals
+    confidence[torch.rand(B, L, generator=g) < 0.1] = torch.nan
+    confidence[torch.rand(B, L, generator=g) < 0.1] = 0.7
+    if selection_temperature == 0:
+        confidence[torch.rand(B, L, generator=g) < 0.1] = -torch.inf
+    confidence[~masked] = -torch.inf
+    u = torch.rand(B, L, 2, dtype=torch.float64, generator=g)
+    k = torch.tensor([3, 0, L + 5, -1, 1])[:B]
+    arguments = tokens, masked, token, confidence, k
+    want = selection.commit(*arguments, selection_temperature, threshold, u)
+    ours = cuda.commit(*(x.to(device) for x in arguments), selection_temperature, threshold, u.to(device))
+    for mine, theirs in zip(ours, want, strict=True):
+        assert mine.dtype == theirs.dtype and torch.equal(mine.cpu().nan_to_num(7.0), theirs.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "top_p": 0.9},
+                                      {"confidence": "entropy", "threshold": 0.3},
+                                      {"confidence": "random", "selection_temperature": 0.5}])
+@pytest.mark.parametrize("given", ["none", "each", "masked", "one"])
+def test_a_whole_step_equals_the_reference(settings, given, device, monkeypatch):
+    """Through the public function: logits of all positions, and of the masked ones."""
+    if device == "cpu":
+        here = Backend("cuda", cuda.score_rows)
+        monkeypatch.setattr(topk_unmask, "LOGITS_BACKENDS", (here, topk_unmask.LOGITS_BACKENDS[-1]))
+    B, L, V = 2, 9, 301
+    logits, u, _ = make(B * L, V, device)
+    logits = logits.view(B, L, V)
+    tokens = torch.where(torch.rand(B, L, generator=torch.Generator().manual_seed(0)) < 0.6, 7, 3).to(device)
+    each = (torch.rand(B, L, V, generator=torch.Generator().manual_seed(1)) < 0.5).to(device)
+    allowed = {"none": None, "each": each, "masked": each[tokens == 7], "one": each[0, 0]}[given]
+    settings = {**settings, "generator": u.view(B, L, 2), "allowed": allowed}
+    for inputs in (logits, logits[tokens == 7]):
+        mine, theirs = (dllm_kernels.topk_unmask(inputs, tokens, 7, 2, backend=name, **settings)
+                        for name in ("cuda", "reference"))
+        assert torch.equal(mine.tokens, theirs.tokens) and torch.equal(mine.committed, theirs.committed)
+        torch.testing.assert_close(mine.confidence, theirs.confidence, rtol=1e-5, atol=1e-6)
+
+
+class SaysGpu(torch.Tensor):
+    is_cuda = property(lambda self: True)
+
+
+def test_it_says_what_it_cannot_run_on():
+    assert cuda.refuses(torch.zeros(1, 2)) == "needs a CUDA tensor"
+    logits = torch.zeros(1, 2).as_subclass(SaysGpu)
+    assert cuda.refuses(logits) is None
+    assert cuda.refuses(logits.double()) == "takes fp32, fp16 and bf16, not torch.float64"
+    long = torch.empty(1, (1 << 20) + 1, dtype=torch.bfloat16).as_subclass(SaysGpu)
+    assert cuda.refuses(long) == "takes at most 1048576 words, not 1048577"
+
+
+@pytest.mark.skipif(not ON_GPU, reason=f"cannot run here: {cuda.missing()}")
+def test_the_host_never_waits_and_a_cuda_graph_follows_its_inputs():
+    B, L, V = 4, 50, 5003
+    logits, _, bits = make(B * L, V, "cuda", torch.bfloat16)
+    tokens, k = torch.randint(3, (B, L), device="cuda"), torch.full((B,), 3, device="cuda")
+    u = torch.rand(B, L, 2, dtype=torch.float64, device="cuda")
+
+    def step():
+        return [dllm_kernels.topk_unmask(logits.view(B, L, V), tokens, 0, k, backend="cuda", generator=u,
+                                         allowed=bits.view(B, L, -1), **settings)
+                for settings in ({}, {"temperature": 0.7, "confidence": "margin", "confidence_of": "raw"},
+                                 {"temperature": 0.9, "top_k": 50, "top_p": 0.9, "selection_temperature": 0.5})]
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(3):
+        logits.copy_(torch.randn_like(logits))
+        tokens.copy_(torch.randint_like(tokens, 3))
+        graph.replay()
+        for mine, theirs in zip(captured, step(), strict=True):
+            assert all(torch.equal(one, other) for one, other in zip(mine, theirs, strict=True))
