@@ -9,7 +9,7 @@ PYTEST_FLAGS ?=
 demo: .venv/.installed
 	.venv/bin/dllm demo
 
-test: .venv/.installed
+test: .venv/.installed .venv/triton-3.6
 	.venv/bin/python -m pytest $(PYTEST_FLAGS)
 
 bench: .venv/.installed
@@ -34,5 +34,10 @@ clean:
 	$(PIP) install --quiet --constraint constraints.txt setuptools wheel torch
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	@touch $@
+
+# The oldest Triton that the kernels are compiled with, beside the one installed.
+.venv/triton-3.6: .venv/.installed
+	$(PIP) install --quiet --no-deps --upgrade --target $@ triton==3.6.0 || { rm -rf $@; echo "Triton 3.6 cannot be installed here"; }
+	@touch -c $@
 
 .PHONY: demo test bench bench-gpu lint clean

@@ -202,7 +202,7 @@ def _gradient_kernel(g, written, hidden, weight, bias, targets, rows, count, top
             capped = _soft_cap(z, softcap)
         # Not >=: a NaN is to be seen too.
         needed = (((capped < limit[:, None]) == 0) & is_live[:, None]) | (v[None, :] == target[:, None])
-        needed = tl.max(tl.max((needed & (v[None, :] < V)).to(tl.int32), 1), 0)
+        needed = tl.max((needed & (v[None, :] < V)).to(tl.int32))  # of all at once: Triton 3.6 fails in two for Blackwell
         if needed == 0:
             return
         tl.store(written + words * row_tiles + tile, 1)
