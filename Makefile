@@ -1,10 +1,12 @@
 # make demo | test | bench | lint | clean. Each sets up .venv first, where that is not done or something it depends on changed.
-# make bench-gpu PYTHON=python3 runs the tests and benchmarks of the kernels on a GPU, in the environment of that Python.
+# make bench-gpu PYTHON=python3 runs the tests and benchmarks of the kernels on a GPU, in the environment of that Python, and
+# writes benchmarks/results/<gpu>.json; BENCH_FLAGS='--device cpu --small --results FILE' tries the command without one.
 
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 RESULTS ?= benchmarks/latest.json
 PYTEST_FLAGS ?=
+BENCH_FLAGS ?=
 
 demo: .venv/.installed
 	.venv/bin/dllm demo
@@ -17,9 +19,7 @@ bench: .venv/.installed
 	.venv/bin/python benchmarks/gate.py $(RESULTS)
 
 bench-gpu:
-	$(PYTHON) -m pytest tests/kernels $(PYTEST_FLAGS)
-	$(PYTHON) -m pytest $(wildcard benchmarks/bench_gpu_*.py) -rs --benchmark-json=$(RESULTS) $(PYTEST_FLAGS)
-	$(PYTHON) benchmarks/gate.py $(RESULTS)
+	$(PYTHON) -m benchmarks.gpu $(BENCH_FLAGS)
 
 lint: .venv/.installed
 	.venv/bin/ruff check .

@@ -15,19 +15,20 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from benchmarks.bench_gpu_topk_unmask import captured
+from benchmarks.device import DEVICE, captured, measure, on_device, pick, skip_where_missing
 from dllm_kernels import bidirectional_attention, bidirectional_attention_varlen, block_diffusion_attention
 from dllm_kernels.attention import DENSE_BACKENDS
 
-SHAPES = {"0.5B": (14, 2, 64), "7B": (28, 4, 128)}  # Hq, Hkv, E
-B, L, DOCUMENT, BLOCK = 8, 4096, 512, 32
+SHAPES = pick({"0.5B": (14, 2, 64), "7B": (28, 4, 128)}, {"0.5B": (4, 2, 16), "7B": (4, 2, 32)})  # Hq, Hkv, E
+B, L, DOCUMENT, BLOCK = pick((8, 4096, 512, 32), (2, 64, 16, 8))
+CACHED = pick((32, 32, 2048), (4, 8, 64))  # rows, queries, keys
 LIBRARIES = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = on_device
 each_shape = pytest.mark.parametrize("shape", SHAPES)
 each_direction = pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward_backward"])
 
 
-def make_heads(*lengths: int, heads: tuple[int, int, int], dtype=torch.bfloat16, device: str = "cuda"):
+def make_heads(*lengths: int, heads: tuple[int, int, int], dtype=torch.bfloat16, device: str = DEVICE):
     """q of the first length, k and v of the last, after the dimensions between: make_heads(Lq, B, Lk, heads=...)."""
     g = torch.Generator(device).manual_seed(0)
     Hq, Hkv, E = heads
@@ -36,7 +37,7 @@ def make_heads(*lengths: int, heads: tuple[int, int, int], dtype=torch.bfloat16,
             for length, H in sizes]
 
 
-def document_ends(T: int, length: int, device: str = "cuda"):
+def document_ends(T: int, length: int, device: str = DEVICE):
     return torch.arange(0, T + 1, length, device=device, dtype=torch.int32)
 
 
@@ -101,7 +102,7 @@ def flex(q, k, v, mask, attend=flex_attention):
     return attend(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask, enable_gqa=True)
 
 
-def flex_mask(sees, length: int, device: str = "cuda", create=create_block_mask):
+def flex_mask(sees, length: int, device: str = DEVICE, create=create_block_mask):
     return create(sees, None, None, 2 * length, 2 * length, device=device)
 
 
@@ -110,11 +111,6 @@ def call(attend, heads, backward: bool):
     if backward:
         return lambda: torch.autograd.grad(out := attend(*heads), heads, out.detach())
     return lambda: attend(*(x.detach() for x in heads))
-
-
-def measure(paired, ours, baseline, at_least, **extra):
-    paired(ours=ours, baseline=baseline, finish=torch.cuda.synchronize, rounds=20, threads=None, at_least=at_least,
-           gpu=torch.cuda.get_device_name(), **extra)
 
 
 @each_direction
@@ -126,6 +122,7 @@ def bench_dense(paired, backend, library, shape, backward):
     heads = make_heads(L, B, L, heads=SHAPES[shape])
     if reason := why_not(LIBRARIES[library], heads):
         pytest.skip(reason)
+    skip_where_missing(DENSE_BACKENDS, backend, heads[0])
     ours = call(functools.partial(bidirectional_attention, backend=backend), heads, backward)
     triton_promise = 0.7 if library == "cudnn" and not backward else None
     Hq, _, E = SHAPES[shape]
@@ -141,6 +138,9 @@ def bench_dense(paired, backend, library, shape, backward):
 def bench_packed_documents(paired, baseline, backend, shape, backward):
     """Documents of 512. Promised over PyTorch's varlen_attn: 1.25 forward, 1.05 with the backward."""
     heads, cu_seqlens = make_heads(B * L, B * L, heads=SHAPES[shape]), document_ends(B * L, DOCUMENT)
+    skip_where_missing(DENSE_BACKENDS, backend, heads[0])
+    if DEVICE == "cpu":
+        pytest.skip(f"{baseline} needs a GPU")
     if baseline == "torch_varlen":
         if importlib.util.find_spec("torch.nn.attention.varlen") is None:
             pytest.skip("this torch has no torch.nn.attention.varlen")
@@ -163,6 +163,9 @@ def bench_block_diffusion(paired, backend, rebuilt, shape, backward):
     """Training mask, blocks of 32, 2 x 4,096 positions in a row. Promised over compiled FlexAttention: 1.5 where its
     mask is built per batch, 1.15 where it is not."""
     heads, sees = make_heads(2 * L, B, 2 * L, heads=SHAPES[shape]), block_diffusion_of(L, BLOCK)
+    skip_where_missing(DENSE_BACKENDS, backend, heads[0])
+    if backward and DEVICE == "cpu":
+        pytest.skip("FlexAttention has no backward on a CPU")
     made = flex_mask(sees, L)
 
     def baseline(q, k, v):
@@ -173,22 +176,17 @@ def bench_block_diffusion(paired, backend, rebuilt, shape, backward):
     measure(paired, call(attend, heads, backward), call(baseline, heads, backward), 1.5 if rebuilt else 1.15)
 
 
-def skip_where_missing(name: str | None, q) -> None:
-    for backend in DENSE_BACKENDS:
-        if backend.name == name and (reason := backend.missing() or backend.refuses(q)):
-            pytest.skip(f"{name}: {reason}")
-
-
 @each_shape
 @pytest.mark.parametrize("library", ["chosen_by_torch", *LIBRARIES])
 @pytest.mark.parametrize("backend", [None, "triton", "cuda"], ids=["auto", "triton", "cuda"])
-def bench_decoding(paired, backend, library, shape, rows=32, queries=32, keys=2048):
+def bench_decoding(paired, backend, library, shape):
     """32 queries against 2,048 cached keys of 32 rows. Promised: twice as fast as PyTorch's with enable_gqa."""
+    rows, queries, keys = CACHED
     heads = [x.detach() for x in make_heads(queries, rows, keys, heads=SHAPES[shape])]
     chosen = LIBRARIES.get(library)
     if chosen is not None and (reason := why_not(chosen, heads)):
         pytest.skip(reason)
-    skip_where_missing(backend, heads[0])
+    skip_where_missing(DENSE_BACKENDS, backend, heads[0])
     measure(paired, captured(lambda: bidirectional_attention(*heads, backend=backend)),
             captured(lambda: sdpa(*heads, chosen)), 2 if backend is None else None,
             must_read_bytes=sum(x.nbytes for x in heads))
@@ -196,12 +194,13 @@ def bench_decoding(paired, backend, library, shape, rows=32, queries=32, keys=20
 
 @each_shape
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
-def bench_rows_of_a_cache(paired, backend, shape, rows=32, queries=32, keys=2048):
+def bench_rows_of_a_cache(paired, backend, shape):
     """Half of the rows, read where they are, against PyTorch's attention of a copy of them."""
+    rows, queries, keys = CACHED
     q, k, v = (x.detach() for x in make_heads(queries, rows, keys, heads=SHAPES[shape]))
     taken = torch.arange(0, rows, 2, device=q.device)
     q = q[:len(taken)]
-    skip_where_missing(backend, q)
+    skip_where_missing(DENSE_BACKENDS, backend, q)
     measure(paired, captured(lambda: bidirectional_attention(q, k, v, cache_rows=taken, backend=backend)),
             captured(lambda: sdpa(q, k[taken], v[taken])), 2)
 
@@ -210,13 +209,13 @@ def bench_rows_of_a_cache(paired, backend, shape, rows=32, queries=32, keys=2048
 @pytest.mark.parametrize("backend", [None, "triton", "cuda"], ids=["auto", "triton", "cuda"])
 def bench_new_length(paired, backend, shape):
     """A length of keys never seen before, against one seen before: at most twice its time."""
-    skip_where_missing(backend, make_heads(BLOCK, 1, BLOCK, heads=SHAPES[shape])[0].detach())
-    step = new_length(SHAPES[shape], backend)
+    skip_where_missing(DENSE_BACKENDS, backend, make_heads(BLOCK, 1, BLOCK, heads=SHAPES[shape])[0].detach())
+    step = new_length(SHAPES[shape], backend, *pick((1024, 4096), (32, 512)))
     measure(paired, lambda: step(True), lambda: step(False), 0.5)
 
 
 def new_length(heads, backend, first: int = 1024, longest: int = 4096, rows: int = 4, queries: int = 32,
-               dtype=torch.bfloat16, device: str = "cuda"):
+               dtype=torch.bfloat16, device: str = DEVICE):
     """A function that attends to `first` cached keys or, if its argument is true, to a number it never has before."""
     q, k, v = (x.detach() for x in make_heads(queries, rows, longest, heads=heads, dtype=dtype, device=device))
     lengths = count(first + 1, 7)

@@ -8,14 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.device import DEVICE, measure, on_device, peak_memory, pick, without_waiting
 from dllm_kernels import linear_masked_cross_entropy
 
-V = 151_936
-SHAPES = {"0.5B": (65_536, 896), "7B": (32_768, 3_584)}  # positions, hidden size
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+V = pick(151_936, 1_000)
+SHAPES = {"0.5B": pick((65_536, 896), (64, 32)), "7B": pick((32_768, 3_584), (32, 64))}  # positions, hidden size
+pytestmark = on_device
 
 
-def make_case(N: int, D: int, words: int = V, device: str = "cuda"):
+def make_case(N: int, D: int, words: int = V, device: str = DEVICE):
     g = torch.Generator(device).manual_seed(0)
     hidden, weight = (torch.randn(*shape, generator=g, device=device).bfloat16() for shape in ((N, D), (words, D)))
     hidden, weight = hidden.requires_grad_(), (weight * D**-0.5).detach().requires_grad_()
@@ -84,12 +85,7 @@ def multiply(case) -> None:
 
 def extra_memory_mib(function, case) -> float:
     """Peak of a training step besides what there was and the two gradients."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    train(function, case)
-    gradients = sum(x.nbytes for x in case[:2])
-    return (torch.cuda.max_memory_allocated() - before - gradients) / 2**20
+    return (peak_memory(lambda: train(function, case)) - sum(x.nbytes for x in case[:2])) / 2**20
 
 
 BASELINES = {  # function, the package it needs, the promised ratio by shape
@@ -111,9 +107,8 @@ def bench_against(paired, baseline, shape):
         pytest.skip("this torch has no linear_cross_entropy")
     case = make_case(*SHAPES[shape])
     memory = {name: round(extra_memory_mib(f, case)) for name, f in (("ours", ours), ("baseline", function))}
-    paired(ours=lambda: train(ours, case), baseline=lambda: train(function, case), finish=torch.cuda.synchronize,
-           rounds=10, threads=None, at_least=promised[shape], gpu=torch.cuda.get_device_name(),
-           extra_memory_mib=memory["ours"], baseline_extra_memory_mib=memory["baseline"])
+    measure(paired, lambda: train(ours, case), lambda: train(function, case), promised[shape], rounds=10,
+            extra_memory_mib=memory["ours"], baseline_extra_memory_mib=memory["baseline"])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -121,19 +116,13 @@ def bench_against_the_products_alone(paired, shape):
     """Promised: within 1.35 times their time."""
     case = make_case(*SHAPES[shape])
     memory = extra_memory_mib(ours, case)
-    paired(ours=lambda: train(ours, case), baseline=lambda: multiply(case), finish=torch.cuda.synchronize, rounds=10,
-           threads=None, at_least=1 / 1.35, gpu=torch.cuda.get_device_name(), extra_memory_mib=round(memory),
-           must_multiply_flop=3 * 2 * int(case[3].sum()) * case[0].shape[1] * V)
+    measure(paired, lambda: train(ours, case), lambda: multiply(case), 1 / 1.35, rounds=10,
+            extra_memory_mib=round(memory), must_multiply_flop=3 * 2 * int(case[3].sum()) * case[0].shape[1] * V)
 
 
 def bench_host_synchronisations(paired):
     """None: PyTorch raises at the first one."""
-    case = make_case(4096, 896)
+    case = make_case(*pick((4096, 896), (32, 16)))
     train(ours, case)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        train(ours, case)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    paired(ours=lambda: train(ours, case), baseline=lambda: train(ours, case), finish=torch.cuda.synchronize, rounds=20,
-           threads=None, gpu=torch.cuda.get_device_name(), control="ours against ours: 1 but for noise")
+    without_waiting(lambda: train(ours, case))
+    measure(paired, lambda: train(ours, case), lambda: train(ours, case), control="ours against ours: 1 but for noise")

@@ -5,18 +5,21 @@ without CUDA graphs and each cache, against the naive loop of the same method wi
 import pytest
 import torch
 
+from benchmarks.device import DEVICE, measure, on_device, pick
 from benchmarks.naive_sampler import naive_fast_dllm, naive_llada
 from dllm.families import ModelConfig
 from dllm.model import DiffusionLM
 from dllm.sampler import MDMGenerationConfig, denoise
 
-PROMPT, NEW, BLOCK = 128, 128, 32
-SHAPE = {"vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4_864, "num_hidden_layers": 24,
-         "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 64}
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+PROMPT, NEW, BLOCK = pick((128, 128, 32), (8, 16, 8))
+SHAPE = pick({"vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4_864, "num_hidden_layers": 24,
+              "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 64},
+             {"vocab_size": 1_000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16})
+pytestmark = on_device
 
 
-def make_case(rows: int, device: str = "cuda", dtype: torch.dtype = torch.bfloat16, **shape):
+def make_case(rows: int, device: str = DEVICE, dtype: torch.dtype = torch.bfloat16, **shape):
     torch.manual_seed(0)
     config = ModelConfig(family="qwen2", qkv_bias=True, tie_word_embeddings=True, shift_logits=False,
                          **{**SHAPE, **shape})
@@ -38,9 +41,11 @@ def naive(model, canvas, cache: str):
         naive_fast_dllm(model, row.unsqueeze(0), block_length=BLOCK, threshold=0.9, dual=cache == "dual")
 
 
-@pytest.mark.parametrize("rows", [1, 8, 64])
+@pytest.mark.parametrize("rows", pick([1, 8, 64], [2]))
 @pytest.mark.parametrize("cache", ["none", "graphs", "prefix", "dual"])
 def bench_tokens_per_second(paired, cache, rows):
+    if cache == "graphs" and DEVICE == "cpu":
+        pytest.skip("CUDA graphs need a GPU")
     model, canvas = make_case(rows)
     settings = {"none": {"steps": NEW}, "graphs": {"steps": NEW, "cuda_graphs": True}}.get(
         cache, {"threshold": 0.9, "cache": cache})
@@ -49,8 +54,7 @@ def bench_tokens_per_second(paired, cache, rows):
     one_at_a_time = cache in ("prefix", "dual")
     few = canvas[:2] if one_at_a_time else canvas  # of those, a part is enough
     share = len(canvas) / len(few)
-    ratio = paired(ours=lambda: denoise(model, canvas, config), baseline=lambda: naive(model, few, cache),
-                   finish=torch.cuda.synchronize, rounds=2, threads=None, gpu=torch.cuda.get_device_name(),
-                   forwards=out.forwards, tokens_per_forward=out.tokens_per_forward, new_tokens=rows * NEW,
-                   baseline_share_of_the_rows=1 / share)
+    ratio = measure(paired, lambda: denoise(model, canvas, config), lambda: naive(model, few, cache), rounds=2,
+                    forwards=out.forwards, tokens_per_forward=out.tokens_per_forward, new_tokens=rows * NEW,
+                    baseline_share_of_the_rows=1 / share)
     print(f"{cache}, batch of {rows}: {ratio * share:.1f} times the tokens per second of the naive loop")

@@ -5,30 +5,41 @@ taken from several copies in turn. Half of the logits copied moves as many bytes
 memory's speed.
 """
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
+from benchmarks.device import (
+    DEVICE,
+    captured,
+    measure,
+    on_device,
+    peak_memory,
+    pick,
+    skip_where_missing,
+    without_waiting,
+)
 from dllm_kernels import linear_token_scores, linear_topk_unmask, philox_uniform, token_scores, topk_unmask
+from dllm_kernels.topk_unmask import LOGITS_BACKENDS
 
-V, MASK = 151_936, 151_935
-B, ROWS = 32, [32 * 128, 32 * 512]
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+V = pick(151_936, 1_000)
+MASK = V - 1
+B, PER_ROW, ROWS = pick((32, 128, [32 * 128, 32 * 512]), (2, 8, [16, 32]))
+SIZES = pick([896, 3584], [16, 32])  # hidden
+pytestmark = on_device
 
 
-def make_logits(rows: int, words: int = V, device: str = "cuda"):
+def make_logits(rows: int, words: int = V, device: str = DEVICE):
     g = torch.Generator(device).manual_seed(0)
     return (3 * torch.randn(rows, words, generator=g, device=device)).bfloat16()
 
 
-def make_head(rows: int, D: int, words: int = V, device: str = "cuda"):
+def make_head(rows: int, D: int, words: int = V, device: str = DEVICE):
     g = torch.Generator(device).manual_seed(0)
     hidden, weight = (torch.randn(*shape, generator=g, device=device) for shape in ((1, rows, D), (words, D)))
     return hidden.bfloat16(), (weight * D**-0.5).bfloat16(), torch.arange(rows, device=device)
 
 
-def make_uniforms(rows: int, device: str = "cuda"):
+def make_uniforms(rows: int, device: str = DEVICE):
     return philox_uniform(0, torch.zeros((), dtype=torch.int64, device=device), 0, torch.arange(rows, device=device))
 
 
@@ -52,29 +63,11 @@ def llada_step(logits, temperature):
     return token, logits.to(torch.float64).softmax(-1).gather(-1, token.unsqueeze(-1))
 
 
-def captured(*calls: Callable[[], object]) -> Callable[[], None]:
-    """The calls, one after the other, as one replay of a CUDA graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph.replay
-
-
-def measure(paired, ours, baseline, at_least, **extra):
-    paired(ours=ours, baseline=baseline, finish=torch.cuda.synchronize, rounds=20, threads=None, at_least=at_least,
-           gpu=torch.cuda.get_device_name(), **extra)
-
-
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def bench_logits_against_the_memory(paired, backend, rows, temperature):
+    skip_where_missing(LOGITS_BACKENDS, backend, torch.empty(1, V, device=DEVICE))
     logits, u = make_logits(rows), make_uniforms(rows)
     half = logits[:rows // 2]
     to = torch.empty_like(half)
@@ -100,14 +93,14 @@ def bench_logits_against_llada(paired, temperature):
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("D, at_least", [(896, 1.1), (3584, 1.0)])
+@pytest.mark.parametrize("D, at_least", zip(SIZES, (1.1, 1.0), strict=True))
 def bench_head_against_product_then_logits(paired, D, at_least, rows):
     hidden, weight, positions = make_head(rows, D)
     measure(paired, captured(lambda: linear_token_scores(hidden, weight, positions)),
             captured(lambda: token_scores(hidden[0] @ weight.T)), at_least, must_multiply_flop=2 * rows * D * V)
 
 
-@pytest.mark.parametrize("D", [896, 3584])
+@pytest.mark.parametrize("D", SIZES)
 def bench_head_of_one_block(paired, D):
     """32 masked positions of one sequence: within 1.3 times the time that reading the head takes."""
     cases = [make_head(32, D) for _ in range(3)]
@@ -119,29 +112,23 @@ def bench_head_of_one_block(paired, D):
 
 def bench_launches_bytes_and_synchronisations(paired):
     """Of a whole step from hidden states at temperature 0. PyTorch raises at the first host synchronisation."""
-    hidden, weight, _ = make_head(B * 128, 896)
-    hidden, tokens = hidden.view(B, 128, 896), torch.full((B, 128), MASK, device="cuda")
-    k = torch.full((B,), 4, device="cuda")
+    hidden, weight, _ = make_head(B * PER_ROW, SIZES[0])
+    hidden, tokens = hidden.view(B, PER_ROW, SIZES[0]), torch.full((B, PER_ROW), MASK, device=DEVICE)
+    k = torch.full((B,), 4, device=DEVICE)
 
     def step():
         return linear_topk_unmask(hidden, weight, tokens, MASK, k)
 
     step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
-        torch.cuda.synchronize()
-    bytes_allocated = torch.cuda.max_memory_allocated() - before
-    on_gpu = torch.autograd.DeviceType.CUDA
-    launches = sum(event.count for event in profile.key_averages() if event.device_type == on_gpu)
-    logits = make_logits(B * 128)
+    without_waiting(step)
+    bytes_allocated, launches = peak_memory(step), None
+    if DEVICE == "cuda":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            step()
+            torch.cuda.synchronize()
+        on_gpu = torch.autograd.DeviceType.CUDA
+        launches = sum(event.count for event in profile.key_averages() if event.device_type == on_gpu)
+    logits = make_logits(B * PER_ROW)
     # find_rows, the list of them, statistics, choice, commit
     measure(paired, step, lambda: topk_unmask(logits, tokens, MASK, k), None, exactly={"launches": (launches, 5)},
             bytes_allocated=bytes_allocated)

@@ -1,5 +1,6 @@
 """The `paired` fixture: ours against a baseline, call by call in one process, into pytest-benchmark's JSON."""
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -59,8 +60,8 @@ def paired(benchmark) -> Callable[..., float]:
         ratio = fastest / benchmark.stats["min"]
         benchmark.extra_info |= {
             "ratio": ratio, "at_least": at_least, "ours_ms": 1e3 * benchmark.stats["min"],
-            "baseline_ms": 1e3 * fastest, "rounds": rounds, "threads": threads or before, "exactly": exactly or {},
-            "torch": torch.__version__, **extra}
+            "baseline_ms": 1e3 * fastest, "baseline_seconds": seconds, "rounds": rounds, "threads": threads or before,
+            "exactly": exactly or {}, "torch": torch.__version__, **extra}
         return ratio
 
     return run
@@ -70,6 +71,8 @@ def paired(benchmark) -> Callable[..., float]:
 def benchmark(benchmark):
     if benchmark.disabled:
         pytest.skip("there is nothing to compare with --benchmark-disable")
+    if time.time() > float(os.environ.get("BENCH_DEADLINE", "inf")):
+        pytest.skip("out of time")
     return benchmark
 
 

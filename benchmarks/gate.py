@@ -35,7 +35,8 @@ def main(path: str) -> int:
     for name, info in runs:
         if "ratio" not in info:
             continue
-        known = {"ratio", "at_least", "ours_ms", "baseline_ms", "rounds", "threads", "exactly", "torch"}
+        known = {"ratio", "at_least", "ours_ms", "baseline_ms", "rounds", "threads", "exactly", "torch",
+                 "baseline_seconds"}
         also = {"threads": info["threads"]} | {key: value for key, value in info.items() if key not in known}
         also |= {key: measured for key, (measured, _) in info["exactly"].items()}
         promised = "-" if info["at_least"] is None else f"{info['at_least']:g}"

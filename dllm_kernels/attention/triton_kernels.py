@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dllm_kernels import triton_support
+from dllm_kernels import triton_support, tuned
 from dllm_kernels.triton_support import missing
 
 __all__ = ["bidirectional_attention", "bidirectional_attention_varlen", "block_diffusion_attention", "missing",
@@ -58,6 +58,7 @@ TILES = {
     (4, 256): _tiles_of((16, 32, 8, 2), (16, 32, 8, 2), (32, 16, 8, 2), (16, 16, 8, 1)),
     (4, 256, "sm_80"): _tiles_of((16, 32, 8, 2), (16, 16, 8, 1), (32, 16, 8, 2), (16, 16, 8, 1)),
 }
+TILES = tuned.apply("attention", TILES)
 COMBINE = {"ROWS": 8, "num_warps": 4}
 
 

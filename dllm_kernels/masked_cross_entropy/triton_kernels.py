@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dllm_kernels import tuned
 from dllm_kernels.masked_cross_entropy.reference import refuse_second_derivative
 from dllm_kernels.masked_cross_entropy.rows import (
     FromLogits,
@@ -52,6 +53,7 @@ TILES = {
         "grad_hidden": {"ROWS": 64, "COLUMNS": 64, "INNER": 32, "num_warps": 4, "num_stages": 3},
         "grad_weight": {"WORDS": 64, "COLUMNS": 64, "INNER": 32, "num_warps": 8, "num_stages": 5}},
 }
+TILES = tuned.apply("masked_cross_entropy", TILES)
 # With skip_below: the list of tiles is one more load to wait for; in fp32, INNER 32 spills on sm_80.
 LISTED = {2: {"grad_hidden": {"num_stages": 5}, "grad_weight": {}},
           4: {"grad_hidden": {"num_stages": 5}, "grad_weight": {"INNER": 16}}}
@@ -202,7 +204,8 @@ def _gradient_kernel(g, written, hidden, weight, bias, targets, rows, count, top
             capped = _soft_cap(z, softcap)
         # Not >=: a NaN is to be seen too.
         needed = (((capped < limit[:, None]) == 0) & is_live[:, None]) | (v[None, :] == target[:, None])
-        needed = tl.max((needed & (v[None, :] < V)).to(tl.int32))  # of all at once: Triton 3.6 fails in two for Blackwell
+        # Of all at once: in two steps Triton 3.6 fails for Blackwell.
+        needed = tl.max((needed & (v[None, :] < V)).to(tl.int32))
         if needed == 0:
             return
         tl.store(written + words * row_tiles + tile, 1)

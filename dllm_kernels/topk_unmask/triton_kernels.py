@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dllm_kernels import tuned
 from dllm_kernels.topk_unmask.settings import effective, is_filtered
 from dllm_kernels.triton_head import logits_of_tile
 from dllm_kernels.triton_support import missing, refuses
@@ -39,8 +40,10 @@ __all__ = ["commit", "find_rows", "linear_score_rows", "missing", "philox_unifor
 BLOCK = {"WORDS": 4096, "num_warps": 8}  # of a row of logits
 CUT = {"WORDS": 2048, "num_warps": 8}
 PROGRAMS, SHARE = 4096, 4  # blocks per program: one for few rows, up to SHARE where there are so many programs
-TILES = {2: {"ROWS": 128, "WORDS": 128, "INNER": 64, "num_warps": 8, "num_stages": 3},  # by bytes per element
-         4: {"ROWS": 64, "WORDS": 64, "INNER": 32, "num_warps": 8, "num_stages": 3}}
+# Of the linear form, by bytes per element.
+TILES = tuned.apply("topk_unmask", {
+    2: {"linear": {"ROWS": 128, "WORDS": 128, "INNER": 64, "num_warps": 8, "num_stages": 3}},
+    4: {"linear": {"ROWS": 64, "WORDS": 64, "INNER": 32, "num_warps": 8, "num_stages": 3}}})
 NARROW = {2: 64, 4: 32}  # WORDS where words are allowed one by one, or two distributions measured: more registers each
 GROUP, LINEAR_SPLITS, LINEAR_PROGRAMS = 16, 32, 512  # as in masked_cross_entropy
 SAMPLED = 512  # words that the linear form multiplies again to sample; more where the statistics would be too many
@@ -518,7 +521,7 @@ def linear_score_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows:
     """
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     hidden, weight = _readable(hidden.to(dtype)), _readable(weight.to(dtype))
-    (R, D), V, tiles = hidden.shape, len(weight), TILES[dtype.itemsize]
+    (R, D), V, tiles = hidden.shape, len(weight), TILES[dtype.itemsize]["linear"]
     if allowed is not None or (raw and temperature > 0):
         tiles = {**tiles, "WORDS": NARROW[dtype.itemsize]}
     n = R if rows is None else len(rows)

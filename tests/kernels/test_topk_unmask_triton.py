@@ -55,7 +55,8 @@ def many_blocks(monkeypatch):
     tiles = {"ROWS": 16, "WORDS": 32, "INNER": 16, "num_warps": 4, "num_stages": 2}
     for name, value in (
             ("BLOCK", {"WORDS": 256, "num_warps": 4}), ("CUT", {"WORDS": 256, "num_warps": 4}), ("PROGRAMS", 4),
-            ("TILES", {2: tiles, 4: tiles}), ("NARROW", {2: 16, 4: 16}), ("GROUP", 2), ("LINEAR_SPLITS", 3),
+            ("TILES", {size: {"linear": tiles} for size in (2, 4)}),
+            ("NARROW", {2: 16, 4: 16}), ("GROUP", 2), ("LINEAR_SPLITS", 3),
             ("LINEAR_PROGRAMS", 4), ("SAMPLED", 64), ("WORKSPACE_BYTES", 4 * 301 * 8),
             ("POSITIONS", {"BLOCK": 64, "num_warps": 4}), ("COMMIT", {"BLOCK": 16, "OTHERS": 32, "num_warps": 4})):
         monkeypatch.setattr(triton_kernels, name, value)

@@ -1,0 +1,79 @@
+"""A training step on a GPU: Qwen2.5-0.5B's shape with random weights, bf16, rows of 4,096 positions, packed documents.
+
+Ours against a rendition of Open-dLLM's step: the same model and mask ratio, attention across the documents of a row by
+PyTorch's kernel, and the loss over all positions, where installed by Liger-Kernel, which ignores those not corrupted.
+"""
+
+import importlib.util
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks.device import DEVICE, measure, on_device, peak_memory, pick
+from dllm.families import ModelConfig
+from dllm.model import DiffusionLM
+from dllm_kernels import linear_masked_cross_entropy
+
+LENGTH, DOCUMENT, ROWS = pick((4096, 512, [1, 4, 8]), (32, 8, [2]))
+SHAPE = pick({"vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4_864, "num_hidden_layers": 24,
+              "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 64},
+             {"vocab_size": 1_000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16})
+pytestmark = on_device
+
+
+def make_case(rows: int, device: str = DEVICE, dtype: torch.dtype = torch.bfloat16):
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = DiffusionLM(ModelConfig(family="qwen2", qkv_bias=True, tie_word_embeddings=True, shift_logits=False,
+                                        **SHAPE)).to(dtype)
+        clean = torch.randint(SHAPE["vocab_size"] - 1, (rows, LENGTH))
+        corrupted = torch.rand(rows, LENGTH) < 0.5
+        weights = 1 / (0.1 + torch.rand(rows, LENGTH))
+        ends = torch.arange(0, rows * LENGTH + 1, DOCUMENT, dtype=torch.int32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device == "cuda")
+    return model, optimizer, clean, corrupted, clean.masked_fill(corrupted, SHAPE["vocab_size"] - 1), weights, ends
+
+
+def our_step(model, optimizer, clean, corrupted, noisy, weights, ends):
+    hidden = model.hidden_states(noisy, cu_seqlens=ends, max_seqlen=DOCUMENT)
+    linear_masked_cross_entropy(hidden, model.head_weight, clean, corrupted, weights=weights).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def open_dllm_step(model, optimizer, clean, corrupted, noisy, weights, ends):
+    hidden, targets = model.hidden_states(noisy), clean.masked_fill(~corrupted, -100).flatten()
+    if DEVICE == "cuda" and importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        loss = LigerFusedLinearCrossEntropyLoss()(model.head_weight, hidden.flatten(0, 1), targets)
+    else:
+        loss = F.cross_entropy(F.linear(hidden.flatten(0, 1), model.head_weight).float(), targets)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def model_flop(rows: int, corrupted: int) -> int:
+    """Of a step: six per weight and position, of the head per corrupted one, and attention within documents."""
+    D, kept = SHAPE["hidden_size"], SHAPE["head_dim"]
+    q, kv = SHAPE["num_attention_heads"] * kept, SHAPE["num_key_value_heads"] * kept
+    layer = D * (2 * q + 2 * kv) + 3 * D * SHAPE["intermediate_size"]
+    positions, layers = rows * LENGTH, SHAPE["num_hidden_layers"]
+    attention = 3 * 4 * positions * DOCUMENT * q * layers
+    return 6 * positions * layer * layers + attention + 6 * corrupted * D * SHAPE["vocab_size"]
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def bench_step(paired, rows):
+    """Promised: 2.5 times as fast, and with 4 rows 45% of what the measured matrix product reaches."""
+    case = make_case(rows)
+    memory = {}
+    for name, step in (("", our_step), ("baseline_", open_dllm_step)):
+        step(*case)
+        memory[f"{name}peak_memory_mib"] = round(peak_memory(lambda step=step: step(*case)) / 2**20)
+    measure(paired, lambda: our_step(*case), lambda: open_dllm_step(*case), 2.5, rounds=6, positions=rows * LENGTH,
+            must_multiply_flop=model_flop(rows, int(case[3].sum())), share_at_least=0.45 if rows == 4 else None,
+            **memory)

@@ -1,0 +1,85 @@
+"""Where the GPU benchmarks run, and how large: on a GPU or, to prove the command without one, small on a CPU.
+
+BENCH_DEVICE=cpu and BENCH_SMALL=1 in the environment choose the second; `benchmarks.gpu` sets them.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from dllm_kernels.dispatch import Backend
+
+DEVICE = os.environ.get("BENCH_DEVICE", "cuda")
+SMALL = os.environ.get("BENCH_SMALL", "0") == "1"
+on_device = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def pick(full, small):
+    return small if SMALL else full
+
+
+def skip_where_missing(backends: Sequence[Backend], name: str | None, tensor: torch.Tensor) -> None:
+    for backend in backends:
+        if backend.name == name and (reason := backend.missing() or backend.refuses(tensor)):
+            pytest.skip(f"{name}: {reason}")
+
+
+def finish() -> None:
+    """Wait until the device has done all."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if DEVICE == "cuda" else DEVICE
+
+
+def captured(*calls: Callable[[], object]) -> Callable[[], object]:
+    """The calls, one after the other, as one replay of a CUDA graph, so that launching does not count."""
+    if DEVICE == "cpu":
+        return lambda: [call() for call in calls]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph.replay
+
+
+def measure(paired: Callable[..., float], ours: Callable[[], object], baseline: Callable[[], object],
+            at_least: float | None = None, *, rounds: int = 20, **extra) -> float:
+    """`paired` on the device. What is promised of a GPU is not asked of a CPU."""
+    if DEVICE == "cpu":
+        at_least, extra["exactly"] = None, {}
+    return paired(ours=ours, baseline=baseline, finish=finish, rounds=pick(rounds, 2), threads=None, at_least=at_least,
+                  gpu=device_name(), **extra)
+
+
+def peak_memory(call: Callable[[], object]) -> int:
+    """Bytes allocated during the call beside those before it; 0 on a CPU, where nobody counts."""
+    if DEVICE == "cpu":
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def without_waiting(call: Callable[[], object]) -> None:
+    """PyTorch raises at the first host synchronisation."""
+    if DEVICE == "cpu":
+        call()
+        return
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

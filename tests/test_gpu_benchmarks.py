@@ -1,0 +1,131 @@
+"""The command that measures on a GPU, tried on a CPU; what it writes, and what README.md makes of it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu, publish, tune
+from dllm_kernels import tuned
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command, **variables):
+    return subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **variables})
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory):
+    path = tmp_path_factory.mktemp("results") / "new" / "cpu.json"
+    done = run("benchmarks.gpu", "--device", "cpu", "--small", "--results", str(path), "--only",
+               "products_alone or one_block or host_synchronisations or against_liger")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, json.loads(path.read_text()), path
+
+
+def test_a_run_reports_its_machine_its_limits_and_every_benchmark(tried):
+    said, results, path = tried
+    assert results["machine"]["device"] == "CPU" and len(results["machine"]["commit"] or 40 * "0") == 40
+    assert results["limits"]["copy_bytes_per_s"] > 1e6 and results["limits"]["product_flop_per_s"] > 1e6
+    assert {line["name"].split("::")[1] for line in results["benchmarks"]} == {
+        "bench_host_synchronisations", "bench_against_the_products_alone[0.5B]", "bench_against_the_products_alone[7B]",
+        "bench_head_of_one_block[16]", "bench_head_of_one_block[32]"}
+    for line in results["benchmarks"]:
+        assert len(line["samples_s"]) == len(line["baseline_samples_s"]) == 2 and line["ours_s"] > 0
+        assert line["name"] in said and line["at_least"] is None and not line["wrong"]
+    assert "every promise holds" in said and [file.name for file in path.parent.iterdir()] == ["cpu.json"]
+
+
+def bench(ratio=1.0, at_least=None, exactly=None, **extra):
+    info = {"ratio": ratio, "at_least": at_least, "exactly": exactly or {}, "baseline_seconds": [2e-3, 4e-3], **extra}
+    return {"fullname": "benchmarks/bench_gpu_x.py::bench_y", "extra_info": info, "stats": {"data": [1e-3, 3e-3, 2e-3]}}
+
+
+LIMITS = {"copy_bytes_per_s": 4e12, "product_flop_per_s": 8e14}
+
+
+def test_the_floor_is_the_larger_of_bytes_and_operations():
+    line = gpu.summarise(bench(must_read_bytes=2e9, must_multiply_flop=1e11), LIMITS)
+    assert line["share_of_floor"] == pytest.approx(0.5) and line["tb_per_s"] == pytest.approx(2.0)
+    assert (line["ours_s"], line["baseline_s"], line["spread"]) == (2e-3, 3e-3, pytest.approx(2.0))
+    assert gpu.summarise(bench(must_multiply_flop=6e11), LIMITS)["share_of_floor"] == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("given, wrong", [
+    (bench(0.8, 1.0), "ratio 0.80 is under 0.85 x 1"), (bench(0.9, 1.0), None),
+    (bench(exactly={"launches": (6, 5)}), "launches is 6, not 5"),
+    (bench(must_multiply_flop=2e11, share_at_least=0.45), "25% of the product's rate, not 45%")])
+def test_what_misses_its_promise_says_so(given, wrong):
+    assert gpu.summarise(given, LIMITS)["wrong"] == ([wrong] if wrong else [])
+
+
+@pytest.mark.parametrize("command, message", [
+    (["--device", "cpu"], "--device cpu proves nothing about a GPU and would take hours; add --small"),
+    (["--device", "cpu", "--small"], "--device cpu needs --results FILE"),
+    ([], "there is no GPU here; --device cpu --small tries the command without one")])
+def test_a_command_that_cannot_work_says_what_to_do(command, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["benchmarks.gpu", *command])
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert message in capsys.readouterr().err
+
+
+def test_what_takes_too_long_is_stopped_and_named():
+    code = "print('begun', flush=True); import time; time.sleep(60)"
+    assert gpu.run([sys.executable, "-c", code], 1) == (None, "begun\n")
+
+
+def test_the_readme_says_what_was_measured():
+    readme = (ROOT / "README.md").read_text()
+    assert publish.with_section(readme, publish.read_results()) == readme, "python -m benchmarks.publish writes it anew"
+
+
+def test_a_section_names_machine_rates_and_what_was_missed(tried):
+    assert publish.section([]) == publish.NOTHING
+    results = tried[1]
+    results["benchmarks"][0] |= {"at_least": 2.0, "wrong": ["too slow"]}
+    results["machine"] |= {"commit": 40 * "a", "triton": "3.6.0"}
+    section = publish.section([results])
+    assert "On CPU, torch" in section and "triton 3.6.0" in section and "at aaaaaaaaaaaa on" in section
+    assert "| 2.00 **missed** |" in section and section.count("**missed**") == 1
+    assert "The run is void" in publish.section([results | {"void": True}])
+
+
+def test_every_benchmark_on_a_gpu_has_shapes_for_a_cpu():
+    """Collected small on a CPU, so that a slip shows before a GPU is there."""
+    files = [str(path) for path in (ROOT / "benchmarks").glob("bench_gpu_*.py")]
+    done = run("pytest", "--collect-only", "-q", *files, BENCH_DEVICE="cpu", BENCH_SMALL="1")
+    assert done.returncode == 0 and len(files) == 5, done.stdout
+
+
+def test_the_tuner_keeps_what_is_faster_and_rewrites_the_table(tmp_path):
+    path = tmp_path / "tuned.py"
+    path.write_text(Path(tuned.__file__).read_text())
+    found = {("sm_90", "attention", (2, 64), "forward"): ({"ROWS": 64}, "a GPU, x1.20")}
+    for table in (found, {}, found | {("sm_80", "topk_unmask", 2, "linear"): ({"num_warps": 4}, "another")}):
+        tune.rewrite(path, table)
+        names = {}
+        exec(path.read_text(), names)
+        assert names["TILES"] == table
+    settings = {"forward": {"ROWS": 128, "num_warps": 8}, "few": {"ROWS": 1}}
+    tiles = {(2, 64): dict(settings), (2, 32): dict(settings)}
+    names["architecture"] = lambda: "sm_90"
+    assert names["apply"]("attention", tiles)[2, 64] == {"forward": {"ROWS": 64, "num_warps": 8}, "few": {"ROWS": 1}}
+    assert tiles[2, 32] == settings
+
+
+def test_the_tuner_runs_in_the_interpreter(tmp_path):
+    pytest.importorskip("triton")
+    path = tmp_path / "tuned.py"
+    path.write_text(Path(tuned.__file__).read_text())
+    done = run("benchmarks.tune", "topk_unmask", "attention", "--limit", "1", "--table", str(path), BENCH_DEVICE="cpu",
+               BENCH_SMALL="1", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    done = run("benchmarks.tune", "sampling")
+    assert done.returncode == 2 and "there are no tiles to tune for sampling" in done.stderr
