@@ -109,7 +109,8 @@ def build_parser(describe_keys: bool = False) -> Parser:
     add_generation(infill)
     infill.set_defaults(run=run_infill)
 
-    evaluate = commands.add_parser("eval", help="measure a model on text", description="Measure a model on text.")
+    evaluate = commands.add_parser("eval", help="measure a model on text, or on a code benchmark",
+                                   description="Measure a model on text, or on a code benchmark.")
     tasks = evaluate.add_subparsers(metavar="TASK", required=True)
     for name, text in (("perplexity", "bound on the perplexity, in nats per token and bits per byte"),
                        ("masked_accuracy", "accuracy at the corrupted tokens, at fixed shares of corruption"),
@@ -139,12 +140,40 @@ def build_parser(describe_keys: bool = False) -> Parser:
                           help="write the JSON here too" + (", with every line" if name == "infill" else ""))
         task.set_defaults(run=run_eval, task=name)
 
+    add_code_tasks(tasks)
     add_score(commands)
 
     doctor = commands.add_parser("doctor", help="what is installed, what runs here, what to install",
                                  description="Print versions, devices, backends with reasons, and what to install.")
     doctor.set_defaults(run=run_doctor)
     return parser
+
+
+def add_code_tasks(tasks) -> None:
+    from dllm.evaluators.presets import PRESETS
+    from dllm.evaluators.tasks import BENCHMARKS
+
+    for name, benchmark in BENCHMARKS.items():
+        task = tasks.add_parser(
+            name, help="share of the gaps filled rightly" if benchmark.infills else "share of the programs that work",
+            description="Generate samples, run them in a sandbox and estimate pass@k. The run is a folder: a stopped\n"
+                        "one continues when the same is asked again. The score goes to stdout as JSON.")
+        task.add_argument("--model", required=True, metavar="MODEL", help="folder, or hub repository as owner/name")
+        add_device(task)
+        task.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="the folder of the run")
+        task.add_argument("--preset", choices=list(PRESETS), default="open_dllm",
+                          help="whose settings; flags below go before them; default: open_dllm")
+        task.add_argument("--samples", type=whole, metavar="N", help="of each task; default: the preset's")
+        if benchmark.infills:
+            task.add_argument("--length", metavar="N", help="tokens of a gap; oracle: as many as the answer has; "
+                              "average: over 4 to 64; auto: those of the surest text; default: the preset's")
+        else:
+            task.add_argument("--max-new-tokens", type=whole, metavar="N", help="default: the preset's")
+        task.add_argument("--batch-size", type=whole, default=16, metavar="N", help="denoised together; default: 16")
+        task.add_argument("--limit", type=whole, metavar="N", help="only the first N tasks")
+        add_method(task)
+        add_judging(task)
+        task.set_defaults(run=run_code_task, task=name)
 
 
 def add_score(commands) -> None:
@@ -156,18 +185,22 @@ def add_score(commands) -> None:
                        help="lines with task_id, and completion or solution (a whole program)")
     score.add_argument("--task", required=True, metavar="TASK", help="humaneval, humaneval_plus, mbpp, mbpp_plus, "
                        "humaneval_infill_single_line (or _multi_line, _random_span), santacoder_fim")
-    score.add_argument("--data", metavar="PATH", help="the benchmark's file, a folder that has it, or a hub repository "
-                       "as owner/name; default: its own repository")
-    score.add_argument("--workers", type=whole, metavar="N", help="programs at a time; default: one for each core")
-    score.add_argument("--timeout", type=number, metavar="S", help="seconds for a program and its tests, or with "
-                       "humaneval_plus and mbpp_plus for a call; default: the benchmark's, 3 or 4")
-    score.add_argument("--audit", action="store_true",
-                       help="judge every pass again with the tests out of the program's reach, and tell what differs")
-    score.add_argument("--require-sandbox", choices=("strict", "best"), default="best",
-                       help="strict: refuse to run without every layer of the sandbox; default: best, with a warning")
+    add_judging(score)
     score.add_argument("--skip-bad", action="store_true", help="score what is left without bad lines and missing tasks")
     score.add_argument("--output", type=Path, metavar="FILE", help="write the JSON here too, with every sample")
     score.set_defaults(run=run_score)
+
+
+def add_judging(parser: Parser) -> None:
+    parser.add_argument("--data", metavar="PATH", help="the benchmark's file, a folder that has it, or a hub "
+                        "repository as owner/name; default: its own repository")
+    parser.add_argument("--workers", type=whole, metavar="N", help="programs at a time; default: one for each core")
+    parser.add_argument("--timeout", type=number, metavar="S", help="seconds for a program and its tests, or with "
+                        "humaneval_plus and mbpp_plus for a call; default: the benchmark's, 3 or 4")
+    parser.add_argument("--audit", action="store_true",
+                        help="judge every pass again with the tests out of the program's reach, and tell what differs")
+    parser.add_argument("--require-sandbox", choices=("strict", "best"), default="best",
+                        help="strict: refuse to run without every layer of the sandbox; default: best, with a warning")
 
 
 def add_model(parser: Parser) -> None:
@@ -182,7 +215,7 @@ def add_device(parser: Parser) -> None:
                         help="auto: bfloat16 on a GPU, else float32")
 
 
-def add_generation(parser: Parser) -> None:
+def add_method(parser: Parser) -> None:
     """Flags for the fields of `MDMGenerationConfig`; those not given keep its defaults."""
     add_setting(parser, "--steps", "denoising steps at most; default: 512")
     add_setting(parser, "--temperature", "0 takes the most likely token; default: 0", number)
@@ -197,15 +230,20 @@ def add_generation(parser: Parser) -> None:
     add_setting(parser, "--factor", "the same, the surer the more are committed together", number)
     add_setting(parser, "--editing-threshold", "replace committed tokens if so sure of others (LLaDA2.1)", number)
     add_setting(parser, "--expand-token-id", "the token that becomes two masked ones (DreamOn): the gap grows, shrinks")
-    constraint = parser.add_mutually_exclusive_group()
-    constraint.add_argument("--regex", metavar="PATTERN", help="the new text must match this regular expression")
-    constraint.add_argument("--json-schema", type=Path, metavar="FILE", help="it must be JSON that this schema accepts")
     add_setting(parser, "--cache", "none, prefix or dual: keep keys and values outside the block as they were", str)
     add_setting(parser, "--cfg-scale", "classifier-free guidance; default: 0", number)
     add_setting(parser, "--alg-temp", "noise on the confidences; default: 0", number)
     parser.add_argument("--stop-at-eos", action="store_true", default=argparse.SUPPRESS,
                         help="end a text at its first end-of-text token, without computing what follows")
-    add_setting(parser, "--seed", "default: a fresh one, which is printed")
+    add_setting(parser, "--seed", "default: a fresh one, which is printed; eval: 0")
+
+
+def add_generation(parser: Parser) -> None:
+    """And how many texts, what they must be, and how they are shown."""
+    add_method(parser)
+    constraint = parser.add_mutually_exclusive_group()
+    constraint.add_argument("--regex", metavar="PATTERN", help="the new text must match this regular expression")
+    constraint.add_argument("--json-schema", type=Path, metavar="FILE", help="it must be JSON that this schema accepts")
     add_setting(parser, "--num-return-sequences", "default: 1")
     parser.add_argument("--watch", action="store_true", help="show the text being unmasked, coloured by confidence")
     parser.add_argument("--save-html", type=Path, metavar="FILE", help="write a page here that shows it step by step")
@@ -493,6 +531,30 @@ def run_eval(args: argparse.Namespace) -> int:
     if args.task == "infill":
         del record["result"]["examples"]
     print(json.dumps(record, indent=2, ensure_ascii=False))
+    return 0
+
+
+def run_code_task(args: argparse.Namespace) -> int:
+    from dllm.evaluators.generating import RunSettings, bar, generate_samples
+    from dllm.evaluators.tasks import BENCHMARKS, read_tasks
+    from dllm.model import find_model
+    from dllm.sampler import MDMGenerationConfig
+
+    tasks = read_tasks(args.task, args.data)
+    length = getattr(args, "length", None)
+    generation = {field.name: getattr(args, field.name) for field in fields(MDMGenerationConfig)
+                  if field.name != "seed" and getattr(args, field.name, None) is not None}
+    settings = RunSettings(
+        preset=args.preset, samples=args.samples, batch_size=args.batch_size, limit=args.limit, generation=generation,
+        length=int(length) if length is not None and length.isdecimal() else length, seed=getattr(args, "seed", 0))
+    settings.resolve(BENCHMARKS[args.task].infills)  # before a model is loaded
+    model, tokenizer = load_model(args)
+    record = generate_samples(
+        model, tokenizer, tasks, args.output_dir, settings, find_model(args.model), bar(args.task),
+        workers=args.workers, timeout=args.timeout, audit=args.audit, require=args.require_sandbox)
+    if record:
+        del record["results"]
+        print(json.dumps(record, indent=2, ensure_ascii=False))
     return 0
 
 

@@ -212,12 +212,14 @@ class Denoising:
     Args:
         canvas: [B, L] int64; the positions that equal the mask token are filled, the others never change.
         attention_mask: [B, L], nonzero where there is a token; padding is never attended and takes no position.
+        sequence: [B] int64 below 2**32, the number by which a row draws its random numbers; by default a prompt's
+            copies are numbered from 0. With numbers of their own, num_return_sequences is 1.
     A model may predict the mask token itself (the originals allow it); such positions can be left masked at the end.
     Raises: UserError if settings, canvas and model do not go together.
     """
 
     def __init__(self, model: DiffusionLM, canvas: Tensor, config: MDMGenerationConfig,
-                 attention_mask: Tensor | None = None):
+                 attention_mask: Tensor | None = None, sequence: Tensor | None = None):
         self.model, self.mask_token_id = model, find_mask_token(model, config)
         self.seed = draw_seed() if config.seed is None else config.seed
         copies = config.num_return_sequences
@@ -225,7 +227,9 @@ class Denoising:
         key_mask = None
         if attention_mask is not None and not bool(attention_mask.all()):
             key_mask = attention_mask.to(model.device).bool().repeat_interleave(copies, 0)
-        self.sequence = torch.arange(len(canvas), device=model.device).unsqueeze(1) % copies
+        if sequence is None:
+            sequence = torch.arange(len(canvas)) % copies
+        self.sequence = sequence.to(model.device).unsqueeze(1)
         self.causal = model.config.block_causal if config.block_causal is None else config.block_causal
         from_text = config.blocks_from == "text" or (self.causal and config.blocks_from is None)
         if self.causal:
@@ -415,12 +419,12 @@ class Denoising:
 
 
 def denoise(model: DiffusionLM, canvas: Tensor, config: MDMGenerationConfig, attention_mask: Tensor | None = None,
-            on_step: OnStep | None = None) -> GenerationOutput:
+            on_step: OnStep | None = None, sequence: Tensor | None = None) -> GenerationOutput:
     """Fill every masked position of the canvas; see `Denoising`.
 
     on_step: called after each step with a `CanvasStep`.
     """
-    return finish(Denoising(model, canvas, config, attention_mask), on_step)
+    return finish(Denoising(model, canvas, config, attention_mask, sequence), on_step)
 
 
 def finish(denoising: Denoising, on_step: OnStep | None = None) -> GenerationOutput:

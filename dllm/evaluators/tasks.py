@@ -26,6 +26,8 @@ class Task:
     tests: str  # follow the program on a new line; they raise if it is wrong
     names: tuple[str, ...]  # the program's functions that the tests call
     suffix: str = ""
+    text: str = ""  # MBPP: what the function is to do
+    asserts: tuple[str, ...] = ()  # MBPP: the tests that the model is shown
     join: str = ""  # goes between prompt, completion and suffix
     # HumanEval+ and MBPP+ have lists of arguments in the place of tests
     base_input: tuple = ()
@@ -55,6 +57,7 @@ class Benchmark:
     keep: Callable[[str], bool] = lambda task_id: True
     seconds: float = 3.0  # a program may take, or for EvalPlus a call
     plus: bool = False  # has lists of arguments, and EvalPlus' rules
+    infills: bool = False  # a gap, not the end of a text
 
 
 def _read_humaneval(row: dict) -> Task:
@@ -71,7 +74,8 @@ def _read_mbpp(row: dict) -> Task:
         code, asserts = (ast.parse(text) for text in (row["code"], "\n".join(row["test_list"])))
     defined = {node.name for node in code.body if isinstance(node, ast.FunctionDef)}
     used = [node.id for node in ast.walk(asserts) if isinstance(node, ast.Name)]
-    return Task(task_id=str(row["task_id"]), prompt="", canonical=row["code"], tests=tests,
+    return Task(task_id=str(row["task_id"]), prompt="", canonical=row["code"], tests=tests, text=row.get("text", ""),
+                asserts=tuple(row["test_list"]),
                 names=tuple(name for name in dict.fromkeys(used) if name in defined))
 
 
@@ -125,7 +129,7 @@ _MBPP_INPUTS = {task: change for tasks, change in _CONVERSIONS for task in tasks
 
 
 def _infilling(subset: str) -> Benchmark:
-    return Benchmark(read=_read_humaneval, files=(f"HumanEval-{subset}Infilling.jsonl",),
+    return Benchmark(read=_read_humaneval, files=(f"HumanEval-{subset}Infilling.jsonl",), infills=True,
                      origin="github.com/openai/human-eval-infilling")
 
 
@@ -142,7 +146,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "humaneval_infill_multi_line": _infilling("MultiLine"),
     "humaneval_infill_random_span": _infilling("RandomSpan"),
     "santacoder_fim": Benchmark(read=_read_santacoder, files=("santacoder_fim_py.jsonl", "train.parquet"),
-                                hub="bigcode/santacoder-fim-task"),
+                                hub="bigcode/santacoder-fim-task", infills=True),
 }
 
 

@@ -1,0 +1,45 @@
+"""How the published systems decode and cut their answers to the code benchmarks, as data; sources in each entry.
+
+A preset has settings for completion and for infilling; what it does not name keeps its default.
+"""
+
+from dataclasses import dataclass, field
+
+CODE_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # OpenAI's Codex paper, and lm-eval's humaneval
+MBPP_STOPS = ("\nclass", "\n#", "\nif", "\nprint")  # Open-dLLM's mbpp
+LENGTHS = (4, 8, 16, 32, 64)  # masked tokens, DreamOn's protocol for an average over fixed lengths
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preset:
+    generation: dict = field(default_factory=dict)  # fields of MDMGenerationConfig
+    samples: int = 1  # of each task
+    length: int | str = "oracle"  # of a gap: tokens, "oracle" (the answer's own), "average" over LENGTHS, or "auto"
+    framed: bool = False  # a gap's text begins with the tokenizer's first token and ends with its last
+    context: int = 2048  # tokens of prompt, or of a gap's surroundings
+
+
+PRESETS: dict[str, dict[str, Preset]] = {
+    # Open-dLLM's eval/eval_completion/run_eval.sh and eval/eval_infill/run_eval.sh. Of the first, top_p does not reach
+    # its sampler and top_k 200 does.
+    "open_dllm": {
+        "completion": Preset(samples=10, generation={"max_new_tokens": 128, "steps": 128, "temperature": 0.8,
+                                                     "alg": "p2", "top_k": 200}),
+        "infill": Preset(generation={"steps": 64, "temperature": 0.6, "alg": "p2", "top_p": 0.95, "alg_temp": 0.5})},
+    # LLaDA's eval_llada.sh: one block as long as the answer.
+    "llada": {
+        "completion": Preset(generation={"max_new_tokens": 1024, "steps": 1024, "remasking": "low_confidence"}),
+        "infill": Preset(generation={"steps": 512, "remasking": "low_confidence"}, length="average")},
+    # Dream's eval_dream_gen.sh.
+    "dream": {
+        "completion": Preset(generation={"max_new_tokens": 512, "steps": 512, "temperature": 0.2, "top_p": 0.95,
+                                         "alg": "entropy"}),
+        "infill": Preset(generation={"steps": 512, "temperature": 0.2, "top_p": 0.95, "alg": "entropy"},
+                         length="average")},
+    # DreamOn's eval_humaneval_infilling.sh. Gaps grow with --expand-token-id, which is the checkpoint's.
+    "dreamon": {
+        "completion": Preset(generation={"max_new_tokens": 512, "steps": 512, "temperature": 0.2, "top_p": 0.9,
+                                         "alg": "entropy"}),
+        "infill": Preset(generation={"steps": 256, "temperature": 0.2, "top_p": 0.9, "alg": "entropy"},
+                         length="average", framed=True)},
+}
