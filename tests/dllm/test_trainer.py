@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import dllm.trainer as trainer
+from dllm.batches import MicroBatch, forward, make_batches
 from dllm.config import Config, DataGroup, ModelGroup, TrainGroup, load_config
 from dllm.data import PackedDataset
 from dllm.errors import Failure, UserError
@@ -20,7 +21,7 @@ from dllm.families import ModelConfig
 from dllm.model import DiffusionLM
 from dllm.optimizer import Muon, learning_rate, orthogonalize
 from dllm.train import main
-from dllm.trainer import MicroBatch, forward, make_batches, train
+from dllm.trainer import train
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"def add_{i}(x, y):\n    return x + y + {i}\n\n" * (1 + i % 5) for i in range(40)]
