@@ -49,8 +49,13 @@ def make_batches(dataset: PackedDataset, rows: Tensor, step: int, settings: Trai
         if settings.objective != "ar":
             uniform = philox_uniform(seed, packed.row + first, step, packed.column)[..., 0]
             here = times[document:document + sum(documents[part])]
+            scorable = None
+            if settings.mask_at_least_one:
+                scorable = torch.ones_like(packed.tokens, dtype=torch.bool)
+                if model.config.shift_logits:
+                    scorable[packed.cu_seqlens[:-1].long()] = False
             corruption = corrupt(packed.tokens, packed.cu_seqlens, model.config.mask_token_id,
-                                 schedule=settings.schedule, times=here, uniform=uniform)
+                                 schedule=settings.schedule, times=here, uniform=uniform, at_least_one_of=scorable)
             input_ids = corruption.noisy
         document += sum(documents[part])
         targets = choose_targets(packed.tokens, packed.cu_seqlens, corruption, objective=settings.objective,
@@ -80,5 +85,5 @@ def draw_validation(tokenizer, held_out: list[Document], config: Config, model: 
     dataset = PackedDataset(tokenize(tokenizer, held_out), config.data.max_seq_len, config.train.seed)
     rows = dataset.rows(0, min(len(dataset), max(1, config.train.eval_tokens // config.data.max_seq_len)))
     objectives = [config.train] if config.train.objective != "mdm" else [
-        config.train, replace(config.train, objective="elbo", path_term=False)]
+        config.train, replace(config.train, objective="elbo", path_term=False, mask_at_least_one=False)]
     return [make_batches(dataset, rows, 0, settings, config.train.seed + 1, model) for settings in objectives]

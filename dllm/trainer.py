@@ -216,13 +216,13 @@ def check_same_run(config: Config, resumed: Checkpoint, output: Path) -> None:
     if not config.train.auto_resume:
         raise UserError(f"{output} already holds checkpoints up to {resumed.folder.name}; set another "
                         "train.output_dir, or train.auto_resume=true to continue")
-    fixed = ("objective", "path_term", "schedule", "optimizer", "seed")
+    fixed = ("objective", "path_term", "mask_at_least_one", "schedule", "optimizer", "seed")
 
     def describe(groups: dict[str, dict]) -> dict:
         train_group = groups["train"]
         return {**{f"model.{key}": value for key, value in groups["model"].items()},
                 **{f"data.{key}": value for key, value in groups["data"].items()},
-                **{f"train.{key}": train_group[key] for key in fixed},
+                **{f"train.{key}": train_group.get(key, False) for key in fixed},  # false: a run older than the key
                 "train.global_batch_size": train_group["global_batch_size"] or train_group["micro_batch_size"]}
 
     before, now = describe(resumed.state["config"]), describe(config.to_dict())

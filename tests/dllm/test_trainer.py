@@ -229,6 +229,16 @@ def test_a_steps_draws_depend_on_seed_and_step_alone_and_cover_the_times_evenly(
     assert torch.allclose(times.sort().values.diff(), torch.tensor(1 / 64), atol=2e-3)
 
 
+@pytest.mark.parametrize("shift", [False, True])
+def test_every_document_has_a_scored_token_when_asked(shift):
+    dataset, model = make_dataset(longest=6), make_model(shift_logits=shift)
+    settings = TrainGroup(output_dir="x", micro_batch_size=4)
+    for asked in (False, True):
+        batch, = make_batches(dataset, dataset.rows(0, 4), 0, replace(settings, mask_at_least_one=asked), 1, model)
+        documents = batch.targets.scored.tensor_split(batch.cu_seqlens[1:-1].long())
+        assert all(scored.any() for scored in documents if len(scored) > shift) == asked
+
+
 def test_learning_rates_equal_open_dllms(shared):
     for case in json.loads((shared / "golden/open_dllm/lr_schedules.json").read_text()):
         expected, total = case.pop("lr_at_step"), case.pop("train_steps")
