@@ -102,6 +102,7 @@ class TrainGroup:
     # Objective
     objective: str = "mdm"  # mdm: equal weights; elbo: the likelihood bound, 1/t; ar: next token, causal
     path_term: bool = False  # add Open-dLLM's planner term (P2); with mdm only
+    mask_at_least_one: bool = False  # token of every document, whatever its time; with mdm only
     schedule: str = "linear"  # of corruption over time: linear, cosine or polynomial
     # Optimisation
     optimizer: str = "adamw"  # adamw, or muon: Muon for the matrices of the layers and AdamW for the rest
@@ -155,6 +156,9 @@ class TrainGroup:
                f"a multiple of micro_batch_size {self.micro_batch_size}")
         if self.path_term and self.objective != "mdm":
             raise UserError(f"train.path_term needs train.objective=mdm, not {self.objective!r}; remove one of them")
+        if self.mask_at_least_one and self.objective != "mdm":
+            raise UserError(f"train.mask_at_least_one needs train.objective=mdm, not {self.objective!r}: it would bias "
+                            "the bound, and without corruption it means nothing; remove one of them")
 
     @property
     def rows_per_step(self) -> int:

@@ -40,7 +40,7 @@ class Corruption(NamedTuple):
 
 def corrupt(tokens: Tensor, cu_seqlens: Tensor, mask_token_id: int, *, schedule: str = "linear",
             generator: torch.Generator | None = None, times: Tensor | None = None, uniform: Tensor | None = None,
-            maskable: Tensor | None = None) -> Corruption:
+            maskable: Tensor | None = None, at_least_one_of: Tensor | None = None) -> Corruption:
     """Mask each token independently with probability 1 - alpha(t), t one time per document.
 
     Args:
@@ -51,6 +51,8 @@ def corrupt(tokens: Tensor, cu_seqlens: Tensor, mask_token_id: int, *, schedule:
         times: [S] in (0, 1), instead of drawing them.
         uniform: [T] in [0, 1), instead of drawing it; a token is masked where it is below the chance.
         maskable: [T] bool; tokens elsewhere are never masked (a prompt, say).
+        at_least_one_of: [T] bool; a document none of whose tokens here was masked gets one masked, that of the least
+            uniform. Such a corruption is no longer the one that the bound is about.
     """
     lengths = cu_seqlens.diff().long()
     if times is None or uniform is None:
@@ -65,4 +67,15 @@ def corrupt(tokens: Tensor, cu_seqlens: Tensor, mask_token_id: int, *, schedule:
     corrupted = uniform.to(tokens.device) < ratio
     if maskable is not None:
         corrupted = corrupted & maskable
+    if at_least_one_of is not None:
+        allowed = at_least_one_of if maskable is None else at_least_one_of & maskable
+        document = torch.repeat_interleave(torch.arange(len(lengths), device=tokens.device), lengths.to(tokens.device))
+        missing = ~torch.zeros(len(lengths), dtype=torch.bool, device=tokens.device).index_fill(
+            0, document[corrupted & allowed], True)
+        open_places = (allowed & missing[document]).nonzero().squeeze(1)
+        ascending = open_places[uniform.to(tokens.device)[open_places].argsort(stable=True)]
+        by_document = ascending[document[ascending].argsort(stable=True)]
+        first = torch.ones_like(by_document, dtype=torch.bool)
+        first[1:] = document[by_document].diff() != 0
+        corrupted = corrupted.index_fill(0, by_document[first], True)
     return Corruption(tokens.masked_fill(corrupted, mask_token_id), corrupted, t, ratio, weight)

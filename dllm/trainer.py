@@ -13,23 +13,20 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
+from dllm.batches import MicroBatch, draw_validation, forward, make_batches
 from dllm.checkpoint import Checkpoint, load_latest, save_checkpoint, write_atomically
 from dllm.config import Config, TrainGroup
-from dllm.corruption import T_MIN, corrupt
 from dllm.data import Document, PackedDataset, read_documents, split_documents, tokenize
 from dllm.errors import Failure, UserError
 from dllm.families import FAMILIES, ModelConfig, read_config, read_json
-from dllm.loss import LossSums, Targets, choose_targets, sum_losses
 from dllm.model import DiffusionLM, find_model
 from dllm.optimizer import build_optimizers, set_learning_rate
 from dllm.tokenizer import check_vocabulary, load_tokenizer, train_tokenizer
-from dllm_kernels import philox_uniform
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,73 +123,6 @@ def train(config: Config) -> TrainResult:
     return TrainResult(output_dir=output, checkpoint=checkpoint / "hf_ckpt", steps=step, history=metrics.lines)
 
 
-class MicroBatch(NamedTuple):
-    """R rows: [R, L] when each is one chunk of L tokens, else all chunks one after the other, [1, T]."""
-
-    input_ids: Tensor  # int64, corrupted
-    cu_seqlens: Tensor | None  # [S + 1] int32 over the flattened positions, if they are packed
-    max_seqlen: int
-    targets: Targets
-    block_length: int | None  # of the attention: 1 is causal
-    tokens: int
-    scored: int
-    normaliser: int
-
-
-def make_batches(dataset: PackedDataset, rows: Tensor, step: int, settings: TrainGroup, seed: int,
-                 model: DiffusionLM) -> list[MicroBatch]:
-    """The micro-batches of a step over the given rows [G], a function of the arguments alone.
-
-    The times of the step's documents are one random offset plus equal spacing: each is uniform, and together they cover
-    (0, 1) evenly, which lowers the variance of the loss (MDLM, arXiv:2406.07524). A row's draws do not depend on how
-    the step is cut into micro-batches.
-    """
-    documents = dataset.chunk_counts(rows).tolist()
-    offset = philox_uniform(seed, torch.tensor(len(rows)), step, torch.tensor(0))[..., 0]
-    times = ((torch.arange(sum(documents)) / sum(documents) + offset) % 1).clamp(T_MIN, 1 - T_MIN)
-    batches, document = [], 0
-    for first in range(0, len(rows), settings.micro_batch_size):
-        part = slice(first, first + settings.micro_batch_size)
-        packed = dataset.gather(rows[part])
-        corruption, input_ids = None, packed.tokens
-        if settings.objective != "ar":
-            uniform = philox_uniform(seed, packed.row + first, step, packed.column)[..., 0]
-            here = times[document:document + sum(documents[part])]
-            corruption = corrupt(packed.tokens, packed.cu_seqlens, model.config.mask_token_id,
-                                 schedule=settings.schedule, times=here, uniform=uniform)
-            input_ids = corruption.noisy
-        document += sum(documents[part])
-        targets = choose_targets(packed.tokens, packed.cu_seqlens, corruption, objective=settings.objective,
-                                 path_term=settings.path_term, shift=model.config.shift_logits)
-        even = len(input_ids) == (len(packed.cu_seqlens) - 1) * packed.max_seqlen
-        batches.append(MicroBatch(
-            input_ids=input_ids.view(-1, packed.max_seqlen) if even else input_ids.view(1, -1),
-            cu_seqlens=None if even else packed.cu_seqlens, max_seqlen=packed.max_seqlen, targets=targets,
-            block_length=1 if settings.objective == "ar" else None, tokens=len(input_ids),
-            scored=int(targets.scored.sum()), normaliser=int(targets.normaliser)))
-    return batches
-
-
-def forward(model: DiffusionLM, batch: MicroBatch, device: torch.device) -> LossSums:
-    def move(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(device, non_blocking=True)
-
-    packed = {} if batch.cu_seqlens is None else {"cu_seqlens": move(batch.cu_seqlens), "max_seqlen": batch.max_seqlen}
-    hidden = model.hidden_states(move(batch.input_ids), block_length=batch.block_length, **packed)
-    return sum_losses(hidden, model.head_weight, Targets(*map(move, batch.targets)))
-
-
-def draw_validation(tokenizer, held_out: list[Document], config: Config, model: DiffusionLM) -> list[list[MicroBatch]]:
-    """The held-out rows with their corruption, the same at every measurement: for the objective, then for the bound."""
-    if not held_out:
-        return []
-    dataset = PackedDataset(tokenize(tokenizer, held_out), config.data.max_seq_len, config.train.seed)
-    rows = dataset.rows(0, min(len(dataset), max(1, config.train.eval_tokens // config.data.max_seq_len)))
-    objectives = [config.train] if config.train.objective != "mdm" else [
-        config.train, replace(config.train, objective="elbo", path_term=False)]
-    return [make_batches(dataset, rows, 0, settings, config.train.seed + 1, model) for settings in objectives]
-
-
 @torch.no_grad()
 def validate(model: DiffusionLM, validation: list[list[MicroBatch]], autocast,
              device: torch.device) -> dict[str, float]:
@@ -286,13 +216,13 @@ def check_same_run(config: Config, resumed: Checkpoint, output: Path) -> None:
     if not config.train.auto_resume:
         raise UserError(f"{output} already holds checkpoints up to {resumed.folder.name}; set another "
                         "train.output_dir, or train.auto_resume=true to continue")
-    fixed = ("objective", "path_term", "schedule", "optimizer", "seed")
+    fixed = ("objective", "path_term", "mask_at_least_one", "schedule", "optimizer", "seed")
 
     def describe(groups: dict[str, dict]) -> dict:
         train_group = groups["train"]
         return {**{f"model.{key}": value for key, value in groups["model"].items()},
                 **{f"data.{key}": value for key, value in groups["data"].items()},
-                **{f"train.{key}": train_group[key] for key in fixed},
+                **{f"train.{key}": train_group.get(key, False) for key in fixed},  # false: a run older than the key
                 "train.global_batch_size": train_group["global_batch_size"] or train_group["micro_batch_size"]}
 
     before, now = describe(resumed.state["config"]), describe(config.to_dict())

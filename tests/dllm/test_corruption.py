@@ -57,6 +57,21 @@ def test_what_is_not_maskable_stays():
     assert (got.noisy == 9).equal(got.corrupted)
 
 
+def test_every_document_gets_a_masked_token_when_asked_and_only_then():
+    cu_seqlens, tokens = torch.tensor([0, 5, 6, 10, 14]), torch.zeros(14, dtype=torch.long)
+    uniform = torch.tensor([.9, .5, .2, .7, .2, .9, .9, .8, .8, .9, .01, .9, .9, .4])
+    allowed = torch.ones(14, dtype=torch.bool)
+    allowed[[0, 5, 6, 10]] = False  # the first token of each, which shifted logits never score
+    keys = {"times": torch.tensor([.1, .1, .1, .1]), "uniform": uniform}
+    assert corrupt(tokens, cu_seqlens, 9, **keys).corrupted.nonzero().flatten().tolist() == [10]
+    got = corrupt(tokens, cu_seqlens, 9, at_least_one_of=allowed, **keys)
+    assert got.corrupted.nonzero().flatten().tolist() == [2, 7, 10, 13]  # of equals the first; document 1 has none
+    assert (got.noisy == 9).equal(got.corrupted)
+    likely = {"times": torch.full((4,), .95), "uniform": uniform}
+    assert torch.equal(corrupt(tokens, cu_seqlens, 9, at_least_one_of=allowed, **likely).corrupted,
+                       corrupt(tokens, cu_seqlens, 9, **likely).corrupted)
+
+
 def test_drawn_times_bound_the_weights():
     generator = torch.Generator().manual_seed(0)
     got = corrupt(torch.zeros(5000, dtype=torch.long), torch.arange(5001), 9, generator=generator)

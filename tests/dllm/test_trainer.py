@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import dllm.trainer as trainer
+from dllm.batches import MicroBatch, forward, make_batches
 from dllm.config import Config, DataGroup, ModelGroup, TrainGroup, load_config
 from dllm.data import PackedDataset
 from dllm.errors import Failure, UserError
@@ -20,7 +21,7 @@ from dllm.families import ModelConfig
 from dllm.model import DiffusionLM
 from dllm.optimizer import Muon, learning_rate, orthogonalize
 from dllm.train import main
-from dllm.trainer import MicroBatch, forward, make_batches, train
+from dllm.trainer import train
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"def add_{i}(x, y):\n    return x + y + {i}\n\n" * (1 + i % 5) for i in range(40)]
@@ -226,6 +227,16 @@ def test_a_steps_draws_depend_on_seed_and_step_alone_and_cover_the_times_evenly(
     assert not torch.equal(first.input_ids, other_seed.input_ids)
     times = (1 / first.targets.weights).view(64, 16)[:, 0]
     assert torch.allclose(times.sort().values.diff(), torch.tensor(1 / 64), atol=2e-3)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_every_document_has_a_scored_token_when_asked(shift):
+    dataset, model = make_dataset(longest=6), make_model(shift_logits=shift)
+    settings = TrainGroup(output_dir="x", micro_batch_size=4)
+    for asked in (False, True):
+        batch, = make_batches(dataset, dataset.rows(0, 4), 0, replace(settings, mask_at_least_one=asked), 1, model)
+        documents = batch.targets.scored.tensor_split(batch.cu_seqlens[1:-1].long())
+        assert all(scored.any() for scored in documents if len(scored) > shift) == asked
 
 
 def test_learning_rates_equal_open_dllms(shared):

@@ -1,0 +1,89 @@
+"""What a training step computes on: rows of the corpus, corrupted, cut into micro-batches, each with its targets.
+
+Every draw is a function of the seed, the step's number and the row's place in the step.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dllm.config import Config, TrainGroup
+from dllm.corruption import T_MIN, corrupt
+from dllm.data import Document, PackedDataset, tokenize
+from dllm.loss import LossSums, Targets, choose_targets, sum_losses
+from dllm.model import DiffusionLM
+from dllm_kernels import philox_uniform
+
+
+class MicroBatch(NamedTuple):
+    """R rows: [R, L] when each is one chunk of L tokens, else all chunks one after the other, [1, T]."""
+
+    input_ids: Tensor  # int64, corrupted
+    cu_seqlens: Tensor | None  # [S + 1] int32 over the flattened positions, if they are packed
+    max_seqlen: int
+    targets: Targets
+    block_length: int | None  # of the attention: 1 is causal
+    tokens: int
+    scored: int
+    normaliser: int
+
+
+def make_batches(dataset: PackedDataset, rows: Tensor, step: int, settings: TrainGroup, seed: int,
+                 model: DiffusionLM) -> list[MicroBatch]:
+    """The micro-batches of a step over the given rows [G], a function of the arguments alone.
+
+    The times of the step's documents are one random offset plus equal spacing: each is uniform, and together they cover
+    (0, 1) evenly, which lowers the variance of the loss (MDLM, arXiv:2406.07524). A row's draws do not depend on how
+    the step is cut into micro-batches.
+    """
+    documents = dataset.chunk_counts(rows).tolist()
+    offset = philox_uniform(seed, torch.tensor(len(rows)), step, torch.tensor(0))[..., 0]
+    times = ((torch.arange(sum(documents)) / sum(documents) + offset) % 1).clamp(T_MIN, 1 - T_MIN)
+    batches, document = [], 0
+    for first in range(0, len(rows), settings.micro_batch_size):
+        part = slice(first, first + settings.micro_batch_size)
+        packed = dataset.gather(rows[part])
+        corruption, input_ids = None, packed.tokens
+        if settings.objective != "ar":
+            uniform = philox_uniform(seed, packed.row + first, step, packed.column)[..., 0]
+            here = times[document:document + sum(documents[part])]
+            scorable = None
+            if settings.mask_at_least_one:
+                scorable = torch.ones_like(packed.tokens, dtype=torch.bool)
+                if model.config.shift_logits:
+                    scorable[packed.cu_seqlens[:-1].long()] = False
+            corruption = corrupt(packed.tokens, packed.cu_seqlens, model.config.mask_token_id,
+                                 schedule=settings.schedule, times=here, uniform=uniform, at_least_one_of=scorable)
+            input_ids = corruption.noisy
+        document += sum(documents[part])
+        targets = choose_targets(packed.tokens, packed.cu_seqlens, corruption, objective=settings.objective,
+                                 path_term=settings.path_term, shift=model.config.shift_logits)
+        even = len(input_ids) == (len(packed.cu_seqlens) - 1) * packed.max_seqlen
+        batches.append(MicroBatch(
+            input_ids=input_ids.view(-1, packed.max_seqlen) if even else input_ids.view(1, -1),
+            cu_seqlens=None if even else packed.cu_seqlens, max_seqlen=packed.max_seqlen, targets=targets,
+            block_length=1 if settings.objective == "ar" else None, tokens=len(input_ids),
+            scored=int(targets.scored.sum()), normaliser=int(targets.normaliser)))
+    return batches
+
+
+def forward(model: DiffusionLM, batch: MicroBatch, device: torch.device) -> LossSums:
+    def move(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(device, non_blocking=True)
+
+    packed = {} if batch.cu_seqlens is None else {"cu_seqlens": move(batch.cu_seqlens), "max_seqlen": batch.max_seqlen}
+    hidden = model.hidden_states(move(batch.input_ids), block_length=batch.block_length, **packed)
+    return sum_losses(hidden, model.head_weight, Targets(*map(move, batch.targets)))
+
+
+def draw_validation(tokenizer, held_out: list[Document], config: Config, model: DiffusionLM) -> list[list[MicroBatch]]:
+    """The held-out rows with their corruption, the same at every measurement: for the objective, then for the bound."""
+    if not held_out:
+        return []
+    dataset = PackedDataset(tokenize(tokenizer, held_out), config.data.max_seq_len, config.train.seed)
+    rows = dataset.rows(0, min(len(dataset), max(1, config.train.eval_tokens // config.data.max_seq_len)))
+    objectives = [config.train] if config.train.objective != "mdm" else [
+        config.train, replace(config.train, objective="elbo", path_term=False, mask_at_least_one=False)]
+    return [make_batches(dataset, rows, 0, settings, config.train.seed + 1, model) for settings in objectives]
