@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -174,23 +175,32 @@ def compile_all() -> list[dict]:
     return found
 
 
-def compile_apart(maker: str, cache: Path, *paths: Path):
-    """What this file, as a program, compiles for a maker's GPUs; the packages in `paths` go before those installed."""
+@pytest.fixture(scope="module")
+def compile_apart(tmp_path_factory):
+    """(maker, Triton) -> what this file, as a program, compiles for a maker's GPUs; all begun at once."""
     pytest.importorskip("triton.backends")
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": os.pathsep.join(map(str, (*paths, ROOT))), "TRITON_CACHE_DIR": str(cache)}
-    done = subprocess.run([sys.executable, __file__, maker], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    plain = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+
+    def compile_(maker: str, paths: list[Path]):
+        environment = {**plain, "PYTHONPATH": os.pathsep.join(map(str, (*paths, ROOT))),
+                       "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+        done = subprocess.run([sys.executable, __file__, maker], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        begun = {("cuda", "installed"): pool.submit(compile_, "cuda", [])}
+        if OLDEST.is_dir():
+            begun["cuda", "3.6"] = pool.submit(compile_, "cuda", [OLDEST])
+        begun["hip", "installed"] = pool.submit(compile_, "hip", [])
+        yield lambda maker, version: begun[maker, version].result()
 
 
 @pytest.fixture(scope="module", params=["installed", "3.6"])
-def compiled(request, tmp_path_factory) -> list[dict]:
-    paths = [] if request.param == "installed" else [OLDEST]
-    if not all(path.is_dir() for path in paths):
+def compiled(request, compile_apart) -> list[dict]:
+    if request.param == "3.6" and not OLDEST.is_dir():
         pytest.skip("Triton 3.6 is not there to compile with; make .venv/triton-3.6 puts it there")
-    found = compile_apart("cuda", tmp_path_factory.mktemp("triton"), *paths)
-    return [x | {"oldest": bool(paths)} for x in found]
+    return [x | {"oldest": request.param == "3.6"} for x in compile_apart("cuda", request.param)]
 
 
 @pytest.mark.slow
@@ -200,9 +210,9 @@ def test_no_kernel_spills_registers(compiled):
 
 
 @pytest.mark.slow
-def test_kernels_compile_for_amd(tmp_path):
+def test_kernels_compile_for_amd(compile_apart):
     """Without having run there. What has more shared memory than an MI300 would need smaller tiles."""
-    found = compile_apart("hip", tmp_path)
+    found = compile_apart("hip", "installed")
     too_large = {name.split()[0] for name, shared in found.items() if shared > 64 << 10}
     assert len(found) > 30 and too_large == {"grad_weight"}
 
