@@ -1,13 +1,10 @@
 """The Triton kernels of masked cross-entropy against float64, on a GPU or in Triton's interpreter.
 
-The interpreter must be asked for before Triton is imported, and then other tests would find it too; so without a GPU
-the first test runs this file again in a process of its own. The interpreter is wrong on bf16.
+Without a GPU the first test runs this file again in a process of its own (conftest.py). The interpreter is wrong on
+bf16.
 """
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,11 +27,8 @@ reductions = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 
 @pytest.mark.slow
 @pytest.mark.skipif(RUNS, reason="the tests below run in this process")
-def test_in_the_interpreter():
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-                          cwd=Path(__file__).parents[2], env={**os.environ, "TRITON_INTERPRET": "1"},
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_in_the_interpreter(run_interpreted):
+    run_interpreted(__file__)
 
 
 @pytest.fixture(autouse=True)

@@ -1,16 +1,13 @@
 """The Triton kernels of unmasking against the reference, on a GPU or in Triton's interpreter.
 
-The interpreter must be asked for before Triton is imported, and then other tests would find it too; so without a GPU
-the first test runs this file again in a process of its own. The interpreter is wrong on bf16.
+Without a GPU the first test runs this file again in a process of its own (conftest.py). The interpreter is wrong on
+bf16.
 The tokens must be those of the reference. Rounding decides where u is within some 1e-7 of where the token changes: in
 none of the draws here, whose uniforms are fixed.
 """
 
 import math
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -36,11 +33,8 @@ on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 @pytest.mark.slow
 @pytest.mark.skipif(RUNS, reason="the tests below run in this process")
-def test_in_the_interpreter():
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-                          cwd=Path(__file__).parents[2], env={**os.environ, "TRITON_INTERPRET": "1"},
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_in_the_interpreter(run_interpreted):
+    run_interpreted(__file__)
 
 
 @pytest.fixture(autouse=True)
