@@ -120,7 +120,8 @@ def generate_samples(model: DiffusionLM, tokenizer, tasks: TaskSet, folder: str 
         wait_for_all(folder, {item.key for batch in batches for item in batch})
     if rank != 0:
         return {}
-    rows = sorted(read_parts(folder), key=lambda row: (list(tasks.tasks).index(row["task_id"]), row["sample"]))
+    place = {task.task_id: i for i, task in enumerate(chosen)}
+    rows = sorted(read_parts(folder), key=lambda row: (place[row["task_id"]], row["sample"]))
     write_atomically(folder / "samples.jsonl", b"".join(_line(row) for row in rows))
     part = replace(tasks, tasks={task.task_id: task for task in chosen})
     record = score_samples(folder / "samples.jsonl", part, **scoring)
@@ -286,12 +287,19 @@ def check_same_run(folder: Path, manifest: dict) -> None:
 
 
 def read_parts(folder: Path) -> list[dict]:
-    """The samples that all processes have written; what a kill has torn off is not counted."""
+    """The samples that all processes have written; what a kill has torn off is not counted.
+
+    Raises: UserError if a line is none of theirs.
+    """
     rows = {}
     for path in sorted(folder.glob("part-*.jsonl")):
-        for line in path.read_bytes().split(b"\n")[:-1]:
-            row = json.loads(line)
-            rows[row["task_id"], row["sample"]] = row
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+            try:
+                row = json.loads(line)
+                rows[row["task_id"], row["sample"]] = row
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(f"{path}: line {number} is no sample of this run ({type(error).__name__}); take the "
+                                "line out, and it is generated again") from None
     return list(rows.values())
 
 
@@ -311,7 +319,7 @@ def wait_for_all(folder: Path, wanted: set, patience: float = 24 * 3600.0) -> No
     while not wanted <= {(row["task_id"], row["sample"]) for row in read_parts(folder)}:
         if time.monotonic() - start > patience:
             raise UserError(f"{folder} has not all samples after {patience:g} s; start the same command again")
-        time.sleep(0.2)
+        time.sleep(1.0)
 
 
 def _json(record: dict) -> bytes:

@@ -155,6 +155,12 @@ def test_another_run_in_the_folder_is_refused_by_name(loaded, tmp_path):
             evaluate(loaded, tasks, tmp_path / "run", **{"samples": 1, **changed})
     with pytest.raises(UserError, match="has a run with another data"):
         evaluate(loaded, read("humaneval", ROWS[1:3], tmp_path), tmp_path / "run", samples=1)
+    part = tmp_path / "run" / "part-0.jsonl"
+    whole = part.read_text()
+    for line in ("{", "[]", '{"task_id": "HumanEval/0"}'):
+        part.write_text(f"{whole}{line}\n")
+        with pytest.raises(UserError, match=r"part-0.jsonl: line 3 is no sample of this run .* take the line out"):
+            evaluate(loaded, read("humaneval", ROWS[:2], tmp_path), tmp_path / "run", samples=1)
     (tmp_path / "run" / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="manifest.json is no manifest"):
         evaluate(loaded, tasks, tmp_path / "run", samples=1)
