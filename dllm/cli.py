@@ -25,8 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def dispatch(arguments: list[str]) -> int:
     if arguments[:1] == ["train"] and not {"-h", "--help"} & set(arguments):
         return train(arguments[1:])  # its flags are the keys of the configuration, which dllm.config knows
+    if arguments[:1] == ["lm_eval"]:
+        return run_lm_eval(arguments[1:])  # its flags are lm-eval's
     try:
-        args = build_parser(describe_keys=arguments[:1] == ["train"]).parse_args(arguments)
+        args = build_parser(describe_keys=arguments[:1] == ["train"],
+                            task=arguments[1] if arguments[:1] == ["eval"] and len(arguments) > 1 else None
+                            ).parse_args(arguments)
     except SystemExit as end:  # after --help
         return end.code
     args.given = arguments
@@ -35,6 +39,8 @@ def dispatch(arguments: list[str]) -> int:
 
 class Parser(argparse.ArgumentParser):
     """Raises UserError where argparse would print its usage and exit, and names the nearest flag or command."""
+
+    hint = ""  # what else could be wrong than the arguments
 
     def __init__(self, **keywords):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **keywords)
@@ -56,7 +62,7 @@ class Parser(argparse.ArgumentParser):
                             + name_nearest(str(value), action.choices))
 
     def error(self, message: str):
-        raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+        raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help{self.hint}")
 
 
 def name_nearest(word: str, valid: Iterable[str]) -> str:
@@ -64,7 +70,8 @@ def name_nearest(word: str, valid: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def build_parser(describe_keys: bool = False) -> Parser:
+def build_parser(describe_keys: bool = False, task: str | None = None) -> Parser:
+    """task: what follows `eval`, which may be a task of lm-eval's."""
     parser = Parser(prog="dllm", description="Train, evaluate and sample masked diffusion language models.",
                     epilog="dllm COMMAND --help says more. --debug, or DLLM_DEBUG=1, shows where an error came from.")
     from dllm import __version__
@@ -110,8 +117,10 @@ def build_parser(describe_keys: bool = False) -> Parser:
     infill.set_defaults(run=run_infill)
 
     evaluate = commands.add_parser("eval", help="measure a model on text, or on a code benchmark",
-                                   description="Measure a model on text, or on a code benchmark.")
+                                   description="Measure a model on text, on a code benchmark, or on any task of "
+                                               "lm-eval's (dllm lm_eval ls tasks).")
     tasks = evaluate.add_subparsers(metavar="TASK", required=True)
+    wanted = task
     for name, text in (("perplexity", "bound on the perplexity, in nats per token and bits per byte"),
                        ("masked_accuracy", "accuracy at the corrupted tokens, at fixed shares of corruption"),
                        ("infill", "exact match of infilled lines of Python functions")):
@@ -141,12 +150,51 @@ def build_parser(describe_keys: bool = False) -> Parser:
         task.set_defaults(run=run_eval, task=name)
 
     add_code_tasks(tasks)
+    if wanted is not None and not wanted.startswith("-") and wanted not in tasks.choices:
+        add_harness_task(tasks, wanted)
     add_score(commands)
+    commands.add_parser("lm_eval", help="lm-eval's own command, with the model dllm and our task files")
+
+    add_serve(commands)
 
     doctor = commands.add_parser("doctor", help="what is installed, what runs here, what to install",
                                  description="Print versions, devices, backends with reasons, and what to install.")
     doctor.set_defaults(run=run_doctor)
     return parser
+
+
+def add_serve(commands) -> None:
+    serve = commands.add_parser(
+        "serve", help="serve a model over HTTP: OpenAI's API, fill-in-the-middle, and a page",
+        description="Serve a model: OpenAI's chat and completions, with suffix, fim and edit as Mercury has them, a\n"
+                    "stream of the canvas being denoised, and a page at /. The flags about denoising are the defaults\n"
+                    "of requests. SIGTERM ends it when all requests are answered.")
+    add_model(serve)
+    serve.add_argument("--name", metavar="NAME", help="that clients call the model; default: the folder's")
+    serve.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1; any other needs --api-key")
+    serve.add_argument("--port", type=whole, default=8000, help="default: 8000")
+    serve.add_argument("--api-key", metavar="KEY", help="that requests must send; default: DLLM_API_KEY, or none")
+    for flag, default, text in (("--max-tokens", 1024, "of an answer, at most"),
+                                ("--max-batch", 32, "texts denoised together, at most"),
+                                ("--max-queue", 128, "requests that may wait; more get status 429"),
+                                ("--max-seconds", 120, "of a request")):
+        serve.add_argument(flag, type=whole, default=default, metavar="N", help=f"{text}; default: {default}")
+    add_setting(serve, "--max-new-tokens", "of an answer, where a request does not say; default: 128")
+    add_method(serve)
+    serve.set_defaults(run=run_serve)
+
+    bench = commands.add_parser(
+        "bench-serve", help="measure a server's latency and throughput",
+        description="Send completions of random lengths to a server, so many at a time, and print a table.")
+    bench.add_argument("url", metavar="URL", help="of the server, as http://127.0.0.1:8000")
+    for flag, default, text in (("--requests", 64, "to send"), ("--concurrency", 16, "at a time"),
+                                ("--max-tokens", 64, "of the longest answer"), ("--seed", 0, "of the lengths")):
+        bench.add_argument(flag, type=whole, default=default, metavar="N", help=f"{text}; default: {default}")
+    bench.add_argument("--prompt", default="def fibonacci(n):\n", metavar="TEXT", help="of every request")
+    bench.add_argument("--stream", action="store_true", help="ask for the canvas of every step, and time the first one")
+    bench.add_argument("--api-key", metavar="KEY", help="default: DLLM_API_KEY, or none")
+    bench.add_argument("--output", type=Path, metavar="FILE", help="write the numbers here, as JSON")
+    bench.set_defaults(run=run_bench_serve)
 
 
 def add_code_tasks(tasks) -> None:
@@ -174,6 +222,28 @@ def add_code_tasks(tasks) -> None:
         add_method(task)
         add_judging(task)
         task.set_defaults(run=run_code_task, task=name)
+
+
+def add_harness_task(tasks, name: str) -> None:
+    near = name_nearest(name, tasks.choices)
+    task = tasks.add_parser(name, description="Evaluate on a task or group of lm-eval's. Likelihoods are bounds, by "
+                                              "Monte Carlo.\nThe run is a folder; the score goes to stdout as JSON.")
+    task.hint = near
+    task.add_argument("--model", required=True, metavar="MODEL", help="folder, or hub repository as owner/name")
+    add_device(task)
+    task.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="the folder of the run")
+    task.add_argument("--batch-size", type=whole, default=16, metavar="N", help="denoised together; default: 16")
+    task.add_argument("--likelihood-samples", type=whole, default=128, metavar="N",
+                      help="corrupted copies of a text whose likelihood is bounded; default: 128")
+    task.add_argument("--limit", type=whole, metavar="N", help="only the first N documents of each task")
+    task.add_argument("--num-fewshot", type=whole, metavar="N", help="examples in the prompt; default: the task's")
+    task.add_argument("--apply-chat-template", action="store_true", help="write prompts as the model's conversations")
+    task.add_argument("--include-path", metavar="DIR", help="a folder with more task files")
+    task.add_argument("--unsafe-code", action="store_true",
+                      help="let lm-eval's own tasks run what the model writes, without our sandbox")
+    add_setting(task, "--max-new-tokens", "default: the task's max_gen_toks")
+    add_method(task)
+    task.set_defaults(run=run_harness_task, task=name)
 
 
 def add_score(commands) -> None:
@@ -374,19 +444,9 @@ def read_constraint(args: argparse.Namespace, tokenizer, model):
 
 def load_model(args: argparse.Namespace):
     """The model on its device, and its tokenizer."""
-    import torch
+    from dllm.model import load_with_tokenizer
 
-    from dllm.model import DiffusionLM
-    from dllm.tokenizer import check_vocabulary, load_tokenizer
-
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device is cuda, but this torch sees no GPU; leave it out, or install a CUDA build of torch")
-    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-    dtype = {"cpu": "float32", "cuda": "bfloat16"}[device] if args.dtype == "auto" else args.dtype
-    model = DiffusionLM.from_pretrained(args.model, dtype=getattr(torch, dtype), device=device)
-    tokenizer = load_tokenizer(args.model, model.mask_token_id)
-    check_vocabulary(tokenizer, model.config.vocab_size)
-    return model, tokenizer
+    return load_with_tokenizer(args.model, args.device, args.dtype)
 
 
 def read_prompt(args: argparse.Namespace) -> str:
@@ -556,6 +616,88 @@ def run_code_task(args: argparse.Namespace) -> int:
         del record["results"]
         print(json.dumps(record, indent=2, ensure_ascii=False))
     return 0
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    import os
+
+    key = args.api_key or os.environ.get("DLLM_API_KEY") or None
+    if args.host not in ("127.0.0.1", "::1", "localhost") and key is None:
+        raise UserError(f"--host {args.host} is open to others, so --api-key (or DLLM_API_KEY) is needed")
+    try:
+        from dllm.server.app import Limits, make_app
+        from dllm.server.listening import bind, serve
+    except ImportError as error:
+        raise UserError(f"dllm serve needs {error.name}: pip install 'dllm[serve]'") from None
+    from dllm.sampler import MDMGenerationConfig
+
+    given = {field.name: getattr(args, field.name) for field in fields(MDMGenerationConfig)
+             if field.name != "seed" and getattr(args, field.name, None) is not None}
+    defaults = MDMGenerationConfig(**given)
+    limits = Limits(api_key=key, max_tokens=args.max_tokens, max_seconds=args.max_seconds, max_rows=args.max_batch,
+                    max_waiting=args.max_queue)
+    listening = bind(args.host, args.port)  # before the model is loaded, which can take minutes
+    with listening:
+        model, tokenizer = load_model(args)
+        name = args.name or Path(args.model).resolve().name
+        serve(make_app(model, tokenizer, name, defaults, limits), listening)
+    return 0
+
+
+def run_bench_serve(args: argparse.Namespace) -> int:
+    import os
+
+    try:
+        from dllm.server.bench import measure, table
+    except ImportError as error:
+        raise UserError(f"dllm bench-serve needs {error.name}: pip install 'dllm[serve]'") from None
+    record = measure(args.url, requests=args.requests, concurrency=args.concurrency, max_tokens=args.max_tokens,
+                     prompt=args.prompt, stream=args.stream, seed=args.seed,
+                     api_key=args.api_key or os.environ.get("DLLM_API_KEY"))
+    if args.output is not None:
+        write_json(args.output, record)
+    print(table(record))
+    return 0
+
+
+def run_harness_task(args: argparse.Namespace) -> int:
+    from dllm.sampler import MDMGenerationConfig
+
+    harness = load_harness(args.task)
+    manager = harness.find_task(args.task, args.include_path, own_tasks())
+    generation = {field.name: getattr(args, field.name) for field in fields(MDMGenerationConfig)
+                  if getattr(args, field.name, None) is not None}
+    model, tokenizer = load_model(args)
+    lm = harness.HarnessLM(model, tokenizer, batch_size=args.batch_size, likelihood_samples=args.likelihood_samples,
+                           source=harness.find_model(args.model), **generation)
+    record = harness.evaluate_task(
+        lm, args.task, manager, args.output_dir, limit=args.limit, num_fewshot=args.num_fewshot,
+        apply_chat_template=args.apply_chat_template, unsafe_code=args.unsafe_code)
+    del record["samples"]
+    print(json.dumps(record, indent=2, ensure_ascii=False))
+    return 0
+
+
+def run_lm_eval(arguments: list[str]) -> int:
+    return load_harness("lm_eval").run_command_line(arguments)
+
+
+def load_harness(wanted: str):
+    """The module that needs lm-eval."""
+    try:
+        from dllm.evaluators import harness
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "lm_eval":
+            raise
+        raise UserError(f"{wanted} needs lm-eval{name_nearest(wanted, own_tasks())}; dllm's own tasks are "
+                        f"{', '.join(own_tasks())}; for lm-eval's: pip install 'dllm[eval]'") from None
+    return harness
+
+
+def own_tasks() -> tuple[str, ...]:
+    from dllm.evaluators.tasks import BENCHMARKS
+
+    return ("perplexity", "masked_accuracy", "infill", *BENCHMARKS)
 
 
 def run_score(args: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ positions that are not masked are never needed.
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -54,6 +55,9 @@ class Positions:
     queries: Tensor | None = None  # [B, Q] int64: the only positions the last layer answers for
     cache: KeyValueCache | None = None
     layer: int = 0
+    calls: list["Positions"] | None = None  # several calls, computed as one row; each is attended for itself
+    shape: tuple[int, int] = (0, 0)  # rows and positions of a call
+    wanted: tuple[int, int] = (0, 0)  # rows and queries of a call
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -84,20 +88,36 @@ class Attention(nn.Module):
         heads = (*x.shape[:-1], -1, self.head_dim)
         k = rotate(self.k_norm(self.k_proj(x).view(heads)), at.cos, at.sin)
         v = self.v_proj(x).view(heads)
-        if at.cache is not None:
-            k, v = at.cache.put(at.layer, k, v)
         cos, sin = at.cos, at.sin
         if at.queries is not None:
             x = gather_positions(x, at.queries)
             cos, sin = (gather_positions(table.squeeze(2), at.queries).unsqueeze(2) for table in (cos, sin))
         q = rotate(self.q_norm(self.q_proj(x).view(*x.shape[:-1], -1, self.head_dim)), cos, sin)
-        if at.cu_seqlens is not None:
-            out = bidirectional_attention_varlen(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), at.cu_seqlens,
-                                                 at.max_seqlen, block_length=at.block_length)
+        if at.calls is None:
+            out = attend(q, k, v, at)
         else:
-            out = bidirectional_attention(q, k, v, key_mask=at.key_mask, block_length=at.block_length,
-                                          cache_rows=None if at.cache is None else at.cache.rows)
+            out, queries, keys = [], 0, 0
+            for call in at.calls:
+                (rows, length), (_, count) = call.shape, call.wanted if at.queries is not None else call.shape
+                mine, theirs = slice(queries, queries + rows * count), slice(keys, keys + rows * length)
+                call.layer, call.block_length = at.layer, None if at.queries is not None else call.block_length
+                out.append(attend(q[0, mine].unflatten(0, (rows, count)), k[0, theirs].unflatten(0, (rows, length)),
+                                  v[0, theirs].unflatten(0, (rows, length)), call).flatten(0, 1))
+                queries, keys = mine.stop, theirs.stop
+            out = torch.cat(out)
         return self.o_proj(out.reshape(*x.shape[:-1], -1))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, at: Positions) -> Tensor:
+    """q [B, Q, H, E], k and v [B, L, Hkv, E] of the positions that are computed -> [B, Q, H, E]."""
+    if at.cache is not None:
+        k, v = at.cache.put(at.layer, k, v)
+    if at.cu_seqlens is not None:
+        out = bidirectional_attention_varlen(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), at.cu_seqlens,
+                                             at.max_seqlen, block_length=at.block_length)
+        return out.view(q.shape)
+    return bidirectional_attention(q, k, v, key_mask=at.key_mask, block_length=at.block_length,
+                                   cache_rows=None if at.cache is None else at.cache.rows)
 
 
 class FeedForward(nn.Module):
@@ -318,6 +338,35 @@ class DiffusionLM(nn.Module):
             x = layer(x, at)
         return self.model.norm(x)
 
+    def hidden_states_together(self, calls: Sequence[dict]) -> list[Tensor]:
+        """What `hidden_states(**call)` gives for each call, in one pass over the weights.
+
+        Everything but attention is computed on the positions of all calls, one after the other.
+
+        calls: keyword arguments of `hidden_states`, each with position_ids and queries and without cu_seqlens.
+        """
+        tokens = torch.cat([call["input_ids"].flatten() for call in calls]).unsqueeze(0)
+        positions = torch.cat([call["position_ids"].flatten() for call in calls]).unsqueeze(0)
+        x = self.model.embed_tokens(tokens)
+        cos, sin = self._rotary(positions, x.dtype)
+        queries, own, place = [], [], 0
+        for call in calls:
+            rows, length = call["input_ids"].shape
+            key_mask = call.get("attention_mask")
+            own.append(Positions(cos, sin, None if key_mask is None else key_mask.bool(), cache=call.get("cache"),
+                                 block_length=call.get("block_length"), shape=(rows, length),
+                                 wanted=call["queries"].shape))
+            starts = place + length * torch.arange(rows, device=x.device).unsqueeze(1)
+            queries.append((call["queries"] + starts).flatten())
+            place += rows * length
+        at = Positions(cos, sin, calls=own)
+        for at.layer, layer in enumerate(self.model.layers):
+            if at.layer == len(self.model.layers) - 1:
+                at.queries = torch.cat(queries).unsqueeze(0)
+            x = layer(x, at)
+        parts = self.model.norm(x)[0].split([rows * count for rows, count in (call.wanted for call in own)])
+        return [part.unflatten(0, call.wanted) for part, call in zip(parts, own, strict=True)]
+
     def _rotary(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin [B, L, 1, rotary_dim] of the positions, computed in fp32."""
         if self._frequencies is None or self._frequencies.device != position_ids.device:
@@ -440,6 +489,33 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
     blend = (scaling["original_max_position_embeddings"] / wavelengths - low) / (high - low)
     blend = blend.clamp(0, 1)
     return frequencies * (blend + (1 - blend) / scaling["factor"])
+
+
+def load_with_tokenizer(path_or_hub_id: str | os.PathLike, device: str = "auto", dtype: str = "auto"):
+    """A model for use, and its tokenizer.
+
+    Args:
+        device: cpu, cuda, cuda:N, or auto: the GPU if there is one.
+        dtype: float32, bfloat16, float16, or auto: bfloat16 on a GPU, else float32.
+    Raises: UserError if they cannot be loaded, do not fit each other, or there is no such device.
+    """
+    from dllm.tokenizer import check_vocabulary, load_tokenizer
+
+    if device != "auto" and device.partition(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"device must be auto, cpu or cuda, not {device!r}")
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise UserError(f"dtype must be auto, float32, bfloat16 or float16, not {dtype!r}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device is {device}, but this torch sees no GPU; leave it out, or install a CUDA build of "
+                        "torch")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    model = DiffusionLM.from_pretrained(path_or_hub_id, dtype=getattr(torch, dtype), device=device)
+    tokenizer = load_tokenizer(path_or_hub_id, model.mask_token_id)
+    check_vocabulary(tokenizer, model.config.vocab_size)
+    return model, tokenizer
 
 
 def find_model(path_or_hub_id: str | os.PathLike) -> Path:

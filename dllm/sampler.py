@@ -109,6 +109,12 @@ class MDMGenerationConfig:
                             "maskgit_plus, entropy or topk_margin, without remasking, threshold and factor")
 
 
+    @property
+    def rewrites(self) -> bool:
+        """Whether a committed token may still change."""
+        return self.alg in ("p2", "remdm") and self.remasking is None or self.editing_threshold is not None
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationOutput:
     sequences: Tensor  # [B, L] int64
@@ -214,14 +220,19 @@ class Denoising:
         attention_mask: [B, L], nonzero where there is a token; padding is never attended and takes no position.
         sequence: [B] int64 below 2**32, the number by which a row draws its random numbers; by default a prompt's
             copies are numbered from 0. With numbers of their own, num_return_sequences is 1.
+        seeds: [B] int64, a seed for each row in the place of the config's; the same conditions.
     A model may predict the mask token itself (the originals allow it); such positions can be left masked at the end.
     Raises: UserError if settings, canvas and model do not go together.
     """
 
     def __init__(self, model: DiffusionLM, canvas: Tensor, config: MDMGenerationConfig,
-                 attention_mask: Tensor | None = None, sequence: Tensor | None = None):
+                 attention_mask: Tensor | None = None, sequence: Tensor | None = None,
+                 seeds: Tensor | None = None):
         self.model, self.mask_token_id = model, find_mask_token(model, config)
-        self.seed = draw_seed() if config.seed is None else config.seed
+        if seeds is not None:
+            self.seed = seeds.to(model.device).unsqueeze(1)
+        else:
+            self.seed = draw_seed() if config.seed is None else config.seed
         copies = config.num_return_sequences
         canvas = canvas.to(model.device).repeat_interleave(copies, 0)
         key_mask = None
@@ -321,6 +332,13 @@ class Denoising:
             self._given(self.tokens), self.history if self.config.output_history else None, self.steps,
             self.scorer.forwards, filled / max(self.scorer.row_forwards, 1), self._given(self.confidence), visible)
 
+    def drop(self, row: int) -> None:
+        """Fill what is masked in a row with any token, between two steps: nothing more is computed for it."""
+        masked = self.editable[row] & (self.tokens[row] == self.mask_token_id)
+        self.tokens = self.tokens.clone()
+        self.tokens[row, masked] = 0 if self.mask_token_id else 1
+        self.recount = True
+
     def _take(self, step: Step) -> Tensor | None:
         """Let the strategy take a step; the confidences it gave."""
         tokens, confidence = self.strategy(step, self.scorer.at(step))
@@ -405,8 +423,7 @@ class Denoising:
                             "keeps its finished blocks anyway) nor cfg_scale")
         if config.cuda_graphs and self.model.device.type != "cuda":
             raise UserError(f"cuda_graphs needs a model on a GPU, this one is on {self.model.device}; leave it out")
-        if config.constraint is not None and config.constraint.final and (
-                config.alg in ("p2", "remdm") and config.remasking is None or config.editing_threshold is not None):
+        if config.constraint is not None and config.constraint.final and config.rewrites:
             raise UserError("what later tokens were chosen to fit must stay: such a constraint goes with neither p2, "
                             "remdm nor editing_threshold")
         if config.expand_token_id is not None:

@@ -7,7 +7,13 @@ import json
 import re
 import shlex
 import shutil
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
 
 import pytest
 
@@ -74,16 +80,53 @@ def test_python_blocks(block, capsys):
 
 
 @pytest.mark.parametrize("block", blocks("bash"))
-def test_commands(block, place, capsys):
-    for line in block["code"].splitlines():
+def test_commands(block, place, capsys, request):
+    free_port = find_free_port()
+    for line in block["code"].replace("8000", str(free_port)).splitlines():
         words = shlex.split(line, comments=True)
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
         elif words[:3] == ["python", "-m", "dllm.train"]:
             check_recipe(place, words[3:])
+        elif words[:2] == ["dllm", "serve"]:
+            request.getfixturevalue("serving")(words)
+        elif words[0] == "curl":
+            if shutil.which("curl"):
+                answer = json.loads(subprocess.run(words, capture_output=True, check=True).stdout)
+                assert answer["choices"][0]["finish_reason"] in ("stop", "length"), answer
         else:
             assert words[0] == "dllm", f"the README runs {words[0]}, which this test does not"
             assert cli.main([*words[1:], *(BRIEF if words[1] == "train" else [])]) == 0, capsys.readouterr().err
+
+
+def find_free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def serving():
+    """A function that starts a server by its command line, and waits until it answers; the test's end stops it."""
+    started = []
+
+    def start(words: list[str]) -> None:
+        process = subprocess.Popen([sys.executable, "-m", *words])
+        started.append(process)
+        url = f"http://127.0.0.1:{words[words.index('--port') + 1]}/health"
+        for _ in range(600):
+            assert process.poll() is None, "the server has ended"
+            try:
+                urlopen(url).close()
+                return
+            except URLError:
+                time.sleep(0.1)
+        raise AssertionError("the server does not answer after a minute")
+
+    yield start
+    for process in started:
+        process.terminate()
+        assert process.wait(30) == 0
 
 
 def check_recipe(place: Path, arguments: list[str]) -> None:

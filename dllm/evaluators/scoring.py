@@ -301,7 +301,7 @@ def score_samples(samples_path: str | Path, tasks: TaskSet, *, workers: int | No
     work = [(tasks.tasks[task_id], part) for task_id, own in by_task.items()
             for part in ([own] if benchmark.plus else ([sample] for sample in own))]
     start = time.monotonic()
-    layers_here = _check_sandbox(lambda: Sandbox(layers, limits), require, warn)
+    layers_here = check_sandbox(lambda: Sandbox(layers, limits), require, warn)
     from tqdm import tqdm
 
     with tqdm(total=len(samples), desc=tasks.name, unit="sample", disable=None, file=sys.stderr) as bar:
@@ -331,7 +331,7 @@ def score_samples(samples_path: str | Path, tasks: TaskSet, *, workers: int | No
 _AGAINST = ("fail", "timeout", "crash", "oom")  # of an audit; "cannot judge" says nothing
 
 
-def _check_sandbox(make: Callable[[], Sandbox], require: str, warn: Callable[[str], None]) -> dict[str, str]:
+def check_sandbox(make: Callable[[], Sandbox], require: str, warn: Callable[[str], None]) -> dict[str, str]:
     """Refuse or warn where layers are missing, then test the sandbox. Returns its layers."""
     bench = Bench(make)
     try:

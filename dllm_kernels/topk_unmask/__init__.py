@@ -186,16 +186,17 @@ def linear_token_scores(hidden: Tensor, weight: Tensor, positions: Tensor, *, bi
     return Scores(*(_scores_operator if torch.compiler.is_compiling() else _scores)(*arguments))
 
 
-def philox_uniform(seed: int, sequence: Tensor, step: int | Tensor, position: Tensor) -> Tensor:
+def philox_uniform(seed: int | Tensor, sequence: Tensor, step: int | Tensor, position: Tensor) -> Tensor:
     """Two uniforms in (0, 1) for each position of each sequence at a denoising step, the same on every device.
 
     Args:
-        seed: any integer; its low 64 bits are the key.
+        seed: any integer; its low 64 bits are the key. Or an int64 tensor that broadcasts with the others.
         sequence, position: int64 tensors below 2**32 that broadcast together, to [B, L] say.
         step: below 2**32; or an int64 tensor of one element, which a CUDA graph can read.
     Returns: float64 [B, L, 2], odd multiples of 2**-53. [..., 0] picks the token, [..., 1] is for selection.
     """
-    if position.is_cuda and triton_support.missing() is None and not torch.compiler.is_compiling():
+    one = isinstance(seed, int)
+    if one and position.is_cuda and triton_support.missing() is None and not torch.compiler.is_compiling():
         return _triton_kernels().philox_uniform(seed, sequence, step, position)
     return random_numbers.philox_uniform(seed, sequence, step, position)
 

@@ -31,7 +31,7 @@ def philox(
     return c0, c1, c2, c3
 
 
-def philox_uniform(seed: int, sequence: Tensor, step: int | Tensor, position: Tensor) -> Tensor:
+def philox_uniform(seed: int | Tensor, sequence: Tensor, step: int | Tensor, position: Tensor) -> Tensor:
     """See `dllm_kernels.philox_uniform`."""
     sequence, position = torch.broadcast_tensors(sequence, position)
     step_word = torch.full_like(position, step) if isinstance(step, int) else step.expand_as(position)

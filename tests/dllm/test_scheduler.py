@@ -1,0 +1,248 @@
+"""The scheduler: requests computed together come to what each comes to alone."""
+
+import queue
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("greenlet")
+
+from dllm.errors import Failure, UserError
+from dllm.families import ModelConfig
+from dllm.model import DiffusionLM
+from dllm.sampler import MDMGenerationConfig, generate, infill
+from dllm.server.scheduler import Busy, Job, Scheduler, TooLate
+
+NOTHING = torch.empty(0, dtype=torch.long)
+
+
+class Request:
+    """A job, and what the scheduler told about it."""
+
+    def __init__(self, prefix, gap, config, suffix=NOTHING, **keywords):
+        self.events = queue.Queue()
+        self.job = Job(torch.as_tensor(prefix), suffix, gap, config, lambda *event: self.events.put(event), **keywords)
+
+    def wait(self) -> dict[int, object]:
+        """The last progress of each copy, or the error."""
+        done = {}
+        while len(done) < self.job.copies:
+            copy, event = self.events.get(timeout=60)
+            if copy is None:
+                raise event
+            if event.done:
+                done[copy] = event
+        return done
+
+
+@pytest.fixture
+def scheduler(model):
+    scheduler = Scheduler(model, max_rows=16)
+    yield scheduler
+    scheduler.drain()
+
+
+def prompt(length: int, seed: int) -> torch.Tensor:
+    return torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+METHODS = [
+    MDMGenerationConfig(steps=12, seed=1),
+    MDMGenerationConfig(steps=12, alg="maskgit_plus", temperature=0.8, alg_temp=0.3, seed=2, num_return_sequences=2),
+    MDMGenerationConfig(steps=6, alg="p2", temperature=0.7, seed=3),
+    MDMGenerationConfig(steps=9, alg="remdm", seed=4),
+    MDMGenerationConfig(steps=12, alg="topk_margin", threshold=0.3, block_length=4, cache="dual", seed=5),
+    MDMGenerationConfig(steps=12, remasking="low_confidence", block_length=6, cache="prefix", seed=6),
+    MDMGenerationConfig(steps=12, remasking="low_confidence", cfg_scale=0.5, seed=7),
+    MDMGenerationConfig(steps=12, seed=1),
+    MDMGenerationConfig(steps=12, seed=9, temperature=0.5),
+    MDMGenerationConfig(steps=12, seed=10, temperature=0.5),
+]
+
+
+def test_requests_of_all_methods_and_lengths_come_to_what_each_comes_to_alone(scheduler, model):
+    requests = [Request(prompt(5 + 3 * i, i), 12, config, every_step=i % 2 == 0) for i, config in enumerate(METHODS)]
+    for request in requests:
+        scheduler.submit(request.job)
+    scheduler.start()
+    for request in requests:
+        ids = request.job.prefix
+        alone = generate(model, ids, config=replace(request.job.config, max_new_tokens=12))
+        done = request.wait()
+        for copy, sequence in enumerate(alone.sequences):
+            assert done[copy].tokens == sequence[len(ids):].tolist(), request.job.config
+            assert done[copy].confidence == pytest.approx(alone.confidence[copy, len(ids):].tolist(), abs=1e-4)
+
+
+def test_requests_that_join_later_change_nothing(scheduler, model):
+    scheduler.start()
+    config = MDMGenerationConfig(steps=24, temperature=0.6, alg="maskgit_plus")
+    requests = []
+    for i in range(8):
+        block = 4 if i % 2 else None
+        requests.append(Request(prompt(4 + i, i), 12 + 4 * i, replace(config, seed=i, block_length=block, steps=120)))
+        scheduler.submit(requests[-1].job)
+        time.sleep(0.004)
+    for i, request in enumerate(requests):
+        alone = generate(model, request.job.prefix, config=replace(request.job.config, max_new_tokens=12 + 4 * i))
+        assert request.wait()[0].tokens == alone.sequences[0, len(request.job.prefix):].tolist()
+
+
+def test_a_block_causal_model_serves_rows_at_different_blocks():
+    torch.manual_seed(0)
+    model = DiffusionLM(ModelConfig(
+        family="qwen3", vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, qk_norm=True, max_position_embeddings=128, initializer_range=0.2,
+        mask_token_id=1, eos_token_id=0)).eval()
+    scheduler = Scheduler(model)
+    config = MDMGenerationConfig(block_causal=True, block_length=4, steps=24, remasking="low_confidence")
+    requests = [Request(torch.arange(2, 7 + 5 * i), 8, replace(config, seed=0, threshold=(None, 0.5)[i % 2]))
+                for i in range(5)]
+    for request in requests:
+        scheduler.submit(request.job)
+    scheduler.start()
+    for request in requests:
+        alone = generate(model, request.job.prefix, config=replace(request.job.config, max_new_tokens=8))
+        assert request.wait()[0].tokens == alone.sequences[0, len(request.job.prefix):].tolist()
+    scheduler.drain()
+
+
+def test_gaps_are_filled_as_infill_does_with_the_length_that_the_model_is_surest_of(scheduler, model):
+    config = MDMGenerationConfig(steps=8, seed=0, infill_lengths=(2, 5, 8))
+    fixed = Request(prompt(6, 0), 7, config, suffix=prompt(9, 1))
+    chosen = Request(prompt(6, 0), None, config, suffix=prompt(9, 1))
+    scheduler.submit(fixed.job)
+    scheduler.submit(chosen.job)
+    scheduler.start()
+    for request, length in ((fixed, 7), (chosen, "auto")):
+        out = infill(model, request.job.prefix, request.job.suffix, length=length, generation_config=config)
+        assert request.wait()[0].tokens == out.sequences[0, 6:-9].tolist()
+
+
+def test_all_requests_of_a_step_share_a_forward_pass(scheduler):
+    config = MDMGenerationConfig(steps=8, alg="maskgit_plus")
+    requests = [Request(prompt(5 + i, i), 8, replace(config, temperature=i / 10, seed=i)) for i in range(10)]
+    for request in requests:
+        scheduler.submit(request.job)
+    scheduler.start()
+    forwards = [request.wait()[0].forwards for request in requests]
+    assert scheduler.forwards <= max(forwards) + 1 < sum(forwards) / 5
+
+
+def test_every_step_is_told_where_it_was_asked_for(scheduler):
+    shown, quiet = (Request(prompt(5, 0), 6, MDMGenerationConfig(steps=6, seed=0), every_step=every)
+                    for every in (True, False))
+    for request in (shown, quiet):
+        scheduler.submit(request.job)
+    scheduler.start()
+    shown.job.notify(0, "the last")
+    quiet.wait()
+    scheduler.drain()
+    seen = [event for _, event in shown.events.queue if event != "the last"]
+    assert [event.done for event in seen] == [False] * (len(seen) - 1) + [True] and len(seen) >= 4
+    masked = [event.tokens.count(scheduler.model.mask_token_id) for event in seen]
+    assert masked == sorted(masked, reverse=True) and masked[-1] == 0
+
+
+def test_a_text_ends_with_the_step_in_which_it_is_complete(scheduler):
+    begun = []
+
+    def stops(tokens: list[int]) -> bool:
+        begun.append(tokens)
+        return len(tokens) >= 3
+
+    request = Request(prompt(5, 0), 40, MDMGenerationConfig(steps=40, block_length=1, seed=0), stops=stops)
+    scheduler.submit(request.job)
+    scheduler.start()
+    assert request.wait()[0].steps == 3 and len(begun[-1]) == 3
+
+
+def test_a_cancelled_request_leaves_and_the_others_go_on(scheduler):
+    gone, stays = (Request(prompt(5, 0), 200, MDMGenerationConfig(steps=200, seed=0), every_step=True)
+                   for _ in range(2))
+    scheduler.submit(gone.job)
+    scheduler.submit(stays.job)
+    scheduler.start()
+    gone.events.get(timeout=60)
+    scheduler.cancel(gone.job)
+    assert stays.wait()[0].done
+    assert not any(event.done for _, event in gone.events.queue)
+    scheduler.drain()
+    assert scheduler.rows == 0 and not scheduler.cohorts
+
+
+def test_more_than_the_queue_holds_and_what_comes_after_the_end_are_refused(model):
+    scheduler = Scheduler(model, max_rows=1, max_waiting=2)
+    requests = [Request(prompt(5, 0), 4, MDMGenerationConfig(steps=4, seed=0)) for _ in range(3)]
+    scheduler.submit(requests[0].job)
+    scheduler.submit(requests[1].job)
+    with pytest.raises(Busy, match="2 requests are waiting already; try again later"):
+        scheduler.submit(requests[2].job)
+    many = replace(requests[2].job.config, num_return_sequences=2)
+    with pytest.raises(UserError, match="2 texts at a time, at most 1 are allowed; lower n"):
+        scheduler.submit(Request(prompt(5, 0), 4, many).job)
+    scheduler.start()
+    ender = threading.Thread(target=scheduler.drain)
+    ender.start()
+    assert [len(request.wait()) for request in requests[:2]] == [1, 1]  # those that were taken are answered
+    ender.join()
+    with pytest.raises(Busy, match="about to end"):
+        scheduler.submit(requests[2].job)
+
+
+def test_a_request_whose_time_is_over_is_ended_waiting_or_not(scheduler):
+    late = [Request(prompt(5, 0), 8, MDMGenerationConfig(steps=8, seed=0), deadline=time.monotonic() - 1)
+            for _ in range(2)]
+    for request in late:
+        scheduler.submit(request.job)
+    scheduler.start()
+    for request in late:
+        with pytest.raises(TooLate, match="ask for fewer tokens or steps"):
+            request.wait()
+
+
+def test_what_one_request_breaks_the_others_do_not_feel(scheduler, model, monkeypatch, capfd):
+    whole, calls = model.hidden_states, []
+
+    def together(calls_):
+        raise torch.OutOfMemoryError("all at once")
+
+    def alone(input_ids, **keywords):
+        calls.append(input_ids.shape)
+        if input_ids.shape[1] > 30:
+            raise torch.OutOfMemoryError("too large")
+        return whole(input_ids, **keywords)
+
+    monkeypatch.setattr(model, "hidden_states_together", together)
+    monkeypatch.setattr(model, "hidden_states", alone)
+    config = MDMGenerationConfig(steps=4, seed=0)
+    small, large = Request(prompt(5, 0), 4, config), Request(prompt(40, 0), 4, replace(config, steps=3))
+    wrong = Request(prompt(5, 0), 4, replace(config, block_length=3))
+    for request in (small, large, wrong):
+        scheduler.submit(request.job)
+    scheduler.start()
+    with pytest.raises(Failure, match="out of memory: ask for fewer tokens"):
+        large.wait()
+    with pytest.raises(UserError, match="block_length 3 does not divide the 4 positions"):
+        wrong.wait()
+    assert small.wait()[0].done
+
+
+def test_a_job_that_ends_between_its_admission_and_its_first_step_is_left_out(scheduler, monkeypatch):
+    first, second = (Request(prompt(4, i), 4, MDMGenerationConfig(steps=4, seed=i)) for i in range(2))
+    begin = scheduler._begin
+
+    def cancel_then_begin(jobs):
+        first.job.cancelled = True
+        begin(jobs)
+
+    monkeypatch.setattr(scheduler, "_begin", cancel_then_begin)
+    scheduler.submit(first.job)
+    scheduler.start()
+    scheduler.submit(second.job)
+    assert second.wait()[0].done
+    scheduler.drain()
+    assert not scheduler.alive and not scheduler.cohorts
