@@ -1,6 +1,6 @@
 """What a training step computes on: rows of the corpus, corrupted, cut into micro-batches, each with its targets.
 
-Every draw is a function of the seed, the step's number and the row's place in the step.
+Every draw is a function of the seed, the step's number and the row's slot in the step.
 """
 
 from dataclasses import replace
@@ -11,10 +11,12 @@ from torch import Tensor
 
 from dllm.config import Config, TrainGroup
 from dllm.corruption import T_MIN, corrupt
-from dllm.data import Document, PackedDataset, tokenize
+from dllm.data import Document, Packed, PackedDataset, RowSource, tokenize
 from dllm.loss import LossSums, Targets, choose_targets, sum_losses
 from dllm.model import DiffusionLM
 from dllm_kernels import philox_uniform
+
+GOLDEN_RATIO = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are spread evenly however many there are
 
 
 class MicroBatch(NamedTuple):
@@ -30,34 +32,32 @@ class MicroBatch(NamedTuple):
     normaliser: int
 
 
-def make_batches(dataset: PackedDataset, rows: Tensor, step: int, settings: TrainGroup, seed: int,
+def make_batches(source: RowSource, step: int, slots: range, of: int, settings: TrainGroup, seed: int,
                  model: DiffusionLM) -> list[MicroBatch]:
-    """The micro-batches of a step over the given rows [G], a function of the arguments alone.
+    """The micro-batches of a step's rows in `slots`, out of `of` rows that the step has over all processes.
 
-    The times of the step's documents are one random offset plus equal spacing: each is uniform, and together they cover
-    (0, 1) evenly, which lowers the variance of the loss (MDLM, arXiv:2406.07524). A row's draws do not depend on how
-    the step is cut into micro-batches.
+    A row and its draws are a function of seed, step and slot alone, whoever computes it and however the step is cut.
+    The times of a step's documents are one random offset plus nearly equal spacing: each is uniform, and together they
+    cover (0, 1) evenly, which lowers the variance of the loss (MDLM, arXiv:2406.07524).
     """
-    documents = dataset.chunk_counts(rows).tolist()
-    offset = philox_uniform(seed, torch.tensor(len(rows)), step, torch.tensor(0))[..., 0]
-    times = ((torch.arange(sum(documents)) / sum(documents) + offset) % 1).clamp(T_MIN, 1 - T_MIN)
-    batches, document = [], 0
-    for first in range(0, len(rows), settings.micro_batch_size):
-        part = slice(first, first + settings.micro_batch_size)
-        packed = dataset.gather(rows[part])
+    offset = philox_uniform(seed, torch.tensor(of), step, torch.tensor(0))[..., 0]
+    batches = []
+    for first in range(slots.start, slots.stop, settings.micro_batch_size):
+        part = range(first, min(first + settings.micro_batch_size, slots.stop))
+        packed = source.read(range(step * of + part.start, step * of + part.stop))
         corruption, input_ids = None, packed.tokens
         if settings.objective != "ar":
-            uniform = philox_uniform(seed, packed.row + first, step, packed.column)[..., 0]
-            here = times[document:document + sum(documents[part])]
+            slot = packed.row + part.start
             scorable = None
             if settings.mask_at_least_one:
                 scorable = torch.ones_like(packed.tokens, dtype=torch.bool)
                 if model.config.shift_logits:
                     scorable[packed.cu_seqlens[:-1].long()] = False
             corruption = corrupt(packed.tokens, packed.cu_seqlens, model.config.mask_token_id,
-                                 schedule=settings.schedule, times=here, uniform=uniform, at_least_one_of=scorable)
+                                 schedule=settings.schedule, times=spread_times(packed, part.start, of, offset),
+                                 uniform=philox_uniform(seed, slot, step, packed.column)[..., 0],
+                                 at_least_one_of=scorable)
             input_ids = corruption.noisy
-        document += sum(documents[part])
         targets = choose_targets(packed.tokens, packed.cu_seqlens, corruption, objective=settings.objective,
                                  path_term=settings.path_term, shift=model.config.shift_logits)
         even = len(input_ids) == (len(packed.cu_seqlens) - 1) * packed.max_seqlen
@@ -67,6 +67,13 @@ def make_batches(dataset: PackedDataset, rows: Tensor, step: int, settings: Trai
             block_length=1 if settings.objective == "ar" else None, tokens=len(input_ids),
             scored=int(targets.scored.sum()), normaliser=int(targets.normaliser)))
     return batches
+
+
+def spread_times(packed: Packed, first_slot: int, of: int, offset: Tensor) -> Tensor:
+    """A time for each document [S]: rows are 1 / of apart, the documents of a row by the golden ratio."""
+    row = packed.row[packed.cu_seqlens[:-1].long()]
+    index = torch.arange(len(row)) - torch.searchsorted(row, row)
+    return ((row + first_slot) / of + index * GOLDEN_RATIO + offset).frac().clamp(T_MIN, 1 - T_MIN)
 
 
 def forward(model: DiffusionLM, batch: MicroBatch, device: torch.device) -> LossSums:
@@ -83,7 +90,8 @@ def draw_validation(tokenizer, held_out: list[Document], config: Config, model: 
     if not held_out:
         return []
     dataset = PackedDataset(tokenize(tokenizer, held_out), config.data.max_seq_len, config.train.seed)
-    rows = dataset.rows(0, min(len(dataset), max(1, config.train.eval_tokens // config.data.max_seq_len)))
+    rows = min(len(dataset), max(1, config.train.eval_tokens // config.data.max_seq_len))
     objectives = [config.train] if config.train.objective != "mdm" else [
         config.train, replace(config.train, objective="elbo", path_term=False, mask_at_least_one=False)]
-    return [make_batches(dataset, rows, 0, settings, config.train.seed + 1, model) for settings in objectives]
+    return [make_batches(dataset, 0, range(rows), rows, settings, config.train.seed + 1, model)
+            for settings in objectives]

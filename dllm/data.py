@@ -13,7 +13,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -181,6 +181,13 @@ class Packed(NamedTuple):
     column: Tensor  # [T] int64: position within that row
 
 
+class RowSource(Protocol):
+    """An endless sequence of rows, the same for every process that reads it."""
+
+    def read(self, places: range) -> Packed:
+        """The rows at consecutive places, counted over the whole run."""
+
+
 class PackedDataset:
     """Tokenised documents, cut and packed into rows of at most max_seq_len tokens."""
 
@@ -205,11 +212,12 @@ class PackedDataset:
         """Rows."""
         return len(self._offset) - 1
 
-    def rows(self, first: int, count: int) -> Tensor:
-        """The rows [count] at places first, first + 1, ... of the endless sequence of shuffled epochs."""
-        places = torch.arange(first, first + count)
-        epochs = range(first // len(self), (first + count - 1) // len(self) + 1)
-        return torch.cat([self._shuffled(epoch)[places[places // len(self) == epoch] % len(self)] for epoch in epochs])
+    def read(self, places: range) -> Packed:
+        """Of the endless sequence of shuffled epochs."""
+        places = torch.arange(places.start, places.stop)
+        epochs = range(int(places[0]) // len(self), int(places[-1]) // len(self) + 1)
+        return self.gather(torch.cat([self._shuffled(epoch)[places[places // len(self) == epoch] % len(self)]
+                                      for epoch in epochs]))
 
     def _shuffled(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
@@ -217,13 +225,9 @@ class PackedDataset:
             self._epoch, self._order = epoch, torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         return self._order
 
-    def chunk_counts(self, rows: Tensor) -> Tensor:
-        """Chunks in each of the rows [R], int64."""
-        return self._offset[rows + 1] - self._offset[rows]
-
     def gather(self, rows: Tensor) -> Packed:
         """The tokens of the rows [R]."""
-        counts = self.chunk_counts(rows)
+        counts = self._offset[rows + 1] - self._offset[rows]
         chunk = _ranges(self._offset[rows], counts)
         lengths = self._length[chunk]
         index = _ranges(self._start[chunk], lengths)

@@ -85,8 +85,8 @@ def train(config: Config) -> TrainResult:
         while not finished:
             place = max(step, clock.share * total)
             rate = set_learning_rate(optimizers, settings, place, total)
-            rows = dataset.rows(step * settings.rows_per_step, settings.rows_per_step)
-            batches = make_batches(dataset, rows, step, settings, settings.seed, model)
+            batches = make_batches(dataset, step, range(settings.rows_per_step), settings.rows_per_step, settings,
+                                   settings.seed, model)
             normaliser = max(sum(batch.normaliser for batch in batches), 1)
             loss, nll = torch.zeros(2, device=device)
             for batch in batches:

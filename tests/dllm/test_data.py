@@ -92,7 +92,7 @@ def test_tokens_end_with_end_of_text_and_begin_with_nothing():
 def test_an_epoch_holds_every_token_once_and_no_row_is_too_long(max_seq_len):
     sequences = make_sequences()
     dataset = PackedDataset(sequences, max_seq_len)
-    packed = dataset.gather(dataset.rows(0, len(dataset)))
+    packed = dataset.read(range(len(dataset)))
     assert packed.tokens.sort().values.tolist() == list(range(sum(map(len, sequences))))
     assert packed.row.bincount().max() <= max_seq_len
     assert (packed.column == torch.cat([torch.arange(n) for n in packed.row.bincount().tolist()])).all()
@@ -102,7 +102,7 @@ def test_chunks_are_consecutive_pieces_of_one_document_of_at_most_max_seq_len():
     sequences = make_sequences()
     document = torch.repeat_interleave(torch.arange(len(sequences)), torch.tensor([len(s) for s in sequences]))
     dataset = PackedDataset(sequences, 16)
-    packed = dataset.gather(dataset.rows(0, len(dataset)))
+    packed = dataset.read(range(len(dataset)))
     pieces = torch.tensor_split(packed.tokens, packed.cu_seqlens[1:-1].long())
     assert max(map(len, pieces)) == packed.max_seqlen == 16
     for piece in pieces:
@@ -124,10 +124,11 @@ def test_pack_fits_and_keeps_everything():
 
 def test_rows_depend_on_the_seed_and_place_alone_and_epochs_differ():
     first, again = (PackedDataset(make_sequences(), 16, seed=3) for _ in range(2))
-    n = len(first)
-    order = first.rows(0, 3 * n)
-    pieces = torch.cat([again.rows(i, 5) for i in range(0, 3 * n - 5, 5)])
-    assert torch.equal(pieces, order[:len(pieces)])
-    assert all(sorted(order[i * n:(i + 1) * n].tolist()) == list(range(n)) for i in range(3))
-    assert not torch.equal(order[:n], order[n:2 * n])
-    assert not torch.equal(order[:n], PackedDataset(make_sequences(), 16, seed=4).rows(0, n))
+    n, tokens = len(first), len(first.tokens)
+    order = first.read(range(3 * n)).tokens
+    pieces = torch.cat([again.read(range(i, min(i + 5, 3 * n))).tokens for i in range(0, 3 * n, 5)])
+    assert torch.equal(pieces, order)
+    epochs = order.split(tokens)
+    assert all(epoch.sort().values.tolist() == list(range(tokens)) for epoch in epochs)
+    assert not torch.equal(epochs[0], epochs[1])
+    assert not torch.equal(epochs[0], PackedDataset(make_sequences(), 16, seed=4).read(range(n)).tokens)

@@ -112,10 +112,10 @@ def test_stopping_and_continuing_gives_the_same_losses_bit_for_bit(make_config, 
 
 
 def interrupt_at(wanted):
-    def interrupting(dataset, rows, step, *rest):
+    def interrupting(dataset, step, *rest):
         if step == wanted:
             raise KeyboardInterrupt
-        return make_batches(dataset, rows, step, *rest)
+        return make_batches(dataset, step, *rest)
     return interrupting
 
 
@@ -183,7 +183,7 @@ def test_micro_batches_of_any_size_give_the_gradients_of_the_whole(objective):
     gradients = []
     for size in (12, 4, 1):
         settings = TrainGroup(output_dir="x", objective=objective, micro_batch_size=size, global_batch_size=12)
-        batches = make_batches(dataset, dataset.rows(0, 12), 5, settings, 1, model)
+        batches = make_batches(dataset, 5, range(12), 12, settings, 1, model)
         assert len(batches) == 12 // size
         for batch in batches:
             (forward(model, batch, torch.device("cpu")).loss / sum(b.normaliser for b in batches)).backward()
@@ -197,7 +197,7 @@ def test_micro_batches_of_any_size_give_the_gradients_of_the_whole(objective):
 def test_packed_documents_train_as_each_of_them_alone(shift):
     model, dataset = make_model(shift_logits=shift), make_dataset(longest=15)
     settings = TrainGroup(output_dir="x", objective="elbo", micro_batch_size=8)
-    batch, = make_batches(dataset, dataset.rows(0, 8), 0, settings, 1, model)
+    batch, = make_batches(dataset, 0, range(8), 8, settings, 1, model)
     assert batch.cu_seqlens is not None and len(batch.cu_seqlens) > 9
     packed = forward(model, batch, torch.device("cpu")).loss
     alone = 0
@@ -212,15 +212,14 @@ def test_packed_documents_train_as_each_of_them_alone(shift):
 def test_rows_of_one_chunk_each_are_trained_densely():
     dataset = PackedDataset([torch.arange(64)], 16)
     settings = TrainGroup(output_dir="x", micro_batch_size=4)
-    batch, = make_batches(dataset, dataset.rows(0, 4), 0, settings, 1, make_model())
+    batch, = make_batches(dataset, 0, range(4), 4, settings, 1, make_model())
     assert batch.input_ids.shape == (4, 16) and batch.cu_seqlens is None
 
 
 def test_a_steps_draws_depend_on_seed_and_step_alone_and_cover_the_times_evenly():
     dataset, model = PackedDataset([torch.arange(63).repeat(400)], 16), make_model()
     settings = TrainGroup(output_dir="x", objective="elbo", micro_batch_size=64)
-    rows = dataset.rows(0, 64)
-    first, again, other_step, other_seed = (make_batches(dataset, rows, step, settings, seed, model)[0]
+    first, again, other_step, other_seed = (make_batches(dataset, step, range(64), 64, settings, seed, model)[0]
                                             for step, seed in ((3, 1), (3, 1), (4, 1), (3, 2)))
     assert torch.equal(first.input_ids, again.input_ids)
     assert not torch.equal(first.input_ids, other_step.input_ids)
@@ -229,12 +228,24 @@ def test_a_steps_draws_depend_on_seed_and_step_alone_and_cover_the_times_evenly(
     assert torch.allclose(times.sort().values.diff(), torch.tensor(1 / 64), atol=2e-3)
 
 
+def test_a_rows_draws_do_not_depend_on_who_computes_it_and_those_of_packed_rows_are_spread_too():
+    dataset, model = make_dataset(longest=8), make_model(shift_logits=False)
+    settings = TrainGroup(output_dir="x", objective="elbo", micro_batch_size=64)
+    whole, = make_batches(dataset, 2, range(64), 64, settings, 1, model)
+    parts = [make_batches(dataset, 2, range(i, i + 16), 64, settings, 1, model)[0] for i in range(0, 64, 16)]
+    assert torch.equal(torch.cat([part.input_ids for part in parts], 1), whole.input_ids)
+    assert torch.equal(torch.cat([part.targets.weights for part in parts]), whole.targets.weights)
+    times = (1 / whole.targets.weights)[whole.cu_seqlens[:-1].long()].sort().values
+    gaps = times.diff(prepend=torch.zeros(1), append=torch.ones(1)) * len(times)
+    assert len(times) > 100 and gaps.max() < 4  # of as many independent draws the largest is about log(200) = 5.3
+
+
 @pytest.mark.parametrize("shift", [False, True])
 def test_every_document_has_a_scored_token_when_asked(shift):
     dataset, model = make_dataset(longest=6), make_model(shift_logits=shift)
     settings = TrainGroup(output_dir="x", micro_batch_size=4)
     for asked in (False, True):
-        batch, = make_batches(dataset, dataset.rows(0, 4), 0, replace(settings, mask_at_least_one=asked), 1, model)
+        batch, = make_batches(dataset, 0, range(4), 4, replace(settings, mask_at_least_one=asked), 1, model)
         documents = batch.targets.scored.tensor_split(batch.cu_seqlens[1:-1].long())
         assert all(scored.any() for scored in documents if len(scored) > shift) == asked
 
