@@ -121,36 +121,55 @@ class TrainGroup:
     max_steps: int | None = None  # upper bound on the steps
     max_minutes: float | None = None  # upper bound on the time, restarts included; the schedule follows the clock
     seed: int = 42
+    max_bad_steps: int = 10  # steps in a row that may be skipped because a gradient is not finite
     # Machine
     device: str = "auto"  # auto: the GPU if there is one; cpu, cuda
     precision: str = "auto"  # fp32, or bf16: bf16 arithmetic on fp32 weights; auto: bf16 on a GPU, fp32 on a CPU
+    data_parallel_mode: str = "ddp"  # of several processes: ddp, all with the whole model; fsdp2, all with a part of it
+    enable_full_shard: bool = True  # fsdp2: free a layer's weights after its forward pass too, and gather them again
+    ulysses_parallel_size: int = 1  # processes that share the positions of a row, for long documents
+    enable_gradient_checkpointing: bool = False  # keep no activations inside layers, compute them again
+    enable_compile: bool = False  # torch.compile the layers: faster steps, minutes before the first one
     # Saving and measuring
     auto_resume: bool = True  # continue from the newest whole checkpoint in output_dir
-    save_steps: int = 0  # steps between checkpoints; 0: only at the end
+    save_steps: int = 0  # steps between checkpoints; 0: only at the end, and on SIGTERM
     save_time_interval_minutes: float = 0.0  # and at least so often; 0: no
     keep_last: int | None = None  # checkpoints kept; None: all
+    save_async: bool = False  # write a checkpoint while the next steps go on, from a copy in the CPU's memory
+    save_hf_weights: bool = True  # every checkpoint has a Hugging Face folder; false: only the last one
     eval_every: int = 0  # steps between measurements of the validation loss; 0: only at the end
     eval_tokens: int = 65536  # held-out tokens in such a measurement, the same ones each time
-    log_steps: int = 1  # steps between lines of metrics.jsonl; reading the loss waits for a GPU
+    log_steps: int = 1  # steps between lines of metrics.jsonl
+    use_tensorboard: bool = True  # write events to output_dir/tensorboard, if tensorboard is installed
+    use_wandb: bool = False  # send metrics to Weights & Biases
+    wandb_project: str = "dllm"
+    wandb_name: str | None = None  # of the run there; None: the name of output_dir
+    enable_profiling: bool = False  # torch.profiler around steps [profile_start_step, profile_end_step)
+    profile_start_step: int = 1
+    profile_end_step: int = 2
+    profile_trace_dir: str = "./trace"  # gets a trace of the main process, for chrome://tracing or Perfetto
 
     def __post_init__(self):
         for name, choices in (("objective", ("mdm", "elbo", "ar")), ("schedule", ("linear", "cosine", "polynomial")),
                               ("optimizer", ("adamw", "muon")), ("lr_decay_style", ("constant", "linear", "cosine")),
-                              ("device", ("auto", "cpu", "cuda")), ("precision", ("auto", "fp32", "bf16"))):
+                              ("device", ("auto", "cpu", "cuda")), ("precision", ("auto", "fp32", "bf16")),
+                              ("data_parallel_mode", ("ddp", "fsdp2"))):
             value = getattr(self, name)
             if value not in choices:
                 raise UserError(f"train.{name} must be one of {', '.join(choices)}, not {value!r}")
         for name in ("lr", "muon_lr", "max_minutes", "micro_batch_size", "global_batch_size", "num_train_epochs",
-                     "max_steps", "keep_last", "eval_tokens", "log_steps"):
+                     "max_steps", "max_bad_steps", "ulysses_parallel_size", "keep_last", "eval_tokens", "log_steps"):
             value = getattr(self, name)
             _check(f"train.{name}", value, value is None or value > 0, "above 0")
         for name in ("lr_min", "lr_start", "weight_decay", "max_grad_norm", "save_steps", "save_time_interval_minutes",
-                     "eval_every", "seed"):
+                     "eval_every", "seed", "profile_start_step"):
             _check(f"train.{name}", getattr(self, name), getattr(self, name) >= 0, "at least 0")
         _check("train.lr_min", self.lr_min, self.lr_decay_style != "cosine" or self.lr_min <= self.lr,
                f"at most lr {self.lr}")
         _check("train.lr_warmup_ratio", self.lr_warmup_ratio, 0 <= self.lr_warmup_ratio <= 1, "between 0 and 1")
         _check("train.lr_decay_ratio", self.lr_decay_ratio, 0 < self.lr_decay_ratio <= 1, "above 0 and at most 1")
+        _check("train.profile_end_step", self.profile_end_step, self.profile_end_step > self.profile_start_step,
+               f"above profile_start_step {self.profile_start_step}")
         _check("train.output_dir", self.output_dir, bool(self.output_dir), "a folder")
         _check("train.global_batch_size", self.rows_per_step, self.rows_per_step % self.micro_batch_size == 0,
                f"a multiple of micro_batch_size {self.micro_batch_size}")
@@ -190,13 +209,12 @@ class Foreign(NamedTuple):
 
 
 _ALWAYS_PACKED = Foreign(None, "documents are always packed")
-_ONE_PROCESS = Foreign(None, "this version trains in one process")
 FOREIGN: Mapping[str, Foreign] = {
     "model.attn_implementation": Foreign(None, "the fastest attention that runs here is taken"),
     "model.moe_implementation": Foreign((None,), "mixture-of-experts models are not supported"),
     "model.encoders": Foreign((None, {}), "only text models are supported"),
     "model.decoders": Foreign((None, {}), "only text models are supported"),
-    "model.basic_modules": Foreign((None, []), "nothing is sharded, so there are no modules to name"),
+    "model.basic_modules": Foreign((None, []), "whole layers are sharded: remove it"),
     "data.data_type": Foreign(("plaintext",), "set it to plaintext, and data.text_keys to the column of plain text"),
     "data.dataloader_type": Foreign(None, "there is one loader"),
     "data.datasets_type": Foreign(("mapping",), "the corpus is read into memory: set it to mapping"),
@@ -217,29 +235,27 @@ FOREIGN: Mapping[str, Foreign] = {
     "train.bsz_warmup_ratio": Foreign((0,), "the batch size is constant: set it to 0 and use train.lr_warmup_ratio"),
     "train.bsz_warmup_init_mbtoken": Foreign(None, "the batch size is constant"),
     "train.enable_mixed_precision": Foreign(None, "weights are kept in fp32; train.precision chooses the arithmetic"),
-    "train.enable_gradient_checkpointing": Foreign((False,), "activations are kept: lower train.micro_batch_size"),
-    "train.enable_reentrant": Foreign(None, "activations are kept"),
-    "train.enable_full_shard": _ONE_PROCESS,
-    "train.enable_forward_prefetch": _ONE_PROCESS,
+    "train.enable_reentrant": Foreign(None, "checkpointing is never reentrant"),
+    "train.record_shapes": Foreign(None, "the profiler records shapes"),
+    "train.profile_memory": Foreign(None, "the profiler records memory"),
+    "train.with_stack": Foreign(None, "the profiler records no stacks"),
+    "train.use_doptim": Foreign((False,), "fsdp2 shards the optimizer's state: set it to false"),
+    "train.enable_manual_eager": Foreign((False,), "set it to false"),
+    "train.enable_forward_prefetch": Foreign(None, "FSDP2 prefetches by itself"),
     "train.enable_fsdp_offload": Foreign((False,), "nothing is offloaded: lower train.micro_batch_size"),
     "train.enable_activation_offload": Foreign((False,), "nothing is offloaded: lower train.micro_batch_size"),
     "train.activation_gpu_limit": Foreign((0,), "nothing is offloaded: lower train.micro_batch_size"),
     "train.init_device": Foreign(None, "train.device chooses the device"),
-    "train.data_parallel_mode": Foreign(("ddp",), "this version trains in one process: set it to ddp"),
-    **{f"train.{kind}_parallel_size": Foreign((1,), "this version trains in one process: set it to 1")
-       for kind in ("tensor", "expert", "pipeline", "ulysses", "context")},
+    **{f"train.{kind}_parallel_size": Foreign((1,), "set it to 1; train.data_parallel_mode=fsdp2 shards the model, "
+                                                    "train.ulysses_parallel_size the positions")
+       for kind in ("tensor", "expert", "pipeline", "context")},
     "train.enable_full_determinism": Foreign(None, "on a CPU, runs repeat bit for bit as they are"),
     "train.empty_cache_steps": Foreign(None, "the memory cache is not emptied"),
-    "train.ckpt_manager": Foreign(None, "there is one checkpoint format"),
+    "train.ckpt_manager": Foreign(None, "checkpoints are PyTorch's distributed ones (dcp)"),
     "train.load_checkpoint_path": Foreign((None, ""), "a run continues from train.output_dir by itself; for "
                                                       "other weights to start from set model.model_path"),
     "train.save_epochs": Foreign(None, "train.save_steps says when to save"),
-    "train.save_hf_weights": Foreign((True,), "every checkpoint holds a Hugging Face folder: set it to true"),
-    "train.use_wandb": Foreign(None, "metrics go to metrics.jsonl in train.output_dir"),
-    "train.wandb_project": Foreign(None, "metrics go to metrics.jsonl in train.output_dir"),
-    "train.wandb_name": Foreign(None, "metrics go to metrics.jsonl in train.output_dir"),
     "train.wandb_entity": Foreign(None, "metrics go to metrics.jsonl in train.output_dir"),
-    "train.enable_profiling": Foreign((False,), "run the trainer under torch.profiler yourself, and set it to false"),
 }
 
 

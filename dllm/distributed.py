@@ -1,0 +1,207 @@
+"""Several processes, one a device, as torchrun starts them: who they are, and how they share a model and its gradients.
+
+Every process computes its slots of a step's rows. Gradients are averaged over all processes by PyTorch's own engine,
+`DistributedDataParallel` (each process has the whole model) or `fully_shard` (FSDP2: each has a part of every layer).
+With Ulysses (arXiv:2309.14509) a few processes share the positions of their rows: everything but attention is computed
+on a part of the positions, attention on all of them for a part of the heads.
+"""
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from dllm.config import TrainGroup
+from dllm.errors import Failure, UserError
+
+T = TypeVar("T")
+TIMEOUT = timedelta(minutes=45)  # a collective may wait for the main process to evaluate
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among the others. `sequence_size` processes with consecutive ranks share their rows."""
+
+    rank: int
+    size: int
+    device: torch.device
+    sequence_size: int = 1
+    sequence_group: dist.ProcessGroup | None = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    @property
+    def sequence_rank(self) -> int:
+        return self.rank % self.sequence_size
+
+    def slots(self, of: int) -> range:
+        """Which of the rows 0 .. of - 1 of a step are this process's."""
+        groups, group = self.size // self.sequence_size, self.rank // self.sequence_size
+        return range(of * group // groups, of * (group + 1) // groups)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def from_main(self, compute: Callable[[], T]) -> T:
+        """What the main process computes, for all of them; if it fails there, all fail alike."""
+        if self.size == 1:
+            return compute()
+        outcome: list = [None, None]
+        if self.main:
+            try:
+                outcome[0] = compute()
+            except (UserError, Failure) as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, device=torch.device("cpu"))
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def join(settings: TrainGroup) -> Iterator[World]:
+    """This process's world: what torchrun says, or a process alone. It is left again at the end.
+
+    Raises: UserError if the settings do not fit the number of processes or devices; Failure if the others cannot be
+        reached.
+    """
+    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    device = choose_device(settings)
+    sequence = settings.ulysses_parallel_size
+    if size % sequence:
+        raise UserError(f"train.ulysses_parallel_size {sequence} must divide the number of processes, {size}")
+    groups = size // sequence
+    if settings.rows_per_step % (groups * settings.micro_batch_size):
+        raise UserError(f"train.global_batch_size {settings.rows_per_step} must be a multiple of "
+                        f"train.micro_batch_size {settings.micro_batch_size} times {groups}, the number of processes" +
+                        (f" over ulysses_parallel_size {sequence}" if sequence > 1 else ""))
+    if size == 1:
+        yield World(0, 1, device)
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT,
+                                device_id=device if device.type == "cuda" else None)
+    except (RuntimeError, ValueError) as error:  # an address in use, one that does not answer
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise Failure(f"process {rank} of {size} on {socket.gethostname()} cannot meet the others at {where}: "
+                      f"{str(error).splitlines()[0]}; give torchrun another --master-port, or check --master-addr"
+                      ) from error
+    group = None
+    if sequence > 1:
+        group, _ = dist.new_subgroups(sequence)
+    yield World(rank, size, device, sequence, group)
+    dist.barrier()  # without it a process may end while another still reads from it, and abort
+    dist.destroy_process_group()
+
+
+def choose_device(settings: TrainGroup) -> torch.device:
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device is cuda, but this torch sees no GPU; set it to auto or cpu, or install a CUDA "
+                        "build of torch")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    on_gpu = settings.device != "cpu" and torch.cuda.is_available()
+    if on_gpu and local > torch.cuda.device_count():
+        raise UserError(f"{local} processes on a machine with {torch.cuda.device_count()} GPUs; lower "
+                        "--nproc-per-node, or set train.device=cpu")
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+class Shared(nn.Module):
+    """A module whose gradients are averaged over the processes after `backward` of a step's last micro-batch.
+
+    With fsdp2 the parameters become DTensors, sharded over all processes, in place.
+    """
+
+    def __init__(self, module: nn.Module, layers: nn.ModuleList, settings: TrainGroup, world: World):
+        super().__init__()
+        self.bf16 = use_bf16(settings, world.device)
+        self.device_type = world.device.type
+        self.sharded = world.size > 1 and settings.data_parallel_mode == "fsdp2"
+        if self.sharded:
+            dtype = torch.bfloat16 if self.bf16 else None
+            policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+            mesh = dist.device_mesh.init_device_mesh(world.device.type, (world.size,))
+            for layer in layers:
+                fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=settings.enable_full_shard)
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+        elif world.size > 1:
+            module = DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
+        self.module = module
+
+    def forward(self, *arguments):
+        # fsdp2 casts the parameters themselves
+        with torch.autocast(self.device_type, torch.bfloat16, enabled=self.bf16 and not self.sharded):
+            return self.module(*arguments)
+
+    def synchronising(self, last: bool) -> AbstractContextManager:
+        """Around forward and backward of a micro-batch: only the last one of a step communicates gradients."""
+        if self.sharded:
+            self.module.set_requires_gradient_sync(last)
+        elif isinstance(self.module, DistributedDataParallel) and not last:
+            return self.module.no_sync()
+        return nullcontext()
+
+
+def use_bf16(settings: TrainGroup, device: torch.device) -> bool:
+    return settings.precision == "bf16" or settings.precision == "auto" and device.type == "cuda"
+
+
+def heads_to_positions(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[B, L, H / P, E], all positions of this process's heads -> [B, L / P, H, E], all heads of its positions."""
+    size = dist.get_world_size(group)
+    parts = x.unflatten(1, (size, -1)).movedim(1, 0).contiguous()  # by the process that the positions belong to
+    return _Exchange.apply(parts, group).movedim(0, 2).flatten(2, 3)
+
+
+def positions_to_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[B, L / P, H, E] -> [B, L, H / P, E]. Fewer heads than processes are repeated first, H = P of them."""
+    size = dist.get_world_size(group)
+    if x.shape[2] < size:
+        x = x.repeat_interleave(size // x.shape[2], dim=2)
+    parts = x.unflatten(2, (size, -1)).movedim(2, 0).contiguous()
+    return _Exchange.apply(parts, group).movedim(0, 1).flatten(1, 2)
+
+
+class _Exchange(torch.autograd.Function):
+    """parts [P, ...]: part p goes to process p, and its part for us comes back in its place. Its own transpose."""
+
+    @staticmethod
+    def forward(ctx, parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        out = torch.empty_like(parts)
+        dist.all_to_all_single(out, parts, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return _Exchange.apply(gradient.contiguous(), ctx.group), None
