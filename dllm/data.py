@@ -179,6 +179,7 @@ class Packed(NamedTuple):
     max_seqlen: int  # tokens of the longest chunk
     row: Tensor  # [T] int64: which of the rows asked for
     column: Tensor  # [T] int64: position within that row
+    trainable: Tensor | None = None  # [T] bool: tokens to learn to write (of a conversation, the answers); None: all
 
 
 class RowSource(Protocol):
