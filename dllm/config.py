@@ -100,10 +100,18 @@ class TrainGroup:
 
     output_dir: str  # gets checkpoints/, metrics.jsonl, config.yaml
     # Objective
-    objective: str = "mdm"  # mdm: equal weights; elbo: the likelihood bound, 1/t; ar: next token, causal
+    # mdm: equal weights; elbo: the likelihood bound, 1/t; block_diffusion: that bound, block by block; cart: more weight
+    # near visible tokens; expansion: gaps that grow and shrink; ar: next token, causal
+    objective: str = "mdm"
+    block_length: int | None = None  # tokens of a block; for block_diffusion, which needs it
+    expand_token_id: int | None = None  # stands for two masked tokens; for expansion, which needs it
     path_term: bool = False  # add Open-dLLM's planner term (P2); with mdm only
     mask_at_least_one: bool = False  # token of every document, whatever its time; with mdm only
+    corrupt_prompt: bool = False  # mask tokens that are not trained on too, as Open-dLLM does; with mdm only
     schedule: str = "linear"  # of corruption over time: linear, cosine or polynomial
+    anneal_attention_ratio: float = 0.0  # share of the run over which a causal model's attention opens; 0: open at once
+    repr_align_wt: float = 0.0  # weight of keeping to the hidden states of model_path's causal model; with mdm only
+    freeze_layers: str | None = None  # parameters with one of these in the name stay as they are: lm_head,embed_tokens
     # Optimisation
     optimizer: str = "adamw"  # adamw, or muon: Muon for the matrices of the layers and AdamW for the rest
     lr: float = 5e-5  # peak; Muon's updates are scaled so that AdamW's value suits it
@@ -150,7 +158,8 @@ class TrainGroup:
     profile_trace_dir: str = "./trace"  # gets a trace of the main process, for chrome://tracing or Perfetto
 
     def __post_init__(self):
-        for name, choices in (("objective", ("mdm", "elbo", "ar")), ("schedule", ("linear", "cosine", "polynomial")),
+        for name, choices in (("objective", ("mdm", "elbo", "block_diffusion", "cart", "expansion", "ar")),
+                              ("schedule", ("linear", "cosine", "polynomial")),
                               ("optimizer", ("adamw", "muon")), ("lr_decay_style", ("constant", "linear", "cosine")),
                               ("device", ("auto", "cpu", "cuda")), ("precision", ("auto", "fp32", "bf16")),
                               ("data_parallel_mode", ("ddp", "fsdp2"))):
@@ -158,26 +167,48 @@ class TrainGroup:
             if value not in choices:
                 raise UserError(f"train.{name} must be one of {', '.join(choices)}, not {value!r}")
         for name in ("lr", "muon_lr", "max_minutes", "micro_batch_size", "global_batch_size", "num_train_epochs",
-                     "max_steps", "max_bad_steps", "ulysses_parallel_size", "keep_last", "eval_tokens", "log_steps"):
+                     "max_steps", "max_bad_steps", "ulysses_parallel_size", "keep_last", "eval_tokens", "log_steps",
+                     "block_length"):
             value = getattr(self, name)
             _check(f"train.{name}", value, value is None or value > 0, "above 0")
         for name in ("lr_min", "lr_start", "weight_decay", "max_grad_norm", "save_steps", "save_time_interval_minutes",
-                     "eval_every", "seed", "profile_start_step"):
-            _check(f"train.{name}", getattr(self, name), getattr(self, name) >= 0, "at least 0")
+                     "eval_every", "seed", "profile_start_step", "expand_token_id", "repr_align_wt"):
+            value = getattr(self, name)
+            _check(f"train.{name}", value, value is None or value >= 0, "at least 0")
         _check("train.lr_min", self.lr_min, self.lr_decay_style != "cosine" or self.lr_min <= self.lr,
                f"at most lr {self.lr}")
         _check("train.lr_warmup_ratio", self.lr_warmup_ratio, 0 <= self.lr_warmup_ratio <= 1, "between 0 and 1")
         _check("train.lr_decay_ratio", self.lr_decay_ratio, 0 < self.lr_decay_ratio <= 1, "above 0 and at most 1")
+        _check("train.anneal_attention_ratio", self.anneal_attention_ratio, 0 <= self.anneal_attention_ratio <= 1,
+               "between 0 and 1")
         _check("train.profile_end_step", self.profile_end_step, self.profile_end_step > self.profile_start_step,
                f"above profile_start_step {self.profile_start_step}")
         _check("train.output_dir", self.output_dir, bool(self.output_dir), "a folder")
         _check("train.global_batch_size", self.rows_per_step, self.rows_per_step % self.micro_batch_size == 0,
                f"a multiple of micro_batch_size {self.micro_batch_size}")
-        if self.path_term and self.objective != "mdm":
-            raise UserError(f"train.path_term needs train.objective=mdm, not {self.objective!r}; remove one of them")
-        if self.mask_at_least_one and self.objective != "mdm":
-            raise UserError(f"train.mask_at_least_one needs train.objective=mdm, not {self.objective!r}: it would bias "
-                            "the bound, and without corruption it means nothing; remove one of them")
+        self._check_objective()
+
+    def _check_objective(self):
+        for name, reason in (
+                ("path_term", ""), ("repr_align_wt", ""),
+                ("mask_at_least_one", ": it would bias the bound, and without corruption it means nothing"),
+                ("corrupt_prompt", ": the others are about text whose prompt is given")):
+            if getattr(self, name) and self.objective != "mdm":
+                raise UserError(f"train.{name} needs train.objective=mdm, not {self.objective!r}{reason}; remove one "
+                                "of them")
+        for name, objective in (("block_length", "block_diffusion"), ("expand_token_id", "expansion")):
+            if (getattr(self, name) is not None) != (self.objective == objective):
+                raise UserError(f"train.{name} {getattr(self, name)} with train.objective={self.objective}: it goes "
+                                f"with {objective}, which needs it; set both or neither")
+        if self.anneal_attention_ratio and self.objective in ("ar", "block_diffusion"):
+            raise UserError("train.anneal_attention_ratio opens attention to all of a text, but that of "
+                            f"train.objective={self.objective} stays partly causal; remove one of them")
+        if self.objective == "expansion" and self.schedule != "linear":
+            raise UserError(f"train.objective=expansion masks at the drawn time itself; set train.schedule=linear, not "
+                            f"{self.schedule}")
+        if self.ulysses_parallel_size > 1 and (self.objective == "block_diffusion" or self.anneal_attention_ratio):
+            raise UserError("train.ulysses_parallel_size shares out neither block_diffusion nor "
+                            "anneal_attention_ratio; set it to 1")
 
     @property
     def rows_per_step(self) -> int:
@@ -189,6 +220,11 @@ class Config:
     train: TrainGroup
     model: ModelGroup = field(default_factory=ModelGroup)
     data: DataGroup = field(default_factory=DataGroup)
+
+    def __post_init__(self):
+        if self.train.repr_align_wt and not self.model.model_path:
+            raise UserError("train.repr_align_wt keeps to the hidden states of an autoregressive model; name it in "
+                            "model.model_path, or remove repr_align_wt")
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         return {name: asdict(getattr(self, name)) for name in GROUPS}
@@ -225,8 +261,6 @@ FOREIGN: Mapping[str, Foreign] = {
     "data.prefetch_factor": Foreign(None, "the corpus is tokenised once, before training"),
     "data.drop_last": Foreign(None, "no data is dropped"),
     "data.pin_memory": Foreign(None, "batches are small next to the model"),
-    "train.repr_align_wt": Foreign((0,), "representation alignment is not supported: set it to 0"),
-    "train.freeze_layers": Foreign((None, ""), "every parameter is trained: remove it"),
     "train.rmpad": _ALWAYS_PACKED,
     "train.rmpad_with_pos_ids": _ALWAYS_PACKED,
     "train.dyn_bsz": _ALWAYS_PACKED,

@@ -10,18 +10,20 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dllm.cache import KeyValueCache
 from dllm.errors import UserError
 from dllm.families import ModelConfig, check_parameters, mask_token_id_of, read_config, read_json, write_config
 from dllm.published import to_ours, to_published
-from dllm_kernels import bidirectional_attention, bidirectional_attention_varlen
+from dllm_kernels import bidirectional_attention, bidirectional_attention_varlen, block_diffusion_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,9 @@ class Positions:
     cu_seqlens: Tensor | None = None  # [S + 1] int32, packed documents over the flattened positions
     max_seqlen: int = 0
     block_length: int | None = None
+    clean_copy: bool = False  # the second half of the positions repeats the first, without its noise
+    visible: Tensor | None = None  # [N, N] bool: which positions of its document a position may see
+    lengths: Sequence[int] = ()  # of the documents, if there is `visible`
     queries: Tensor | None = None  # [B, Q] int64: the only positions the last layer answers for
     cache: KeyValueCache | None = None
     layer: int = 0
@@ -112,12 +117,30 @@ def attend(q: Tensor, k: Tensor, v: Tensor, at: Positions) -> Tensor:
     """q [B, Q, H, E], k and v [B, L, Hkv, E] of the positions that are computed -> [B, Q, H, E]."""
     if at.cache is not None:
         k, v = at.cache.put(at.layer, k, v)
+    if at.clean_copy:
+        return block_diffusion_attention(q, k, v, at.block_length, cu_seqlens=at.cu_seqlens)
+    if at.visible is not None:
+        return attend_visible(q, k, v, at.visible, at.lengths)
     if at.cu_seqlens is not None:
         out = bidirectional_attention_varlen(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), at.cu_seqlens,
                                              at.max_seqlen, block_length=at.block_length)
         return out.view(q.shape)
     return bidirectional_attention(q, k, v, key_mask=at.key_mask, block_length=at.block_length,
                                    cache_rows=None if at.cache is None else at.cache.rows)
+
+
+def attend_visible(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, lengths: Sequence[int]) -> Tensor:
+    """q [B, L, H, E], k and v [B, L, Hkv, E] of documents one after the other, all under the same mask [N, N]."""
+    shape = q.shape
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+    q, k, v = (x.flatten(0, 1).split(lengths) for x in (q, k, v))
+    # cuDNN's backward gives NaN for some masked inputs (pytorch issue 196678).
+    gpu = visible.device.type == "cuda"
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if gpu else nullcontext():
+        out = [F.scaled_dot_product_attention(*(x.transpose(0, 1).unsqueeze(0) for x in heads),
+                                              attn_mask=visible[:len(heads[0]), :len(heads[0])])
+               for heads in zip(q, k, v, strict=True)]
+    return torch.cat(out, 2).squeeze(0).transpose(0, 1).reshape(shape)
 
 
 class FeedForward(nn.Module):
@@ -289,7 +312,9 @@ class DiffusionLM(nn.Module):
     def hidden_states(self, input_ids: Tensor, *, attention_mask: Tensor | None = None,
                       position_ids: Tensor | None = None, cu_seqlens: Tensor | None = None,
                       max_seqlen: int | None = None, block_length: int | None = None,
-                      queries: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+                      queries: Tensor | None = None, cache: KeyValueCache | None = None,
+                      clean_ids: Tensor | None = None, visible: Tensor | None = None,
+                      layers: list[Tensor] | None = None) -> Tensor:
         """The hidden states after the final norm, [B, L, D].
 
         Args:
@@ -306,6 +331,12 @@ class DiffusionLM(nn.Module):
                 block.
             cache: holds the positions beside these, and gets these too; if it grows, whole blocks, with block_length.
                 With it attention_mask is of all positions. Excludes cu_seqlens.
+            clean_ids: [B, L] int64, the text whose noisy copy input_ids is, for block-diffusion training: the result is
+                [B, 2L, D], of the noisy copy, then of the clean one, as `block_diffusion_attention` has them see one
+                another. Needs block_length; excludes attention_mask, queries and cache.
+            visible: [N, N] bool, N at least the longest document's tokens: whether position i of a document may see
+                its position j. Excludes attention_mask, block_length, queries and cache.
+            layers: gets the embedded tokens and every layer's hidden states appended, the last ones after the norm.
         Raises: UserError if the input is longer than the model's positions; ValueError if arguments exclude each other.
         """
         if input_ids.ndim != 2:
@@ -321,6 +352,12 @@ class DiffusionLM(nn.Module):
             raise ValueError("hidden_states: cu_seqlens excludes attention_mask and queries")
         if cache is not None and (cu_seqlens is not None or cache.grows != (block_length is not None)):
             raise ValueError("hidden_states: cache excludes cu_seqlens; if it grows, it needs block_length, else not")
+        others = attention_mask is not None or queries is not None or cache is not None
+        if clean_ids is not None and (block_length is None or others):
+            raise ValueError("hidden_states: clean_ids needs block_length, and excludes attention_mask, queries and "
+                             "cache")
+        if visible is not None and (block_length is not None or others):
+            raise ValueError("hidden_states: visible excludes attention_mask, block_length, queries and cache")
         key_mask = None
         if attention_mask is not None:
             if attention_mask.shape != input_ids.shape and cache is None:
@@ -329,14 +366,24 @@ class DiffusionLM(nn.Module):
             key_mask = attention_mask.bool()
         if position_ids is None:
             position_ids = before + number_tokens(input_ids, None if cache else key_mask, cu_seqlens)
+        if clean_ids is not None:
+            input_ids, position_ids = torch.cat((input_ids, clean_ids), 1), torch.cat((position_ids, position_ids), 1)
         x = self.model.embed_tokens(input_ids)
         cos, sin = self._rotary(position_ids, x.dtype)
-        at = Positions(cos, sin, key_mask, cu_seqlens, max_seqlen or 0, block_length, cache=cache)
+        at = Positions(cos, sin, key_mask, cu_seqlens, max_seqlen or 0, block_length, clean_copy=clean_ids is not None,
+                       visible=visible, cache=cache)
+        if visible is not None:
+            at.lengths = [input_ids.shape[1]] * len(input_ids) if cu_seqlens is None else cu_seqlens.diff().tolist()
         for at.layer, layer in enumerate(self.model.layers):
             if at.layer == len(self.model.layers) - 1 and queries is not None:
                 at.queries, at.block_length = queries, None  # of the last block, they see all
+            if layers is not None:
+                layers.append(x)
             x = layer(x, at)
-        return self.model.norm(x)
+        x = self.model.norm(x)
+        if layers is not None:
+            layers.append(x)
+        return x
 
     def hidden_states_together(self, calls: Sequence[dict]) -> list[Tensor]:
         """What `hidden_states(**call)` gives for each call, in one pass over the weights.

@@ -1,12 +1,15 @@
 """Optimizers and the learning rate."""
 
 import math
+import re
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from dllm.config import TrainGroup
+from dllm.errors import UserError
+from dllm.model import DiffusionLM
 
 # Coefficients (a, b, c) of x -> a x + b x^3 + c x^5, which drives singular values towards 1 (Keller Jordan 2024).
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -56,6 +59,24 @@ def orthogonalize(matrices: Tensor) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
+
+
+def freeze_layers(model: DiffusionLM, names: str | None) -> None:
+    """Leave parameters as they are: those whose name has one of `names`, separated by commas, in it in any case.
+
+    A head that is tied to the embedding goes by both names.
+    Raises: UserError if no parameter has one of the names, or all are frozen.
+    """
+    named = {**dict(model.named_parameters()), "lm_head.weight": model.head_weight}
+    for part in filter(None, (part.strip() for part in (names or "").split(","))):
+        found = [parameter for name, parameter in named.items() if part.lower() in name.lower()]
+        if not found:
+            raise UserError(f"train.freeze_layers: no parameter has {part!r} in its name; they are called "
+                            f"{', '.join(dict.fromkeys(re.sub(r'[.][0-9]+[.]', '.*.', name) for name in named))}")
+        for parameter in found:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"train.freeze_layers {names!r} freezes every parameter; leave some to train")
 
 
 def build_optimizers(model: nn.Module, config: TrainGroup) -> list[torch.optim.Optimizer]:

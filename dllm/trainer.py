@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,15 +18,16 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dllm.batches import MicroBatch, draw_validation, forward, make_batches
+from dllm.batches import forward, make_batches
 from dllm.checkpoint import Checkpoint, load_latest, save_checkpoint, write_atomically
 from dllm.config import Config, TrainGroup
 from dllm.data import Document, PackedDataset, read_documents, split_documents, tokenize
 from dllm.errors import Failure, UserError
 from dllm.families import FAMILIES, ModelConfig, read_config, read_json
 from dllm.model import DiffusionLM, find_model
-from dllm.optimizer import build_optimizers, set_learning_rate
+from dllm.optimizer import build_optimizers, freeze_layers, set_learning_rate
 from dllm.tokenizer import check_vocabulary, load_tokenizer, train_tokenizer
+from dllm.validation import draw_validation, measure_validation, summarise
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +56,9 @@ def train(config: Config) -> TrainResult:
     training, held_out = split_documents(documents, config.data.validation_share)
     tokenizer, model = build_model(config, training, resumed)
     model.to(device).train()
+    freeze_layers(model, settings.freeze_layers)
+    teacher = load_teacher(config, device)
+    run = partial(forward, model, device=device, teacher=teacher, repr_align_wt=settings.repr_align_wt)
     dataset = PackedDataset(tokenize(tokenizer, training), config.data.max_seq_len, settings.seed)
     validation = draw_validation(tokenizer, held_out, config, model)
     optimizers = build_optimizers(model, settings)
@@ -86,15 +90,17 @@ def train(config: Config) -> TrainResult:
             place = max(step, clock.share * total)
             rate = set_learning_rate(optimizers, settings, place, total)
             batches = make_batches(dataset, step, range(settings.rows_per_step), settings.rows_per_step, settings,
-                                   settings.seed, model)
+                                   settings.seed, model, place / total)
             normaliser = max(sum(batch.normaliser for batch in batches), 1)
-            loss, nll = torch.zeros(2, device=device)
+            loss, nll, misalignment = torch.zeros(3, device=device)
             for batch in batches:
                 with autocast:
-                    sums = forward(model, batch, device)
+                    sums = run(batch)
                 (sums.loss / normaliser).backward()
                 loss += sums.loss.detach() / normaliser
                 nll += sums.nll
+                if teacher is not None:
+                    misalignment += sums.misalignment
             norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf)
             for optimizer in optimizers:
                 optimizer.step()
@@ -114,8 +120,14 @@ def train(config: Config) -> TrainResult:
                 scored = max(sum(batch.scored for batch in batches), 1)
                 line = {"step": step, "loss": loss.item(), "nll": nll.item() / scored, "grad_norm": norm.item(),
                         "lr": rate, "tokens": tokens_seen, "seconds": round(clock.seconds, 3)}
+                if teacher is not None:
+                    line["repr_align"] = misalignment.item() / scored
                 if measure:
-                    line |= validate(model, validation, autocast, device)
+                    model.eval()
+                    with autocast:
+                        sums = measure_validation(partial(forward, model, device=device), validation)
+                    line |= summarise(sums, validation)
+                    model.train()
                 metrics.append(line)
                 progress.show(line, tell=bool(measure or finished))
             if saving:
@@ -123,18 +135,18 @@ def train(config: Config) -> TrainResult:
     return TrainResult(output_dir=output, checkpoint=checkpoint / "hf_ckpt", steps=step, history=metrics.lines)
 
 
-@torch.no_grad()
-def validate(model: DiffusionLM, validation: list[list[MicroBatch]], autocast,
-             device: torch.device) -> dict[str, float]:
-    """validation_loss, and for "mdm" also validation_bound: that of the "elbo" objective, nats per token."""
-    model.eval()
-    result = {}
-    for name, batches in zip(("validation_loss", "validation_bound"), validation, strict=False):
-        with autocast:
-            losses = [forward(model, batch, device).loss.item() for batch in batches]
-        result[name] = math.fsum(losses) / max(sum(batch.normaliser for batch in batches), 1)
-    model.train()
-    return result
+def load_teacher(config: Config, device: torch.device) -> DiffusionLM | None:
+    """The model that training starts from, frozen, if the hidden states are to keep to it.
+
+    Raises: UserError if it is not one whose logits are about the next token.
+    """
+    if not config.train.repr_align_wt:
+        return None
+    teacher = DiffusionLM.from_pretrained(config.model.model_path, device=device).requires_grad_(False)
+    if not teacher.config.shift_logits:
+        raise UserError(f"train.repr_align_wt keeps to an autoregressive model, but the logits of "
+                        f"{config.model.model_path} are not about the next token; set it to 0")
+    return teacher
 
 
 def build_model(config: Config, training: Sequence[Document], resumed: Checkpoint | None):
@@ -216,13 +228,15 @@ def check_same_run(config: Config, resumed: Checkpoint, output: Path) -> None:
     if not config.train.auto_resume:
         raise UserError(f"{output} already holds checkpoints up to {resumed.folder.name}; set another "
                         "train.output_dir, or train.auto_resume=true to continue")
-    fixed = ("objective", "path_term", "mask_at_least_one", "schedule", "optimizer", "seed")
+    fixed = ("objective", "path_term", "mask_at_least_one", "schedule", "optimizer", "seed", "block_length",
+             "expand_token_id", "corrupt_prompt", "anneal_attention_ratio", "repr_align_wt", "freeze_layers")
+    defaults = {f.name: f.default for f in fields(TrainGroup)}  # what a run did that is older than the key
 
     def describe(groups: dict[str, dict]) -> dict:
         train_group = groups["train"]
         return {**{f"model.{key}": value for key, value in groups["model"].items()},
                 **{f"data.{key}": value for key, value in groups["data"].items()},
-                **{f"train.{key}": train_group.get(key, False) for key in fixed},  # false: a run older than the key
+                **{f"train.{key}": train_group.get(key, defaults[key]) for key in fixed},
                 "train.global_batch_size": train_group["global_batch_size"] or train_group["micro_batch_size"]}
 
     before, now = describe(resumed.state["config"]), describe(config.to_dict())
