@@ -100,8 +100,8 @@ class TrainGroup:
 
     output_dir: str  # gets checkpoints/, metrics.jsonl, config.yaml
     # Objective
-    # mdm: equal weights; elbo: the likelihood bound, 1/t; block_diffusion: that bound, block by block; cart: more weight
-    # near visible tokens; expansion: gaps that grow and shrink; ar: next token, causal
+    # mdm: equal weights; elbo: the bound on the likelihood, 1/t; block_diffusion: that, block by block; cart: more
+    # weight near visible tokens; expansion: gaps that grow and shrink; ar: next token, causal
     objective: str = "mdm"
     block_length: int | None = None  # tokens of a block; for block_diffusion, which needs it
     expand_token_id: int | None = None  # stands for two masked tokens; for expansion, which needs it
