@@ -7,8 +7,10 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from dllm.accounting import count_pairs
 from dllm.config import Config, TrainGroup
 from dllm.corruption import T_MIN, corrupt
 from dllm.data import Document, Packed, PackedDataset, RowSource, tokenize
@@ -30,6 +32,19 @@ class MicroBatch(NamedTuple):
     tokens: int
     scored: int
     normaliser: int
+    pairs: int = 0  # of a query and a key that attend to each other
+    position_ids: Tensor | None = None  # [1, T / P] int64, if P processes share the positions
+
+    def pin(self, device: torch.device) -> "MicroBatch":
+        """In memory that a GPU copies from while it computes."""
+        if device.type == "cpu":
+            return self
+
+        def pinned(value):
+            return value.pin_memory() if isinstance(value, Tensor) else value
+
+        return self._replace(input_ids=pinned(self.input_ids), cu_seqlens=pinned(self.cu_seqlens),
+                             position_ids=pinned(self.position_ids), targets=Targets(*map(pinned, self.targets)))
 
 
 def make_batches(source: RowSource, step: int, slots: range, of: int, settings: TrainGroup, seed: int,
@@ -65,7 +80,8 @@ def make_batches(source: RowSource, step: int, slots: range, of: int, settings: 
             input_ids=input_ids.view(-1, packed.max_seqlen) if even else input_ids.view(1, -1),
             cu_seqlens=None if even else packed.cu_seqlens, max_seqlen=packed.max_seqlen, targets=targets,
             block_length=1 if settings.objective == "ar" else None, tokens=len(input_ids),
-            scored=int(targets.scored.sum()), normaliser=int(targets.normaliser)))
+            scored=int(targets.scored.sum()), normaliser=int(targets.normaliser),
+            pairs=count_pairs(packed.cu_seqlens, causal=settings.objective == "ar")))
     return batches
 
 
@@ -81,8 +97,36 @@ def forward(model: DiffusionLM, batch: MicroBatch, device: torch.device) -> Loss
         return None if tensor is None else tensor.to(device, non_blocking=True)
 
     packed = {} if batch.cu_seqlens is None else {"cu_seqlens": move(batch.cu_seqlens), "max_seqlen": batch.max_seqlen}
-    hidden = model.hidden_states(move(batch.input_ids), block_length=batch.block_length, **packed)
+    hidden = model.hidden_states(move(batch.input_ids), position_ids=move(batch.position_ids),
+                                 block_length=batch.block_length, **packed)
     return sum_losses(hidden, model.head_weight, Targets(*map(move, batch.targets)))
+
+
+def share_positions(batch: MicroBatch, part: int, parts: int) -> MicroBatch:
+    """Of the positions of a micro-batch, one of as many equal parts; its attention is still about all positions.
+
+    The rows become one packed row, filled up with a document that has no loss, so that the parts are equal. The counts
+    of a part are those of all positions in part 0, and else 0.
+    """
+    if parts == 1:
+        return batch
+    rows, length = batch.input_ids.shape
+    ends = batch.cu_seqlens if batch.cu_seqlens is not None else torch.arange(rows + 1, dtype=torch.int32) * length
+    extra = -batch.input_ids.numel() % parts
+    if extra:
+        ends = torch.cat((ends, ends[-1:] + extra))
+    size = int(ends[-1]) // parts
+    mine = slice(part * size, (part + 1) * size)
+
+    def cut(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else F.pad(tensor.flatten(), (0, extra))[mine]
+
+    lengths = ends.diff().long()
+    positions = torch.arange(int(ends[-1])) - torch.repeat_interleave(ends[:-1].long(), lengths)
+    counts = {} if part == 0 else dict.fromkeys(("tokens", "scored", "normaliser", "pairs"), 0)
+    targets = Targets(*map(cut, batch.targets[:-1]), batch.targets.normaliser)
+    return batch._replace(input_ids=cut(batch.input_ids).unsqueeze(0), cu_seqlens=ends, targets=targets,
+                          max_seqlen=max(batch.max_seqlen, extra), position_ids=positions[mine].unsqueeze(0), **counts)
 
 
 def draw_validation(tokenizer, held_out: list[Document], config: Config, model: DiffusionLM) -> list[list[MicroBatch]]:

@@ -129,6 +129,8 @@ class TrainGroup:
     enable_full_shard: bool = True  # fsdp2: free a layer's weights after its forward pass too, and gather them again
     ulysses_parallel_size: int = 1  # processes that share the positions of a row, for long documents
     enable_gradient_checkpointing: bool = False  # keep no activations inside layers, compute them again
+    lora_rank: int = 0  # train only low-rank adapters (LoRA) of this rank on the layers' matrices; 0: all weights
+    lora_alpha: float = 16.0  # the adapters' products are scaled by lora_alpha / lora_rank
     enable_compile: bool = False  # torch.compile the layers: faster steps, minutes before the first one
     # Saving and measuring
     auto_resume: bool = True  # continue from the newest whole checkpoint in output_dir
@@ -157,12 +159,12 @@ class TrainGroup:
             value = getattr(self, name)
             if value not in choices:
                 raise UserError(f"train.{name} must be one of {', '.join(choices)}, not {value!r}")
-        for name in ("lr", "muon_lr", "max_minutes", "micro_batch_size", "global_batch_size", "num_train_epochs",
-                     "max_steps", "max_bad_steps", "ulysses_parallel_size", "keep_last", "eval_tokens", "log_steps"):
+        for name in ("lr", "muon_lr", "lora_alpha", "max_minutes", "micro_batch_size", "global_batch_size",
+                     "num_train_epochs", "max_steps", "max_bad_steps", "ulysses_parallel_size", "keep_last", "eval_tokens", "log_steps"):
             value = getattr(self, name)
             _check(f"train.{name}", value, value is None or value > 0, "above 0")
         for name in ("lr_min", "lr_start", "weight_decay", "max_grad_norm", "save_steps", "save_time_interval_minutes",
-                     "eval_every", "seed", "profile_start_step"):
+                     "eval_every", "seed", "profile_start_step", "lora_rank"):
             _check(f"train.{name}", getattr(self, name), getattr(self, name) >= 0, "at least 0")
         _check("train.lr_min", self.lr_min, self.lr_decay_style != "cosine" or self.lr_min <= self.lr,
                f"at most lr {self.lr}")

@@ -9,18 +9,21 @@ positions that are not masked are never needed.
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.utils.checkpoint import checkpoint
 
 from dllm.cache import KeyValueCache
 from dllm.errors import UserError
 from dllm.families import ModelConfig, check_parameters, mask_token_id_of, read_config, read_json, write_config
 from dllm.published import to_ours, to_published
+from dllm.ulysses import heads_to_positions, positions_to_heads
 from dllm_kernels import bidirectional_attention, bidirectional_attention_varlen
 
 
@@ -58,6 +61,7 @@ class Positions:
     calls: list["Positions"] | None = None  # several calls, computed as one row; each is attended for itself
     shape: tuple[int, int] = (0, 0)  # rows and positions of a call
     wanted: tuple[int, int] = (0, 0)  # rows and queries of a call
+    sequence_group: ProcessGroup | None = None  # of processes that have the other positions of these rows
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -112,10 +116,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, at: Positions) -> Tensor:
     """q [B, Q, H, E], k and v [B, L, Hkv, E] of the positions that are computed -> [B, Q, H, E]."""
     if at.cache is not None:
         k, v = at.cache.put(at.layer, k, v)
+    if at.sequence_group is not None:
+        q, k, v = (positions_to_heads(x, at.sequence_group) for x in (q, k, v))
     if at.cu_seqlens is not None:
         out = bidirectional_attention_varlen(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), at.cu_seqlens,
                                              at.max_seqlen, block_length=at.block_length)
-        return out.view(q.shape)
+        out = out.view(q.shape)
+        return out if at.sequence_group is None else heads_to_positions(out, at.sequence_group)
     return bidirectional_attention(q, k, v, key_mask=at.key_mask, block_length=at.block_length,
                                    cache_rows=None if at.cache is None else at.cache.rows)
 
@@ -257,6 +264,8 @@ class DiffusionLM(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mask_token_id = config.mask_token_id  # or, after from_pretrained, the one the folder's tokenizer names
         self.generation_defaults: dict | None = None  # generation_config.json, kept for saving
+        self.checkpointing = False  # while training: compute activations inside layers again, instead of keeping them
+        self.sequence_group: ProcessGroup | None = None  # see `Positions`; input_ids is then packed, position_ids given
         self.graphs = None  # of sampling with cuda_graphs (graphs.py)
         self._frequencies: Tensor | None = None  # of the rotary embedding, where the model is
         for module in self.modules():
@@ -273,6 +282,9 @@ class DiffusionLM(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.head_weight.device
+
+    def count_parameters(self, trainable: bool = False) -> int:
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -331,11 +343,15 @@ class DiffusionLM(nn.Module):
             position_ids = before + number_tokens(input_ids, None if cache else key_mask, cu_seqlens)
         x = self.model.embed_tokens(input_ids)
         cos, sin = self._rotary(position_ids, x.dtype)
-        at = Positions(cos, sin, key_mask, cu_seqlens, max_seqlen or 0, block_length, cache=cache)
+        at = Positions(cos, sin, key_mask, cu_seqlens, max_seqlen or 0, block_length, cache=cache,
+                       sequence_group=self.sequence_group)
         for at.layer, layer in enumerate(self.model.layers):
             if at.layer == len(self.model.layers) - 1 and queries is not None:
                 at.queries, at.block_length = queries, None  # of the last block, they see all
-            x = layer(x, at)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, at, use_reentrant=False)
+            else:
+                x = layer(x, at)
         return self.model.norm(x)
 
     def hidden_states_together(self, calls: Sequence[dict]) -> list[Tensor]:
@@ -432,11 +448,14 @@ class DiffusionLM(nn.Module):
             model.generation_defaults = read_json(folder / "generation_config.json")
         return model.requires_grad_(True).eval()
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
+    def save_pretrained(self, folder: str | os.PathLike, state: Mapping[str, Tensor] | None = None) -> None:
         """Write config.json, model.safetensors (5 GB shards) and, if it was loaded, generation_config.json.
 
         Transformers and the original project load the folder. Each file is written beside its place and renamed into
         it; config.json comes last, so a folder with one is whole.
+
+        Args:
+            state: the weights by their names here, in the place of the model's own; an empty one writes none.
         Raises: Failure if the disk is full or the folder cannot be written.
         """
         from huggingface_hub import split_torch_state_dict_into_shards
@@ -446,7 +465,8 @@ class DiffusionLM(nn.Module):
 
         folder = Path(folder)
         config = _dump(write_config(self.config, str(self.dtype).removeprefix("torch.")))
-        state = to_published(self.config, self.state_dict())
+        state = self.state_dict() if state is None else state
+        state = to_published(self.config, state) if state else {}
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         shards = split_torch_state_dict_into_shards(state, max_shard_size="5GB")
         for file, names in shards.filename_to_tensors.items():

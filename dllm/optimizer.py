@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dllm.config import TrainGroup
 
@@ -39,10 +40,28 @@ class Muon(torch.optim.Optimizer):
                 momenta = [self.state[parameter]["momentum"] for parameter in parameters]
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
                 ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov
-                updates = orthogonalize(torch.stack(ahead))
+                updates = orthogonalize(torch.stack([whole(matrix) for matrix in ahead])).to(parameters[0].dtype)
+                updates = [sharded_like(update, p) for update, p in zip(updates.unbind(), parameters, strict=True)]
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 scale = group["lr"] * 0.2 * math.sqrt(max(shape))
-                torch._foreach_add_(parameters, list(updates.to(parameters[0].dtype).unbind()), alpha=-scale)
+                torch._foreach_add_(parameters, updates, alpha=-scale)
+
+
+def whole(matrix: Tensor) -> Tensor:
+    """A sharded matrix gathered in every process; another as it is."""
+    return matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
+
+
+def sharded_like(matrix: Tensor, parameter: Tensor) -> Tensor:
+    """A matrix that every process has whole, sharded as the parameter is."""
+    if not isinstance(parameter, DTensor):
+        return matrix
+    return distribute_tensor(matrix, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradients so that their norm is at most max_norm, 0 for any; returns the norm it was."""
+    return whole(nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

@@ -1,31 +1,39 @@
 """Training, from a configuration to a checkpoint that others load: `train` reads top to bottom.
 
-Every draw of a step is a function of the seed and the step's number, so a run that was killed and started again goes on
-to the same losses, bit for bit on a CPU (with max_minutes the clock decides the learning rate, and runs differ).
+Every draw of a step is a function of the seed, the step's number and the row's slot, so a run that was killed and
+started again goes on to the same losses, bit for bit on a CPU (with max_minutes the clock decides the learning rate,
+and runs differ). The same holds for several processes; another number of them adds the same numbers in another order.
 """
 
-import json
 import math
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from dllm.batches import MicroBatch, draw_validation, forward, make_batches
-from dllm.checkpoint import Checkpoint, load_latest, save_checkpoint, write_atomically
+from dllm.accounting import peak_flops, step_flops
+from dllm.batches import MicroBatch, draw_validation, forward, make_batches, share_positions
+from dllm.checkpoint import Checkpoint, load_latest, write_atomically
 from dllm.config import Config, TrainGroup
 from dllm.data import Document, PackedDataset, read_documents, split_documents, tokenize
+from dllm.distributed import Shared, World, join
 from dllm.errors import Failure, UserError
 from dllm.families import FAMILIES, ModelConfig, read_config, read_json
+from dllm.lora import add_adapters
+from dllm.loss import LossSums
+from dllm.metrics import Metrics, Progress
 from dllm.model import DiffusionLM, find_model
-from dllm.optimizer import build_optimizers, set_learning_rate
+from dllm.optimizer import build_optimizers, clip_gradients, set_learning_rate
+from dllm.saver import Saver, load_state
 from dllm.tokenizer import check_vocabulary, load_tokenizer, train_tokenizer
 
 
@@ -34,121 +42,276 @@ class TrainResult:
     output_dir: Path
     checkpoint: Path  # folder of the last step, for `DiffusionLM.from_pretrained` and Transformers
     steps: int
-    history: list[dict]  # the lines of metrics.jsonl
+    finished: bool  # False: SIGTERM came before the last step
+    history: list[dict]  # the lines of metrics.jsonl; empty but in the main process
+
+
+class TrainingStep(nn.Module):
+    """The model and its loss, what a process computes of a step."""
+
+    def __init__(self, model: DiffusionLM, device: torch.device):
+        super().__init__()
+        self.model, self.device = model, device
+
+    def forward(self, batch: MicroBatch) -> LossSums:
+        return forward(self.model, batch, self.device)
 
 
 def train(config: Config) -> TrainResult:
     """Train as configured, continuing from the newest whole checkpoint in `config.train.output_dir` if there is one.
 
     Writes there: checkpoints/global_step_N/hf_ckpt, metrics.jsonl (one line per logged step; losses in nats, times in
-    seconds) and config.yaml.
-    Raises: UserError for input that cannot work; Failure if the disk is full or the loss is no longer finite.
+    seconds) and config.yaml. Under torchrun, each process calls it.
+    Raises: UserError for input that cannot work; Failure if the disk is full or the loss stays not finite.
     """
+    with join(config.train) as world:
+        return train_in(world, config)
+
+
+def train_in(world: World, config: Config) -> TrainResult:
     settings, output = config.train, Path(config.train.output_dir)
-    device = choose_device(settings)
+    resumed = world.from_main(lambda: find_run(config, output))
+    documents = read_documents(config.data.path_list, config.data.key_list)
+    training, held_out = split_documents(documents, config.data.validation_share)
+    tokenizer, model = build_model(config, training, resumed, world)
+    dataset = PackedDataset(tokenize(tokenizer, training), config.data.max_seq_len, settings.seed)
+    validation = draw_validation(tokenizer, held_out, config, model)
+    total = count_steps(config, dataset)
+
+    model.checkpointing = settings.enable_gradient_checkpointing
+    if settings.enable_compile:
+        for layer in model.model.layers:
+            layer.compile()
+    shared = Shared(TrainingStep(model, world.device), model.model.layers, settings, world).train()
+    optimizers = build_optimizers(model, settings)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    step, tokens_seen, seconds_before, skipped = 0, 0, 0.0, 0
+    if resumed is not None:
+        step, tokens_seen, seconds_before, skipped = (resumed.state[name] for name in
+                                                      ("step", "tokens", "seconds", "skipped"))
+        load_state(resumed.folder, model, optimizers, world)
+    metrics = Metrics(output, step, config, world)
+    clock = Clock(seconds_before, settings.max_minutes)
+    if world.main:
+        across = f" in each of {world.size} processes" if world.size > 1 else ""
+        print(f"{len(training)} documents, {len(dataset.tokens):,} tokens in {len(dataset):,} rows; {len(held_out)} "
+              f"documents held out; {model.count_parameters():,} parameters on {world.device}{across}", file=sys.stderr)
+
+    def read_step(number: int) -> list[MicroBatch]:
+        batches = make_batches(dataset, number, world.slots(settings.rows_per_step), settings.rows_per_step, settings,
+                               settings.seed, model)
+        return [share_positions(batch, world.sequence_rank, world.sequence_size).pin(world.device) for batch in batches]
+
+    with ExitStack() as stack:
+        saver = stack.enter_context(Saver(output / "checkpoints", settings, world))
+        sigterm = stack.enter_context(catch_sigterm())
+        progress = stack.enter_context(Progress(step, total, clock, world))
+        reader = stack.enter_context(ThreadPoolExecutor(1, "reader"))
+        profiler = stack.enter_context(profile(settings, step, world))
+
+        def save(last: bool) -> None:
+            state = {"step": step, "tokens": tokens_seen, "seconds": clock.seconds, "skipped": skipped,
+                     "config": config.to_dict()}
+            saver.save(step, model, tokenizer, optimizers, state, last=last)
+
+        upcoming = reader.submit(read_step, step)
+        finished, stopped, bad = resumed is not None and (step >= total or clock.expired), False, 0
+        while not finished and not stopped:
+            batches = upcoming.result()
+            upcoming = reader.submit(read_step, step + 1)
+            agreed = agree(world, batches, sigterm.came, clock, settings)
+            rate = set_learning_rate(optimizers, settings, max(step, agreed.share * total), total)
+            sums = torch.zeros(2, device=world.device)
+            for index, batch in enumerate(batches):
+                with shared.synchronising(last=index == len(batches) - 1):
+                    loss, nll = shared(batch)
+                    # Gradients are averaged over the processes: times their number, it is the sum.
+                    (loss * (world.size / agreed.normaliser)).backward()
+                sums += torch.stack((loss.detach() / agreed.normaliser, nll / agreed.scored))
+            norm = clip_gradients(parameters, settings.max_grad_norm).item()
+            loss, nll = world.sum(sums.cpu()).tolist()
+            if math.isfinite(loss) and math.isfinite(norm):
+                bad = 0
+                for optimizer in optimizers:
+                    optimizer.step()
+            else:
+                bad, skipped = bad + 1, skipped + 1
+                if bad == settings.max_bad_steps:
+                    raise Failure(f"step {step + 1}: loss {loss}, gradient norm {norm}, the {bad}th time in a row; "
+                                  f"lower train.lr, now {settings.lr}, or lengthen the warm-up, and start again")
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            step += 1
+            tokens_seen += agreed.tokens
+            clock.tick()
+            profiler.step()
+
+            stopped = agreed.stop
+            finished = step >= total or agreed.expired
+            measure = validation and (finished or settings.eval_every and step % settings.eval_every == 0)
+            if finished or stopped or measure or bad or step % settings.log_steps == 0:
+                line = {"step": step, "loss": loss, "nll": nll, "grad_norm": norm, "lr": rate, "tokens": tokens_seen,
+                        "seconds": round(clock.seconds, 3),
+                        "tokens_per_second": round(agreed.tokens / clock.step_seconds)}
+                if skipped:
+                    line["skipped"] = skipped
+                line |= measure_device(world, model.config, agreed, clock.step_seconds)
+                if measure:
+                    line |= validate(shared, validation, world)
+                metrics.append(line)
+                progress.show(line, tell=bool(measure or finished or bad))
+            if finished or stopped or agreed.save or settings.save_steps and step % settings.save_steps == 0:
+                save(last=finished)
+        checkpoint = saver.wait()
+    if world.main and not finished:
+        print(f"stopped by SIGTERM after step {step} of {total}; the same command continues", file=sys.stderr)
+    return TrainResult(output_dir=output, checkpoint=(checkpoint or resumed.folder) / "hf_ckpt", steps=step,
+                       finished=finished, history=metrics.lines)
+
+
+class Agreed(NamedTuple):
+    """What all processes know of a step before they compute it."""
+
+    normaliser: int
+    tokens: int
+    scored: int
+    pairs: int
+    stop: bool  # SIGTERM came to one of them
+    share: float  # of the main process's time that is spent
+    save: bool  # by the main process's clock
+
+    @property
+    def expired(self) -> bool:
+        return self.share >= 1
+
+
+def agree(world: World, batches: Sequence[MicroBatch], stop: bool, clock: "Clock", settings: TrainGroup) -> Agreed:
+    counts = [sum(getattr(batch, name) for batch in batches) for name in Agreed._fields[:4]]
+    own = [clock.share, clock.due(settings.save_time_interval_minutes)] if world.main else [0, 0]
+    numbers = world.sum(torch.tensor([*counts, stop, *own], dtype=torch.float64)).tolist()
+    normaliser, tokens, scored, pairs = map(int, numbers[:4])
+    return Agreed(max(normaliser, 1), tokens, max(scored, 1), pairs, numbers[4] > 0, numbers[5], numbers[6] > 0)
+
+
+@torch.no_grad()
+def validate(shared: Shared, validation: list[list[MicroBatch]], world: World) -> dict[str, float]:
+    """validation_loss, and for "mdm" also validation_bound: that of the "elbo" objective, nats per token.
+
+    The micro-batches are dealt to the processes; all compute equally many, for with fsdp2 they exchange weights.
+    """
+    shared.eval()
+    result = {}
+    groups, group = world.size // world.sequence_size, world.rank // world.sequence_size
+    for name, batches in zip(("validation_loss", "validation_bound"), validation, strict=False):
+        losses = []
+        for first in range(0, len(batches), groups):
+            batch = batches[min(first + group, len(batches) - 1)]
+            loss = shared(share_positions(batch, world.sequence_rank, world.sequence_size)).loss.item()
+            losses.append(loss if first + group < len(batches) else 0.0)
+        everyones = [loss for part in world.gather(losses) for loss in part]
+        result[name] = math.fsum(everyones) / max(sum(batch.normaliser for batch in batches), 1)
+    shared.train()
+    return result
+
+
+class Sigterm:
+    came = False
+
+
+@contextmanager
+def catch_sigterm() -> Iterator[Sigterm]:
+    """Note that the signal came, instead of ending; only the main thread can."""
+    sigterm = Sigterm()
+    if threading.current_thread() is not threading.main_thread():
+        yield sigterm
+        return
+
+    def note(*_) -> None:
+        sigterm.came = True
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield sigterm
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class NoProfiler(AbstractContextManager):
+    def step(self) -> None:
+        pass
+
+    def __exit__(self, *_) -> None:
+        pass
+
+
+def profile(settings: TrainGroup, step: int, world: World):
+    """Around the steps: records those from profile_start_step to profile_end_step, counted from where the run starts
+    or continues, into one file for chrome://tracing or Perfetto."""
+    if not settings.enable_profiling or not world.main:
+        return NoProfiler()
+    folder = Path(settings.profile_trace_dir)
+    first, count = settings.profile_start_step, settings.profile_end_step - settings.profile_start_step
+
+    def write(profiler) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"steps_{step + first + 1}_to_{step + first + count}.json.gz"
+        profiler.export_chrome_trace(str(file))
+        print(f"the profile of {count} steps is in {file}", file=sys.stderr)
+
+    return torch.profiler.profile(schedule=torch.profiler.schedule(wait=first, warmup=0, active=count, repeat=1),
+                                  on_trace_ready=write, record_shapes=True, profile_memory=True)
+
+
+def find_run(config: Config, output: Path) -> Checkpoint | None:
+    """The checkpoint to continue from, None to begin; writes config.yaml."""
     resumed = load_latest(output / "checkpoints")
     if resumed is not None:
         check_same_run(config, resumed, output)
     write_atomically(output / "config.yaml", config.to_yaml().encode())
-
-    documents = read_documents(config.data.path_list, config.data.key_list)
-    training, held_out = split_documents(documents, config.data.validation_share)
-    tokenizer, model = build_model(config, training, resumed)
-    model.to(device).train()
-    dataset = PackedDataset(tokenize(tokenizer, training), config.data.max_seq_len, settings.seed)
-    validation = draw_validation(tokenizer, held_out, config, model)
-    optimizers = build_optimizers(model, settings)
-    total = count_steps(config, dataset)
-
-    print(f"{len(training)} documents, {len(dataset.tokens):,} tokens in {len(dataset):,} rows; {len(held_out)} "
-          f"documents held out; {sum(p.numel() for p in model.parameters()):,} parameters on {device}", file=sys.stderr)
-
-    step, tokens_seen, seconds_before = 0, 0, 0.0
-    if resumed is not None:
-        step, tokens_seen, seconds_before = (resumed.state[name] for name in ("step", "tokens", "seconds"))
-        for optimizer, state in zip(optimizers, resumed.state["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-    metrics = Metrics(output / "metrics.jsonl", step)
-    checkpoint = None if resumed is None else resumed.folder
-    clock = Clock(seconds_before, settings.max_minutes)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    autocast = torch.autocast(device.type, torch.bfloat16) if use_bf16(settings, device) else nullcontext()
-
-    def save() -> Path:
-        state = {"step": step, "tokens": tokens_seen, "seconds": clock.seconds, "config": config.to_dict(),
-                 "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-        return save_checkpoint(output / "checkpoints", step, partial(write_model, model, tokenizer), state,
-                               settings.keep_last)
-
-    finished = step >= total or clock.expired
-    with Progress(step, total, clock) as progress:
-        while not finished:
-            place = max(step, clock.share * total)
-            rate = set_learning_rate(optimizers, settings, place, total)
-            batches = make_batches(dataset, step, range(settings.rows_per_step), settings.rows_per_step, settings,
-                                   settings.seed, model)
-            normaliser = max(sum(batch.normaliser for batch in batches), 1)
-            loss, nll = torch.zeros(2, device=device)
-            for batch in batches:
-                with autocast:
-                    sums = forward(model, batch, device)
-                (sums.loss / normaliser).backward()
-                loss += sums.loss.detach() / normaliser
-                nll += sums.nll
-            norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            step += 1
-            tokens_seen += sum(batch.tokens for batch in batches)
-
-            finished = step >= total or clock.expired
-            measure = validation and (finished or settings.eval_every and step % settings.eval_every == 0)
-            periodic = settings.save_steps and step % settings.save_steps == 0
-            saving = finished or periodic or clock.due(settings.save_time_interval_minutes)
-            logging = finished or measure or step % settings.log_steps == 0
-            if (saving or logging) and not math.isfinite(loss.item() + norm.item()):
-                raise Failure(f"step {step}: loss {loss.item()}, gradient norm {norm.item()}; lower train.lr, now "
-                              f"{settings.lr}, or lengthen the warm-up, and start again")
-            if logging:
-                scored = max(sum(batch.scored for batch in batches), 1)
-                line = {"step": step, "loss": loss.item(), "nll": nll.item() / scored, "grad_norm": norm.item(),
-                        "lr": rate, "tokens": tokens_seen, "seconds": round(clock.seconds, 3)}
-                if measure:
-                    line |= validate(model, validation, autocast, device)
-                metrics.append(line)
-                progress.show(line, tell=bool(measure or finished))
-            if saving:
-                checkpoint = save()
-    return TrainResult(output_dir=output, checkpoint=checkpoint / "hf_ckpt", steps=step, history=metrics.lines)
+    return resumed
 
 
-@torch.no_grad()
-def validate(model: DiffusionLM, validation: list[list[MicroBatch]], autocast,
-             device: torch.device) -> dict[str, float]:
-    """validation_loss, and for "mdm" also validation_bound: that of the "elbo" objective, nats per token."""
-    model.eval()
-    result = {}
-    for name, batches in zip(("validation_loss", "validation_bound"), validation, strict=False):
-        with autocast:
-            losses = [forward(model, batch, device).loss.item() for batch in batches]
-        result[name] = math.fsum(losses) / max(sum(batch.normaliser for batch in batches), 1)
-    model.train()
-    return result
+def build_model(config: Config, training: Sequence[Document], resumed: Checkpoint | None, world: World):
+    """The tokenizer and the model, in fp32: those of the checkpoint, of model_path, or new ones.
+
+    The weights are the main process's; elsewhere they are on the meta device, and a checkpoint's are not loaded yet.
+    """
+    tokenizer, model_config, folder = world.from_main(lambda: describe_model(config, training, resumed))
+    with torch.random.fork_rng(devices=[]), torch.device("cpu" if world.main else "meta"):
+        torch.manual_seed(config.train.seed)
+        model = DiffusionLM(model_config)
+        if world.main and config.model.model_path and not resumed:
+            # Copied into the fresh model: products can differ in the last bit with the alignment of what came from a
+            # file.
+            model.load_state_dict(DiffusionLM.from_pretrained(folder).state_dict())
+        if config.train.lora_rank:
+            add_adapters(model, config.train.lora_rank, config.train.lora_alpha)
+    if folder is not None and (folder / "generation_config.json").exists():
+        model.generation_defaults = read_json(folder / "generation_config.json")
+    if model_config.num_attention_heads % world.sequence_size:
+        raise UserError(f"train.ulysses_parallel_size {world.sequence_size} must divide the model's "
+                        f"{model_config.num_attention_heads} attention heads")
+    return tokenizer, model
 
 
-def build_model(config: Config, training: Sequence[Document], resumed: Checkpoint | None):
-    """The tokenizer and the model, in fp32: those of the checkpoint, of model_path, or new ones."""
+def describe_model(config: Config, training: Sequence[Document], resumed: Checkpoint | None):
+    """(tokenizer, configuration, folder that they and the weights are from, if from any).
+
+    Raises: UserError if they do not fit each other, or are no longer those of the run that is to be continued.
+    """
     group = config.model
-    path = resumed.hf_folder if resumed else group.model_path or group.config_path
+    path = group.model_path or group.config_path
+    if resumed is not None:
+        tokenizer, model_config = read_described(resumed.hf_folder, None)
+        if path and Path(path).is_dir():
+            check_unchanged(tokenizer, model_config, path, group.tokenizer_path, resumed)
+        return tokenizer, model_config, resumed.hf_folder
     folder = find_model(path) if path else None
-    model_config = read_config(read_json(folder / "config.json"), where=str(folder / "config.json")) if folder else None
-    mask_token_id = model_config.mask_token_id if model_config else None
-    if path or group.tokenizer_path:
-        tokenizer = load_tokenizer(path if resumed or not group.tokenizer_path else group.tokenizer_path, mask_token_id)
+    if folder is not None:
+        tokenizer, model_config = read_described(folder, group.tokenizer_path)
     else:
-        tokenizer = train_tokenizer((document.text for document in training), group.vocab_size or 4096)
-    if model_config is None:
+        tokenizer = load_tokenizer(group.tokenizer_path, None) if group.tokenizer_path else train_tokenizer(
+            (document.text for document in training), group.vocab_size or 4096)
         model_config = ModelConfig(
             family=check_family(group.family), vocab_size=group.vocab_size or len(tokenizer),
             hidden_size=group.hidden_size, intermediate_size=group.intermediate_size,
@@ -161,24 +324,35 @@ def build_model(config: Config, training: Sequence[Document], resumed: Checkpoin
     if config.data.max_seq_len > model_config.max_position_embeddings:
         raise UserError(f"data.max_seq_len {config.data.max_seq_len} is more than the model's "
                         f"{model_config.max_position_embeddings} positions; lower it")
-    model_config = replace(model_config, mask_token_id=tokenizer.mask_token_id, eos_token_id=model_config.eos_token_id
-                           if model_config.eos_token_id is not None else tokenizer.eos_token_id,
-                           pad_token_id=model_config.pad_token_id if model_config.pad_token_id is not None
-                           else tokenizer.pad_token_id)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.train.seed)
-        model = DiffusionLM(model_config)
-    if resumed or group.model_path:
-        # Copied into the fresh model: products can differ in the last bit with the alignment of what came from a file.
-        loaded = DiffusionLM.from_pretrained(folder)
-        model.load_state_dict(loaded.state_dict())
-        model.generation_defaults = loaded.generation_defaults
-    return tokenizer, model
+    return tokenizer, with_token_ids(model_config, tokenizer), folder
 
 
-def write_model(model: DiffusionLM, tokenizer, folder: Path) -> None:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def read_described(folder: Path, tokenizer_path: str | None):
+    model_config = read_config(read_json(folder / "config.json"), where=str(folder / "config.json"))
+    return load_tokenizer(tokenizer_path or folder, model_config.mask_token_id), model_config
+
+
+def with_token_ids(model_config: ModelConfig, tokenizer) -> ModelConfig:
+    """With the tokenizer's mask token, and its end-of-text and padding tokens where there are none."""
+    return replace(model_config, mask_token_id=tokenizer.mask_token_id, eos_token_id=model_config.eos_token_id
+                   if model_config.eos_token_id is not None else tokenizer.eos_token_id,
+                   pad_token_id=model_config.pad_token_id if model_config.pad_token_id is not None
+                   else tokenizer.pad_token_id)
+
+
+def check_unchanged(tokenizer, model_config: ModelConfig, path: str, tokenizer_path: str | None,
+                    resumed: Checkpoint) -> None:
+    """Raises: UserError naming what of a model or tokenizer has changed since the run began."""
+    now_tokenizer, now_config = read_described(Path(path), tokenizer_path)
+    now_config = with_token_ids(now_config, now_tokenizer)
+    before, now = asdict(model_config), asdict(now_config)
+    change = next((f"{key} was {before[key]!r} and is {now[key]!r}" for key in now if before[key] != now[key]), None)
+    if change is None and tokenizer.get_vocab() != now_tokenizer.get_vocab():
+        words = set(tokenizer.get_vocab().items()) ^ set(now_tokenizer.get_vocab().items())
+        change = f"the tokenizer differs in {len(words)} entries, such as {min(words)[0]!r}"
+    if change is not None:
+        raise UserError(f"{resumed.folder} continues a model that is no longer in {path}: {change}; put it back, or "
+                        "set another train.output_dir")
 
 
 def check_family(family: str) -> str:
@@ -197,17 +371,6 @@ def count_steps(config: Config, dataset: PackedDataset) -> int:
     return min(steps, settings.max_steps or steps)
 
 
-def choose_device(settings: TrainGroup) -> torch.device:
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device is cuda, but this torch sees no GPU; set it to auto or cpu, or install a CUDA "
-                        "build of torch")
-    return torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def use_bf16(settings: TrainGroup, device: torch.device) -> bool:
-    return settings.precision == "bf16" or settings.precision == "auto" and device.type == "cuda"
-
-
 def check_same_run(config: Config, resumed: Checkpoint, output: Path) -> None:
     """Refuse to continue a run under settings that would make it another one.
 
@@ -216,7 +379,7 @@ def check_same_run(config: Config, resumed: Checkpoint, output: Path) -> None:
     if not config.train.auto_resume:
         raise UserError(f"{output} already holds checkpoints up to {resumed.folder.name}; set another "
                         "train.output_dir, or train.auto_resume=true to continue")
-    fixed = ("objective", "path_term", "mask_at_least_one", "schedule", "optimizer", "seed")
+    fixed = ("objective", "path_term", "mask_at_least_one", "schedule", "optimizer", "seed", "lora_rank", "lora_alpha")
 
     def describe(groups: dict[str, dict]) -> dict:
         train_group = groups["train"]
@@ -232,12 +395,25 @@ def check_same_run(config: Config, resumed: Checkpoint, output: Path) -> None:
                             "another train.output_dir")
 
 
+def measure_device(world: World, config: ModelConfig, agreed: Agreed, seconds: float) -> dict[str, float]:
+    """Of a GPU: peak memory, and mfu, the share of the peak that the step's FLOPs (`step_flops`) are."""
+    if world.device.type != "cuda":
+        return {}
+    result = {"peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
+    peak = peak_flops(world.device)
+    if peak is not None:
+        flops = step_flops(config, agreed.tokens, agreed.pairs, agreed.scored)
+        result["mfu"] = round(flops / (seconds * peak * world.size), 4)
+    return result
+
+
 class Clock:
     """Time spent training, over all restarts."""
 
     def __init__(self, seconds_before: float, max_minutes: float | None):
         self.start = time.monotonic() - seconds_before
-        self.saved = time.monotonic()
+        self.saved = self.ticked = time.monotonic()
+        self.step_seconds = 0.0  # of the last step
         self.budget = None if max_minutes is None else 60 * max_minutes
 
     @property
@@ -253,59 +429,14 @@ class Clock:
     def expired(self) -> bool:
         return self.share >= 1
 
+    def tick(self) -> None:
+        """A step has ended."""
+        now = time.monotonic()
+        self.step_seconds, self.ticked = max(now - self.ticked, 1e-9), now
+
     def due(self, minutes: float) -> bool:
         """Whether it is time for another checkpoint; asking restarts the interval when it is."""
         if not minutes or time.monotonic() - self.saved < 60 * minutes:
             return False
         self.saved = time.monotonic()
         return True
-
-
-class Metrics:
-    """metrics.jsonl. What a killed run wrote after the step that training continues from is dropped."""
-
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        self.lines: list[dict] = []
-        for text in path.read_text().splitlines() if path.exists() else []:
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:  # cut short by the kill
-                continue
-            if line["step"] <= step:
-                self.lines.append(line)
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
-
-    def append(self, line: dict) -> None:
-        self.lines.append(line)
-        try:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise Failure(f"cannot write {self.path}: {error.strerror}; free space, then start again") from error
-
-
-class Progress:
-    """A bar on a terminal; elsewhere one line per measurement."""
-
-    def __init__(self, step: int, total: int, clock: Clock):
-        self.total, self.clock, self.last = total, clock, (clock.seconds, None)
-        self.bar = tqdm(total=1.0, initial=max(step / total, clock.share), disable=not sys.stderr.isatty(),
-                        bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.bar.close()
-
-    def show(self, line: dict, tell: bool) -> None:
-        seconds, tokens = self.last
-        self.last = line["seconds"], line["tokens"]
-        speed = 0 if tokens is None else (line["tokens"] - tokens) / max(line["seconds"] - seconds, 1e-6)
-        self.bar.n = max(line["step"] / self.total, self.clock.share)
-        self.bar.set_postfix_str(f"step {line['step']}/{self.total}, loss {line['loss']:.3f}, {speed:,.0f} tokens/s")
-        if tell:
-            held_out = f", held out {line['validation_loss']:.3f}" if "validation_loss" in line else ""
-            tqdm.write(f"step {line['step']}: loss {line['loss']:.3f}{held_out}, {line['tokens']:,} tokens, "
-                       f"{line['seconds']:.0f} s", file=sys.stderr)
