@@ -160,7 +160,8 @@ class TrainGroup:
             if value not in choices:
                 raise UserError(f"train.{name} must be one of {', '.join(choices)}, not {value!r}")
         for name in ("lr", "muon_lr", "lora_alpha", "max_minutes", "micro_batch_size", "global_batch_size",
-                     "num_train_epochs", "max_steps", "max_bad_steps", "ulysses_parallel_size", "keep_last", "eval_tokens", "log_steps"):
+                     "num_train_epochs", "max_steps", "max_bad_steps", "ulysses_parallel_size", "keep_last",
+                     "eval_tokens", "log_steps"):
             value = getattr(self, name)
             _check(f"train.{name}", value, value is None or value > 0, "above 0")
         for name in ("lr_min", "lr_start", "weight_decay", "max_grad_norm", "save_steps", "save_time_interval_minutes",

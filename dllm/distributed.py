@@ -113,9 +113,12 @@ def join(settings: TrainGroup) -> Iterator[World]:
                                 device_id=device if device.type == "cuda" else None)
     except (RuntimeError, ValueError) as error:  # an address in use, one that does not answer
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        advice = "give torchrun another --master-port, or check --master-addr"
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # pytorch/pytorch#135712
+            advice = ("restarted processes can find the addresses of those before: start torchrun with "
+                      "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
         raise Failure(f"process {rank} of {size} on {socket.gethostname()} cannot meet the others at {where}: "
-                      f"{str(error).splitlines()[0]}; give torchrun another --master-port, or check --master-addr"
-                      ) from error
+                      f"{str(error).splitlines()[0]}; {advice}") from error
     group = None
     if sequence > 1:
         group, _ = dist.new_subgroups(sequence)
@@ -164,8 +167,7 @@ class Shared(nn.Module):
         elif world.size > 1:
             if not world.main:
                 module.to_empty(device=world.device)  # the main process's weights are sent to all
-            module = DistributedDataParallel(module.to(world.device), gradient_as_bucket_view=True,
-                                             broadcast_buffers=False)
+            module = DistributedDataParallel(module.to(world.device), gradient_as_bucket_view=True)
         else:
             module.to(world.device)
         self.module = module

@@ -78,6 +78,7 @@ def train_in(world: World, config: Config) -> TrainResult:
     validation = draw_validation(tokenizer, held_out, config, model)
     total = count_steps(config, dataset)
 
+    model.sequence_group = world.sequence_group
     model.checkpointing = settings.enable_gradient_checkpointing
     if settings.enable_compile:
         for layer in model.model.layers:
