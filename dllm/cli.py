@@ -88,8 +88,9 @@ def build_parser(describe_keys: bool = False, task: str | None = None) -> Parser
 
     train_help = commands.add_parser(
         "train", help="train, or continue training, as a YAML file and flags say",
-        usage="dllm train [CONFIG.yaml] [--group.key=value ...]",
-        description="Train as CONFIG.yaml and the flags say. A stopped run continues from its last checkpoint.")
+        usage="dllm train [CONFIG.yaml] [--group.key=value ...] [--dry-run]",
+        description="Train as CONFIG.yaml and the flags say. A stopped run continues from its last checkpoint.\n"
+                    "--dry-run only prints what would be done: configuration, parameters, memory, steps.")
     if describe_keys:
         train_help.epilog = list_config_keys()
 

@@ -1,9 +1,9 @@
-"""What a run tells of itself: metrics.jsonl, TensorBoard, Weights & Biases, a bar on the terminal."""
+"""What a run tells of itself: metrics.jsonl, TensorBoard, Weights & Biases, a bar on the terminal; and its clock."""
 
 import json
 import sys
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -11,9 +11,6 @@ from dllm.checkpoint import write_atomically
 from dllm.config import Config
 from dllm.distributed import World
 from dllm.errors import Failure, UserError
-
-if TYPE_CHECKING:
-    from dllm.trainer import Clock
 
 
 class Metrics:
@@ -56,7 +53,10 @@ class Metrics:
         if self._wandb is not None:
             self._wandb.log(values, step=line["step"])
 
-    def close(self) -> None:
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_) -> None:
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:
@@ -86,10 +86,45 @@ def open_wandb(config: Config, output: Path):
                       config=config.to_dict(), dir=str(output))
 
 
+class Clock:
+    """Time spent training, over all restarts."""
+
+    def __init__(self, seconds_before: float, max_minutes: float | None):
+        self.start = time.monotonic() - seconds_before
+        self.saved = self.ticked = time.monotonic()
+        self.step_seconds = 0.0  # of the last step
+        self.budget = None if max_minutes is None else 60 * max_minutes
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
+    @property
+    def share(self) -> float:
+        """Of the budget, in [0, 1]; 0 without one."""
+        return 0.0 if self.budget is None else min(self.seconds / self.budget, 1.0)
+
+    @property
+    def expired(self) -> bool:
+        return self.share >= 1
+
+    def tick(self) -> None:
+        """A step has ended."""
+        now = time.monotonic()
+        self.step_seconds, self.ticked = max(now - self.ticked, 1e-9), now
+
+    def due(self, minutes: float) -> bool:
+        """Whether it is time for another checkpoint; asking restarts the interval when it is."""
+        if not minutes or time.monotonic() - self.saved < 60 * minutes:
+            return False
+        self.saved = time.monotonic()
+        return True
+
+
 class Progress:
     """A bar on a terminal; elsewhere one line per measurement."""
 
-    def __init__(self, step: int, total: int, clock: "Clock", world: World):
+    def __init__(self, step: int, total: int, clock: Clock, world: World):
         self.total, self.clock, self.main = total, clock, world.main
         self.bar = tqdm(total=1.0, initial=max(step / total, clock.share),
                         disable=not world.main or not sys.stderr.isatty(),

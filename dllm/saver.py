@@ -30,6 +30,8 @@ from dllm.errors import Failure
 from dllm.lora import merge
 from dllm.model import DiffusionLM
 
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a process alone: as intended
+
 
 class Saver:
     """Writes the checkpoints of a run, one at a time; `checkpoint` is the folder of the newest whole one."""
@@ -63,7 +65,7 @@ class Saver:
         folder = world.from_main(lambda: begin(self.checkpoints, step))
         weights, parts = get_state_dict(model, optimizers)
         parts = {"model": weights, "optimizers": parts}
-        exported = gather_weights(model, copy=background) if last or self.settings.save_hf_weights else None
+        exported = gather_weights(model, copy=background) if last or self.settings.save_hf_weights else {}
 
         def complete() -> Path:
             with explain(folder):
@@ -116,8 +118,8 @@ def gather_weights(model: DiffusionLM, copy: bool) -> dict[str, Tensor]:
     return merge(weights, model)
 
 
-def write_model(model: DiffusionLM, tokenizer, weights: dict[str, Tensor] | None, folder: Path) -> None:
-    """The folder that others load; without weights, what this project needs to build the model."""
+def write_model(model: DiffusionLM, tokenizer, weights: dict[str, Tensor], folder: Path) -> None:
+    """The folder that others load; if there are no weights, what this project needs to build the model."""
     model.save_pretrained(folder, weights)
     tokenizer.save_pretrained(folder)
 
@@ -125,9 +127,7 @@ def write_model(model: DiffusionLM, tokenizer, weights: dict[str, Tensor] | None
 def _explained(folder: Path, act: Callable[[], Any], verb: str = "write") -> None:
     """Of a distributed checkpoint's errors, which are a dictionary by process, one line."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a process alone: as intended
-            act()
+        act()
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
         reason = getattr(cause, "strerror", None) or (str(cause).splitlines() or [repr(cause)])[0]

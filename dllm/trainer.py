@@ -9,11 +9,10 @@ import math
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,25 +21,24 @@ from torch import nn
 
 from dllm.accounting import peak_flops, step_flops
 from dllm.batches import MicroBatch, draw_validation, forward, make_batches, share_positions
+from dllm.building import build_model
 from dllm.checkpoint import Checkpoint, load_latest, write_atomically
 from dllm.config import Config, TrainGroup
-from dllm.data import Document, PackedDataset, read_documents, split_documents, tokenize
+from dllm.data import PackedDataset, read_documents, split_documents, tokenize
 from dllm.distributed import Shared, World, join
 from dllm.errors import Failure, UserError
-from dllm.families import FAMILIES, ModelConfig, read_config, read_json
-from dllm.lora import add_adapters
+from dllm.families import ModelConfig
 from dllm.loss import LossSums
-from dllm.metrics import Metrics, Progress
-from dllm.model import DiffusionLM, find_model
+from dllm.metrics import Clock, Metrics, Progress
+from dllm.model import DiffusionLM
 from dllm.optimizer import build_optimizers, clip_gradients, set_learning_rate
 from dllm.saver import Saver, load_state
-from dllm.tokenizer import check_vocabulary, load_tokenizer, train_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainResult:
     output_dir: Path
-    checkpoint: Path  # folder of the last step, for `DiffusionLM.from_pretrained` and Transformers
+    checkpoint: Path | None  # folder of the last checkpoint, for `DiffusionLM.from_pretrained` and Transformers
     steps: int
     finished: bool  # False: SIGTERM came before the last step
     history: list[dict]  # the lines of metrics.jsonl; empty but in the main process
@@ -91,7 +89,6 @@ def train_in(world: World, config: Config) -> TrainResult:
         step, tokens_seen, seconds_before, skipped = (resumed.state[name] for name in
                                                       ("step", "tokens", "seconds", "skipped"))
         load_state(resumed.folder, model, optimizers, world)
-    metrics = Metrics(output, step, config, world)
     clock = Clock(seconds_before, settings.max_minutes)
     if world.main:
         across = f" in each of {world.size} processes" if world.size > 1 else ""
@@ -104,6 +101,7 @@ def train_in(world: World, config: Config) -> TrainResult:
         return [share_positions(batch, world.sequence_rank, world.sequence_size).pin(world.device) for batch in batches]
 
     with ExitStack() as stack:
+        metrics = stack.enter_context(Metrics(output, step, config, world))
         saver = stack.enter_context(Saver(output / "checkpoints", settings, world))
         sigterm = stack.enter_context(catch_sigterm())
         progress = stack.enter_context(Progress(step, total, clock, world))
@@ -137,7 +135,7 @@ def train_in(world: World, config: Config) -> TrainResult:
                     optimizer.step()
             else:
                 bad, skipped = bad + 1, skipped + 1
-                if bad == settings.max_bad_steps:
+                if bad == settings.max_bad_steps or step + 1 >= total:
                     raise Failure(f"step {step + 1}: loss {loss}, gradient norm {norm}, the {bad}th time in a row; "
                                   f"lower train.lr, now {settings.lr}, or lengthen the warm-up, and start again")
             for optimizer in optimizers:
@@ -161,12 +159,15 @@ def train_in(world: World, config: Config) -> TrainResult:
                     line |= validate(shared, validation, world)
                 metrics.append(line)
                 progress.show(line, tell=bool(measure or finished or bad))
-            if finished or stopped or agreed.save or settings.save_steps and step % settings.save_steps == 0:
+            due = stopped or agreed.save or settings.save_steps and step % settings.save_steps == 0
+            if finished or due and not bad:  # weights whose loss is not finite replace no better ones
                 save(last=finished)
         checkpoint = saver.wait()
     if world.main and not finished:
         print(f"stopped by SIGTERM after step {step} of {total}; the same command continues", file=sys.stderr)
-    return TrainResult(output_dir=output, checkpoint=(checkpoint or resumed.folder) / "hf_ckpt", steps=step,
+    if checkpoint is None and resumed is not None:
+        checkpoint = resumed.folder
+    return TrainResult(output_dir=output, checkpoint=checkpoint and checkpoint / "hf_ckpt", steps=step,
                        finished=finished, history=metrics.lines)
 
 
@@ -186,7 +187,7 @@ class Agreed(NamedTuple):
         return self.share >= 1
 
 
-def agree(world: World, batches: Sequence[MicroBatch], stop: bool, clock: "Clock", settings: TrainGroup) -> Agreed:
+def agree(world: World, batches: Sequence[MicroBatch], stop: bool, clock: Clock, settings: TrainGroup) -> Agreed:
     counts = [sum(getattr(batch, name) for batch in batches) for name in Agreed._fields[:4]]
     own = [clock.share, clock.due(settings.save_time_interval_minutes)] if world.main else [0, 0]
     numbers = world.sum(torch.tensor([*counts, stop, *own], dtype=torch.float64)).tolist()
@@ -259,8 +260,9 @@ def profile(settings: TrainGroup, step: int, world: World):
         profiler.export_chrome_trace(str(file))
         print(f"the profile of {count} steps is in {file}", file=sys.stderr)
 
-    return torch.profiler.profile(schedule=torch.profiler.schedule(wait=first, warmup=0, active=count, repeat=1),
-                                  on_trace_ready=write, record_shapes=True, profile_memory=True)
+    warmup = min(first, 1)
+    schedule = torch.profiler.schedule(wait=first - warmup, warmup=warmup, active=count, repeat=1)
+    return torch.profiler.profile(schedule=schedule, on_trace_ready=write, record_shapes=True, profile_memory=True)
 
 
 def find_run(config: Config, output: Path) -> Checkpoint | None:
@@ -270,96 +272,6 @@ def find_run(config: Config, output: Path) -> Checkpoint | None:
         check_same_run(config, resumed, output)
     write_atomically(output / "config.yaml", config.to_yaml().encode())
     return resumed
-
-
-def build_model(config: Config, training: Sequence[Document], resumed: Checkpoint | None, world: World):
-    """The tokenizer and the model, in fp32: those of the checkpoint, of model_path, or new ones.
-
-    The weights are the main process's; elsewhere they are on the meta device, and a checkpoint's are not loaded yet.
-    """
-    tokenizer, model_config, folder = world.from_main(lambda: describe_model(config, training, resumed))
-    with torch.random.fork_rng(devices=[]), torch.device("cpu" if world.main else "meta"):
-        torch.manual_seed(config.train.seed)
-        model = DiffusionLM(model_config)
-        if world.main and config.model.model_path and not resumed:
-            # Copied into the fresh model: products can differ in the last bit with the alignment of what came from a
-            # file.
-            model.load_state_dict(DiffusionLM.from_pretrained(folder).state_dict())
-        if config.train.lora_rank:
-            add_adapters(model, config.train.lora_rank, config.train.lora_alpha)
-    if folder is not None and (folder / "generation_config.json").exists():
-        model.generation_defaults = read_json(folder / "generation_config.json")
-    if model_config.num_attention_heads % world.sequence_size:
-        raise UserError(f"train.ulysses_parallel_size {world.sequence_size} must divide the model's "
-                        f"{model_config.num_attention_heads} attention heads")
-    return tokenizer, model
-
-
-def describe_model(config: Config, training: Sequence[Document], resumed: Checkpoint | None):
-    """(tokenizer, configuration, folder that they and the weights are from, if from any).
-
-    Raises: UserError if they do not fit each other, or are no longer those of the run that is to be continued.
-    """
-    group = config.model
-    path = group.model_path or group.config_path
-    if resumed is not None:
-        tokenizer, model_config = read_described(resumed.hf_folder, None)
-        if path and Path(path).is_dir():
-            check_unchanged(tokenizer, model_config, path, group.tokenizer_path, resumed)
-        return tokenizer, model_config, resumed.hf_folder
-    folder = find_model(path) if path else None
-    if folder is not None:
-        tokenizer, model_config = read_described(folder, group.tokenizer_path)
-    else:
-        tokenizer = load_tokenizer(group.tokenizer_path, None) if group.tokenizer_path else train_tokenizer(
-            (document.text for document in training), group.vocab_size or 4096)
-        model_config = ModelConfig(
-            family=check_family(group.family), vocab_size=group.vocab_size or len(tokenizer),
-            hidden_size=group.hidden_size, intermediate_size=group.intermediate_size,
-            num_hidden_layers=group.num_hidden_layers,
-            num_attention_heads=group.num_attention_heads, num_key_value_heads=group.num_key_value_heads,
-            head_dim=group.hidden_size // group.num_attention_heads, tie_word_embeddings=group.tie_word_embeddings,
-            rope_theta=group.rope_theta, initializer_range=group.initializer_range, shift_logits=group.shift_logits,
-            **FAMILIES[group.family].fixed)
-    check_vocabulary(tokenizer, model_config.vocab_size)
-    if config.data.max_seq_len > model_config.max_position_embeddings:
-        raise UserError(f"data.max_seq_len {config.data.max_seq_len} is more than the model's "
-                        f"{model_config.max_position_embeddings} positions; lower it")
-    return tokenizer, with_token_ids(model_config, tokenizer), folder
-
-
-def read_described(folder: Path, tokenizer_path: str | None):
-    model_config = read_config(read_json(folder / "config.json"), where=str(folder / "config.json"))
-    return load_tokenizer(tokenizer_path or folder, model_config.mask_token_id), model_config
-
-
-def with_token_ids(model_config: ModelConfig, tokenizer) -> ModelConfig:
-    """With the tokenizer's mask token, and its end-of-text and padding tokens where there are none."""
-    return replace(model_config, mask_token_id=tokenizer.mask_token_id, eos_token_id=model_config.eos_token_id
-                   if model_config.eos_token_id is not None else tokenizer.eos_token_id,
-                   pad_token_id=model_config.pad_token_id if model_config.pad_token_id is not None
-                   else tokenizer.pad_token_id)
-
-
-def check_unchanged(tokenizer, model_config: ModelConfig, path: str, tokenizer_path: str | None,
-                    resumed: Checkpoint) -> None:
-    """Raises: UserError naming what of a model or tokenizer has changed since the run began."""
-    now_tokenizer, now_config = read_described(Path(path), tokenizer_path)
-    now_config = with_token_ids(now_config, now_tokenizer)
-    before, now = asdict(model_config), asdict(now_config)
-    change = next((f"{key} was {before[key]!r} and is {now[key]!r}" for key in now if before[key] != now[key]), None)
-    if change is None and tokenizer.get_vocab() != now_tokenizer.get_vocab():
-        words = set(tokenizer.get_vocab().items()) ^ set(now_tokenizer.get_vocab().items())
-        change = f"the tokenizer differs in {len(words)} entries, such as {min(words)[0]!r}"
-    if change is not None:
-        raise UserError(f"{resumed.folder} continues a model that is no longer in {path}: {change}; put it back, or "
-                        "set another train.output_dir")
-
-
-def check_family(family: str) -> str:
-    if family not in FAMILIES:
-        raise UserError(f"model.family must be one of {', '.join(FAMILIES)}, not {family!r}")
-    return family
 
 
 def count_steps(config: Config, dataset: PackedDataset) -> int:
@@ -406,38 +318,3 @@ def measure_device(world: World, config: ModelConfig, agreed: Agreed, seconds: f
         flops = step_flops(config, agreed.tokens, agreed.pairs, agreed.scored)
         result["mfu"] = round(flops / (seconds * peak * world.size), 4)
     return result
-
-
-class Clock:
-    """Time spent training, over all restarts."""
-
-    def __init__(self, seconds_before: float, max_minutes: float | None):
-        self.start = time.monotonic() - seconds_before
-        self.saved = self.ticked = time.monotonic()
-        self.step_seconds = 0.0  # of the last step
-        self.budget = None if max_minutes is None else 60 * max_minutes
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.start
-
-    @property
-    def share(self) -> float:
-        """Of the budget, in [0, 1]; 0 without one."""
-        return 0.0 if self.budget is None else min(self.seconds / self.budget, 1.0)
-
-    @property
-    def expired(self) -> bool:
-        return self.share >= 1
-
-    def tick(self) -> None:
-        """A step has ended."""
-        now = time.monotonic()
-        self.step_seconds, self.ticked = max(now - self.ticked, 1e-9), now
-
-    def due(self, minutes: float) -> bool:
-        """Whether it is time for another checkpoint; asking restarts the interval when it is."""
-        if not minutes or time.monotonic() - self.saved < 60 * minutes:
-            return False
-        self.saved = time.monotonic()
-        return True

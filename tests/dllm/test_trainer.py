@@ -1,6 +1,7 @@
 """The trainer: learns, resumes bit for bit after a kill, accumulates exactly, refuses what cannot work in one line."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -328,7 +329,7 @@ def test_after_a_full_disk_the_run_goes_on_from_the_last_checkpoint(make_config,
     write = torch.save
 
     def full(state, file):
-        if state["step"] == 8:
+        if isinstance(state, dict) and state["step"] == 8:
             raise OSError(28, "No space left on device")
         write(state, file)
     with monkeypatch.context() as patch:
@@ -376,3 +377,110 @@ def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(make_config, tmp_pa
     config = make_config(output_dir=str(tmp_path / "second"))
     with pytest.raises(UserError, match="the tokenizer has 300 tokens, the model's vocabulary is 290"):
         train(replace(config, model=replace(config.model, vocab_size=290, tokenizer_path=str(first.checkpoint))))
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted_and_the_next_ones_learn(make_config, monkeypatch):
+    forward_once = trainer.forward
+
+    def poisoned(model, batch, device):
+        sums = forward_once(model, batch, device)
+        poisoned.calls += 1
+        return sums._replace(loss=sums.loss * math.nan) if poisoned.calls == 5 else sums
+
+    poisoned.calls = 0
+    monkeypatch.setattr(trainer, "forward", poisoned)
+    result = train(make_config(save_steps=0))
+    assert [line.get("skipped", 0) for line in result.history] == [0] * 4 + [1] * 8
+    assert math.isnan(result.history[4]["loss"]) and result.history[-1]["loss"] < result.history[0]["loss"]
+
+
+def test_no_checkpoint_is_written_of_weights_whose_loss_is_not_finite(make_config, tmp_path):
+    with pytest.raises(Failure, match="the 3th time in a row"):
+        train(make_config(lr=1e30, lr_decay_style="constant", lr_warmup_ratio=0, max_grad_norm=0, max_steps=50,
+                          save_steps=1, max_bad_steps=3))
+    folders = (tmp_path / "run/checkpoints").glob("*")
+    assert sorted(int(folder.name.split("_")[-1]) for folder in folders) == [1]
+
+
+def test_adapters_alone_are_trained_and_merged_into_the_model_for_others(make_config, tmp_path):
+    start = train(make_config(max_steps=2, output_dir=str(tmp_path / "start"))).checkpoint
+    config = make_config(lora_rank=4, max_steps=8, save_steps=3, lr=3e-2)
+    config = replace(config, model=ModelGroup(model_path=str(start)))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer, "make_batches", interrupt_at(5))
+        train(config)
+    resumed = train(config)
+    whole = train(replace(config, train=replace(config.train, output_dir=str(tmp_path / "whole"))))
+    assert losses(resumed.history) == losses(whole.history)
+    before, after = (DiffusionLM.from_pretrained(folder).state_dict() for folder in (start, resumed.checkpoint))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "_proj.weight" in name}
+
+
+def test_activations_computed_again_train_alike(make_config, tmp_path):
+    plain = train(make_config(max_steps=4))
+    again = train(make_config(max_steps=4, enable_gradient_checkpointing=True, output_dir=str(tmp_path / "again")))
+    assert losses(again.history) == losses(plain.history)
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_alike(make_config, tmp_path):
+    plain = train(make_config(max_steps=4))
+    compiled = train(make_config(max_steps=4, enable_compile=True, output_dir=str(tmp_path / "compiled")))
+    for ours, theirs in zip(losses(compiled.history), losses(plain.history), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_save_in_the_background_is_the_save_of_its_step(make_config, tmp_path):
+    plain = train(make_config(max_steps=9, save_steps=3, save_hf_weights=False))
+    behind = train(make_config(max_steps=9, save_steps=3, save_hf_weights=True, save_async=True,
+                               output_dir=str(tmp_path / "behind")))
+    assert losses(plain.history) == losses(behind.history)
+    early = tmp_path / "behind/checkpoints/global_step_3/hf_ckpt"
+    assert not (tmp_path / "run/checkpoints/global_step_3/hf_ckpt/model.safetensors").exists()
+    config = make_config(max_steps=9, save_steps=3, output_dir=str(tmp_path / "third"))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer, "make_batches", interrupt_at(4))
+        train(config)
+    third = DiffusionLM.from_pretrained(tmp_path / "third/checkpoints/global_step_3/hf_ckpt").state_dict()
+    for name, tensor in DiffusionLM.from_pretrained(early).state_dict().items():
+        assert torch.equal(tensor, third[name])
+
+
+def test_a_changed_model_or_tokenizer_is_refused_naming_the_difference(make_config, tmp_path):
+    start = train(make_config(max_steps=2, output_dir=str(tmp_path / "start"))).checkpoint
+    config = replace(make_config(max_steps=4), model=ModelGroup(model_path=str(start)))
+    train(config)
+    described = json.loads((start / "config.json").read_text())
+    (start / "config.json").write_text(json.dumps(described | {"rope_theta": 5000.0}))
+    with pytest.raises(UserError, match="rope_theta was 10000.0 and is 5000.0; put it back"):
+        train(config)
+    (start / "config.json").write_text(json.dumps(described))
+    tokenizer = json.loads((start / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    (start / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="the tokenizer differs in 4 entries, such as 'a'"):
+        train(config)
+
+
+def test_metrics_go_to_tensorboard_and_a_profile_is_written_when_asked(make_config, tmp_path):
+    train(make_config(max_steps=6, enable_profiling=True, profile_trace_dir=str(tmp_path / "trace"),
+                      profile_start_step=2, profile_end_step=4))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    assert [file.name for file in (tmp_path / "trace").iterdir()] == ["steps_3_to_4.json.gz"]
+
+
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(make_config, tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text(make_config(global_batch_size=8).to_yaml())
+    assert main([str(path), "--dry-run", "--train.lr=0.5"]) == 0
+    told = capsys.readouterr().out
+    (tmp_path / "again.yaml").write_text(told)
+    assert load_config(tmp_path / "again.yaml").train.lr == 0.5
+    assert "# parameters: 28,256\n" in told and "# memory of each of 1 processes, estimated: " in told
+    assert "# a step: 8 rows, at most 384 tokens; micro-batches of each process: 2\n# steps: 12; the corpus has" in told
+    assert not (tmp_path / "run").exists()
