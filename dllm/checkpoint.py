@@ -123,13 +123,17 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
     return sorted(found, key=lambda path: -int(path.name.removeprefix(_STEP)))
 
 
-def load_latest(checkpoints: Path) -> Checkpoint | None:
+def load_latest(checkpoints: Path, only: Path | None = None) -> Checkpoint | None:
     """The newest whole checkpoint, None if there is no checkpoint. A line on stderr names each damaged one passed over.
 
+    Args:
+        only: one of the folders, to load no other.
     Raises: UserError if there are checkpoints and all are damaged.
     """
     damaged = []
     for folder in list_checkpoints(checkpoints):
+        if only is not None and folder.name != only.name:
+            continue
         problem = find_damage(folder)
         if problem is None:
             for path, reason in damaged:

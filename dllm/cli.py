@@ -157,11 +157,26 @@ def build_parser(describe_keys: bool = False, task: str | None = None) -> Parser
     commands.add_parser("lm_eval", help="lm-eval's own command, with the model dllm and our task files")
 
     add_serve(commands)
+    add_export(commands)
 
     doctor = commands.add_parser("doctor", help="what is installed, what runs here, what to install",
                                  description="Print versions, devices, backends with reasons, and what to install.")
     doctor.set_defaults(run=run_doctor)
     return parser
+
+
+def add_export(commands) -> None:
+    export = commands.add_parser(
+        "export", help="write a trained model as a folder to publish, or upload it to the hub",
+        description="Write the newest checkpoint of a run as a folder: weights, configuration, tokenizer, generation\n"
+                    "defaults, a model card, and dllm_run.json, which says what made it.")
+    export.add_argument("source", metavar="RUN", help="train.output_dir of a run, or one of its folders global_step_N")
+    export.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="a new folder")
+    export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
+                        help="of the weights; default: float32")
+    export.add_argument("--push", metavar="OWNER/NAME", help="then upload it as this repository of the hub")
+    export.add_argument("--private", action="store_true", help="with --push: a private repository, if it is new")
+    export.set_defaults(run=run_export)
 
 
 def add_serve(commands) -> None:
@@ -658,6 +673,19 @@ def run_bench_serve(args: argparse.Namespace) -> int:
     if args.output is not None:
         write_json(args.output, record)
     print(table(record))
+    return 0
+
+
+def run_export(args: argparse.Namespace) -> int:
+    import torch
+
+    from dllm.export import export, push
+
+    if args.private and not args.push:
+        raise UserError("--private goes with --push")
+    print(export(args.source, args.output_dir, getattr(torch, args.dtype)))
+    if args.push:
+        print(push(args.output_dir, args.push, args.private))
     return 0
 
 

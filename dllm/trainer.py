@@ -136,8 +136,8 @@ def train_in(world: World, config: Config) -> TrainResult:
             else:
                 bad, skipped = bad + 1, skipped + 1
                 if bad == settings.max_bad_steps or step + 1 >= total:
-                    raise Failure(f"step {step + 1}: loss {loss}, gradient norm {norm}, the {bad}th time in a row; "
-                                  f"lower train.lr, now {settings.lr}, or lengthen the warm-up, and start again")
+                    raise Failure(f"step {step + 1}: loss {loss}, gradient norm {norm}; not finite in {bad} steps in a "
+                                  f"row: lower train.lr, now {settings.lr}, or lengthen the warm-up, and start again")
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
             step += 1

@@ -395,7 +395,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted_and_the_next_ones_lear
 
 
 def test_no_checkpoint_is_written_of_weights_whose_loss_is_not_finite(make_config, tmp_path):
-    with pytest.raises(Failure, match="the 3th time in a row"):
+    with pytest.raises(Failure, match="not finite in 3 steps in a row: lower train.lr"):
         train(make_config(lr=1e30, lr_decay_style="constant", lr_warmup_ratio=0, max_grad_norm=0, max_steps=50,
                           save_steps=1, max_bad_steps=3))
     folders = (tmp_path / "run/checkpoints").glob("*")
