@@ -8,7 +8,6 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from dllm.batches import MicroBatch, draw_validation, forward, make_batches
 from dllm.checkpoint import Checkpoint, load_latest, save_checkpoint, write_atomically
 from dllm.config import Config, TrainGroup
-from dllm.data import Document, PackedDataset, read_documents, split_documents, tokenize
+from dllm.data import Corpus, TrainingData, open_training_data, read_corpus
 from dllm.errors import Failure, UserError
 from dllm.families import FAMILIES, ModelConfig, read_config, read_json
 from dllm.model import DiffusionLM, find_model
@@ -51,21 +50,20 @@ def train(config: Config) -> TrainResult:
         check_same_run(config, resumed, output)
     write_atomically(output / "config.yaml", config.to_yaml().encode())
 
-    documents = read_documents(config.data.path_list, config.data.key_list)
-    training, held_out = split_documents(documents, config.data.validation_share)
-    tokenizer, model = build_model(config, training, resumed)
+    corpus = read_corpus(config.data)
+    tokenizer, model = build_model(config, corpus, resumed)
     model.to(device).train()
-    dataset = PackedDataset(tokenize(tokenizer, training), config.data.max_seq_len, settings.seed)
-    validation = draw_validation(tokenizer, held_out, config, model)
+    data = open_training_data(corpus, tokenizer, settings.seed, settings.rows_per_step)
+    validation = draw_validation(data, config, model)
     optimizers = build_optimizers(model, settings)
-    total = count_steps(config, dataset)
+    total = count_steps(config, data)
 
-    print(f"{len(training)} documents, {len(dataset.tokens):,} tokens in {len(dataset):,} rows; {len(held_out)} "
-          f"documents held out; {sum(p.numel() for p in model.parameters()):,} parameters on {device}", file=sys.stderr)
+    print(f"{data.describe()}; {sum(p.numel() for p in model.parameters()):,} parameters on {device}", file=sys.stderr)
 
     step, tokens_seen, seconds_before = 0, 0, 0.0
     if resumed is not None:
         step, tokens_seen, seconds_before = (resumed.state[name] for name in ("step", "tokens", "seconds"))
+        data.rows.restore(resumed.state.get("rows", []))
         for optimizer, state in zip(optimizers, resumed.state["optimizers"], strict=True):
             optimizer.load_state_dict(state)
     metrics = Metrics(output / "metrics.jsonl", step)
@@ -76,6 +74,7 @@ def train(config: Config) -> TrainResult:
 
     def save() -> Path:
         state = {"step": step, "tokens": tokens_seen, "seconds": clock.seconds, "config": config.to_dict(),
+                 "rows": [data.rows.state()],
                  "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
         return save_checkpoint(output / "checkpoints", step, partial(write_model, model, tokenizer), state,
                                settings.keep_last)
@@ -85,7 +84,7 @@ def train(config: Config) -> TrainResult:
         while not finished:
             place = max(step, clock.share * total)
             rate = set_learning_rate(optimizers, settings, place, total)
-            batches = make_batches(dataset, step, range(settings.rows_per_step), settings.rows_per_step, settings,
+            batches = make_batches(data.rows, step, range(settings.rows_per_step), settings.rows_per_step, settings,
                                    settings.seed, model)
             normaliser = max(sum(batch.normaliser for batch in batches), 1)
             loss, nll = torch.zeros(2, device=device)
@@ -137,7 +136,7 @@ def validate(model: DiffusionLM, validation: list[list[MicroBatch]], autocast,
     return result
 
 
-def build_model(config: Config, training: Sequence[Document], resumed: Checkpoint | None):
+def build_model(config: Config, corpus: Corpus, resumed: Checkpoint | None):
     """The tokenizer and the model, in fp32: those of the checkpoint, of model_path, or new ones."""
     group = config.model
     path = resumed.hf_folder if resumed else group.model_path or group.config_path
@@ -147,7 +146,7 @@ def build_model(config: Config, training: Sequence[Document], resumed: Checkpoin
     if path or group.tokenizer_path:
         tokenizer = load_tokenizer(path if resumed or not group.tokenizer_path else group.tokenizer_path, mask_token_id)
     else:
-        tokenizer = train_tokenizer((document.text for document in training), group.vocab_size or 4096)
+        tokenizer = train_tokenizer(corpus.texts(), group.vocab_size or 4096)
     if model_config is None:
         model_config = ModelConfig(
             family=check_family(group.family), vocab_size=group.vocab_size or len(tokenizer),
@@ -187,11 +186,19 @@ def check_family(family: str) -> str:
     return family
 
 
-def count_steps(config: Config, dataset: PackedDataset) -> int:
-    """Optimizer steps: the epochs' tokens (train_size, or the corpus) over the tokens of a step, at most max_steps."""
+def count_steps(config: Config, training: TrainingData) -> int:
+    """Optimizer steps: the epochs' tokens (train_size, or the corpus) over the tokens of a step, at most max_steps.
+
+    Raises: UserError if the data is streamed and nothing says how much of it to train on.
+    """
     settings, data = config.train, config.data
+    if data.train_size is None and training.rows_per_epoch is None:
+        if settings.max_steps is None:
+            raise UserError("nobody knows how long a stream is; set data.train_size to the tokens of an epoch, or "
+                            "train.max_steps")
+        return settings.max_steps
     if data.train_size is None:
-        steps = math.ceil(len(dataset) * settings.num_train_epochs / settings.rows_per_step)
+        steps = math.ceil(training.rows_per_epoch * settings.num_train_epochs / settings.rows_per_step)
     else:
         steps = math.ceil(data.train_size / (settings.rows_per_step * data.max_seq_len)) * settings.num_train_epochs
     return min(steps, settings.max_steps or steps)
