@@ -24,7 +24,7 @@ class StreamedRows:
 
     def __init__(self, shards: Sequence[Shard], reader: Reader, tokenizer, *, max_seq_len: int, seed: int = 0,
                  validation_share: float = 0.0, workers: int = 1, lanes: int = 8):
-        """validation_share: of the documents, left out. workers: of `encode`. lanes: best one or more per row of a step."""
+        """validation_share: of the documents, left out. workers: of `encode`. lanes: best some per row of a step."""
         def pack(documents: Sequence[Document], *seeds: object) -> PackedDataset:
             tokens = encode(tokenizer, documents, workers if tokenizer.is_fast else 1)
             reader.skipped.tell()
