@@ -4,6 +4,7 @@ The cache lies in $DLLM_CACHE (default: ~/.cache/dllm). A file is written aside 
 the same one at once; one that is damaged is built again.
 """
 
+import ctypes
 import hashlib
 import json
 import multiprocessing
@@ -11,14 +12,14 @@ import os
 import sys
 import tempfile
 import zlib
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,14 +72,17 @@ def encode(tokenizer, documents: Iterable[Document], workers: int = 1) -> Tokens
         workers: threads for a fast tokenizer, which computes outside Python's lock, processes for any other. Fast ones
             have threads of their own besides: two of ours are a tenth faster than one, processes a third slower.
     """
-    ids, lengths, trainable = [np.zeros(0, np.int32)], [], [np.zeros(0, bool)]
+    ids, lengths, trainable = array("i"), array("q"), array("b")
     for batch_ids, batch_lengths, batch_trainable in _encode_batches(tokenizer, documents, workers):
-        ids.append(batch_ids)
-        lengths += batch_lengths
-        if batch_trainable is not None:
-            trainable.append(batch_trainable)
-    return Tokens(torch.from_numpy(np.concatenate(ids)), torch.tensor(lengths, dtype=torch.int64),
-                  torch.from_numpy(np.concatenate(trainable)) if len(trainable) > 1 else None)
+        ids.extend(batch_ids)
+        lengths.extend(batch_lengths)
+        trainable.extend(batch_trainable)
+    return Tokens(_as_tensor(ids, torch.int32), _as_tensor(lengths, torch.int64),
+                  _as_tensor(trainable, torch.bool) if trainable else None)
+
+
+def _as_tensor(values: array, dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
 
 
 def _encode_batches(tokenizer, documents: Iterable[Document], workers: int) -> Iterator[tuple]:
@@ -107,14 +111,14 @@ def _keep(tokenizer) -> None:
     _kept = tokenizer
 
 
-def _encode_batch(tokenizer, documents: Sequence[Document]) -> tuple[np.ndarray, list[int], np.ndarray | None]:
-    """tokenizer: None for the one that this process keeps."""
+def _encode_batch(tokenizer, documents: Sequence[Document]) -> tuple[array, array, array]:
+    """(tokens, lengths, which tokens to learn or nothing). tokenizer: None for the one that this process keeps."""
     tokenizer = _kept if tokenizer is None else tokenizer
     if documents[0].messages is not None:
         pairs = [encode_conversation(tokenizer, json.loads(document.messages)) for document in documents]
         pairs = [(ids, learnt) if any(learnt) else ([], []) for ids, learnt in pairs]
-        return (np.array([i for ids, _ in pairs for i in ids], np.int32), [len(ids) for ids, _ in pairs],
-                np.array([mark for _, learnt in pairs for mark in learnt], bool))
+        return (array("i", chain.from_iterable(ids for ids, _ in pairs)), array("q", (len(ids) for ids, _ in pairs)),
+                array("b", chain.from_iterable(learnt for _, learnt in pairs)))
     texts = [document.text for document in documents]
     if tokenizer.is_fast:  # a third faster than calling the tokenizer, which makes more than the ids
         tokenizer.backend_tokenizer.no_truncation()
@@ -122,9 +126,11 @@ def _encode_batch(tokenizer, documents: Sequence[Document]) -> tuple[np.ndarray,
         encoded = [e.ids for e in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     else:
         encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    ends = [*map(len, encoded)]
-    ids = np.array([i for ids in encoded for i in (*ids, tokenizer.eos_token_id)], np.int32)
-    return ids, [length + 1 for length in ends], None
+    ids = array("i")
+    for document in encoded:
+        ids.extend(document)
+        ids.append(tokenizer.eos_token_id)
+    return ids, array("q", (len(document) + 1 for document in encoded)), array("b")
 
 
 def describe_tokenizer(tokenizer) -> str:
@@ -196,5 +202,7 @@ def _save(path: Path, tokens: Tokens) -> None:
 def _checksum(tensors: dict[str, Tensor]) -> str:
     total = 0
     for name in sorted(tensors):
-        total = zlib.crc32(tensors[name].numpy(), total)
+        tensor = tensors[name]
+        if tensor.numel():
+            total = zlib.crc32((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()), total)
     return f"{total:08x}"
