@@ -109,6 +109,11 @@ class Corpus:
                     break
 
     @property
+    def num_bytes(self) -> int:
+        """Of all documents' text as UTF-8. Not of a stream."""
+        return sum(int(source.bytes.sum()) for source in self.sources)
+
+    @property
     def fingerprint(self) -> str:
         parts = [(source.fingerprint, source.weight) for source in self.sources]
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=20).hexdigest()

@@ -127,12 +127,16 @@ def find_shards(paths: Sequence[str | Path] | None, stream: bool = False) -> lis
 
 
 def _open_hub(where: str, name: str, config: str | None, split: str, stream: bool) -> list[Shard]:
+    from huggingface_hub import HfApi
+
     try:
         import datasets
     except ImportError:
         raise UserError(f"{where} is no local path, and reading it from the hub needs datasets: "
                         "pip install 'dllm[data]'") from None
     try:
+        if not Path(datasets.config.HF_DATASETS_CACHE, name.replace("/", "___")).exists():
+            HfApi().dataset_info(name, timeout=10)  # fails at once where load_dataset would try again for half a minute
         table = datasets.load_dataset(name, config, split=split, streaming=stream)
     except Exception as error:  # unreachable, unknown, gated, without that split: many types, one meaning
         raise UserError(f"{where} is no local path, and cannot be read from the hub ({first_line(error)}); check the "
@@ -140,6 +144,24 @@ def _open_hub(where: str, name: str, config: str | None, split: str, stream: boo
     if not stream or table.num_shards == 1:
         return [Shard(where, None, table)]
     return [Shard(f"{where}[{i}]", None, table.shard(table.num_shards, i)) for i in range(table.num_shards)]
+
+
+def write_parquet(table: Any, folder: Path) -> None:
+    """Write a dataset of the library `datasets` as files of about half a gigabyte, each whole or absent.
+
+    Raises: Failure if the disk is full or the folder cannot be written.
+    """
+    count = max(1, -(-(table.dataset_size or 0) // 2**29))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            path = folder / f"{index:05}-of-{count:05}.parquet"
+            temporary = path.with_name(f".{path.name}.tmp")
+            table.shard(count, index, contiguous=True).to_parquet(temporary)
+            temporary.replace(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise Failure(f"cannot write {folder}: {reason}; free space or choose another folder") from error
 
 
 def first_line(error: Exception) -> str:

@@ -70,7 +70,8 @@ def encode(tokenizer, documents: Iterable[Document], workers: int = 1) -> Tokens
 
     Args:
         workers: threads for a fast tokenizer, which computes outside Python's lock, processes for any other. Fast ones
-            have threads of their own besides: two of ours are a tenth faster than one, processes a third slower.
+            have threads of their own besides: two of ours are up to a tenth faster than one, two processes a fifth
+            slower and a second later.
     """
     ids, lengths, trainable = array("i"), array("q"), array("b")
     for batch_ids, batch_lengths, batch_trainable in _encode_batches(tokenizer, documents, workers):

@@ -84,6 +84,7 @@ def hub(monkeypatch):
         return table.to_iterable_dataset(num_shards=4) if streaming else table
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
     return asked
 
 
