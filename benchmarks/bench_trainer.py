@@ -9,7 +9,7 @@ import dllm.trainer as trainer
 from dllm.batches import forward, make_batches
 from dllm.building import describe_model
 from dllm.config import Config, load_config
-from dllm.data import PackedDataset, read_documents, tokenize
+from dllm.data import open_training_data, read_corpus
 from dllm.metrics import Clock
 from dllm.model import DiffusionLM
 from dllm.optimizer import build_optimizers
@@ -56,13 +56,13 @@ def bench_trainer_step(paired, tmp_path, monkeypatch):
 
     settings = config.train
     assert run.thread.is_alive(), "the run has ended"
-    documents = read_documents(config.data.path_list, config.data.key_list)
-    tokenizer, model_config, _ = describe_model(config, documents, None)
+    corpus = read_corpus(config.data)
+    tokenizer, model_config, _ = describe_model(config, corpus, None)
     model = DiffusionLM(model_config)
-    dataset = PackedDataset(tokenize(tokenizer, documents), config.data.max_seq_len, settings.seed)
+    rows = open_training_data(corpus, tokenizer, settings.seed, settings.rows_per_step).rows
     optimizers = build_optimizers(model, settings)
     steps = iter(range(1, 10**6))
-    prepared = {step: make_batches(dataset, step, range(settings.rows_per_step), settings.rows_per_step, settings,
+    prepared = {step: make_batches(rows, step, range(settings.rows_per_step), settings.rows_per_step, settings,
                                    settings.seed, model) for step in range(1, STEPS * (rounds + 1) + 2)}
 
     def bare_steps() -> None:

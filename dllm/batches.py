@@ -13,7 +13,7 @@ from torch import Tensor
 from dllm.accounting import count_pairs
 from dllm.config import Config, TrainGroup
 from dllm.corruption import T_MIN, corrupt
-from dllm.data import Document, Packed, PackedDataset, RowSource, tokenize
+from dllm.data import Packed, RowSource, TrainingData
 from dllm.loss import LossSums, Targets, choose_targets, sum_losses
 from dllm.model import DiffusionLM
 from dllm_kernels import philox_uniform
@@ -51,6 +51,7 @@ def make_batches(source: RowSource, step: int, slots: range, of: int, settings: 
                  model: DiffusionLM) -> list[MicroBatch]:
     """The micro-batches of a step's rows in `slots`, out of `of` rows that the step has over all processes.
 
+    Of conversations only the answers' tokens are ever masked, and scored: the model learns to answer what it can read.
     A row and its draws are a function of seed, step and slot alone, whoever computes it and however the step is cut.
     The times of a step's documents are one random offset plus nearly equal spacing: each is uniform, and together they
     cover (0, 1) evenly, which lowers the variance of the loss (MDLM, arXiv:2406.07524).
@@ -71,10 +72,11 @@ def make_batches(source: RowSource, step: int, slots: range, of: int, settings: 
             corruption = corrupt(packed.tokens, packed.cu_seqlens, model.config.mask_token_id,
                                  schedule=settings.schedule, times=spread_times(packed, part.start, of, offset),
                                  uniform=philox_uniform(seed, slot, step, packed.column)[..., 0],
-                                 at_least_one_of=scorable)
+                                 maskable=packed.trainable, at_least_one_of=scorable)
             input_ids = corruption.noisy
         targets = choose_targets(packed.tokens, packed.cu_seqlens, corruption, objective=settings.objective,
-                                 path_term=settings.path_term, shift=model.config.shift_logits)
+                                 path_term=settings.path_term, shift=model.config.shift_logits,
+                                 trainable=packed.trainable)
         even = len(input_ids) == (len(packed.cu_seqlens) - 1) * packed.max_seqlen
         batches.append(MicroBatch(
             input_ids=input_ids.view(-1, packed.max_seqlen) if even else input_ids.view(1, -1),
@@ -129,13 +131,12 @@ def share_positions(batch: MicroBatch, part: int, parts: int) -> MicroBatch:
                           max_seqlen=max(batch.max_seqlen, extra), position_ids=positions[mine].unsqueeze(0), **counts)
 
 
-def draw_validation(tokenizer, held_out: list[Document], config: Config, model: DiffusionLM) -> list[list[MicroBatch]]:
+def draw_validation(data: TrainingData, config: Config, model: DiffusionLM) -> list[list[MicroBatch]]:
     """The held-out rows with their corruption, the same at every measurement: for the objective, then for the bound."""
-    if not held_out:
+    if data.held_out is None:
         return []
-    dataset = PackedDataset(tokenize(tokenizer, held_out), config.data.max_seq_len, config.train.seed)
-    rows = min(len(dataset), max(1, config.train.eval_tokens // config.data.max_seq_len))
+    rows = min(len(data.held_out), max(1, config.train.eval_tokens // config.data.max_seq_len))
     objectives = [config.train] if config.train.objective != "mdm" else [
         config.train, replace(config.train, objective="elbo", path_term=False, mask_at_least_one=False)]
-    return [make_batches(dataset, 0, range(rows), rows, settings, config.train.seed + 1, model)
+    return [make_batches(data.held_out, 0, range(rows), rows, settings, config.train.seed + 1, model)
             for settings in objectives]

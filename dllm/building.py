@@ -1,6 +1,5 @@
 """The tokenizer and the model that a run trains: new ones, those it starts from, or those of its checkpoint."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import torch
 
 from dllm.checkpoint import Checkpoint
 from dllm.config import Config
-from dllm.data import Document
+from dllm.data import Corpus
 from dllm.distributed import World
 from dllm.errors import UserError
 from dllm.families import FAMILIES, ModelConfig, read_config, read_json
@@ -17,12 +16,12 @@ from dllm.model import DiffusionLM, find_model
 from dllm.tokenizer import check_vocabulary, load_tokenizer, train_tokenizer
 
 
-def build_model(config: Config, training: Sequence[Document], resumed: Checkpoint | None, world: World):
+def build_model(config: Config, corpus: Corpus, resumed: Checkpoint | None, world: World):
     """The tokenizer and the model, in fp32: those of the checkpoint, of model_path, or new ones.
 
     The weights are the main process's; elsewhere they are on the meta device, and a checkpoint's are not loaded yet.
     """
-    tokenizer, model_config, folder = world.from_main(lambda: describe_model(config, training, resumed))
+    tokenizer, model_config, folder = world.from_main(lambda: describe_model(config, corpus, resumed))
     with torch.random.fork_rng(devices=[]), torch.device("cpu" if world.main else "meta"):
         torch.manual_seed(config.train.seed)
         model = DiffusionLM(model_config)
@@ -40,7 +39,7 @@ def build_model(config: Config, training: Sequence[Document], resumed: Checkpoin
     return tokenizer, model
 
 
-def describe_model(config: Config, training: Sequence[Document], resumed: Checkpoint | None):
+def describe_model(config: Config, corpus: Corpus, resumed: Checkpoint | None):
     """(tokenizer, configuration, folder that they and the weights are from, if from any).
 
     Raises: UserError if they do not fit each other, or are no longer those of the run that is to be continued.
@@ -57,7 +56,7 @@ def describe_model(config: Config, training: Sequence[Document], resumed: Checkp
         tokenizer, model_config = read_described(folder, group.tokenizer_path)
     else:
         tokenizer = load_tokenizer(group.tokenizer_path, None) if group.tokenizer_path else train_tokenizer(
-            (document.text for document in training), group.vocab_size or 4096)
+            corpus.texts(), group.vocab_size or 4096)
         model_config = ModelConfig(
             family=check_family(group.family), vocab_size=group.vocab_size or len(tokenizer),
             hidden_size=group.hidden_size, intermediate_size=group.intermediate_size,

@@ -158,6 +158,7 @@ def build_parser(describe_keys: bool = False, task: str | None = None) -> Parser
 
     add_serve(commands)
     add_export(commands)
+    add_data(commands)
 
     doctor = commands.add_parser("doctor", help="what is installed, what runs here, what to install",
                                  description="Print versions, devices, backends with reasons, and what to install.")
@@ -211,6 +212,40 @@ def add_serve(commands) -> None:
     bench.add_argument("--api-key", metavar="KEY", help="default: DLLM_API_KEY, or none")
     bench.add_argument("--output", type=Path, metavar="FILE", help="write the numbers here, as JSON")
     bench.set_defaults(run=run_bench_serve)
+
+
+def add_data(commands) -> None:
+    data = commands.add_parser("data", help="download, count or look at training data",
+                               description="Download, count or look at training data.")
+    actions = data.add_subparsers(metavar="ACTION", required=True)
+
+    download = actions.add_parser(
+        "download", help="fetch a dataset of the Hugging Face hub",
+        description="Fetch a dataset of the hub: then data.train_path may name it without a network, or with\n"
+                    "--output-dir the folder of Parquet files.")
+    download.add_argument("dataset", metavar="DATASET", help="owner/name, owner/name:config or owner/name@split")
+    download.add_argument("--output-dir", type=Path, metavar="DIR", help="write it here as Parquet files")
+    download.set_defaults(run=run_data_download)
+
+    for name, text, run in (
+            ("count", "documents, bytes, tokens and rows, as JSON", run_data_count),
+            ("inspect", "some rows as text, what of it is learnt, and a corrupted copy", run_data_inspect)):
+        action = actions.add_parser(name, help=text, description=f"Show {text}.")
+        action.add_argument("paths", metavar="PATHS", help="what data.train_path takes: folders, files and datasets of "
+                                                           "the hub, separated by commas, each with or without *weight")
+        action.add_argument("--tokenizer", required=True, metavar="TOKENIZER",
+                            help="folder, or hub repository as owner/name")
+        for flag, default in (("--data-type", "plaintext"), ("--text-keys", None), ("--chat-template", "default")):
+            key = f"data.{flag[2:].replace('-', '_')}"
+            action.add_argument(flag, default=default, metavar="VALUE",
+                                help=f"as {key} of a training run" + (f"; default: {default}" if default else ""))
+        length = 2048 if name == "count" else 256
+        action.add_argument("--max-seq-len", type=whole, default=length, metavar="N",
+                            help=f"tokens of a row; default: {length}")
+        if name == "inspect":
+            action.add_argument("--rows", type=whole, default=2, metavar="N", help="to show; default: 2")
+            action.add_argument("--seed", type=whole, default=0, metavar="N", help="of the order; default: 0")
+        action.set_defaults(run=run)
 
 
 def add_code_tasks(tasks) -> None:
@@ -686,6 +721,51 @@ def run_export(args: argparse.Namespace) -> int:
     print(export(args.source, args.output_dir, getattr(torch, args.dtype)))
     if args.push:
         print(push(args.output_dir, args.push, args.private))
+    return 0
+
+
+def run_data_download(args: argparse.Namespace) -> int:
+    from dllm.data.sources import find_shards, write_parquet
+
+    shards = find_shards([args.dataset])
+    if not shards or shards[0].table is None:
+        raise UserError(f"{args.dataset} is a local path, there is nothing to download; give a dataset of the hub, as "
+                        "owner/name")
+    records = len(shards[0].table)
+    if args.output_dir is not None:
+        write_parquet(shards[0].table, args.output_dir)
+    print(f"{records:,} records of {args.dataset}; train with --data.train_path={args.output_dir or args.dataset}")
+    return 0
+
+
+def open_data(args: argparse.Namespace, seed: int = 0):
+    """(corpus, tokenizer, training data) of the flags, nothing held out."""
+    from dllm.config import DataGroup
+    from dllm.data import open_training_data, read_corpus
+    from dllm.tokenizer import load_tokenizer
+
+    group = DataGroup(train_path=args.paths, data_type=args.data_type, text_keys=args.text_keys, validation_share=0.0,
+                      chat_template=args.chat_template, max_seq_len=args.max_seq_len)
+    corpus, tokenizer = read_corpus(group), load_tokenizer(args.tokenizer)
+    return corpus, tokenizer, open_training_data(corpus, tokenizer, seed)
+
+
+def run_data_count(args: argparse.Namespace) -> int:
+    corpus, _, data = open_data(args)
+    print(json.dumps({"documents": data.documents, "bytes": corpus.num_bytes, "tokens": data.tokens,
+                      "bytes_per_token": round(corpus.num_bytes / data.tokens, 3), "max_seq_len": args.max_seq_len,
+                      "rows": data.rows_per_epoch,
+                      "packing": round(data.tokens / (data.rows_per_epoch * args.max_seq_len), 4)}, indent=2))
+    return 0
+
+
+def run_data_inspect(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from dllm.data.showing import show_rows
+
+    _, tokenizer, data = open_data(args, args.seed)
+    show_rows(data.rows.read(range(max(1, args.rows))), tokenizer, args.seed, Console(highlight=False))
     return 0
 
 

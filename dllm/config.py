@@ -5,6 +5,7 @@ that would change the result here (one line says so), and refused by name otherw
 """
 
 import difflib
+import re
 import sys
 import types
 import typing
@@ -69,12 +70,21 @@ _SHAPE = ("family", "vocab_size", "hidden_size", "intermediate_size", "num_hidde
           "num_key_value_heads", "tie_word_embeddings", "rope_theta", "initializer_range", "shift_logits")
 
 
+_WEIGHTED = re.compile(r"(?P<path>.+?)(\s*\*\s*(?P<weight>\d+(\.\d*)?|\.\d+))?", re.DOTALL)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataGroup:
     """Which text to train on, and how it is cut."""
 
-    train_path: str | None = None  # folders and files, separated by commas; None: the running Python's standard library
-    text_keys: str = "text"  # JSONL and Parquet column of the text; of several, separated by commas, the first present
+    # Folders, files and datasets of the hub (owner/name, owner/name:config, owner/name@split), separated by commas; a
+    # weight after each, as a*3,b*1, makes a share of the rows of it; None: the running Python's standard library
+    train_path: str | None = None
+    data_type: str = "plaintext"  # plaintext, or conversation: lists of messages, of which the answers are learnt
+    datasets_type: str = "mapping"  # mapping: tokenised before training, and kept; iterable: while it is read
+    text_keys: str | None = None  # column; of several, separated by commas, the first present; None: text, or messages
+    chat_template: str = "default"  # of conversations: the tokenizer's own, or a Jinja file
+    num_workers: int = 2  # threads that tokenise; processes, if the tokenizer is no fast one; 0: as 1
     train_size: int | None = None  # tokens that make an epoch; None: the corpus
     max_seq_len: int = 2048  # tokens of a row; longer documents are cut into consecutive chunks
     validation_share: float = 0.05  # of the documents, held out by a hash of their names; 0: none
@@ -84,14 +94,37 @@ class DataGroup:
         _check("data.max_seq_len", self.max_seq_len, self.max_seq_len >= 2, "at least 2 tokens")
         _check("data.validation_share", self.validation_share, 0 <= self.validation_share < 1, "at least 0 and below 1")
         _check("data.text_keys", self.text_keys, any(self.key_list), "a column name")
+        for name, choices in (("data_type", ("plaintext", "conversation")), ("datasets_type", ("mapping", "iterable"))):
+            value = getattr(self, name)
+            _check(f"data.{name}", value, value in choices, " or ".join(choices))
+        _check("data.num_workers", self.num_workers, self.num_workers >= 0, "at least 0")
+        weights = {weight for _, weight in self._entries}
+        if 0 in weights or None in weights and len(weights) > 1:
+            raise UserError(f"data.train_path {self.train_path!r} must give every entry a weight above 0, as a*3,b*1, "
+                            "or none at all")
 
     @property
     def path_list(self) -> list[str] | None:
-        return None if self.train_path is None else _split_commas(self.train_path)
+        """Every path, without its weight."""
+        return None if self.train_path is None else [path for path, _ in self._entries]
 
     @property
     def key_list(self) -> list[str]:
-        return _split_commas(self.text_keys)
+        keys = self.text_keys
+        usual = {"plaintext": "text", "conversation": "messages"}
+        return _split_commas(usual[self.data_type] if keys is None else keys)
+
+    @property
+    def sources(self) -> list[tuple[list[str] | None, float]]:
+        """(paths, weight): each path that has a weight, or all of them together."""
+        weighted = [([path], weight) for path, weight in self._entries if weight is not None]
+        return weighted or [(self.path_list, 1.0)]
+
+    @property
+    def _entries(self) -> list[tuple[str, float | None]]:
+        """(path, weight or None)"""
+        entries = [_WEIGHTED.fullmatch(entry) for entry in _split_commas(self.train_path or "")]
+        return [(entry["path"], entry["weight"] and float(entry["weight"])) for entry in entries]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -218,14 +251,10 @@ FOREIGN: Mapping[str, Foreign] = {
     "model.encoders": Foreign((None, {}), "only text models are supported"),
     "model.decoders": Foreign((None, {}), "only text models are supported"),
     "model.basic_modules": Foreign((None, []), "whole layers are sharded: remove it"),
-    "data.data_type": Foreign(("plaintext",), "set it to plaintext, and data.text_keys to the column of plain text"),
     "data.dataloader_type": Foreign(None, "there is one loader"),
-    "data.datasets_type": Foreign(("mapping",), "the corpus is read into memory: set it to mapping"),
     "data.data_name": Foreign((None,), "name the files in data.train_path"),
     "data.data_tag": Foreign(("default",), "name the files in data.train_path"),
-    "data.chat_template": Foreign(("default",), "give plain text, with the template already applied"),
-    "data.num_workers": Foreign(None, "the corpus is tokenised once, before training"),
-    "data.prefetch_factor": Foreign(None, "the corpus is tokenised once, before training"),
+    "data.prefetch_factor": Foreign(None, "data.num_workers says how many tokenise"),
     "data.drop_last": Foreign(None, "no data is dropped"),
     "data.pin_memory": Foreign(None, "batches are small next to the model"),
     "train.repr_align_wt": Foreign((0,), "representation alignment is not supported: set it to 0"),

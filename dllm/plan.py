@@ -7,7 +7,7 @@ import torch
 from dllm.accounting import estimate_memory
 from dllm.building import describe_model
 from dllm.config import Config
-from dllm.data import PackedDataset, read_documents, split_documents, tokenize
+from dllm.data import open_training_data, read_corpus
 from dllm.distributed import choose_device, use_bf16
 from dllm.lora import add_adapters
 from dllm.model import DiffusionLM
@@ -20,15 +20,14 @@ def plan(config: Config) -> str:
     Raises: UserError for all that would keep the run from beginning.
     """
     settings, processes = config.train, int(os.environ.get("WORLD_SIZE", 1))
-    documents = read_documents(config.data.path_list, config.data.key_list)
-    training, _ = split_documents(documents, config.data.validation_share)
-    tokenizer, model_config, _ = describe_model(config, training, None)
+    corpus = read_corpus(config.data)
+    tokenizer, model_config, _ = describe_model(config, corpus, None)
     with torch.device("meta"):
         model = DiffusionLM(model_config)
         if settings.lora_rank:
             add_adapters(model, settings.lora_rank, settings.lora_alpha)
     parameters, trainable = model.count_parameters(), model.count_parameters(trainable=True)
-    dataset = PackedDataset(tokenize(tokenizer, training), config.data.max_seq_len, settings.seed)
+    data = open_training_data(corpus, tokenizer, settings.seed, settings.rows_per_step)
     bf16 = use_bf16(settings, choose_device(settings))
     memory = estimate_memory(model_config, parameters, trainable, settings,
                              settings.micro_batch_size * config.data.max_seq_len, processes, bf16)
@@ -40,5 +39,4 @@ def plan(config: Config) -> str:
         f"memory of each of {processes} processes, estimated: {sum(memory.values()) / 2**30:.2f} GiB ({parts})",
         f"a step: {rows} rows, at most {rows * config.data.max_seq_len:,} tokens; micro-batches of each process: "
         f"{micro_batches}",
-        f"steps: {count_steps(config, dataset):,}; the corpus has {len(dataset.tokens):,} tokens in "
-        f"{len(dataset):,} rows"))
+        f"steps: {count_steps(config, data):,}; {data.describe()}"))

@@ -24,7 +24,7 @@ from dllm.batches import MicroBatch, draw_validation, forward, make_batches, sha
 from dllm.building import build_model
 from dllm.checkpoint import Checkpoint, load_latest, write_atomically
 from dllm.config import Config, TrainGroup
-from dllm.data import PackedDataset, read_documents, split_documents, tokenize
+from dllm.data import TrainingData, open_training_data, read_corpus
 from dllm.distributed import Shared, World, join
 from dllm.errors import Failure, UserError
 from dllm.families import ModelConfig
@@ -69,12 +69,9 @@ def train(config: Config) -> TrainResult:
 def train_in(world: World, config: Config) -> TrainResult:
     settings, output = config.train, Path(config.train.output_dir)
     resumed = world.from_main(lambda: find_run(config, output))
-    documents = read_documents(config.data.path_list, config.data.key_list)
-    training, held_out = split_documents(documents, config.data.validation_share)
-    tokenizer, model = build_model(config, training, resumed, world)
-    dataset = PackedDataset(tokenize(tokenizer, training), config.data.max_seq_len, settings.seed)
-    validation = draw_validation(tokenizer, held_out, config, model)
-    total = count_steps(config, dataset)
+    tokenizer, model, data = open_run(config, resumed, world)
+    validation = draw_validation(data, config, model)
+    total = count_steps(config, data)
 
     model.sequence_group = world.sequence_group
     model.checkpointing = settings.enable_gradient_checkpointing
@@ -89,16 +86,18 @@ def train_in(world: World, config: Config) -> TrainResult:
         step, tokens_seen, seconds_before, skipped = (resumed.state[name] for name in
                                                       ("step", "tokens", "seconds", "skipped"))
         load_state(resumed.folder, model, optimizers, world)
+        data.rows.restore(resumed.state["rows"])
     clock = Clock(seconds_before, settings.max_minutes)
     if world.main:
         across = f" in each of {world.size} processes" if world.size > 1 else ""
-        print(f"{len(training)} documents, {len(dataset.tokens):,} tokens in {len(dataset):,} rows; {len(held_out)} "
-              f"documents held out; {model.count_parameters():,} parameters on {world.device}{across}", file=sys.stderr)
+        print(f"{data.describe()}; {model.count_parameters():,} parameters on {world.device}{across}", file=sys.stderr)
 
-    def read_step(number: int) -> list[MicroBatch]:
-        batches = make_batches(dataset, number, world.slots(settings.rows_per_step), settings.rows_per_step, settings,
+    def read_step(number: int) -> tuple[list[MicroBatch], dict]:
+        """The micro-batches, and where the rows then stand."""
+        batches = make_batches(data.rows, number, world.slots(settings.rows_per_step), settings.rows_per_step, settings,
                                settings.seed, model)
-        return [share_positions(batch, world.sequence_rank, world.sequence_size).pin(world.device) for batch in batches]
+        return ([share_positions(batch, world.sequence_rank, world.sequence_size).pin(world.device)
+                 for batch in batches], data.rows.state())
 
     with ExitStack() as stack:
         metrics = stack.enter_context(Metrics(output, step, config, world))
@@ -110,13 +109,13 @@ def train_in(world: World, config: Config) -> TrainResult:
 
         def save(last: bool) -> None:
             state = {"step": step, "tokens": tokens_seen, "seconds": clock.seconds, "skipped": skipped,
-                     "config": config.to_dict()}
+                     "config": config.to_dict(), "data": data.fingerprint, "rows": world.gather(rows)}
             saver.save(step, model, tokenizer, optimizers, state, last=last)
 
         upcoming = reader.submit(read_step, step)
         finished, stopped, bad = resumed is not None and (step >= total or clock.expired), False, 0
         while not finished and not stopped:
-            batches = upcoming.result()
+            batches, rows = upcoming.result()
             upcoming = reader.submit(read_step, step + 1)
             agreed = agree(world, batches, sigterm.came, clock, settings)
             rate = set_learning_rate(optimizers, settings, max(step, agreed.share * total), total)
@@ -274,11 +273,35 @@ def find_run(config: Config, output: Path) -> Checkpoint | None:
     return resumed
 
 
-def count_steps(config: Config, dataset: PackedDataset) -> int:
-    """Optimizer steps: the epochs' tokens (train_size, or the corpus) over the tokens of a step, at most max_steps."""
+def open_run(config: Config, resumed: Checkpoint | None, world: World):
+    """(tokenizer, model, data). The main process goes first, and leaves the tokens in the cache for the others."""
+    def open_data(tokenizer) -> TrainingData:
+        return open_training_data(corpus, tokenizer, config.train.seed, config.train.rows_per_step)
+
+    corpus = read_corpus(config.data)
+    if resumed is not None and resumed.state["data"] != corpus.fingerprint:
+        where = config.data.train_path or "the standard library"
+        raise UserError(f"{resumed.folder} continues a run on other documents than there are now in {where}; bring "
+                        "them back, or set another train.output_dir")
+    tokenizer, model = build_model(config, corpus, resumed, world)
+    data = open_data(tokenizer) if world.main else None
+    world.barrier()
+    return tokenizer, model, data or open_data(tokenizer)
+
+
+def count_steps(config: Config, training: TrainingData) -> int:
+    """Optimizer steps: the epochs' tokens (train_size, or the corpus) over the tokens of a step, at most max_steps.
+
+    Raises: UserError if the data is streamed and nothing says how much of it to train on.
+    """
     settings, data = config.train, config.data
+    if data.train_size is None and training.rows_per_epoch is None:
+        if settings.max_steps is None:
+            raise UserError("nobody knows how long a stream is; set data.train_size to the tokens of an epoch, or "
+                            "train.max_steps")
+        return settings.max_steps
     if data.train_size is None:
-        steps = math.ceil(len(dataset) * settings.num_train_epochs / settings.rows_per_step)
+        steps = math.ceil(training.rows_per_epoch * settings.num_train_epochs / settings.rows_per_step)
     else:
         steps = math.ceil(data.train_size / (settings.rows_per_step * data.max_seq_len)) * settings.num_train_epochs
     return min(steps, settings.max_steps or steps)

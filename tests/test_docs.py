@@ -53,6 +53,7 @@ def place(tmp_path_factory, model_folder) -> Path:
 @pytest.fixture(autouse=True)
 def inside(place, monkeypatch):
     monkeypatch.chdir(place)
+    monkeypatch.setenv("DLLM_CACHE", str(place / "cache"))
 
 
 def blocks(language: str):

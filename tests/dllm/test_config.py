@@ -113,7 +113,7 @@ def test_keys_of_open_dllm_that_change_nothing_are_named_and_accepted(capsys):
 
 
 @pytest.mark.parametrize("flag, advice", [
-    ("--train.repr_align_wt=10", "set it to 0"), ("--data.data_type=conversation", "plaintext"),
+    ("--train.repr_align_wt=10", "set it to 0"), ("--data.data_name=x", "data.train_path"),
     ("--train.tensor_parallel_size=2", "ulysses_parallel_size"), ("--train.load_checkpoint_path=x", "model.model_path"),
     ("--train.enable_fsdp_offload=true", "train.micro_batch_size")])
 def test_keys_of_open_dllm_that_we_lack_are_refused_by_name_with_an_alternative(flag, advice):

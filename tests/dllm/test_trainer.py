@@ -464,6 +464,16 @@ def test_a_changed_model_or_tokenizer_is_refused_naming_the_difference(make_conf
         train(config)
 
 
+def test_other_documents_are_refused(make_config, tmp_path):
+    (tmp_path / "code.txt").write_text("".join(TEXTS))
+    config = make_config(max_steps=2)
+    config = replace(config, data=replace(config.data, train_path=str(tmp_path / "code.txt"), validation_share=0.0))
+    train(config)
+    (tmp_path / "code.txt").write_text("".join(TEXTS) + "more")
+    with pytest.raises(UserError, match="continues a run on other documents than there are now in .*code.txt"):
+        train(config)
+
+
 def test_metrics_go_to_tensorboard_and_a_profile_is_written_when_asked(make_config, tmp_path):
     train(make_config(max_steps=6, enable_profiling=True, profile_trace_dir=str(tmp_path / "trace"),
                       profile_start_step=2, profile_end_step=4))
@@ -482,5 +492,5 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(make_config, tmp_pat
     (tmp_path / "again.yaml").write_text(told)
     assert load_config(tmp_path / "again.yaml").train.lr == 0.5
     assert "# parameters: 28,256\n" in told and "# memory of each of 1 processes, estimated: " in told
-    assert "# a step: 8 rows, at most 384 tokens; micro-batches of each process: 2\n# steps: 12; the corpus has" in told
+    assert "# a step: 8 rows, at most 384 tokens; micro-batches of each process: 2\n# steps: 12; " in told
     assert not (tmp_path / "run").exists()
