@@ -103,24 +103,40 @@ def test_two_processes_are_one_bit_for_bit_when_each_adds_one_gradient(make_conf
     assert read(tmp_path / "run") == read(alone)
 
 
+def start_and_kill(processes: int, path: Path, wanted: Path, *flags: str) -> int:
+    """Kill all processes of a run as soon as `wanted` is there; the exit code of the first."""
+    running = subprocess.Popen(command(processes, path, *flags), env=ENVIRONMENT, stderr=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not wanted.exists():
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    os.killpg(running.pid, signal.SIGKILL)
+    return running.wait()
+
+
 @pytest.mark.parametrize("before, after, mode", [(2, 1, "ddp"), (1, 2, "ddp"), (2, 1, "fsdp2"), (1, 2, "fsdp2")])
 def test_after_kill_9_another_number_of_processes_goes_on_bit_for_bit(make_config, alone, tmp_path, before, after,
                                                                       mode):
     path, output = make_config(tmp_path / "run", data_parallel_mode=mode), tmp_path / "run"
-    running = subprocess.Popen(command(before, path), env=ENVIRONMENT, stderr=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not (output / "checkpoints/global_step_10").exists():
-        assert running.poll() is None and time.monotonic() < deadline
-        time.sleep(0.001)
-    os.killpg(running.pid, signal.SIGKILL)
-    running.wait()
+    start_and_kill(before, path, output / "checkpoints/global_step_10")
     result = run(after, path)
     assert result.returncode == 0, result.stderr
     # A sharded norm is added up in another order; nothing follows from it here, where gradients are not clipped.
     ignored = "grad_norm" if mode == "fsdp2" else None
     assert [{**line, ignored: 0} for line in read(output)] == [{**line, ignored: 0} for line in read(alone)]
     assert all(torch.equal(tensor, weights(alone)[name]) for name, tensor in weights(output).items())
+
+
+def test_a_stream_goes_on_where_it_was_with_another_number_of_processes(make_config, tmp_path):
+    stream = ("--data.datasets_type=iterable",)
+    assert run(1, make_config(tmp_path / "alone"), *stream).returncode == 0
+    path, output = make_config(tmp_path / "run"), tmp_path / "run"
+    killed = start_and_kill(2, path, output / "checkpoints/global_step_10", *stream)
+    assert killed == -signal.SIGKILL
+    result = run(1, path, *stream)
+    assert result.returncode == 0, result.stderr
+    assert read(output) == read(tmp_path / "alone")
 
 
 def test_a_rank_that_is_killed_is_started_again_and_the_run_ends_the_same(make_config, alone, tmp_path):
