@@ -174,6 +174,7 @@ class TrainGroup:
     save_hf_weights: bool = True  # every checkpoint has a Hugging Face folder; false: only the last one
     eval_every: int = 0  # steps between measurements of the validation loss; 0: only at the end
     eval_tokens: int = 65536  # held-out tokens in such a measurement, the same ones each time
+    eval_tasks: str | None = None  # "humaneval --limit 20; perplexity": measured by dllm eval at every checkpoint
     log_steps: int = 1  # steps between lines of metrics.jsonl
     use_tensorboard: bool = True  # write events to output_dir/tensorboard, if tensorboard is installed
     use_wandb: bool = False  # send metrics to Weights & Biases

@@ -41,11 +41,19 @@ class Metrics:
         if not self.main:
             return
         self.lines.append(line)
+        self._write(self.path, line)
+
+    def add_scores(self, step: int, scores: dict[str, float]) -> None:
+        """Of a checkpoint; they are in evaluations.jsonl."""
+        if self.main and scores:
+            self._write(self.path.with_name("evaluations.jsonl"), {"step": step, **scores})
+
+    def _write(self, path: Path, line: dict) -> None:
         try:
-            with open(self.path, "a") as file:
+            with open(path, "a") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            raise Failure(f"cannot write {self.path}: {error.strerror}; free space, then start again") from error
+            raise Failure(f"cannot write {path}: {error.strerror}; free space, then start again") from error
         values = {name: value for name, value in line.items() if name != "step" and isinstance(value, int | float)}
         if self._board is not None:
             for name, value in values.items():

@@ -27,6 +27,7 @@ from dllm.config import Config, TrainGroup
 from dllm.data import TrainingData, open_training_data, read_corpus
 from dllm.distributed import Shared, World, join
 from dllm.errors import Failure, UserError
+from dllm.evaluating import evaluate_checkpoint
 from dllm.families import ModelConfig
 from dllm.loss import LossSums
 from dllm.metrics import Clock, Metrics, Progress
@@ -111,6 +112,11 @@ def train_in(world: World, config: Config) -> TrainResult:
             state = {"step": step, "tokens": tokens_seen, "seconds": clock.seconds, "skipped": skipped,
                      "config": config.to_dict(), "data": data.fingerprint, "rows": world.gather(rows)}
             saver.save(step, model, tokenizer, optimizers, state, last=last)
+            if settings.eval_tasks and (last or settings.save_hf_weights):
+                folder = saver.wait()
+                if world.main:  # the others wait for it in the next step
+                    metrics.add_scores(step, evaluate_checkpoint(settings.eval_tasks, folder / "hf_ckpt",
+                                                                 output / "evaluations" / folder.name))
 
         upcoming = reader.submit(read_step, step)
         finished, stopped, bad = resumed is not None and (step >= total or clock.expired), False, 0

@@ -464,6 +464,17 @@ def test_a_changed_model_or_tokenizer_is_refused_naming_the_difference(make_conf
         train(config)
 
 
+def test_checkpoints_are_evaluated_and_what_fails_is_told(make_config, corpus, tmp_path, capfd):
+    tasks = f"perplexity --data {corpus} --windows 2 --samples 1; nonsense --limit 1"
+    result = train(make_config(max_steps=4, save_steps=2, eval_tasks=tasks))
+    assert len(result.history) == 4
+    lines = [json.loads(line) for line in (tmp_path / "run/evaluations.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert lines[1]["perplexity/nats_per_token"] < lines[0]["perplexity/nats_per_token"] < 10
+    assert (tmp_path / "run/evaluations/global_step_4/perplexity.json").exists()
+    assert "note: evaluation nonsense of global_step_2 failed: " in capfd.readouterr().err
+
+
 def test_other_documents_are_refused(make_config, tmp_path):
     (tmp_path / "code.txt").write_text("".join(TEXTS))
     config = make_config(max_steps=2)
