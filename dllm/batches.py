@@ -48,7 +48,7 @@ class MicroBatch(NamedTuple):
 
 
 def make_batches(source: RowSource, step: int, slots: range, of: int, settings: TrainGroup, seed: int,
-                 model: DiffusionLM) -> list[MicroBatch]:
+                 model: DiffusionLM, by_ratio: bool = False) -> list[MicroBatch]:
     """The micro-batches of a step's rows in `slots`, out of `of` rows that the step has over all processes.
 
     Of conversations only the answers' tokens are ever masked, and scored: the model learns to answer what it can read.
@@ -76,7 +76,7 @@ def make_batches(source: RowSource, step: int, slots: range, of: int, settings: 
             input_ids = corruption.noisy
         targets = choose_targets(packed.tokens, packed.cu_seqlens, corruption, objective=settings.objective,
                                  path_term=settings.path_term, shift=model.config.shift_logits,
-                                 trainable=packed.trainable)
+                                 trainable=packed.trainable, by_ratio=by_ratio)
         even = len(input_ids) == (len(packed.cu_seqlens) - 1) * packed.max_seqlen
         batches.append(MicroBatch(
             input_ids=input_ids.view(-1, packed.max_seqlen) if even else input_ids.view(1, -1),
@@ -126,17 +126,30 @@ def share_positions(batch: MicroBatch, part: int, parts: int) -> MicroBatch:
     lengths = ends.diff().long()
     positions = torch.arange(int(ends[-1])) - torch.repeat_interleave(ends[:-1].long(), lengths)
     counts = {} if part == 0 else dict.fromkeys(("tokens", "scored", "normaliser", "pairs"), 0)
-    targets = Targets(*map(cut, batch.targets[:-1]), batch.targets.normaliser)
+    targets = Targets(*map(cut, batch.targets))._replace(normaliser=batch.targets.normaliser)
     return batch._replace(input_ids=cut(batch.input_ids).unsqueeze(0), cu_seqlens=ends, targets=targets,
                           max_seqlen=max(batch.max_seqlen, extra), position_ids=positions[mine].unsqueeze(0), **counts)
 
 
-def draw_validation(data: TrainingData, config: Config, model: DiffusionLM) -> list[list[MicroBatch]]:
-    """The held-out rows with their corruption, the same at every measurement: for the objective, then for the bound."""
+class Validation(NamedTuple):
+    """The held-out rows with their corruption, the same at every measurement."""
+
+    loss: list[MicroBatch]  # of the objective
+    bound: list[MicroBatch]  # on the likelihood, or the likelihood itself; the same ones if the objective is that
+    tokens_per_byte: float  # of the held-out text
+
+
+def draw_validation(data: TrainingData, config: Config, model: DiffusionLM) -> Validation | None:
+    """None if nothing is held out."""
     if data.held_out is None:
-        return []
+        return None
+
+    def draw(settings: TrainGroup, by_ratio: bool) -> list[MicroBatch]:
+        return make_batches(data.held_out, 0, range(rows), rows, settings, config.train.seed + 1, model, by_ratio)
+
     rows = min(len(data.held_out), max(1, config.train.eval_tokens // config.data.max_seq_len))
-    objectives = [config.train] if config.train.objective != "mdm" else [
-        config.train, replace(config.train, objective="elbo", path_term=False, mask_at_least_one=False)]
-    return [make_batches(data.held_out, 0, range(rows), rows, settings, config.train.seed + 1, model)
-            for settings in objectives]
+    masked = config.train.objective != "ar"
+    loss = bound = draw(config.train, masked and config.train.objective != "mdm")
+    if config.train.objective == "mdm":
+        bound = draw(replace(config.train, objective="elbo", path_term=False, mask_at_least_one=False), True)
+    return Validation(loss, bound, data.held_out.num_tokens / max(data.held_out_bytes, 1))

@@ -29,15 +29,18 @@ class Targets(NamedTuple):
     weights: Tensor | None  # [T] fp32; None: all 1
     path_weights: Tensor | None  # [T] fp32: 1 / r, if there is a path term
     normaliser: Tensor  # int64 scalar: N or M above; divide the sum over all micro-batches of a step by their total
+    ratio: Tensor | None = None  # [T] fp32: r, if the losses are wanted by it too
 
 
 class LossSums(NamedTuple):
     loss: Tensor  # fp32 scalar, with gradients: divide by the total of the normalisers
     nll: Tensor  # fp32 scalar, no gradient: sum of l, unweighted, over the scored positions
+    by_ratio: Tensor | None = None  # [2, 4] fp32, no gradient: sums of l, and their numbers, by the quarter r is in
 
 
 def choose_targets(tokens: Tensor, cu_seqlens: Tensor, corruption: Corruption | None, *, objective: str,
-                   path_term: bool = False, shift: bool, trainable: Tensor | None = None) -> Targets:
+                   path_term: bool = False, shift: bool, trainable: Tensor | None = None,
+                   by_ratio: bool = False) -> Targets:
     """Say what each position is scored on.
 
     Args:
@@ -47,6 +50,7 @@ def choose_targets(tokens: Tensor, cu_seqlens: Tensor, corruption: Corruption | 
         objective: "mdm", "elbo" or "ar" (always shifted).
         shift: whether the logits at a position are about the next token.
         trainable: [T] bool; tokens elsewhere are never scored (a prompt, say), though they may be masked.
+        by_ratio: whether the losses are wanted by the chance of being masked too.
     """
     possible = torch.ones_like(tokens, dtype=torch.bool) if trainable is None else trainable.clone()
     if shift or objective == "ar":
@@ -54,11 +58,12 @@ def choose_targets(tokens: Tensor, cu_seqlens: Tensor, corruption: Corruption | 
     scored = possible if corruption is None else possible & corruption.corrupted
     weights = corruption.weight if objective == "elbo" else None
     path_weights = 1 / corruption.ratio if path_term else None
+    ratio = corruption.ratio if by_ratio else None
     normaliser = (possible if objective == "elbo" else scored).sum()
     if shift or objective == "ar":  # what wraps around is a first token, which is not scored
         tokens, scored = tokens.roll(-1), scored.roll(-1)
-        weights, path_weights = (None if w is None else w.roll(-1) for w in (weights, path_weights))
-    return Targets(tokens, scored, weights, path_weights, normaliser)
+        weights, path_weights, ratio = (None if w is None else w.roll(-1) for w in (weights, path_weights, ratio))
+    return Targets(tokens, scored, weights, path_weights, normaliser, ratio)
 
 
 def sum_losses(hidden: Tensor, head_weight: Tensor, targets: Targets, *, backend: str | None = None) -> LossSums:
@@ -74,11 +79,19 @@ def sum_losses(hidden: Tensor, head_weight: Tensor, targets: Targets, *, backend
         return linear_masked_cross_entropy(hidden.flatten(0, -2), head_weight, targets.tokens, targets.scored,
                                            reduction=reduction, backend=backend)
 
-    if targets.weights is None and targets.path_weights is None:
+    if targets.weights is None and targets.path_weights is None and targets.ratio is None:
         total = nll("sum")  # whose gradients come with the loss, one product with the head less
         return LossSums(total, total.detach())
     each = nll("none")
     weights = torch.ones_like(each) if targets.weights is None else targets.weights
     if targets.path_weights is not None:
         weights = weights + (-each.detach()).exp() * targets.path_weights
-    return LossSums((each * weights).sum(), each.detach().sum())
+    return LossSums((each * weights).sum(), each.detach().sum(), sum_by_ratio(each.detach(), targets))
+
+
+def sum_by_ratio(each: Tensor, targets: Targets) -> Tensor | None:
+    if targets.ratio is None:
+        return None
+    quarter = (targets.ratio * 4).long().clamp(0, 3)
+    sums = torch.stack((each, targets.scored.to(each.dtype)))
+    return torch.zeros(2, 4, device=each.device).index_add_(1, quarter, sums)

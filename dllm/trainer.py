@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from dllm.accounting import peak_flops, step_flops
-from dllm.batches import MicroBatch, draw_validation, forward, make_batches, share_positions
+from dllm.batches import MicroBatch, Validation, draw_validation, forward, make_batches, share_positions
 from dllm.building import build_model
 from dllm.checkpoint import Checkpoint, load_latest, write_atomically
 from dllm.config import Config, TrainGroup
@@ -128,7 +128,7 @@ def train_in(world: World, config: Config) -> TrainResult:
             sums = torch.zeros(2, device=world.device)
             for index, batch in enumerate(batches):
                 with shared.synchronising(last=index == len(batches) - 1):
-                    loss, nll = shared(batch)
+                    loss, nll, _ = shared(batch)
                     # Gradients are averaged over the processes: times their number, it is the sum.
                     (loss * (world.size / agreed.normaliser)).backward()
                 sums += torch.stack((loss.detach() / agreed.normaliser, nll / agreed.scored))
@@ -201,24 +201,40 @@ def agree(world: World, batches: Sequence[MicroBatch], stop: bool, clock: Clock,
 
 
 @torch.no_grad()
-def validate(shared: Shared, validation: list[list[MicroBatch]], world: World) -> dict[str, float]:
-    """validation_loss, and for "mdm" also validation_bound: that of the "elbo" objective, nats per token.
+def validate(shared: Shared, validation: Validation, world: World) -> dict[str, float]:
+    """On the held-out rows: validation_loss of the objective; for "mdm" also validation_bound, that of "elbo", nats per
+    token; validation_bits_per_byte of that bound; validation_nll_0_25 and so on, nats per token masked with a chance of
+    0 to 25%."""
+    shared.eval()
+    losses, by_ratio = sum_validation(shared, validation.loss, world)
+    result = {"validation_loss": losses / max(sum(batch.normaliser for batch in validation.loss), 1)}
+    if validation.bound is not validation.loss:
+        losses, by_ratio = sum_validation(shared, validation.bound, world)
+        result["validation_bound"] = losses / max(sum(batch.normaliser for batch in validation.bound), 1)
+    bound = result.get("validation_bound", result["validation_loss"])
+    result["validation_bits_per_byte"] = bound * validation.tokens_per_byte / math.log(2)
+    for quarter, (nll, scored) in enumerate(zip(*by_ratio, strict=True)):
+        if scored:
+            result[f"validation_nll_{25 * quarter}_{25 * quarter + 25}"] = nll / scored
+    shared.train()
+    return result
+
+
+def sum_validation(shared: Shared, batches: list[MicroBatch], world: World) -> tuple[float, list[list[float]]]:
+    """The sum of the losses, and those by the chance of being masked, [2, 4] (none: all 0).
 
     The micro-batches are dealt to the processes; all compute equally many, for with fsdp2 they exchange weights.
     """
-    shared.eval()
-    result = {}
     groups, group = world.size // world.sequence_size, world.rank // world.sequence_size
-    for name, batches in zip(("validation_loss", "validation_bound"), validation, strict=False):
-        losses = []
-        for first in range(0, len(batches), groups):
-            batch = batches[min(first + group, len(batches) - 1)]
-            loss = shared(share_positions(batch, world.sequence_rank, world.sequence_size)).loss.item()
-            losses.append(loss if first + group < len(batches) else 0.0)
-        everyones = [loss for part in world.gather(losses) for loss in part]
-        result[name] = math.fsum(everyones) / max(sum(batch.normaliser for batch in batches), 1)
-    shared.train()
-    return result
+    mine = []
+    for first in range(0, len(batches), groups):
+        batch = batches[min(first + group, len(batches) - 1)]
+        sums = shared(share_positions(batch, world.sequence_rank, world.sequence_size))
+        by_ratio = [0.0] * 8 if sums.by_ratio is None else sums.by_ratio.flatten().tolist()
+        if first + group < len(batches):
+            mine.append([sums.loss.item(), *by_ratio])
+    loss, *by_ratio = map(math.fsum, zip(*(sums for part in world.gather(mine) for sums in part), strict=True))
+    return loss, [by_ratio[:4], by_ratio[4:]]
 
 
 class Sigterm:

@@ -211,3 +211,18 @@ def test_equals_mdlm_as_the_dllm_library_trains_it(shared, case, schedule, objec
         loss = loss + extra.detach()
     normaliser = trainable.sum()  # it divides by every token that could be masked, whatever the weights
     assert equal(loss / normaliser, z[f"{case}_loss"]) and equal(gradient / normaliser, z[f"{case}_dlogits"])
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_losses_by_the_chance_of_being_masked_are_those_of_its_documents(shift):
+    torch.manual_seed(0)
+    ends = torch.tensor([0, 7, 16, 30])
+    tokens, hidden, head = torch.randint(40, (30,)), torch.randn(30, 8), torch.randn(41, 8)
+    corruption = corrupt(tokens, ends, 40, times=torch.tensor([0.2, 0.6, 0.74]), uniform=torch.rand(30))
+    targets = choose_targets(tokens, ends, corruption, objective="elbo", shift=shift, by_ratio=True)
+    by_ratio = sum_losses(hidden, head, targets).by_ratio
+    each = F.cross_entropy(hidden @ head.T, targets.tokens, reduction="none") * targets.scored
+    each, scored = (values.roll(1) if shift else values for values in (each, targets.scored))
+    for quarter, part in ((0, slice(0, 7)), (1, slice(0, 0)), (2, slice(7, 30)), (3, slice(0, 0))):
+        torch.testing.assert_close(by_ratio[0, quarter], each[part].sum())
+        assert by_ratio[1, quarter] == scored[part].sum()
