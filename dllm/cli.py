@@ -153,6 +153,7 @@ def build_parser(describe_keys: bool = False, task: str | None = None) -> Parser
     if wanted is not None and not wanted.startswith("-") and wanted not in tasks.choices:
         add_harness_task(tasks, wanted)
     add_score(commands)
+    add_scoreboard(commands)
     commands.add_parser("lm_eval", help="lm-eval's own command, with the model dllm and our task files")
 
     add_serve(commands)
@@ -259,6 +260,17 @@ def add_score(commands) -> None:
     score.add_argument("--skip-bad", action="store_true", help="score what is left without bad lines and missing tasks")
     score.add_argument("--output", type=Path, metavar="FILE", help="write the JSON here too, with every sample")
     score.set_defaults(run=run_score)
+
+
+def add_scoreboard(commands) -> None:
+    scoreboard = commands.add_parser(
+        "scoreboard", help="a table and a page of finished runs of eval, beside published results",
+        description="Table the finished runs of dllm eval in some folders, beside published results, and tell where\n"
+                    "they cannot be compared. The table goes to stdout as Markdown, and with plots to a page.")
+    scoreboard.add_argument("runs", type=Path, nargs="+", metavar="RUNS", help="folders that have runs, at any depth")
+    scoreboard.add_argument("--output-dir", type=Path, metavar="DIR",
+                            help="gets scoreboard.md and scoreboard.html; default: the first folder of RUNS")
+    scoreboard.set_defaults(run=run_scoreboard)
 
 
 def add_judging(parser: Parser) -> None:
@@ -710,6 +722,13 @@ def run_score(args: argparse.Namespace) -> int:
         write_json(args.output, record)
     del record["results"]
     print(json.dumps(record, indent=2, ensure_ascii=False))
+    return 0
+
+
+def run_scoreboard(args: argparse.Namespace) -> int:
+    from dllm.evaluators.scoreboard import write_scoreboard
+
+    print(write_scoreboard(args.runs, args.output_dir or args.runs[0]), end="")
     return 0
 
 

@@ -35,8 +35,8 @@ from dllm.model import DiffusionLM
 from dllm.sampler import MDMGenerationConfig, denoise, find_mask_token
 
 # What must be the same for a run to continue, by its name in the manifest.
-_SAME = ("task", "preset", "model", "weights", "tokenizer", "data", "generation", "samples", "length", "batch_size",
-         "tasks", "dtype")
+_SAME = ("task", "preset", "model", "weights", "tokenizer", "data", "generation", "samples", "length", "stops",
+         "batch_size", "tasks", "dtype")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -223,11 +223,16 @@ def denoise_batch(model: DiffusionLM, tokenizer, batch: Sequence[Item], name: st
 
 def finish_text(name: str, text: str) -> str:
     """The answer without what follows it. A gap's is left as it is: blanks and lines' ends belong to it."""
-    if BENCHMARKS[name].infills:
-        return text
-    for stop in MBPP_STOPS if name.startswith("mbpp") else CODE_STOPS:
+    for stop in stops_of(name):
         text = text.split(stop)[0]
     return text.replace("```", "").strip() if name == "mbpp" else text
+
+
+def stops_of(name: str) -> tuple[str, ...]:
+    """What an answer is cut at; nothing for gaps, and for lm-eval's tasks, which have stops of their own."""
+    if name not in BENCHMARKS or BENCHMARKS[name].infills:
+        return ()
+    return MBPP_STOPS if name.startswith("mbpp") else CODE_STOPS
 
 
 def speed_of(rows: list[dict]) -> dict:
@@ -252,7 +257,7 @@ def describe(model: DiffusionLM, tokenizer, tasks: TaskSet, settings: RunSetting
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "data": {"source": tasks.source, "md5": tasks.md5, "sha256": tasks.sha256},
         "generation": asdict(config), "samples": preset.samples,
-        "length": preset.length, "batch_size": settings.batch_size, "tasks": count, "dtype": str(weight.dtype),
+        "length": preset.length if BENCHMARKS[tasks.name].infills else None, "stops": stops_of(tasks.name), "batch_size": settings.batch_size, "tasks": count, "dtype": str(weight.dtype),
         "device": torch.cuda.get_device_name(weight.device) if weight.is_cuda else "cpu",
         "machine": platform.platform(),
         "versions": {"dllm": dllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
