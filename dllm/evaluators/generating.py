@@ -63,10 +63,10 @@ class RunSettings:
 
     def resolve(self, infills: bool) -> tuple[Preset, MDMGenerationConfig]:
         preset = PRESETS[self.preset]["infill" if infills else "completion"]
-        preset = replace(preset, samples=self.samples or preset.samples,
-                         length=preset.length if self.length is None else self.length)
         if not infills and self.length is not None:
             raise UserError("length is for tasks with a gap; give max_new_tokens")
+        length = preset.length if self.length is None else self.length
+        preset = replace(preset, samples=self.samples or preset.samples, length=length if infills else None)
         return preset, MDMGenerationConfig(**{**preset.generation, **(self.generation or {}), "seed": self.seed})
 
 
@@ -257,7 +257,8 @@ def describe(model: DiffusionLM, tokenizer, tasks: TaskSet, settings: RunSetting
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "data": {"source": tasks.source, "md5": tasks.md5, "sha256": tasks.sha256},
         "generation": asdict(config), "samples": preset.samples,
-        "length": preset.length if BENCHMARKS[tasks.name].infills else None, "stops": stops_of(tasks.name), "batch_size": settings.batch_size, "tasks": count, "dtype": str(weight.dtype),
+        "length": preset.length, "stops": stops_of(tasks.name),
+        "batch_size": settings.batch_size, "tasks": count, "dtype": str(weight.dtype),
         "device": torch.cuda.get_device_name(weight.device) if weight.is_cuda else "cpu",
         "machine": platform.platform(),
         "versions": {"dllm": dllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__,

@@ -100,7 +100,7 @@ def make_scoreboard(folders: Sequence[str | Path]) -> Board:
                 runs.append(run)
     if not runs:
         raise UserError(f"there is no finished run of dllm eval in {', '.join(map(str, folders))}"
-                        + (f" ({'; '.join(problems[:3])})" if problems else "") + "; give folders with its results.json")
+                        + (f" ({'; '.join(problems[:3])})" if problems else "") + "; give folders that it wrote")
     return Board(groups=_group(runs), problems=problems)
 
 

@@ -42,7 +42,7 @@ def _section(group: Group) -> str:
     warnings = "".join(f'<p class="warning"><strong>Warning.</strong> {html.escape(warning)}</p>'
                        for warning in group.warnings)
     notes = "".join(f'<p class="soft">{html.escape(note)}</p>' for note in (unit_of(group), *group.notes))
-    figures = "".join(f'<figure class="card">{plot}<figcaption class="soft">{html.escape(caption)}</figcaption></figure>'
+    figures = "".join(f'<figure class="card">{plot}<figcaption class="soft">{caption}</figcaption></figure>'
                       for plot, caption in (_curves(group), _frontier(group)) if plot)
     return f"""<section>
 <h2>{html.escape(group.title)}</h2>
@@ -95,18 +95,37 @@ class _Plot:
 
     def label(self, kind: str, x: float, y: float, text: str) -> None:
         """To the right of a mark, later moved off those of others."""
-        self.labels.append((self.x(x) + 7, self.y(y), kind, text))
+        self.labels.append((self.x(x), self.y(y), kind, text))
 
     def svg(self, title: str, across: str, up: str) -> str:
-        placed = []
-        for x, y, kind, text in sorted(self.labels, key=lambda label: label[1]):
-            y = max([y, *(other + _LABEL for beside, other in placed if abs(beside - x) < 2 * _LABEL)])
-            placed.append((x, y))
-            self.parts.append(f'<text class="label {kind}" x="{x:.1f}" y="{y + 4:.1f}">{text}</text>')
+        columns = []
+        for label in sorted(self.labels):
+            if not columns or label[0] - columns[-1][-1][0] >= 2 * _LABEL:
+                columns.append([])
+            columns[-1].append(label)
+        for column in columns:
+            column.sort(key=lambda label: label[1])
+            for (x, y, kind, text), moved in zip(column, spread([y for _, y, _, _ in column]), strict=True):
+                self.parts.append(
+                    f'<line class="leader {kind}" x1="{x + 5:.1f}" y1="{y:.1f}" x2="{x + 12:.1f}" y2="{moved:.1f}"/>'
+                    f'<text class="label {kind}" x="{x + 14:.1f}" y="{moved + 4:.1f}">{text}</text>')
         return (f'<svg class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{html.escape(title)}">'
                 f'{"".join(self.parts)}<text x="4" y="13">{html.escape(up)}</text>'
                 f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 6}" text-anchor="middle">'
                 f"{html.escape(across)}</text></svg>")
+
+
+def spread(places: Sequence[float]) -> list[float]:
+    """Ascending places, moved apart to `_LABEL` between neighbours and as little as that takes."""
+    blocks = []  # [sum of what their first label's place should be, labels]
+    for place in places:
+        blocks.append([place, 1])
+        while len(blocks) > 1 and blocks[-1][0] / blocks[-1][1] < (
+                blocks[-2][0] / blocks[-2][1] + _LABEL * blocks[-2][1]):
+            total, count = blocks.pop()
+            blocks[-1][0] += total - _LABEL * blocks[-1][1] * count
+            blocks[-1][1] += count
+    return [total / count + _LABEL * n for total, count in blocks for n in range(count)]
 
 
 def _curves(group: Group) -> tuple[str, str]:
@@ -194,6 +213,7 @@ tr.published td { color: var(--soft); font-style: italic; }
 .warning { color: var(--bad); background: var(--bad-ground); border-radius: 12px; padding: .7rem 1rem; max-width: none;
   overflow-wrap: anywhere; }
 .plots { display: grid; gap: .9rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
+.plots figure { max-width: 36rem; }
 .plot { display: block; width: 100%; height: auto; }
 .plot text { font-size: 13px; fill: var(--soft); font-variant-numeric: tabular-nums; }
 .plot .label { fill: var(--colour); font-weight: 700; }
@@ -201,9 +221,11 @@ tr.published td { color: var(--soft); font-style: italic; }
 .plot polyline { fill: none; stroke: var(--colour); stroke-width: 2; stroke-linejoin: round; }
 .plot polyline.published { stroke-dasharray: 4 4; stroke-width: 1; }
 .plot polyline.frontier { stroke: var(--soft); stroke-width: 1.5; }
+.plot .leader { stroke: var(--colour); opacity: .5; }
 .plot circle { fill: var(--colour); }
 .plot circle.published { fill: var(--card); stroke: var(--colour); }
 .plot .whisker { stroke: var(--colour); opacity: .5; }
 li { overflow-wrap: anywhere; }
-@media (max-width: 34rem) { td small { display: block; } }
+@media (max-width: 34rem) { td small { display: block; } td.text { min-width: 5rem; }
+  td.how { min-width: 14rem; } }
 """
