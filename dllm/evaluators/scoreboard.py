@@ -139,7 +139,7 @@ def _read_own(record: dict, name: str) -> Run:
         raise ValueError("no score")
     missing = sorted(layer for layer, state in record["sandbox"].items() if state != "active")
     question = {
-        "data": manifest["data"]["sha256"][:12], "tasks": record["attempted_tasks"],
+        "data": manifest["data"]["sha256"][:12], "tasks": int(_number(record["attempted_tasks"])),
         "lines left out": len(record["skipped_lines"]), "seconds of a program": settings["timeout"],
         **{f"limit of {key}": value for key, value in settings["limits"].items()},
         "layers that the sandbox lacks": missing, "Python": ".".join(record["python"].split(".")[:2]),
@@ -172,7 +172,7 @@ def _read_harness(record: dict, name: str) -> Run:
             scores[_plain(label)] = Score(_number(value), *interval)
     if not scores:
         raise ValueError("no score")
-    question = {"data": manifest["data"]["sha256"][:12], "tasks": manifest["tasks"],
+    question = {"data": manifest["data"]["sha256"][:12], "tasks": int(_number(manifest["tasks"])),
                 "examples in the prompt": manifest["num_fewshot"], "chat template": manifest["apply_chat_template"],
                 "version of the task": record["task_versions"], "lm-eval": manifest["versions"]["lm_eval"]}
     generation = {key: value for key, value in manifest["generation"].items() if key != "seed"}

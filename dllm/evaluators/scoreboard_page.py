@@ -216,7 +216,7 @@ tr.published td { color: var(--soft); font-style: italic; }
 .plots figure { max-width: 36rem; }
 .plot { display: block; width: 100%; height: auto; }
 .plot text { font-size: 13px; fill: var(--soft); font-variant-numeric: tabular-nums; }
-.plot .label { fill: var(--colour); font-weight: 700; }
+.plot .label { fill: var(--colour); font-weight: 700; paint-order: stroke; stroke: var(--card); stroke-width: 4px; }
 .plot .grid { stroke: var(--line); }
 .plot polyline { fill: none; stroke: var(--colour); stroke-width: 2; stroke-linejoin: round; }
 .plot polyline.published { stroke-dasharray: 4 4; stroke-width: 1; }
@@ -226,6 +226,6 @@ tr.published td { color: var(--soft); font-style: italic; }
 .plot circle.published { fill: var(--card); stroke: var(--colour); }
 .plot .whisker { stroke: var(--colour); opacity: .5; }
 li { overflow-wrap: anywhere; }
-@media (max-width: 34rem) { td small { display: block; } td.text { min-width: 5rem; }
+@media (max-width: 34rem) { td small { display: block; } td.text { min-width: 5.4rem; font-size: .84rem; }
   td.how { min-width: 14rem; } }
 """
