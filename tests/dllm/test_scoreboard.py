@@ -213,7 +213,8 @@ def test_a_run_of_lm_eval_has_a_row(tmp_path):
 
 def test_the_command_tables_what_eval_wrote(model_folder, tmp_path, capsys):
     rows = [{"task_id": f"HumanEval/{i}", "prompt": "def f():\n", "entry_point": "f",
-             "canonical_solution": "    pass\n", "test": "def check(candidate):\n    assert candidate() is None\n"} for i in range(2)]
+             "canonical_solution": "    pass\n", "test": "def check(candidate):\n    assert candidate() is None\n"}
+            for i in range(2)]
     (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     generate_samples(DiffusionLM.from_pretrained(model_folder), load_tokenizer(model_folder),
                      read_tasks("humaneval", str(tmp_path / "tasks.jsonl")), tmp_path / "runs" / "one",
