@@ -52,7 +52,8 @@ class Parser(argparse.ArgumentParser):
                 break  # a command, whose own parser checks the rest
             flag = argument.partition("=")[0]
             if flag.startswith("--") and flag not in flags:
-                raise UserError(f"{self.prog} has no flag {flag}{name_nearest(flag, flags)}; see {self.prog} --help")
+                raise UserError(f"{self.prog} has no flag {flag}{self.hint or name_nearest(flag, flags)}; "
+                                f"see {self.prog} --help")
         return super().parse_known_args(args, namespace)
 
     def _check_value(self, action, value):
