@@ -298,7 +298,8 @@ def letter(number: int) -> str:
 
 def unit_of(group: Group) -> str:
     start = "Scores in percent" if group.runs[0].shares else "Scores as lm-eval gives them"
-    return f"{start}, with 95% intervals over the tasks. Published rows are as their source states them."
+    published = " Published rows are as their source states them." if group.published else ""
+    return f"{start}, with 95% intervals over the tasks.{published}"
 
 
 def show_score(score: Score | None, shares: bool) -> str:
