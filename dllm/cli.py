@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import hashlib
 import json
 import secrets
 import shlex
@@ -583,6 +584,8 @@ def run_eval(args: argparse.Namespace) -> int:
         masked_accuracy,
         perplexity_bound,
     )
+    from dllm.evaluators.generating import describe_model
+    from dllm.model import find_model
 
     evaluator, kind = {"perplexity": (perplexity_bound, HeldOutSettings), "infill": (line_infilling, InfillingSettings),
                        "masked_accuracy": (masked_accuracy, HeldOutSettings)}[args.task]
@@ -597,8 +600,11 @@ def run_eval(args: argparse.Namespace) -> int:
     model, tokenizer = load_model(args)
     result = evaluator(model, tokenizer, documents, settings)
     result = [part.to_dict() for part in result] if isinstance(result, tuple) else result.to_dict()
+    digest = hashlib.sha256(json.dumps([document.text for document in documents]).encode())
     record = {"task": args.task, "model": args.model, "data": args.data, "documents": len(documents),
-              "validation_share": share, "settings": asdict(settings), "result": result}
+              "validation_share": share, "settings": asdict(settings), "result": result,
+              "manifest": {"data": {"sha256": digest.hexdigest()},
+                           **describe_model(model, tokenizer, find_model(args.model))}}
     if args.output is not None:
         write_json(args.output, record)
     if args.task == "infill":

@@ -255,18 +255,24 @@ def speed_of(rows: list[dict]) -> dict:
 def describe(model: DiffusionLM, tokenizer, tasks: TaskSet, settings: RunSettings, preset: Preset,
              config: MDMGenerationConfig, source: Path | None, count: int) -> dict:
     """All that a score depends on, and where it was made."""
+    return {
+        "task": tasks.name, "preset": settings.preset,
+        "data": {"source": tasks.source, "md5": tasks.md5, "sha256": tasks.sha256},
+        "generation": asdict(config), "samples": preset.samples, "length": preset.length,
+        "stops": stops_of(tasks.name), "batch_size": settings.batch_size, "tasks": count,
+        **describe_model(model, tokenizer, source)}
+
+
+def describe_model(model: DiffusionLM, tokenizer, source: Path | None) -> dict:
+    """Of a manifest: hashes, what computes, and when. source: the model's folder."""
     import transformers
 
     weight = next(model.parameters())
     return {
-        "task": tasks.name, "preset": settings.preset, "model": model.config.family,
-        "source": None if source is None else Path(source).name,
+        "model": model.config.family, "source": None if source is None else Path(source).name,
         "weights": None if source is None else hash_files(sorted(Path(source).glob("*.safetensors"))),
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-        "data": {"source": tasks.source, "md5": tasks.md5, "sha256": tasks.sha256},
-        "generation": asdict(config), "samples": preset.samples,
-        "length": preset.length, "stops": stops_of(tasks.name),
-        "batch_size": settings.batch_size, "tasks": count, "dtype": str(weight.dtype),
+        "dtype": str(weight.dtype),
         "device": torch.cuda.get_device_name(weight.device) if weight.is_cuda else "cpu",
         "machine": platform.platform(),
         "versions": {"dllm": dllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
