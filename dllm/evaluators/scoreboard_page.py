@@ -161,11 +161,11 @@ def _curves(group: Group) -> tuple[str, str]:
 
 
 def _frontier(group: Group) -> tuple[str, str]:
-    """The first metric by tokens per forward pass, with the runs that none beats in both."""
+    """The first metric by tokens per forward pass of two runs or more, with those that none beats in both."""
     metric = next(iter(group.runs[0].scores))
     runs = [(number, run, run.tokens_per_forward, run.scores[metric]) for number, run in enumerate(group.runs)
             if run.tokens_per_forward is not None and metric in run.scores]
-    if not runs:
+    if len(runs) < 2:
         return "", ""
     _, end, tick = round_axis(0, max(tokens for _, _, tokens, _ in runs))
     published = [(number, row.scores[metric].value) for number, row in enumerate(group.published)

@@ -135,8 +135,10 @@ def test_the_page_has_everything_in_itself(tmp_path):
     assert len(frontier.split()) == 3  # b, faster; then up to a, better
 
 
-def test_one_sample_of_each_task_makes_no_curve(tmp_path):
+def test_one_sample_of_each_task_makes_no_curve_and_one_run_no_frontier(tmp_path):
     write_run(tmp_path / "a", samples=1)
+    assert "<svg" not in to_page(make_scoreboard([tmp_path]))
+    write_run(tmp_path / "b", samples=1, tokens_per_forward=2.0)
     page = to_page(make_scoreboard([tmp_path]))
     assert page.count("<svg") == 1 and "pass@k by k" not in page
 
