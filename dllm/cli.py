@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import hashlib
 import json
 import secrets
 import shlex
@@ -52,7 +53,8 @@ class Parser(argparse.ArgumentParser):
                 break  # a command, whose own parser checks the rest
             flag = argument.partition("=")[0]
             if flag.startswith("--") and flag not in flags:
-                raise UserError(f"{self.prog} has no flag {flag}{name_nearest(flag, flags)}; see {self.prog} --help")
+                raise UserError(f"{self.prog} has no flag {flag}{self.hint or name_nearest(flag, flags)}; "
+                                f"see {self.prog} --help")
         return super().parse_known_args(args, namespace)
 
     def _check_value(self, action, value):
@@ -154,6 +156,7 @@ def build_parser(describe_keys: bool = False, task: str | None = None) -> Parser
     if wanted is not None and not wanted.startswith("-") and wanted not in tasks.choices:
         add_harness_task(tasks, wanted)
     add_score(commands)
+    add_scoreboard(commands)
     commands.add_parser("lm_eval", help="lm-eval's own command, with the model dllm and our task files")
 
     add_serve(commands)
@@ -310,6 +313,17 @@ def add_score(commands) -> None:
     score.add_argument("--skip-bad", action="store_true", help="score what is left without bad lines and missing tasks")
     score.add_argument("--output", type=Path, metavar="FILE", help="write the JSON here too, with every sample")
     score.set_defaults(run=run_score)
+
+
+def add_scoreboard(commands) -> None:
+    scoreboard = commands.add_parser(
+        "scoreboard", help="a table and a page of finished runs of eval, beside published results",
+        description="Table the finished runs of dllm eval in some folders, beside published results, and tell where\n"
+                    "they cannot be compared. The table goes to stdout as Markdown, and with plots to a page.")
+    scoreboard.add_argument("runs", type=Path, nargs="+", metavar="RUNS", help="folders that have runs, at any depth")
+    scoreboard.add_argument("--output-dir", type=Path, metavar="DIR",
+                            help="gets scoreboard.md and scoreboard.html; default: the first folder of RUNS")
+    scoreboard.set_defaults(run=run_scoreboard)
 
 
 def add_judging(parser: Parser) -> None:
@@ -621,6 +635,8 @@ def run_eval(args: argparse.Namespace) -> int:
         masked_accuracy,
         perplexity_bound,
     )
+    from dllm.evaluators.generating import describe_model
+    from dllm.model import find_model
 
     evaluator, kind = {"perplexity": (perplexity_bound, HeldOutSettings), "infill": (line_infilling, InfillingSettings),
                        "masked_accuracy": (masked_accuracy, HeldOutSettings)}[args.task]
@@ -635,8 +651,11 @@ def run_eval(args: argparse.Namespace) -> int:
     model, tokenizer = load_model(args)
     result = evaluator(model, tokenizer, documents, settings)
     result = [part.to_dict() for part in result] if isinstance(result, tuple) else result.to_dict()
+    digest = hashlib.sha256(json.dumps([document.text for document in documents]).encode())
     record = {"task": args.task, "model": args.model, "data": args.data, "documents": len(documents),
-              "validation_share": share, "settings": asdict(settings), "result": result}
+              "validation_share": share, "settings": asdict(settings), "result": result,
+              "manifest": {"data": {"sha256": digest.hexdigest()},
+                           **describe_model(model, tokenizer, find_model(args.model))}}
     if args.output is not None:
         write_json(args.output, record)
     if args.task == "infill":
@@ -819,6 +838,13 @@ def run_score(args: argparse.Namespace) -> int:
         write_json(args.output, record)
     del record["results"]
     print(json.dumps(record, indent=2, ensure_ascii=False))
+    return 0
+
+
+def run_scoreboard(args: argparse.Namespace) -> int:
+    from dllm.evaluators.scoreboard import write_scoreboard
+
+    print(write_scoreboard(args.runs, args.output_dir or args.runs[0]), end="")
     return 0
 
 

@@ -199,6 +199,14 @@ def test_eval_gives_json_on_stdout_and_in_a_file(task, flags, keys, model_folder
     if task == "infill":
         assert len(written["result"].pop("examples")) == 4
     assert written == printed
+    manifest = printed["manifest"]
+    assert {"weights", "tokenizer", "versions", "machine", "dtype"} <= manifest.keys()
+    assert len(manifest["data"]["sha256"]) == len(manifest["weights"]) == 64
+    assert cli.main(arguments) == 0
+    again = json.loads(capsys.readouterr().out)
+    for record in (again, printed):
+        del record["manifest"]["time"]
+    assert again == printed
 
 
 def test_eval_can_keep_to_the_held_out_documents(model_folder, corpus, capsys):
