@@ -11,7 +11,7 @@ from dllm.config import DataGroup
 from dllm.data import Document, open_training_data, read_corpus, read_documents
 from dllm.data import tokens as tokens_module
 from dllm.data.tokens import encode, load_or_encode
-from dllm.errors import UserError
+from dllm.errors import Failure, UserError
 
 TEXTS = ["one", "two\nlines", "three, \"quoted\"", "four\u2028same"]
 
@@ -100,6 +100,17 @@ def test_a_dataset_of_the_hub_is_read_by_name_configuration_and_split(hub, tmp_p
     (tmp_path / "owner/name").mkdir(parents=True)
     (tmp_path / "owner/name/a.txt").write_text("local")
     assert [document.text for document in read_documents(["owner/name"])] == ["local"]
+
+
+def test_a_hub_that_stops_to_answer_ends_the_run_with_the_reason(hub, tokenizer, monkeypatch):
+    def records():
+        yield {"text": "one"}
+        raise TimeoutError("the read timed out")
+
+    table = datasets.IterableDataset.from_generator(records, features=datasets.Features(text=datasets.Value("string")))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
+    with pytest.raises(Failure, match=r"cannot read on in owner/name \(the read timed out\); start again to go on"):
+        read_documents(["owner/name"])
 
 
 def test_a_dataset_of_the_hub_can_be_streamed(hub, tokenizer):

@@ -110,6 +110,17 @@ def test_all_lanes_together_hold_every_document(folder, tokenizer):
     assert len(set(chunks)) == 320
 
 
+def test_of_many_files_each_lane_opens_its_own(tmp_path, tokenizer):
+    for i in range(70):
+        (tmp_path / f"{i}.jsonl").write_text("".join(json.dumps({"text": f"{i} {n}"}) + "\n" for n in range(4)))
+    rows = open_stream(tmp_path, tokenizer, max_seq_len=256).rows
+    files = [{text.split()[0] for number in range(8) for text in split_chunks(tokenizer, lane.read(number))}
+             for lane in rows._lanes]
+    assert sorted(file for lane in files for file in lane) == sorted(map(str, range(70)))
+    chunks = split_chunks(tokenizer, open_stream(tmp_path, tokenizer, max_seq_len=256).rows.read(range(200)))
+    assert len(set(chunks)) == 280
+
+
 def test_the_seed_decides_the_order(folder, tokenizer):
     first, other = (split_rows(open_stream(folder, tokenizer, seed=seed).rows.read(range(80))) for seed in (0, 1))
     assert first != other
