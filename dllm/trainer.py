@@ -54,6 +54,9 @@ def train(config: Config) -> TrainResult:
     tokenizer, model = build_model(config, corpus, resumed)
     model.to(device).train()
     data = open_training_data(corpus, tokenizer, settings.seed, settings.rows_per_step)
+    if resumed is not None and resumed.state.get("fingerprint", data.fingerprint) != data.fingerprint:
+        raise UserError(f"{output} holds a run on other documents than data.train_path has now; put them back, or set "
+                        "another train.output_dir")
     validation = draw_validation(data, config, model)
     optimizers = build_optimizers(model, settings)
     total = count_steps(config, data)
@@ -74,7 +77,7 @@ def train(config: Config) -> TrainResult:
 
     def save() -> Path:
         state = {"step": step, "tokens": tokens_seen, "seconds": clock.seconds, "config": config.to_dict(),
-                 "rows": [data.rows.state()],
+                 "rows": [data.rows.state()], "fingerprint": data.fingerprint,
                  "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
         return save_checkpoint(output / "checkpoints", step, partial(write_model, model, tokenizer), state,
                                settings.keep_last)
@@ -228,7 +231,7 @@ def check_same_run(config: Config, resumed: Checkpoint, output: Path) -> None:
     def describe(groups: dict[str, dict]) -> dict:
         train_group = groups["train"]
         return {**{f"model.{key}": value for key, value in groups["model"].items()},
-                **{f"data.{key}": value for key, value in groups["data"].items()},
+                **{f"data.{key}": value for key, value in groups["data"].items() if key != "num_workers"},
                 **{f"train.{key}": train_group.get(key, False) for key in fixed},  # false: a run older than the key
                 "train.global_batch_size": train_group["global_batch_size"] or train_group["micro_batch_size"]}
 

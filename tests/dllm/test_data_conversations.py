@@ -112,7 +112,8 @@ def test_long_conversations_are_cut_and_keep_what_is_learnt_and_those_with_nothi
     if datasets_type == "mapping":
         assert data.documents == 4 and data.tokens == len(packed.tokens)
         error = capsys.readouterr().err
-        assert "skipped 2 " in error and "line 3 (not a list of messages with role and content)" in error and "line 4 (" in error
+        assert "skipped 2 " in error
+        assert "line 3 (not a list of messages with role and content)" in error and "line 4 (" in error
         assert "dropped 1 conversations that have no answer to learn" in error
         again = open_training_data(read_corpus(group), chat, 0).rows.read(range(data.rows_per_epoch))
         assert torch.equal(again.trainable, packed.trainable)  # from the cache

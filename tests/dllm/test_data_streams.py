@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 
-from dllm.config import DataGroup
+from dllm.config import DataGroup, load_config
 from dllm.data import MixedDataset, PackedDataset, open_training_data, read_corpus
 from dllm.data import streaming as streaming_module
 from dllm.data.corpus import choose_lanes
 from dllm.errors import UserError
+from dllm.trainer import train
 
 
 @pytest.fixture(autouse=True)
@@ -214,6 +215,25 @@ def test_a_streamed_mixture_goes_on_from_its_state(folder, tmp_path, tokenizer):
     second.rows.restore([first.rows.state(), open_mixture().rows.state()])
     assert split_rows(second.rows.read(range(120, 200))) == expected[120:]
     assert first.held_out_documents > 0
+
+
+def test_training_on_a_stream_goes_on_after_a_stop_to_the_same_losses_and_not_on_other_files(folder, tmp_path_factory):
+    def run(output_dir, steps):
+        flags = [f"--data.train_path={folder}", "--data.datasets_type=iterable", "--data.max_seq_len=32",
+                 f"--train.output_dir={output_dir}", "--train.micro_batch_size=4", "--model.vocab_size=300",
+                 "--model.hidden_size=16", "--model.intermediate_size=32", "--model.num_hidden_layers=1",
+                 "--model.num_attention_heads=2", "--model.num_key_value_heads=2", "--train.device=cpu"]
+        return [line["loss"] for line in train(load_config(None, flags + steps)).history]
+
+    outputs = [tmp_path_factory.mktemp("run") for _ in range(2)]
+    whole = run(outputs[0], ["--train.max_steps=20"])
+    run(outputs[1], ["--train.max_steps=12"])
+    assert run(outputs[1], ["--train.max_steps=20"]) == whole and len(whole) == 20
+    with pytest.raises(UserError, match="nobody knows how long a stream is; set data.train_size"):
+        run(outputs[0], [])
+    (folder / "new.txt").write_text("new")
+    with pytest.raises(UserError, match="a run on other documents than data.train_path has now"):
+        run(outputs[1], ["--train.max_steps=30"])
 
 
 def test_weights_are_read_from_the_path_and_must_be_given_to_all():
