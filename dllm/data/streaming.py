@@ -26,7 +26,7 @@ class StreamedRows:
                  validation_share: float = 0.0, workers: int = 1, lanes: int = 8):
         """validation_share: of the documents, left out. workers: of `encode`. lanes: best some per row of a step."""
         def pack(documents: Sequence[Document], *seeds: object) -> PackedDataset:
-            tokens = encode(tokenizer, documents, workers if tokenizer.is_fast else 1)
+            tokens = encode(tokenizer, documents, 1 if reader.conversations or not tokenizer.is_fast else workers)
             reader.skipped.tell()
             return PackedDataset.of(tokens, torch.arange(len(documents)), max_seq_len, mix(seed, *seeds))
 

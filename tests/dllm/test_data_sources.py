@@ -2,6 +2,10 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import pytest
@@ -186,13 +190,34 @@ def test_a_cache_that_cannot_be_written_is_told_and_done_without(tokenizer, tmp_
     assert "set DLLM_CACHE to another folder" in capsys.readouterr().err
 
 
-def test_workers_of_both_kinds_give_the_same_tokens_in_order(tokenizer):
+def test_a_script_without_a_main_part_is_told_what_to_do(tmp_path):
+    (tmp_path / "script.py").write_text("""
+from transformers import ByT5Tokenizer
+from dllm.data import Document
+from dllm.data.tokens import encode
+encode(ByT5Tokenizer(), [Document("x", "x")] * 3000, 2)
+""")
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
+    assert "dllm.errors.Failure: a process that tokenises has died; in a script of your own" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["fast", "python", "conversations"])
+def test_workers_of_any_kind_give_the_same_tokens_in_order(kind, tokenizer, monkeypatch):
     from transformers import ByT5Tokenizer
-    documents = [Document(f"text number {i}", str(i)) for i in range(200)]
-    for kind in (tokenizer, ByT5Tokenizer()):
-        alone, together = encode(kind, documents, 1), encode(kind, documents, 3)
-        assert torch.equal(alone.tokens, together.tokens) and torch.equal(alone.lengths, together.lengths)
-        assert load_or_encode(kind, kind.__class__.__name__, documents, 1).tokens.equal(alone.tokens)
+    monkeypatch.setattr(tokens_module, "_FEW", 150)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" \
+                              "{% if add_generation_prompt %}assistant: {% endif %}"
+    tokenizer = ByT5Tokenizer() if kind == "python" else tokenizer
+    talks = [json.dumps([{"role": "user", "content": "?"}, {"role": "assistant", "content": str(i)}])
+             if kind == "conversations" else None for i in range(200)]
+    documents = [Document(f"text number {i}", str(i), talks[i]) for i in range(200)]
+    alone = encode(tokenizer, documents, 1)
+    for count in (200, 149):  # enough for processes, and not
+        for mine, expected in zip(encode(tokenizer, documents[:count], 3), alone, strict=True):
+            assert mine is expected is None or torch.equal(mine, expected[:len(mine)]) and len(mine) >= count
+    assert (alone.trainable is not None) == (kind == "conversations") and len(alone.lengths) == 200
+    assert load_or_encode(tokenizer, kind, documents, 1).tokens.equal(alone.tokens)
 
 
 def test_held_out_text_is_counted_in_bytes_and_the_fingerprint_follows_the_content(tokenizer, tmp_path):
