@@ -20,7 +20,7 @@ _TEST_FOLDERS = {"test", "tests", "idle_test"}
 _NOT_SOURCE = {"site-packages", "dist-packages", "__pycache__"}
 _HUB = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.\[\]:%-]+))?")
 _PROMPTS, _ANSWERS = ("prompt", "question"), ("response", "completion", "answer")
-Row = tuple[int, Callable[[], Any]]  # number within the shard, and what decodes the record
+Row = tuple[int, Callable[[], Any]]  # number within the shard, from 1 (0: all of it), and what decodes the record
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +259,7 @@ class Reader:
         name, where = f"{shard.name}:{number}", f"{shard.path or shard.name} line {number}"
         try:
             record = decode()
-            if isinstance(record, str):  # a whole file
+            if number == 0:  # a whole file
                 if self.conversations:
                     raise BadRecord("not a table of conversations")
                 return Document(record, shard.name)

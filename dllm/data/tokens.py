@@ -73,9 +73,10 @@ def encode(tokenizer, documents: Iterable[Document], workers: int = 1) -> Tokens
     Conversations without a token to learn become no tokens at all.
 
     Args:
-        workers: processes (Python's way "spawn") for conversations and for a tokenizer in Python, of which few are done without; threads for
-            texts and a fast one, which has threads of its own besides: two of ours are up to a tenth faster than one,
-            two processes a fifth slower and a second later.
+        workers: processes (spawned) for conversations and for a tokenizer in Python, of which few are done without;
+            threads for texts and a fast one, which has threads of its own besides: two of ours are up to a tenth faster
+            than one, two processes a fifth slower and a second later.
+    Raises: Failure if a process dies.
     """
     ids, lengths, trainable = array("i"), array("q"), array("b")
     for batch_ids, batch_lengths, batch_trainable in _encode_batches(tokenizer, documents, workers):
