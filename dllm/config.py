@@ -84,7 +84,7 @@ class DataGroup:
     datasets_type: str = "mapping"  # mapping: tokenised before training, and kept; iterable: while it is read
     text_keys: str | None = None  # column; of several, separated by commas, the first present; None: text, or messages
     chat_template: str = "default"  # of conversations: the tokenizer's own, or a Jinja file
-    num_workers: int = 2  # threads that tokenise; processes, if the tokenizer is no fast one; 0: as 1
+    num_workers: int = 2  # threads that tokenise text, processes for what Python itself must do; 0: as 1
     train_size: int | None = None  # tokens that make an epoch; None: the corpus
     max_seq_len: int = 2048  # tokens of a row; longer documents are cut into consecutive chunks
     validation_share: float = 0.05  # of the documents, held out by a hash of their names; 0: none

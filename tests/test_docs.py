@@ -42,6 +42,10 @@ def place(tmp_path_factory, model_folder) -> Path:
     (folder / "my_code" / "example.py").write_text("def f(x):\n")
     (folder / "my_code" / "gap.py").write_text("def f(x):\n    <FILL>\n    return y\n")
     (folder / "my_code" / "data.jsonl").write_text('{"text": "x = 1\\n"}\n{"text": "y = 2\\n"}\n' * 200)
+    talk = {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]}
+    (folder / "my_chats.jsonl").write_text(20 * (json.dumps(talk) + "\n"))
+    (folder / "my_chat.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+                                          "{% if add_generation_prompt %}assistant: {% endif %}")
     task = {"task_id": "HumanEval/0", "prompt": "def f():\n", "canonical_solution": "    return 1\n",
             "entry_point": "f", "test": "def check(candidate):\n    assert candidate() == 1\n"}
     (folder / "my_tasks").mkdir()

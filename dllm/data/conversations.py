@@ -45,7 +45,8 @@ def encode_conversation(tokenizer, messages: list[dict[str, str]]) -> tuple[list
         text = _apply(tokenizer, messages, tokenize=False)
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, learnt = encoded["input_ids"], [False] * len(encoded["input_ids"])
-        special, offsets, position = set(tokenizer.all_special_ids), encoded["offset_mapping"], 0
+        special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        offsets, position = encoded["offset_mapping"], 0
         for start, end in _find_answers(tokenizer, messages, text):
             while position < len(ids) and offsets[position][0] < start:
                 position += 1

@@ -39,7 +39,7 @@ class RowSource(Protocol):
         """What `restore` needs besides the place, to go on without reading again what came before: plain values."""
 
     def restore(self, states: list[dict]) -> None:
-        """Go on from the states of every process of the run that wrote them, however many there were."""
+        """Go on from the states of every process of the run that wrote them, however many; none: from the start."""
 
 
 class PackedDataset:

@@ -20,7 +20,7 @@ _TEST_FOLDERS = {"test", "tests", "idle_test"}
 _NOT_SOURCE = {"site-packages", "dist-packages", "__pycache__"}
 _HUB = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.\[\]:%-]+))?")
 _PROMPTS, _ANSWERS = ("prompt", "question"), ("response", "completion", "answer")
-Row = tuple[int, Callable[[], Any]]  # number within the shard, and what decodes the record
+Row = tuple[int, Callable[[], Any]]  # number within the shard, from 1 (0: all of it), and what decodes the record
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +180,7 @@ class Reader:
     def read(self, shard: Shard, start: int = 0, share: int = 0, of: int = 1) -> Iterator[tuple[int, Document]]:
         """(number, document) of the records numbered at least `start` whose number modulo `of` is `share`.
 
-        Raises: UserError if a table lacks the columns; Failure if the hub's answers end.
+        Raises: UserError if a table lacks the columns; Failure if the hub stops to answer.
         """
         number = None
         try:
@@ -192,8 +192,6 @@ class Reader:
         except BadRecord as error:
             self.skipped.add(shard.name, str(error))
         except OSError as error:
-            if shard.path is None:
-                raise Failure(f"cannot read on in {shard.name} ({first_line(error)}); start again to go on") from error
             self.skipped.add(shard.name, error.strerror or str(error))
         else:
             if number is None:
@@ -208,11 +206,9 @@ class Reader:
                             "or .parquet files")
 
     def _find_rows(self, shard: Shard) -> Iterator[Row]:
-        suffix = "" if shard.path is None else shard.path.suffix
         if shard.path is None:
-            columns = self._find_columns(shard.table.column_names or next(iter(shard.table), {}), shard.name)
-            rows = enumerate(shard.table.select_columns(columns), start=1)
-            return ((number, partial(dict, row)) for number, row in rows)
+            return self._find_hub_rows(shard)
+        suffix = shard.path.suffix
         if suffix in (".parquet", ".arrow"):
             return self._find_arrow_rows(shard.path)
         if suffix == ".csv":
@@ -222,6 +218,17 @@ class Reader:
         if suffix == ".json":
             return _find_json_rows(shard.path)
         return iter([(0, partial(_read_text, shard.path))])
+
+    def _find_hub_rows(self, shard: Shard) -> Iterator[Row]:
+        try:
+            names = shard.table.column_names or next(iter(shard.table), {})
+            columns = self._find_columns(names, shard.name)
+            for number, row in enumerate(shard.table.select_columns(columns), start=1):
+                yield number, partial(dict, row)
+        except UserError:
+            raise
+        except Exception as error:  # of the network or of the file, of many types
+            raise Failure(f"cannot read on in {shard.name} ({first_line(error)}); start again to go on") from error
 
     def _find_arrow_rows(self, path: Path) -> Iterator[Row]:
         import pyarrow
@@ -249,14 +256,13 @@ class Reader:
             raise BadRecord(f"not {kind}: {first_line(error)[:60]}") from None
 
     def _decode(self, shard: Shard, number: int, decode: Callable[[], Any]) -> Document | None:
-        name, where = (f"{shard.name}:{number}", f"{shard.path or shard.name} line {number}")
+        name, where = f"{shard.name}:{number}", f"{shard.path or shard.name} line {number}"
         try:
             record = decode()
-            if isinstance(record, str):  # a whole file
+            if number == 0:  # a whole file
                 if self.conversations:
                     raise BadRecord("not a table of conversations")
-                name = shard.name
-                return Document(record, name)
+                return Document(record, shard.name)
             columns = self._find_columns(record if isinstance(record, dict) else {}, where)
             values = [record[column] for column in columns]
             if None in values:
@@ -290,9 +296,10 @@ def read_messages(prompt: Any, answer: Any = None) -> list[dict[str, str]]:
 
     Raises: BadRecord unless every message has a role and a content that are text.
     """
-    messages = []
-    for value, role in ((prompt, "user"), (answer, "assistant")):
-        messages += [{"role": role, "content": value}] if answer is not None and isinstance(value, str) else value or []
+    parts = [prompt] if answer is None else [
+        [{"role": role, "content": value}] if isinstance(value, str) else value
+        for value, role in ((prompt, "user"), (answer, "assistant"))]
+    messages = [message for part in parts for message in (part if isinstance(part, list) else [part])]
     if not all(isinstance(message, dict) and isinstance(message.get("role"), str)
                and isinstance(message.get("content"), str) for message in messages):
         raise BadRecord("not a list of messages with role and content")
@@ -350,7 +357,7 @@ def _find_csv_rows(path: Path) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)  # a document may be longer than the 128 KiB that csv allows at first
     try:
         with open(path, encoding="utf-8", newline="") as file:
-            for number, record in enumerate(csv.DictReader(file), start=1):
+            for number, record in enumerate(csv.DictReader(file, restkey=""), start=1):
                 yield number, partial(dict, record)
     except UnicodeDecodeError:
         raise BadRecord("not UTF-8") from None

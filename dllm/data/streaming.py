@@ -17,6 +17,7 @@ from dllm.data.tokens import encode
 from dllm.errors import UserError
 
 _BLOCK = 2**20  # characters
+_START = [0, 0, 0, 0, 0]  # the state of a lane at first
 
 
 class StreamedRows:
@@ -26,7 +27,7 @@ class StreamedRows:
                  validation_share: float = 0.0, workers: int = 1, lanes: int = 8):
         """validation_share: of the documents, left out. workers: of `encode`. lanes: best some per row of a step."""
         def pack(documents: Sequence[Document], *seeds: object) -> PackedDataset:
-            tokens = encode(tokenizer, documents, workers if tokenizer.is_fast else 1)
+            tokens = encode(tokenizer, documents, 1 if reader.conversations or not tokenizer.is_fast else workers)
             reader.skipped.tell()
             return PackedDataset.of(tokens, torch.arange(len(documents)), max_seq_len, mix(seed, *seeds))
 
@@ -42,7 +43,7 @@ class StreamedRows:
 
     def restore(self, states: list[dict]) -> None:
         for index, lane in enumerate(self._lanes):
-            lane.restore(max(state["lanes"][index] for state in states))  # the one that has handed out the most rows
+            lane.restore(max((state["lanes"][index] for state in states), default=_START))  # of the most rows
 
 
 class _Lane:
@@ -53,7 +54,7 @@ class _Lane:
         self.lane, self.of = lane, of
         self.shards, self.reader, self.pack = shards, reader, pack
         self.validation_share, self.seed = validation_share, seed
-        self.restore([0, 0, 0, 0, 0])
+        self.restore(_START)
 
     def state(self) -> list[int]:
         """[rows before the block, whether it reads all records, epoch, shard and record where the block begins]"""

@@ -13,8 +13,10 @@ import sys
 import tempfile
 import zlib
 from array import array
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
@@ -25,9 +27,11 @@ from torch import Tensor
 
 from dllm.data.conversations import encode_conversation
 from dllm.data.sources import Document
+from dllm.errors import Failure
 
 _VERSION = 1  # of what a cache file holds
 _BATCH = 64  # documents that a worker gets at a time
+_FEW = 2048  # documents done before a process has started
 
 
 class Tokens(NamedTuple):
@@ -69,9 +73,10 @@ def encode(tokenizer, documents: Iterable[Document], workers: int = 1) -> Tokens
     Conversations without a token to learn become no tokens at all.
 
     Args:
-        workers: threads for a fast tokenizer, which computes outside Python's lock, processes for any other. Fast ones
-            have threads of their own besides: two of ours are up to a tenth faster than one, two processes a fifth
-            slower and a second later.
+        workers: processes (spawned) for conversations and for a tokenizer in Python, of which few are done without;
+            threads for texts and a fast one, which has threads of its own besides: two of ours are up to a tenth faster
+            than one, two processes a fifth slower and a second later.
+    Raises: Failure if a process dies.
     """
     ids, lengths, trainable = array("i"), array("q"), array("b")
     for batch_ids, batch_lengths, batch_trainable in _encode_batches(tokenizer, documents, workers):
@@ -88,22 +93,28 @@ def _as_tensor(values: array, dtype: torch.dtype) -> Tensor:
 
 def _encode_batches(tokenizer, documents: Iterable[Document], workers: int) -> Iterator[tuple]:
     documents = iter(documents)
-    batches = iter(lambda: list(islice(documents, _BATCH)), [])
-    if workers <= 1:
+    first = list(islice(documents, _FEW))
+    in_python = bool(first) and (first[0].messages is not None or not tokenizer.is_fast)
+    together = chain(first, documents)
+    batches = iter(lambda: list(islice(together, _BATCH)), [])
+    if workers <= 1 or in_python and len(first) < _FEW:
         yield from (_encode_batch(tokenizer, batch) for batch in batches)
         return
-    pool: Executor
-    if tokenizer.is_fast:
-        pool = ThreadPoolExecutor(workers)
-    else:
+    if in_python:
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _keep, (tokenizer,))
-    with pool:
-        waiting = []
-        for batch in batches:
-            waiting.append(pool.submit(_encode_batch, tokenizer if tokenizer.is_fast else None, batch))
-            if len(waiting) > 4 * workers:
-                yield waiting.pop(0).result()
-        yield from (future.result() for future in waiting)
+    else:
+        pool = ThreadPoolExecutor(workers)
+    waiting = deque()
+    try:
+        with pool:
+            for batch in batches:
+                waiting.append(pool.submit(_encode_batch, None if in_python else tokenizer, batch))
+                if len(waiting) > 4 * workers:
+                    yield waiting.popleft().result()
+            yield from (future.result() for future in waiting)
+    except BrokenProcessPool as error:
+        raise Failure("a process that tokenises has died; in a script of your own, keep what it runs below "
+                      "if __name__ == '__main__', or set data.num_workers=0") from error
 
 
 def _keep(tokenizer) -> None:

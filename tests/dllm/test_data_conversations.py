@@ -94,7 +94,7 @@ def write(folder, records):
 @pytest.mark.parametrize("datasets_type", ["mapping", "iterable"])
 def test_long_conversations_are_cut_and_keep_what_is_learnt_and_those_with_nothing_are_dropped(
         datasets_type, tmp_path, chat, capsys):
-    records = [{"messages": TALK}, {"messages": TALK[:2]}, {"messages": "no list"}, {"messages": None},
+    records = [{"messages": TALK}, {"messages": TALK[:2]}, {"messages": "no list"}, {"messages": 5}, {"messages": None},
                {"prompt": "Go on?", "response": "No."},
                {"prompt": TALK[:2], "completion": TALK[2:3]},
                {"messages": [{"role": "user", "content": "word " * 200}, {"role": "assistant", "content": "end"}]}]
@@ -112,7 +112,8 @@ def test_long_conversations_are_cut_and_keep_what_is_learnt_and_those_with_nothi
     if datasets_type == "mapping":
         assert data.documents == 4 and data.tokens == len(packed.tokens)
         error = capsys.readouterr().err
-        assert "skipped 1 " in error and "line 3 (not a list of messages with role and content)" in error
+        assert "skipped 2 " in error
+        assert "line 3 (not a list of messages with role and content)" in error and "line 4 (" in error
         assert "dropped 1 conversations that have no answer to learn" in error
         again = open_training_data(read_corpus(group), chat, 0).rows.read(range(data.rows_per_epoch))
         assert torch.equal(again.trainable, packed.trainable)  # from the cache

@@ -2,6 +2,10 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import pytest
@@ -11,7 +15,7 @@ from dllm.config import DataGroup
 from dllm.data import Document, open_training_data, read_corpus, read_documents
 from dllm.data import tokens as tokens_module
 from dllm.data.tokens import encode, load_or_encode
-from dllm.errors import UserError
+from dllm.errors import Failure, UserError
 
 TEXTS = ["one", "two\nlines", "three, \"quoted\"", "four\u2028same"]
 
@@ -59,16 +63,17 @@ def test_damaged_and_empty_shards_are_skipped_counted_and_named(tmp_path, capsys
     (tmp_path / "cut.parquet").write_bytes(whole[:-20])
     (tmp_path / "bad.arrow").write_bytes(b"no arrow")
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "void.arrow").write_bytes(b"")
+    (tmp_path / "void.parquet").write_bytes(b"")
     (tmp_path / "half.jsonl").write_text('{"text": "\\ud800"}\n{"text": "fine"}\n')
     assert {document.text for document in read_documents([tmp_path])} == {*TEXTS, "fine"}
     error = capsys.readouterr().err
-    assert error.startswith("skipped 4 ") and error.count("\n") == 1
+    assert error.startswith("skipped 6 ") and error.count("\n") == 1
     (tmp_path / "good.parquet").unlink()
     (tmp_path / "half.jsonl").unlink()
-    with pytest.raises(UserError, match=r"no text in .* \(3 skipped\)"):
+    with pytest.raises(UserError, match=r"no text in .* \(5 skipped\)"):
         read_corpus(DataGroup(train_path=str(tmp_path)))
-    error = capsys.readouterr().err
-    assert all(name in error for name in ("cut.parquet (not Parquet", "bad.arrow (not Arrow", "empty.jsonl (empty)"))
+    assert "bad.arrow (not Arrow" in error and "cut.parquet (not Parquet" in error and "empty.jsonl (empty)" in error
 
 
 @pytest.fixture
@@ -100,6 +105,17 @@ def test_a_dataset_of_the_hub_is_read_by_name_configuration_and_split(hub, tmp_p
     (tmp_path / "owner/name").mkdir(parents=True)
     (tmp_path / "owner/name/a.txt").write_text("local")
     assert [document.text for document in read_documents(["owner/name"])] == ["local"]
+
+
+def test_a_hub_that_stops_to_answer_ends_the_run_with_the_reason(hub, tokenizer, monkeypatch):
+    def records():
+        yield {"text": "one"}
+        raise TimeoutError("the read timed out")
+
+    table = datasets.IterableDataset.from_generator(records, features=datasets.Features(text=datasets.Value("string")))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
+    with pytest.raises(Failure, match=r"cannot read on in owner/name \(the read timed out\); start again to go on"):
+        read_documents(["owner/name"])
 
 
 def test_a_dataset_of_the_hub_can_be_streamed(hub, tokenizer):
@@ -175,13 +191,34 @@ def test_a_cache_that_cannot_be_written_is_told_and_done_without(tokenizer, tmp_
     assert "set DLLM_CACHE to another folder" in capsys.readouterr().err
 
 
-def test_workers_of_both_kinds_give_the_same_tokens_in_order(tokenizer):
+def test_a_script_without_a_main_part_is_told_what_to_do(tmp_path):
+    (tmp_path / "script.py").write_text("""
+from transformers import ByT5Tokenizer
+from dllm.data import Document
+from dllm.data.tokens import encode
+encode(ByT5Tokenizer(), [Document("x", "x")] * 3000, 2)
+""")
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
+    assert "dllm.errors.Failure: a process that tokenises has died; in a script of your own" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["fast", "python", "conversations"])
+def test_workers_of_any_kind_give_the_same_tokens_in_order(kind, tokenizer, monkeypatch):
     from transformers import ByT5Tokenizer
-    documents = [Document(f"text number {i}", str(i)) for i in range(200)]
-    for kind in (tokenizer, ByT5Tokenizer()):
-        alone, together = encode(kind, documents, 1), encode(kind, documents, 3)
-        assert torch.equal(alone.tokens, together.tokens) and torch.equal(alone.lengths, together.lengths)
-        assert load_or_encode(kind, kind.__class__.__name__, documents, 1).tokens.equal(alone.tokens)
+    monkeypatch.setattr(tokens_module, "_FEW", 150)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" \
+                              "{% if add_generation_prompt %}assistant: {% endif %}"
+    tokenizer = ByT5Tokenizer() if kind == "python" else tokenizer
+    talks = [json.dumps([{"role": "user", "content": "?"}, {"role": "assistant", "content": str(i)}])
+             if kind == "conversations" else None for i in range(200)]
+    documents = [Document(f"text number {i}", str(i), talks[i]) for i in range(200)]
+    alone = encode(tokenizer, documents, 1)
+    for count in (200, 149):  # enough for processes, and not
+        for mine, expected in zip(encode(tokenizer, documents[:count], 2), alone, strict=True):
+            assert mine is expected is None or torch.equal(mine, expected[:len(mine)]) and len(mine) >= count
+    assert (alone.trainable is not None) == (kind == "conversations") and len(alone.lengths) == 200
+    assert load_or_encode(tokenizer, kind, documents, 1).tokens.equal(alone.tokens)
 
 
 def test_held_out_text_is_counted_in_bytes_and_the_fingerprint_follows_the_content(tokenizer, tmp_path):

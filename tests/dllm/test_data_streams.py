@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 
-from dllm.config import DataGroup
+from dllm.config import DataGroup, load_config
 from dllm.data import MixedDataset, PackedDataset, open_training_data, read_corpus
 from dllm.data import streaming as streaming_module
 from dllm.data.corpus import choose_lanes
 from dllm.errors import UserError
+from dllm.trainer import train
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +111,17 @@ def test_all_lanes_together_hold_every_document(folder, tokenizer):
     assert len(set(chunks)) == 320
 
 
+def test_of_many_files_each_lane_opens_its_own(tmp_path, tokenizer):
+    for i in range(70):
+        (tmp_path / f"{i}.jsonl").write_text("".join(json.dumps({"text": f"{i} {n}"}) + "\n" for n in range(4)))
+    rows = open_stream(tmp_path, tokenizer, max_seq_len=256).rows
+    files = [{text.split()[0] for number in range(8) for text in split_chunks(tokenizer, lane.read(number))}
+             for lane in rows._lanes]
+    assert sorted(file for lane in files for file in lane) == sorted(map(str, range(70)))
+    chunks = split_chunks(tokenizer, open_stream(tmp_path, tokenizer, max_seq_len=256).rows.read(range(200)))
+    assert len(set(chunks)) == 280
+
+
 def test_the_seed_decides_the_order(folder, tokenizer):
     first, other = (split_rows(open_stream(folder, tokenizer, seed=seed).rows.read(range(80))) for seed in (0, 1))
     assert first != other
@@ -147,9 +159,11 @@ def test_a_stream_of_nothing_is_refused_and_what_is_damaged_told_once(tmp_path, 
 
 def test_reading_back_is_refused(folder, tokenizer):
     rows = open_stream(folder, tokenizer).rows
-    rows.read(range(400))
+    first = split_rows(rows.read(range(400)))[:8]
     with pytest.raises(ValueError, match="in order"):
         rows.read(range(8))
+    rows.restore([])
+    assert split_rows(rows.read(range(8))) == first
 
 
 def make_source(first, count, seed=0):
@@ -203,6 +217,25 @@ def test_a_streamed_mixture_goes_on_from_its_state(folder, tmp_path, tokenizer):
     second.rows.restore([first.rows.state(), open_mixture().rows.state()])
     assert split_rows(second.rows.read(range(120, 200))) == expected[120:]
     assert first.held_out_documents > 0
+
+
+def test_training_on_a_stream_goes_on_after_a_stop_to_the_same_losses_and_not_on_other_files(folder, tmp_path_factory):
+    def run(output_dir, steps):
+        flags = [f"--data.train_path={folder}", "--data.datasets_type=iterable", "--data.max_seq_len=32",
+                 f"--train.output_dir={output_dir}", "--train.micro_batch_size=4", "--model.vocab_size=300",
+                 "--model.hidden_size=16", "--model.intermediate_size=32", "--model.num_hidden_layers=1",
+                 "--model.num_attention_heads=2", "--model.num_key_value_heads=2", "--train.device=cpu"]
+        return [line["loss"] for line in train(load_config(None, flags + steps)).history]
+
+    outputs = [tmp_path_factory.mktemp("run") for _ in range(2)]
+    whole = run(outputs[0], ["--train.max_steps=20"])
+    run(outputs[1], ["--train.max_steps=12"])
+    assert run(outputs[1], ["--train.max_steps=20"]) == whole and len(whole) == 20
+    with pytest.raises(UserError, match="nobody knows how long a stream is; set data.train_size"):
+        run(outputs[0], [])
+    (folder / "new.txt").write_text("new")
+    with pytest.raises(UserError, match="a run on other documents than data.train_path has now"):
+        run(outputs[1], ["--train.max_steps=30"])
 
 
 def test_weights_are_read_from_the_path_and_must_be_given_to_all():
