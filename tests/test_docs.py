@@ -93,6 +93,11 @@ def test_commands(block, place, capsys, request):
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
         elif words[:3] == ["python", "-m", "dllm.train"]:
             check_recipe(place, words[3:])
+        elif words[0] == "torchrun":
+            launched = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:], "--train.device=cpu",
+                        *(flag for flag in BRIEF if "batch_size" not in flag)]
+            done = subprocess.run(launched, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
         elif words[:2] == ["dllm", "serve"]:
             request.getfixturevalue("serving")(words)
         elif words[0] == "curl":
