@@ -30,6 +30,7 @@ def build_model(config: Config, training: Sequence[Document], resumed: Checkpoin
             # Copied into the fresh model: products can differ in the last bit with the alignment of what came from a
             # file.
             model.load_state_dict(DiffusionLM.from_pretrained(folder).state_dict())
+        freeze(model, config.train.frozen_names)
         if config.train.lora_rank:
             add_adapters(model, config.train.lora_rank, config.train.lora_alpha)
     if folder is not None and (folder / "generation_config.json").exists():
@@ -38,6 +39,24 @@ def build_model(config: Config, training: Sequence[Document], resumed: Checkpoin
         raise UserError(f"train.ulysses_parallel_size {world.sequence_size} must divide the model's "
                         f"{model_config.num_attention_heads} attention heads")
     return tokenizer, model
+
+
+def freeze(model: DiffusionLM, names: Sequence[str]) -> None:
+    """Train no parameter whose name contains one of `names`, in any case (Open-dLLM's freeze_layers).
+
+    A head that is tied to the embedding goes by the name of either.
+    Raises: UserError for a name that no parameter has, or if none is left to train.
+    """
+    parameters = [*model.named_parameters(), ("lm_head.weight", model.head_weight)]
+    for name in names:
+        found = [parameter for known, parameter in parameters if name.lower() in known.lower()]
+        if not found:
+            raise UserError(f"train.freeze_layers: no parameter has {name!r} in its name; names look like "
+                            f"{parameters[0][0]} and model.layers.0.mlp.up_proj.weight")
+        for parameter in found:
+            parameter.requires_grad_(False)
+    if not model.count_parameters(trainable=True):
+        raise UserError(f"train.freeze_layers {','.join(names)} leaves no parameter to train; name fewer")
 
 
 def describe_model(config: Config, training: Sequence[Document], resumed: Checkpoint | None):

@@ -104,6 +104,7 @@ class TrainGroup:
     path_term: bool = False  # add Open-dLLM's planner term (P2); with mdm only
     mask_at_least_one: bool = False  # token of every document, whatever its time; with mdm only
     schedule: str = "linear"  # of corruption over time: linear, cosine or polynomial
+    freeze_layers: str | None = None  # not trained: parameters with one of these in their names, separated by commas
     # Optimisation
     optimizer: str = "adamw"  # adamw, or muon: Muon for the matrices of the layers and AdamW for the rest
     lr: float = 5e-5  # peak; Muon's updates are scaled so that AdamW's value suits it
@@ -181,10 +182,17 @@ class TrainGroup:
         if self.mask_at_least_one and self.objective != "mdm":
             raise UserError(f"train.mask_at_least_one needs train.objective=mdm, not {self.objective!r}: it would bias "
                             "the bound, and without corruption it means nothing; remove one of them")
+        if self.freeze_layers and self.lora_rank:
+            raise UserError(f"train.freeze_layers {self.freeze_layers!r} has no effect with train.lora_rank, which "
+                            "freezes every weight; remove one of them")
 
     @property
     def rows_per_step(self) -> int:
         return self.global_batch_size or self.micro_batch_size
+
+    @property
+    def frozen_names(self) -> list[str]:
+        return _split_commas(self.freeze_layers or "")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -229,7 +237,6 @@ FOREIGN: Mapping[str, Foreign] = {
     "data.drop_last": Foreign(None, "no data is dropped"),
     "data.pin_memory": Foreign(None, "batches are small next to the model"),
     "train.repr_align_wt": Foreign((0,), "representation alignment is not supported: set it to 0"),
-    "train.freeze_layers": Foreign((None, ""), "every parameter is trained: remove it"),
     "train.rmpad": _ALWAYS_PACKED,
     "train.rmpad_with_pos_ids": _ALWAYS_PACKED,
     "train.dyn_bsz": _ALWAYS_PACKED,

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -292,13 +292,15 @@ def check_same_run(config: Config, resumed: Checkpoint, output: Path) -> None:
     if not config.train.auto_resume:
         raise UserError(f"{output} already holds checkpoints up to {resumed.folder.name}; set another "
                         "train.output_dir, or train.auto_resume=true to continue")
-    fixed = ("objective", "path_term", "mask_at_least_one", "schedule", "optimizer", "seed", "lora_rank", "lora_alpha")
+    fixed = ("objective", "path_term", "mask_at_least_one", "schedule", "optimizer", "seed", "lora_rank", "lora_alpha",
+             "freeze_layers")
+    defaults = {field.name: field.default for field in fields(TrainGroup)}  # of a run older than a key
 
     def describe(groups: dict[str, dict]) -> dict:
         train_group = groups["train"]
         return {**{f"model.{key}": value for key, value in groups["model"].items()},
                 **{f"data.{key}": value for key, value in groups["data"].items()},
-                **{f"train.{key}": train_group.get(key, False) for key in fixed},  # false: a run older than the key
+                **{f"train.{key}": train_group.get(key, defaults[key]) for key in fixed},
                 "train.global_batch_size": train_group["global_batch_size"] or train_group["micro_batch_size"]}
 
     before, now = describe(resumed.state["config"]), describe(config.to_dict())

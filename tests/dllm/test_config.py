@@ -72,6 +72,7 @@ def test_an_unknown_key_names_the_nearest_valid_one(flag, hint):
     (["--train.objective=mlm"], ["mdm, elbo, ar", "mlm"]),
     (["--train.objective=ar", "--train.path_term=true"], ["path_term", "mdm"]),
     (["--train.objective=elbo", "--train.mask_at_least_one=true"], ["mask_at_least_one", "mdm", "bias the bound"]),
+    (["--train.freeze_layers=mlp", "--train.lora_rank=4"], ["'mlp' has no effect", "lora_rank"]),
     (["--train.lr_decay_style=cosine", "--train.lr_min=1"], ["lr_min", "1.0"]),
     (["--model.num_attention_heads=3"], ["hidden_size", "256"]),
     (["--model.num_key_value_heads=3"], ["num_key_value_heads", "divisor"]),

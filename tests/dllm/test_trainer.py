@@ -20,7 +20,7 @@ from dllm.data import PackedDataset
 from dllm.errors import Failure, UserError
 from dllm.families import ModelConfig
 from dllm.model import DiffusionLM
-from dllm.optimizer import Muon, learning_rate, orthogonalize
+from dllm.optimizer import Muon, build_optimizers, learning_rate, orthogonalize
 from dllm.train import main
 from dllm.trainer import train
 
@@ -417,6 +417,36 @@ def test_adapters_alone_are_trained_and_merged_into_the_model_for_others(make_co
     assert changed == {name for name in before if "_proj.weight" in name}
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_frozen_parameters_stay_bit_for_bit_and_have_no_state_and_the_others_learn(make_config, tmp_path, optimizer):
+    start = train(make_config(max_steps=2, output_dir=str(tmp_path / "start"))).checkpoint
+    config = make_config(max_steps=4, save_steps=2, optimizer=optimizer, weight_decay=0.1,
+                         freeze_layers="LM_head, layers.1.mlp")
+    config = replace(config, model=ModelGroup(model_path=str(start)))
+    optimizers = []
+    with pytest.MonkeyPatch.context() as patch:
+        def keep(*arguments):
+            optimizers.extend(build_optimizers(*arguments))
+            return optimizers
+        patch.setattr(trainer, "build_optimizers", keep)
+        result = train(config)
+    before, after = (DiffusionLM.from_pretrained(folder).state_dict() for folder in (start, result.checkpoint))
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {"model.embed_tokens.weight",  # tied: the head
+                    *(f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up", "down"))}
+    assert sum(len(optimizer.state) for optimizer in optimizers) == len(before) - len(same)
+    with pytest.raises(UserError, match="train.freeze_layers 'LM_head, layers.1.mlp', not None"):
+        train(replace(config, train=replace(config.train, freeze_layers=None)))
+
+
+@pytest.mark.parametrize("names, message", [
+    ("norm,layers.7", "no parameter has 'layers.7' in its name"), ("model", "model leaves no parameter to train"),
+])
+def test_names_that_freeze_nothing_or_everything_are_refused(make_config, names, message):
+    with pytest.raises(UserError, match=message):
+        train(make_config(freeze_layers=names))
+
+
 def test_activations_computed_again_train_alike(make_config, tmp_path):
     plain = train(make_config(max_steps=4))
     again = train(make_config(max_steps=4, enable_gradient_checkpointing=True, output_dir=str(tmp_path / "again")))
@@ -484,3 +514,5 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(make_config, tmp_pat
     assert "# parameters: 28,256\n" in told and "# memory of each of 1 processes, estimated: " in told
     assert "# a step: 8 rows, at most 384 tokens; micro-batches of each process: 2\n# steps: 12; the corpus has" in told
     assert not (tmp_path / "run").exists()
+    assert main([str(path), "--dry-run", "--train.freeze_layers=mlp"]) == 0
+    assert "# parameters: 28,256, 15,968 of them trained\n" in capsys.readouterr().out
