@@ -14,7 +14,7 @@ from dllm.accounting import count_pairs
 from dllm.config import Config, TrainGroup
 from dllm.corruption import T_MIN, corrupt
 from dllm.data import Document, Packed, PackedDataset, RowSource, tokenize
-from dllm.loss import LossSums, Targets, choose_targets, sum_losses
+from dllm.loss import LossSums, Targets, choose_targets, sum_alignment, sum_losses
 from dllm.model import DiffusionLM
 from dllm_kernels import philox_uniform
 
@@ -92,14 +92,23 @@ def spread_times(packed: Packed, first_slot: int, of: int, offset: Tensor) -> Te
     return ((row + first_slot) / of + index * GOLDEN_RATIO + offset).frac().clamp(T_MIN, 1 - T_MIN)
 
 
-def forward(model: DiffusionLM, batch: MicroBatch, device: torch.device) -> LossSums:
+def forward(model: DiffusionLM, batch: MicroBatch, device: torch.device,
+            teacher: DiffusionLM | None = None) -> LossSums:
+    """The sums of a micro-batch's losses; with a teacher, a causal model, the alignment of the scored positions too."""
     def move(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(device, non_blocking=True)
 
     packed = {} if batch.cu_seqlens is None else {"cu_seqlens": move(batch.cu_seqlens), "max_seqlen": batch.max_seqlen}
+    levels: list[Tensor] | None = None if teacher is None else []
     hidden = model.hidden_states(move(batch.input_ids), position_ids=move(batch.position_ids),
-                                 block_length=batch.block_length, **packed)
-    return sum_losses(hidden, model.head_weight, Targets(*map(move, batch.targets)))
+                                 block_length=batch.block_length, levels=levels, **packed)
+    sums = sum_losses(hidden, model.head_weight, Targets(*map(move, batch.targets)))
+    if levels is None:
+        return sums
+    clean, theirs = batch.targets.tokens.roll(1).view_as(batch.input_ids), []  # the targets are one to the left
+    with torch.no_grad():
+        teacher.hidden_states(move(clean), block_length=1, levels=theirs, **packed)
+    return sums._replace(alignment=sum_alignment(levels, theirs, move(batch.targets.scored.nonzero()[:, 0])))
 
 
 def share_positions(batch: MicroBatch, part: int, parts: int) -> MicroBatch:

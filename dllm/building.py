@@ -9,7 +9,7 @@ import torch
 from dllm.checkpoint import Checkpoint
 from dllm.config import Config
 from dllm.data import Document
-from dllm.distributed import World
+from dllm.distributed import World, use_bf16
 from dllm.errors import UserError
 from dllm.families import FAMILIES, ModelConfig, read_config, read_json
 from dllm.lora import add_adapters
@@ -39,6 +39,15 @@ def build_model(config: Config, training: Sequence[Document], resumed: Checkpoin
         raise UserError(f"train.ulysses_parallel_size {world.sequence_size} must divide the model's "
                         f"{model_config.num_attention_heads} attention heads")
     return tokenizer, model
+
+
+def build_teacher(config: Config, world: World) -> DiffusionLM | None:
+    """The weights that the run starts from, whole in every process, frozen, in the arithmetic's precision; None if no
+    alignment is asked for."""
+    if not config.train.repr_align_wt:
+        return None
+    dtype = torch.bfloat16 if use_bf16(config.train, world.device) else torch.float32
+    return DiffusionLM.from_pretrained(config.model.model_path, dtype, world.device).requires_grad_(False)
 
 
 def freeze(model: DiffusionLM, names: Sequence[str]) -> None:
@@ -86,6 +95,12 @@ def describe_model(config: Config, training: Sequence[Document], resumed: Checkp
             rope_theta=group.rope_theta, initializer_range=group.initializer_range, shift_logits=group.shift_logits,
             **FAMILIES[group.family].fixed)
     check_vocabulary(tokenizer, model_config.vocab_size)
+    if config.train.repr_align_wt and not group.model_path:
+        raise UserError(f"train.repr_align_wt {config.train.repr_align_wt} aligns with the weights of "
+                        "model.model_path, which is not set; set it, or train.repr_align_wt=0")
+    if config.train.repr_align_wt and not model_config.shift_logits:
+        raise UserError(f"train.repr_align_wt {config.train.repr_align_wt} aligns positions that predict the next "
+                        f"token; those of {path} predict their own: set it to 0")
     if config.data.max_seq_len > model_config.max_position_embeddings:
         raise UserError(f"data.max_seq_len {config.data.max_seq_len} is more than the model's "
                         f"{model_config.max_position_embeddings} positions; lower it")

@@ -104,6 +104,7 @@ class TrainGroup:
     path_term: bool = False  # add Open-dLLM's planner term (P2); with mdm only
     mask_at_least_one: bool = False  # token of every document, whatever its time; with mdm only
     schedule: str = "linear"  # of corruption over time: linear, cosine or polynomial
+    repr_align_wt: float = 0.0  # weight of aligning hidden states with those of model.model_path, causal and frozen
     freeze_layers: str | None = None  # not trained: parameters with one of these in their names, separated by commas
     # Optimisation
     optimizer: str = "adamw"  # adamw, or muon: Muon for the matrices of the layers and AdamW for the rest
@@ -166,7 +167,7 @@ class TrainGroup:
             value = getattr(self, name)
             _check(f"train.{name}", value, value is None or value > 0, "above 0")
         for name in ("lr_min", "lr_start", "weight_decay", "max_grad_norm", "save_steps", "save_time_interval_minutes",
-                     "eval_every", "seed", "profile_start_step", "lora_rank"):
+                     "eval_every", "seed", "profile_start_step", "lora_rank", "repr_align_wt"):
             _check(f"train.{name}", getattr(self, name), getattr(self, name) >= 0, "at least 0")
         _check("train.lr_min", self.lr_min, self.lr_decay_style != "cosine" or self.lr_min <= self.lr,
                f"at most lr {self.lr}")
@@ -182,6 +183,12 @@ class TrainGroup:
         if self.mask_at_least_one and self.objective != "mdm":
             raise UserError(f"train.mask_at_least_one needs train.objective=mdm, not {self.objective!r}: it would bias "
                             "the bound, and without corruption it means nothing; remove one of them")
+        if self.repr_align_wt and self.objective not in ("mdm", "elbo"):
+            raise UserError(f"train.repr_align_wt {self.repr_align_wt} needs train.objective mdm or elbo, not "
+                            f"{self.objective!r}; remove one of them")
+        if self.repr_align_wt and self.ulysses_parallel_size > 1:
+            raise UserError(f"train.repr_align_wt {self.repr_align_wt} needs train.ulysses_parallel_size 1, not "
+                            f"{self.ulysses_parallel_size}: its teacher sees whole rows; remove one of them")
         if self.freeze_layers and self.lora_rank:
             raise UserError(f"train.freeze_layers {self.freeze_layers!r} has no effect with train.lora_rank, which "
                             "freezes every weight; remove one of them")
@@ -236,7 +243,6 @@ FOREIGN: Mapping[str, Foreign] = {
     "data.prefetch_factor": Foreign(None, "the corpus is tokenised once, before training"),
     "data.drop_last": Foreign(None, "no data is dropped"),
     "data.pin_memory": Foreign(None, "batches are small next to the model"),
-    "train.repr_align_wt": Foreign((0,), "representation alignment is not supported: set it to 0"),
     "train.rmpad": _ALWAYS_PACKED,
     "train.rmpad_with_pos_ids": _ALWAYS_PACKED,
     "train.dyn_bsz": _ALWAYS_PACKED,

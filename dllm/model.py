@@ -301,7 +301,8 @@ class DiffusionLM(nn.Module):
     def hidden_states(self, input_ids: Tensor, *, attention_mask: Tensor | None = None,
                       position_ids: Tensor | None = None, cu_seqlens: Tensor | None = None,
                       max_seqlen: int | None = None, block_length: int | None = None,
-                      queries: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+                      queries: Tensor | None = None, cache: KeyValueCache | None = None,
+                      levels: list[Tensor] | None = None) -> Tensor:
         """The hidden states after the final norm, [B, L, D].
 
         Args:
@@ -318,6 +319,8 @@ class DiffusionLM(nn.Module):
                 block.
             cache: holds the positions beside these, and gets these too; if it grows, whole blocks, with block_length.
                 With it attention_mask is of all positions. Excludes cu_seqlens.
+            levels: gets the embeddings, what each layer but the last gives, and the result, [B, L, D] each. Excludes
+                queries.
         Raises: UserError if the input is longer than the model's positions; ValueError if arguments exclude each other.
         """
         if input_ids.ndim != 2:
@@ -348,11 +351,16 @@ class DiffusionLM(nn.Module):
         for at.layer, layer in enumerate(self.model.layers):
             if at.layer == len(self.model.layers) - 1 and queries is not None:
                 at.queries, at.block_length = queries, None  # of the last block, they see all
+            if levels is not None:
+                levels.append(x)
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, at, use_reentrant=False)
             else:
                 x = layer(x, at)
-        return self.model.norm(x)
+        x = self.model.norm(x)
+        if levels is not None:
+            levels.append(x)
+        return x
 
     def hidden_states_together(self, calls: Sequence[dict]) -> list[Tensor]:
         """What `hidden_states(**call)` gives for each call, in one pass over the weights.

@@ -21,7 +21,7 @@ from torch import nn
 
 from dllm.accounting import peak_flops, step_flops
 from dllm.batches import MicroBatch, draw_validation, forward, make_batches, share_positions
-from dllm.building import build_model
+from dllm.building import build_model, build_teacher
 from dllm.checkpoint import Checkpoint, load_latest, write_atomically
 from dllm.config import Config, TrainGroup
 from dllm.data import PackedDataset, read_documents, split_documents, tokenize
@@ -51,8 +51,8 @@ class TrainingStep(nn.Module):
         super().__init__()
         self.model, self.device = model, device
 
-    def forward(self, batch: MicroBatch) -> LossSums:
-        return forward(self.model, batch, self.device)
+    def forward(self, batch: MicroBatch, teacher: DiffusionLM | None = None) -> LossSums:
+        return forward(self.model, batch, self.device, teacher)
 
 
 def train(config: Config) -> TrainResult:
@@ -72,6 +72,7 @@ def train_in(world: World, config: Config) -> TrainResult:
     documents = read_documents(config.data.path_list, config.data.key_list)
     training, held_out = split_documents(documents, config.data.validation_share)
     tokenizer, model = build_model(config, training, resumed, world)
+    teacher = build_teacher(config, world)
     dataset = PackedDataset(tokenize(tokenizer, training), config.data.max_seq_len, settings.seed)
     validation = draw_validation(tokenizer, held_out, config, model)
     total = count_steps(config, dataset)
@@ -120,15 +121,17 @@ def train_in(world: World, config: Config) -> TrainResult:
             upcoming = reader.submit(read_step, step + 1)
             agreed = agree(world, batches, sigterm.came, clock, settings)
             rate = set_learning_rate(optimizers, settings, max(step, agreed.share * total), total)
-            sums = torch.zeros(2, device=world.device)
+            sums = torch.zeros(3, device=world.device)
             for index, batch in enumerate(batches):
                 with shared.synchronising(last=index == len(batches) - 1):
-                    loss, nll = shared(batch)
+                    loss, nll, alignment = shared(batch, teacher)
+                    alignment = alignment / agreed.scored
+                    loss = loss / agreed.normaliser + settings.repr_align_wt * alignment
                     # Gradients are averaged over the processes: times their number, it is the sum.
-                    (loss * (world.size / agreed.normaliser)).backward()
-                sums += torch.stack((loss.detach() / agreed.normaliser, nll / agreed.scored))
+                    (loss * world.size).backward()
+                sums += torch.stack((loss.detach(), nll / agreed.scored, alignment.detach()))
             norm = clip_gradients(parameters, settings.max_grad_norm).item()
-            loss, nll = world.sum(sums.cpu()).tolist()
+            loss, nll, alignment = world.sum(sums.cpu()).tolist()
             if math.isfinite(loss) and math.isfinite(norm):
                 bad = 0
                 for optimizer in optimizers:
@@ -152,6 +155,8 @@ def train_in(world: World, config: Config) -> TrainResult:
                 line = {"step": step, "loss": loss, "nll": nll, "grad_norm": norm, "lr": rate, "tokens": tokens_seen,
                         "seconds": round(clock.seconds, 3),
                         "tokens_per_second": round(agreed.tokens / clock.step_seconds)}
+                if teacher is not None:
+                    line["alignment"] = alignment
                 if skipped:
                     line["skipped"] = skipped
                 line |= measure_device(world, model.config, agreed, clock.step_seconds)
@@ -293,7 +298,7 @@ def check_same_run(config: Config, resumed: Checkpoint, output: Path) -> None:
         raise UserError(f"{output} already holds checkpoints up to {resumed.folder.name}; set another "
                         "train.output_dir, or train.auto_resume=true to continue")
     fixed = ("objective", "path_term", "mask_at_least_one", "schedule", "optimizer", "seed", "lora_rank", "lora_alpha",
-             "freeze_layers")
+             "freeze_layers", "repr_align_wt")
     defaults = {field.name: field.default for field in fields(TrainGroup)}  # of a run older than a key
 
     def describe(groups: dict[str, dict]) -> dict:

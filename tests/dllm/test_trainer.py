@@ -382,8 +382,8 @@ def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(make_config, tmp_pa
 def test_a_step_that_is_not_finite_is_skipped_and_counted_and_the_next_ones_learn(make_config, monkeypatch):
     forward_once = trainer.forward
 
-    def poisoned(model, batch, device):
-        sums = forward_once(model, batch, device)
+    def poisoned(*arguments):
+        sums = forward_once(*arguments)
         poisoned.calls += 1
         return sums._replace(loss=sums.loss * math.nan) if poisoned.calls == 5 else sums
 
@@ -437,6 +437,69 @@ def test_frozen_parameters_stay_bit_for_bit_and_have_no_state_and_the_others_lea
     assert sum(len(optimizer.state) for optimizer in optimizers) == len(before) - len(same)
     with pytest.raises(UserError, match="train.freeze_layers 'LM_head, layers.1.mlp', not None"):
         train(replace(config, train=replace(config.train, freeze_layers=None)))
+
+
+@pytest.mark.parametrize("objective", ["mdm", "elbo"])
+def test_alignment_of_micro_batches_of_any_size_is_that_of_the_whole(objective):
+    dataset, model, teacher = make_dataset(longest=40), make_model(), make_model()
+    alignments = []
+    for size in (12, 4, 1):
+        settings = TrainGroup(output_dir="x", objective=objective, micro_batch_size=size, global_batch_size=12)
+        batches = make_batches(dataset, 5, range(12), 12, settings, 1, model)
+        alignments.append(sum(forward(model, batch, torch.device("cpu"), teacher).alignment.item()
+                              for batch in batches))
+        assert sum(batch.scored for batch in batches) > alignments[-1] > 0
+    assert alignments[1:] == pytest.approx(alignments[:1] * 2, rel=1e-5)
+
+
+def test_the_teacher_sees_clean_text_and_no_later_token():
+    model, teacher, dataset = make_model(), make_model(), make_dataset(longest=15)
+    settings = TrainGroup(output_dir="x", micro_batch_size=8)
+    batch, = make_batches(dataset, 0, range(8), 8, settings, 1, model)
+    calls = []
+    teacher.hidden_states = lambda ids, **keys: calls.append((ids, keys)) or DiffusionLM.hidden_states(
+        teacher, ids, **keys)
+    forward(model, batch, torch.device("cpu"), teacher)
+    (ids, keys), = calls
+    assert torch.equal(ids[0], dataset.read(range(8)).tokens) and keys["block_length"] == 1
+    assert keys["cu_seqlens"] is batch.cu_seqlens
+
+
+def align(make_config, start: Path, **keys) -> Config:
+    return replace(make_config(repr_align_wt=10.0, **keys), model=ModelGroup(model_path=str(start)))
+
+
+def test_aligned_training_counts_the_term_lowers_it_and_continues_bit_for_bit(make_config, tmp_path):
+    start = train(make_config(max_steps=2, objective="ar", output_dir=str(tmp_path / "start"))).checkpoint
+    config = align(make_config, start, max_steps=12, save_steps=3, path_term=True)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer, "make_batches", interrupt_at(5))
+        train(config)
+    resumed = train(config)
+    whole = train(align(make_config, start, max_steps=12, path_term=True, output_dir=str(tmp_path / "whole")))
+    assert losses(resumed.history) == losses(whole.history)
+    plain = train(replace(config, train=replace(config.train, repr_align_wt=0, output_dir=str(tmp_path / "plain"))))
+    first, other = whole.history[0], plain.history[0]
+    assert "alignment" not in other
+    assert first["loss"] == pytest.approx(other["loss"] + 10 * first["alignment"], rel=1e-6)
+    assert whole.history[-1]["alignment"] < 0.9 * first["alignment"]
+    assert {file.name for file in whole.checkpoint.iterdir()} == {file.name for file in plain.checkpoint.iterdir()}
+    sizes = [sum(file.stat().st_size for file in result.checkpoint.parent.rglob("*.distcp")) for result in
+             (whole, plain)]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.01) and sizes[0] > 0  # no second model in them
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_alignment_needs_starting_weights_that_predict_the_next_token(make_config, tmp_path, shift):
+    config = make_config(repr_align_wt=10.0)
+    if shift:
+        with pytest.raises(UserError, match="weights of model.model_path, which is not set"):
+            train(config)
+        return
+    start = make_config(max_steps=1, output_dir=str(tmp_path / "start"))
+    start = train(replace(start, model=replace(start.model, family="llama", shift_logits=False))).checkpoint
+    with pytest.raises(UserError, match="predict their own: set it to 0"):
+        train(align(make_config, start))
 
 
 @pytest.mark.parametrize("names, message", [
