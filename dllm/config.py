@@ -105,6 +105,7 @@ class TrainGroup:
     mask_at_least_one: bool = False  # token of every document, whatever its time; with mdm only
     schedule: str = "linear"  # of corruption over time: linear, cosine or polynomial
     repr_align_wt: float = 0.0  # weight of aligning hidden states with those of model.model_path, causal and frozen
+    anneal_attention_ratio: float = 0.0  # share of the steps in which causal attention opens to both directions
     freeze_layers: str | None = None  # not trained: parameters with one of these in their names, separated by commas
     # Optimisation
     optimizer: str = "adamw"  # adamw, or muon: Muon for the matrices of the layers and AdamW for the rest
@@ -183,12 +184,20 @@ class TrainGroup:
         if self.mask_at_least_one and self.objective != "mdm":
             raise UserError(f"train.mask_at_least_one needs train.objective=mdm, not {self.objective!r}: it would bias "
                             "the bound, and without corruption it means nothing; remove one of them")
-        if self.repr_align_wt and self.objective not in ("mdm", "elbo"):
-            raise UserError(f"train.repr_align_wt {self.repr_align_wt} needs train.objective mdm or elbo, not "
-                            f"{self.objective!r}; remove one of them")
-        if self.repr_align_wt and self.ulysses_parallel_size > 1:
-            raise UserError(f"train.repr_align_wt {self.repr_align_wt} needs train.ulysses_parallel_size 1, not "
-                            f"{self.ulysses_parallel_size}: its teacher sees whole rows; remove one of them")
+        _check("train.anneal_attention_ratio", self.anneal_attention_ratio, 0 <= self.anneal_attention_ratio <= 1,
+               "between 0 and 1")
+        for name in ("repr_align_wt", "anneal_attention_ratio"):
+            value = getattr(self, name)
+            if value and self.objective not in ("mdm", "elbo"):
+                raise UserError(f"train.{name} {value} needs train.objective mdm or elbo, not {self.objective!r}; "
+                                "remove one of them")
+            if value and self.ulysses_parallel_size > 1:
+                raise UserError(f"train.{name} {value} needs train.ulysses_parallel_size 1, not "
+                                f"{self.ulysses_parallel_size}: it works on whole rows; remove one of them")
+        if self.anneal_attention_ratio and self.max_minutes:
+            raise UserError(f"train.anneal_attention_ratio {self.anneal_attention_ratio} counts steps, and "
+                            f"train.max_minutes {self.max_minutes} leaves their number open; set train.max_steps "
+                            "instead")
         if self.freeze_layers and self.lora_rank:
             raise UserError(f"train.freeze_layers {self.freeze_layers!r} has no effect with train.lora_rank, which "
                             "freezes every weight; remove one of them")

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from dllm.accounting import peak_flops, step_flops
-from dllm.batches import MicroBatch, draw_validation, forward, make_batches, share_positions
+from dllm.batches import MicroBatch, draw_validation, forward, make_batches, opened_share, share_positions
 from dllm.building import build_model, build_teacher
 from dllm.checkpoint import Checkpoint, load_latest, write_atomically
 from dllm.config import Config, TrainGroup
@@ -98,7 +98,7 @@ def train_in(world: World, config: Config) -> TrainResult:
 
     def read_step(number: int) -> list[MicroBatch]:
         batches = make_batches(dataset, number, world.slots(settings.rows_per_step), settings.rows_per_step, settings,
-                               settings.seed, model)
+                               settings.seed, model, opened_share(number, total, settings))
         return [share_positions(batch, world.sequence_rank, world.sequence_size).pin(world.device) for batch in batches]
 
     with ExitStack() as stack:
@@ -298,7 +298,7 @@ def check_same_run(config: Config, resumed: Checkpoint, output: Path) -> None:
         raise UserError(f"{output} already holds checkpoints up to {resumed.folder.name}; set another "
                         "train.output_dir, or train.auto_resume=true to continue")
     fixed = ("objective", "path_term", "mask_at_least_one", "schedule", "optimizer", "seed", "lora_rank", "lora_alpha",
-             "freeze_layers", "repr_align_wt")
+             "freeze_layers", "repr_align_wt", "anneal_attention_ratio")
     defaults = {field.name: field.default for field in fields(TrainGroup)}  # of a run older than a key
 
     def describe(groups: dict[str, dict]) -> dict:

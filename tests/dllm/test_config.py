@@ -74,6 +74,8 @@ def test_an_unknown_key_names_the_nearest_valid_one(flag, hint):
     (["--train.objective=elbo", "--train.mask_at_least_one=true"], ["mask_at_least_one", "mdm", "bias the bound"]),
     (["--train.objective=ar", "--train.repr_align_wt=10"], ["repr_align_wt 10.0", "mdm or elbo"]),
     (["--train.ulysses_parallel_size=2", "--train.repr_align_wt=10"], ["repr_align_wt", "ulysses_parallel_size 1"]),
+    (["--train.anneal_attention_ratio=2"], ["anneal_attention_ratio", "between 0 and 1", "2.0"]),
+    (["--train.anneal_attention_ratio=0.5", "--train.max_minutes=1"], ["counts steps", "train.max_steps"]),
     (["--train.freeze_layers=mlp", "--train.lora_rank=4"], ["'mlp' has no effect", "lora_rank"]),
     (["--train.lr_decay_style=cosine", "--train.lr_min=1"], ["lr_min", "1.0"]),
     (["--model.num_attention_heads=3"], ["hidden_size", "256"]),

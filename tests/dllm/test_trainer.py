@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import dllm.trainer as trainer
-from dllm.batches import MicroBatch, forward, make_batches
+from dllm.batches import MicroBatch, Opening, draw_visible, forward, make_batches, opened_share
 from dllm.config import Config, DataGroup, ModelGroup, TrainGroup, load_config
 from dllm.data import PackedDataset
 from dllm.errors import Failure, UserError
@@ -463,6 +463,60 @@ def test_the_teacher_sees_clean_text_and_no_later_token():
     (ids, keys), = calls
     assert torch.equal(ids[0], dataset.read(range(8)).tokens) and keys["block_length"] == 1
     assert keys["cu_seqlens"] is batch.cu_seqlens
+
+
+def test_attention_opens_linearly_from_causal_to_both_directions():
+    settings = TrainGroup(output_dir="x", anneal_attention_ratio=0.2)
+    assert [opened_share(step, 50, settings) for step in (0, 1, 5, 9, 10, 49)] == [0, 0.1, 0.5, 0.9, 1, 1]
+    assert opened_share(0, 50, TrainGroup(output_dir="x")) == 1
+
+
+@pytest.mark.parametrize("longest", [15, 400])
+def test_hardly_opened_attention_is_causal_and_nearly_open_attention_sees_all(longest):
+    model, dataset = make_model(), make_dataset(longest=longest)
+    settings = TrainGroup(output_dir="x", micro_batch_size=8)
+
+    def loss(opened: float, **change) -> float:
+        batch, = make_batches(dataset, 3, range(8), 8, settings, 1, model, opened)
+        return forward(model, batch._replace(**change), torch.device("cpu")).loss.item()
+
+    causal, both = loss(1, block_length=1), loss(1)
+    assert loss(0) == pytest.approx(causal, rel=1e-5) and loss(1 - 1e-12) == pytest.approx(both, rel=1e-5)
+    assert abs(loss(0.5) - causal) > 1e-4 < abs(loss(0.5) - both)
+
+
+def test_which_later_tokens_are_seen_depends_on_seed_step_and_slot_and_on_no_cut():
+    model, dataset = make_model(), make_dataset(longest=40, max_seq_len=32)
+
+    def draw(slots: range, step=3, seed=1, opened=0.3) -> list[torch.Tensor]:
+        settings = TrainGroup(output_dir="x", micro_batch_size=len(slots))
+        batch, = make_batches(dataset, step, slots, 12, settings, seed, model, opened)
+        return draw_visible(batch.opening, torch.device("cpu"))
+
+    whole, parts = draw(range(12)), draw(range(5)) + draw(range(5, 12))
+    assert all(torch.equal(mine, other) for mine, other in zip(whole, parts, strict=True))
+    wider = draw(range(12), opened=0.6)
+    later = [mask[torch.ones_like(mask).triu(1)] for mask in whole]
+    assert all(mask.tril().equal(torch.ones_like(mask).tril()) for mask in whole)
+    assert all((mine <= other).all() for mine, other in zip(whole, wider, strict=True))
+    assert torch.cat(later).double().mean().item() == pytest.approx(0.3, abs=0.03)
+    first = {str(mask[:8, :8].tolist()) for mask in whole if len(mask) >= 8}
+    assert len(first) == sum(len(mask) >= 8 for mask in whole) > 8
+    opening = Opening(0.3, 1, 3, [(0, 0, 8)])
+    others = [opening, opening._replace(seed=2), opening._replace(step=4), opening._replace(documents=[(1, 0, 8)]),
+              opening._replace(documents=[(0, 8, 8)])]
+    assert len({str(draw_visible(other, torch.device("cpu"))[0].tolist()) for other in others}) == 5
+
+
+def test_annealed_training_learns_and_continues_bit_for_bit(make_config, tmp_path):
+    keys = {"anneal_attention_ratio": 0.5, "save_steps": 3}
+    whole = train(make_config(output_dir=str(tmp_path / "whole"), **keys))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer, "make_batches", interrupt_at(5))
+        train(make_config(**keys))
+    assert losses(train(make_config(**keys)).history) == losses(whole.history)
+    plain = train(make_config(output_dir=str(tmp_path / "plain"))).history
+    assert whole.history[-1]["loss"] < whole.history[0]["loss"] != plain[0]["loss"]
 
 
 def align(make_config, start: Path, **keys) -> Config:
