@@ -30,7 +30,8 @@ def layer_matrices(config: ModelConfig) -> int:
 
 def step_flops(config: ModelConfig, tokens: float, pairs: float, scored: float) -> float:
     """Of forward and backward: two operations for each multiplication and addition, and backward as much as two
-    forward; activations that are computed again do not count, nor does the head at positions that are not scored.
+    forward; activations that are computed again do not count, nor does the head at positions that are not scored, nor
+    a teacher.
 
     Args:
         pairs: (query, key) pairs that attend to each other, over all documents.
@@ -74,6 +75,6 @@ def estimate_memory(config: ModelConfig, parameters: int, trainable: int, settin
     kept = D * number if settings.enable_gradient_checkpointing else layer
     own_tokens = tokens / settings.ulysses_parallel_size
     return {"weights": 4 * parameters / shards, "gradients": 4 * trainable / shards,
-            "optimizer": 8 * trainable / shards,
+            "teacher": number * parameters if settings.repr_align_wt else 0, "optimizer": 8 * trainable / shards,
             "weights in bf16": 2 * parameters / (config.num_hidden_layers if shards > 1 else 1) if bf16 else 0,
             "activations": own_tokens * (config.num_hidden_layers * kept + layer + 6 * D * number)}

@@ -14,11 +14,20 @@ from dllm.accounting import count_pairs
 from dllm.config import Config, TrainGroup
 from dllm.corruption import T_MIN, corrupt
 from dllm.data import Packed, RowSource, TrainingData
-from dllm.loss import LossSums, Targets, choose_targets, sum_losses
+from dllm.loss import LossSums, Targets, choose_targets, sum_alignment, sum_losses
 from dllm.model import DiffusionLM
 from dllm_kernels import philox_uniform
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are spread evenly however many there are
+
+
+class Opening(NamedTuple):
+    """Causal attention on its way to attention in both directions (see `draw_visible`)."""
+
+    share: float  # of the later positions that are seen
+    seed: int
+    step: int
+    documents: list[tuple[int, int, int]]  # slot, first column and length of each
 
 
 class MicroBatch(NamedTuple):
@@ -34,6 +43,7 @@ class MicroBatch(NamedTuple):
     normaliser: int
     pairs: int = 0  # of a query and a key that attend to each other
     position_ids: Tensor | None = None  # [1, T / P] int64, if P processes share the positions
+    opening: Opening | None = None  # None: attention as block_length says
 
     def pin(self, device: torch.device) -> "MicroBatch":
         """In memory that a GPU copies from while it computes."""
@@ -48,8 +58,11 @@ class MicroBatch(NamedTuple):
 
 
 def make_batches(source: RowSource, step: int, slots: range, of: int, settings: TrainGroup, seed: int,
-                 model: DiffusionLM, by_ratio: bool = False) -> list[MicroBatch]:
+                 model: DiffusionLM, opened: float = 1.0, by_ratio: bool = False) -> list[MicroBatch]:
     """The micro-batches of a step's rows in `slots`, out of `of` rows that the step has over all processes.
+
+    opened: share of the later positions that attention sees; 0 is causal, 1 sees all.
+    by_ratio: whether the losses are wanted by the chance of being masked too.
 
     Of conversations only the answers' tokens are ever masked, and scored: the model learns to answer what it can read.
     A row and its draws are a function of seed, step and slot alone, whoever computes it and however the step is cut.
@@ -77,14 +90,42 @@ def make_batches(source: RowSource, step: int, slots: range, of: int, settings: 
         targets = choose_targets(packed.tokens, packed.cu_seqlens, corruption, objective=settings.objective,
                                  path_term=settings.path_term, shift=model.config.shift_logits,
                                  trainable=packed.trainable, by_ratio=by_ratio)
+        opening = None
+        if opened < 1:
+            starts = packed.cu_seqlens[:-1].long()
+            opening = Opening(opened, seed, step, list(zip((packed.row[starts] + part.start).tolist(),
+                                                           packed.column[starts].tolist(),
+                                                           packed.cu_seqlens.diff().tolist(), strict=True)))
         even = len(input_ids) == (len(packed.cu_seqlens) - 1) * packed.max_seqlen
         batches.append(MicroBatch(
             input_ids=input_ids.view(-1, packed.max_seqlen) if even else input_ids.view(1, -1),
             cu_seqlens=None if even else packed.cu_seqlens, max_seqlen=packed.max_seqlen, targets=targets,
             block_length=1 if settings.objective == "ar" else None, tokens=len(input_ids),
             scored=int(targets.scored.sum()), normaliser=int(targets.normaliser),
-            pairs=count_pairs(packed.cu_seqlens, causal=settings.objective == "ar")))
+            pairs=count_pairs(packed.cu_seqlens, causal=settings.objective == "ar"), opening=opening))
     return batches
+
+
+def opened_share(step: int, total: int, settings: TrainGroup) -> float:
+    """Of the later positions, how many attention sees at a step (from 0) of `total`: it grows linearly from 0 to 1."""
+    steps = settings.anneal_attention_ratio * total
+    return 1.0 if step >= steps else step / steps
+
+
+def draw_visible(opening: Opening, device: torch.device) -> list[Tensor]:
+    """For each document of n tokens, which keys its queries see, [n, n] bool: all up to the query, and of those after
+    it each with probability `share` (attention mask annealing, DiffuLLaMA, arXiv:2410.17891).
+
+    A draw is a function of seed, step, slot and the columns of query and key in the row, which is below 2**16 long.
+    """
+    visible = []
+    for slot, first, length in opening.documents:
+        columns = torch.arange(first, first + length, device=device)
+        slots = torch.full((length, length), slot, device=device)
+        # The other uniform is that of the corruption.
+        uniform = philox_uniform(opening.seed, slots, opening.step, columns.unsqueeze(1) * 2**16 + columns)[..., 1]
+        visible.append((uniform < opening.share) | (columns <= columns.unsqueeze(1)))
+    return visible
 
 
 def spread_times(packed: Packed, first_slot: int, of: int, offset: Tensor) -> Tensor:
@@ -94,14 +135,24 @@ def spread_times(packed: Packed, first_slot: int, of: int, offset: Tensor) -> Te
     return ((row + first_slot) / of + index * GOLDEN_RATIO + offset).frac().clamp(T_MIN, 1 - T_MIN)
 
 
-def forward(model: DiffusionLM, batch: MicroBatch, device: torch.device) -> LossSums:
+def forward(model: DiffusionLM, batch: MicroBatch, device: torch.device,
+            teacher: DiffusionLM | None = None) -> LossSums:
+    """The sums of a micro-batch's losses; with a teacher, a causal model, the alignment of the scored positions too."""
     def move(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(device, non_blocking=True)
 
     packed = {} if batch.cu_seqlens is None else {"cu_seqlens": move(batch.cu_seqlens), "max_seqlen": batch.max_seqlen}
-    hidden = model.hidden_states(move(batch.input_ids), position_ids=move(batch.position_ids),
-                                 block_length=batch.block_length, **packed)
-    return sum_losses(hidden, model.head_weight, Targets(*map(move, batch.targets)))
+    levels: list[Tensor] | None = None if teacher is None else []
+    visible = None if batch.opening is None else draw_visible(batch.opening, device)
+    hidden = model.hidden_states(move(batch.input_ids), position_ids=move(batch.position_ids), visible=visible,
+                                 block_length=batch.block_length, levels=levels, **packed)
+    sums = sum_losses(hidden, model.head_weight, Targets(*map(move, batch.targets)))
+    if levels is None:
+        return sums
+    clean, theirs = batch.targets.tokens.roll(1).view_as(batch.input_ids), []  # the targets are one to the left
+    with torch.no_grad():
+        teacher.hidden_states(move(clean), block_length=1, levels=theirs, **packed)
+    return sums._replace(alignment=sum_alignment(levels, theirs, move(batch.targets.scored.nonzero()[:, 0])))
 
 
 def share_positions(batch: MicroBatch, part: int, parts: int) -> MicroBatch:
@@ -145,7 +196,8 @@ def draw_validation(data: TrainingData, config: Config, model: DiffusionLM) -> V
         return None
 
     def draw(settings: TrainGroup, by_ratio: bool) -> list[MicroBatch]:
-        return make_batches(data.held_out, 0, range(rows), rows, settings, config.train.seed + 1, model, by_ratio)
+        return make_batches(data.held_out, 0, range(rows), rows, settings, config.train.seed + 1, model,
+                            by_ratio=by_ratio)
 
     rows = min(len(data.held_out), max(1, config.train.eval_tokens // config.data.max_seq_len))
     masked = config.train.objective != "ar"

@@ -1,5 +1,6 @@
 """The tokenizer and the model that a run trains: new ones, those it starts from, or those of its checkpoint."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from dllm.checkpoint import Checkpoint
 from dllm.config import Config
 from dllm.data import Corpus
-from dllm.distributed import World
+from dllm.distributed import World, use_bf16
 from dllm.errors import UserError
 from dllm.families import FAMILIES, ModelConfig, read_config, read_json
 from dllm.lora import add_adapters
@@ -29,6 +30,7 @@ def build_model(config: Config, corpus: Corpus, resumed: Checkpoint | None, worl
             # Copied into the fresh model: products can differ in the last bit with the alignment of what came from a
             # file.
             model.load_state_dict(DiffusionLM.from_pretrained(folder).state_dict())
+        freeze(model, config.train.frozen_names)
         if config.train.lora_rank:
             add_adapters(model, config.train.lora_rank, config.train.lora_alpha)
     if folder is not None and (folder / "generation_config.json").exists():
@@ -37,6 +39,33 @@ def build_model(config: Config, corpus: Corpus, resumed: Checkpoint | None, worl
         raise UserError(f"train.ulysses_parallel_size {world.sequence_size} must divide the model's "
                         f"{model_config.num_attention_heads} attention heads")
     return tokenizer, model
+
+
+def build_teacher(config: Config, world: World) -> DiffusionLM | None:
+    """The weights that the run starts from, whole in every process, frozen, in the arithmetic's precision; None if no
+    alignment is asked for."""
+    if not config.train.repr_align_wt:
+        return None
+    dtype = torch.bfloat16 if use_bf16(config.train, world.device) else torch.float32
+    return DiffusionLM.from_pretrained(config.model.model_path, dtype, world.device).requires_grad_(False)
+
+
+def freeze(model: DiffusionLM, names: Sequence[str]) -> None:
+    """Train no parameter whose name contains one of `names`, in any case (Open-dLLM's freeze_layers).
+
+    A head that is tied to the embedding goes by the name of either.
+    Raises: UserError for a name that no parameter has, or if none is left to train.
+    """
+    parameters = [*model.named_parameters(), ("lm_head.weight", model.head_weight)]
+    for name in names:
+        found = [parameter for known, parameter in parameters if name.lower() in known.lower()]
+        if not found:
+            raise UserError(f"train.freeze_layers: no parameter has {name!r} in its name; names look like "
+                            f"{parameters[0][0]} and model.layers.0.mlp.up_proj.weight")
+        for parameter in found:
+            parameter.requires_grad_(False)
+    if not model.count_parameters(trainable=True):
+        raise UserError(f"train.freeze_layers {','.join(names)} leaves no parameter to train; name fewer")
 
 
 def describe_model(config: Config, corpus: Corpus, resumed: Checkpoint | None):
@@ -66,6 +95,12 @@ def describe_model(config: Config, corpus: Corpus, resumed: Checkpoint | None):
             rope_theta=group.rope_theta, initializer_range=group.initializer_range, shift_logits=group.shift_logits,
             **FAMILIES[group.family].fixed)
     check_vocabulary(tokenizer, model_config.vocab_size)
+    if config.train.repr_align_wt and not group.model_path:
+        raise UserError(f"train.repr_align_wt {config.train.repr_align_wt} aligns with the weights of "
+                        "model.model_path, which is not set; set it, or train.repr_align_wt=0")
+    if config.train.repr_align_wt and not model_config.shift_logits:
+        raise UserError(f"train.repr_align_wt {config.train.repr_align_wt} aligns positions that predict the next "
+                        f"token; those of {path} predict their own: set it to 0")
     if config.data.max_seq_len > model_config.max_position_embeddings:
         raise UserError(f"data.max_seq_len {config.data.max_seq_len} is more than the model's "
                         f"{model_config.max_position_embeddings} positions; lower it")

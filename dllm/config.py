@@ -137,6 +137,9 @@ class TrainGroup:
     path_term: bool = False  # add Open-dLLM's planner term (P2); with mdm only
     mask_at_least_one: bool = False  # token of every document, whatever its time; with mdm only
     schedule: str = "linear"  # of corruption over time: linear, cosine or polynomial
+    repr_align_wt: float = 0.0  # weight of aligning hidden states with those of model.model_path, causal and frozen
+    anneal_attention_ratio: float = 0.0  # share of the steps in which causal attention opens to both directions
+    freeze_layers: str | None = None  # not trained: parameters with one of these in their names, separated by commas
     # Optimisation
     optimizer: str = "adamw"  # adamw, or muon: Muon for the matrices of the layers and AdamW for the rest
     lr: float = 5e-5  # peak; Muon's updates are scaled so that AdamW's value suits it
@@ -199,7 +202,7 @@ class TrainGroup:
             value = getattr(self, name)
             _check(f"train.{name}", value, value is None or value > 0, "above 0")
         for name in ("lr_min", "lr_start", "weight_decay", "max_grad_norm", "save_steps", "save_time_interval_minutes",
-                     "eval_every", "seed", "profile_start_step", "lora_rank"):
+                     "eval_every", "seed", "profile_start_step", "lora_rank", "repr_align_wt"):
             _check(f"train.{name}", getattr(self, name), getattr(self, name) >= 0, "at least 0")
         _check("train.lr_min", self.lr_min, self.lr_decay_style != "cosine" or self.lr_min <= self.lr,
                f"at most lr {self.lr}")
@@ -215,10 +218,31 @@ class TrainGroup:
         if self.mask_at_least_one and self.objective != "mdm":
             raise UserError(f"train.mask_at_least_one needs train.objective=mdm, not {self.objective!r}: it would bias "
                             "the bound, and without corruption it means nothing; remove one of them")
+        _check("train.anneal_attention_ratio", self.anneal_attention_ratio, 0 <= self.anneal_attention_ratio <= 1,
+               "between 0 and 1")
+        for name in ("repr_align_wt", "anneal_attention_ratio"):
+            value = getattr(self, name)
+            if value and self.objective not in ("mdm", "elbo"):
+                raise UserError(f"train.{name} {value} needs train.objective mdm or elbo, not {self.objective!r}; "
+                                "remove one of them")
+            if value and self.ulysses_parallel_size > 1:
+                raise UserError(f"train.{name} {value} needs train.ulysses_parallel_size 1, not "
+                                f"{self.ulysses_parallel_size}: it works on whole rows; remove one of them")
+        if self.anneal_attention_ratio and self.max_minutes:
+            raise UserError(f"train.anneal_attention_ratio {self.anneal_attention_ratio} counts steps, and "
+                            f"train.max_minutes {self.max_minutes} leaves their number open; set train.max_steps "
+                            "instead")
+        if self.freeze_layers and self.lora_rank:
+            raise UserError(f"train.freeze_layers {self.freeze_layers!r} has no effect with train.lora_rank, which "
+                            "freezes every weight; remove one of them")
 
     @property
     def rows_per_step(self) -> int:
         return self.global_batch_size or self.micro_batch_size
+
+    @property
+    def frozen_names(self) -> list[str]:
+        return _split_commas(self.freeze_layers or "")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -258,8 +282,6 @@ FOREIGN: Mapping[str, Foreign] = {
     "data.prefetch_factor": Foreign(None, "data.num_workers says how many tokenise"),
     "data.drop_last": Foreign(None, "no data is dropped"),
     "data.pin_memory": Foreign(None, "batches are small next to the model"),
-    "train.repr_align_wt": Foreign((0,), "representation alignment is not supported: set it to 0"),
-    "train.freeze_layers": Foreign((None, ""), "every parameter is trained: remove it"),
     "train.rmpad": _ALWAYS_PACKED,
     "train.rmpad_with_pos_ids": _ALWAYS_PACKED,
     "train.dyn_bsz": _ALWAYS_PACKED,

@@ -12,9 +12,11 @@ With right shift (models that come from autoregressive ones) the logits at posit
 first token of a document is never scored. Sums and N (or M) are apart, so that several micro-batches make one mean.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dllm.corruption import Corruption
@@ -35,6 +37,7 @@ class Targets(NamedTuple):
 class LossSums(NamedTuple):
     loss: Tensor  # fp32 scalar, with gradients: divide by the total of the normalisers
     nll: Tensor  # fp32 scalar, no gradient: sum of l, unweighted, over the scored positions
+    alignment: Tensor  # fp32 scalar, with gradients, of `sum_alignment`: divide by the total of N; 0 without a teacher
     by_ratio: Tensor | None = None  # [2, 4] fp32, no gradient: sums of l, and their numbers, by the quarter r is in
 
 
@@ -79,14 +82,15 @@ def sum_losses(hidden: Tensor, head_weight: Tensor, targets: Targets, *, backend
         return linear_masked_cross_entropy(hidden.flatten(0, -2), head_weight, targets.tokens, targets.scored,
                                            reduction=reduction, backend=backend)
 
+    alignment = torch.zeros((), device=hidden.device)
     if targets.weights is None and targets.path_weights is None and targets.ratio is None:
         total = nll("sum")  # whose gradients come with the loss, one product with the head less
-        return LossSums(total, total.detach())
+        return LossSums(total, total.detach(), alignment)
     each = nll("none")
     weights = torch.ones_like(each) if targets.weights is None else targets.weights
     if targets.path_weights is not None:
         weights = weights + (-each.detach()).exp() * targets.path_weights
-    return LossSums((each * weights).sum(), each.detach().sum(), sum_by_ratio(each.detach(), targets))
+    return LossSums((each * weights).sum(), each.detach().sum(), alignment, sum_by_ratio(each.detach(), targets))
 
 
 def sum_by_ratio(each: Tensor, targets: Targets) -> Tensor | None:
@@ -95,3 +99,16 @@ def sum_by_ratio(each: Tensor, targets: Targets) -> Tensor | None:
     quarter = (targets.ratio * 4).long().clamp(0, 3)
     sums = torch.stack((each, targets.scored.to(each.dtype)))
     return torch.zeros(2, 4, device=each.device).index_add_(1, quarter, sums)
+
+
+def sum_alignment(student: Sequence[Tensor], teacher: Sequence[Tensor], rows: Tensor) -> Tensor:
+    """Sum over `rows` of 1 - the mean over the levels of cos(student, teacher): Open-dLLM's representation alignment.
+
+    Args:
+        student, teacher: hidden states [..., D] of T positions, the levels of `DiffusionLM.hidden_states`.
+        rows: [N] int64, which of the T positions.
+    Returns: fp32 scalar.
+    """
+    distances = [1 - F.cosine_similarity(ours.flatten(0, -2)[rows].float(), theirs.flatten(0, -2)[rows].float(), dim=-1)
+                 for ours, theirs in zip(student, teacher, strict=True)]
+    return torch.stack(distances).mean(0).sum()

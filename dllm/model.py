@@ -62,6 +62,7 @@ class Positions:
     shape: tuple[int, int] = (0, 0)  # rows and positions of a call
     wanted: tuple[int, int] = (0, 0)  # rows and queries of a call
     sequence_group: ProcessGroup | None = None  # of processes that have the other positions of these rows
+    visible: Sequence[Tensor] | None = None  # [n, n] bool for each document of n tokens: which keys a query sees
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -114,6 +115,8 @@ class Attention(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, at: Positions) -> Tensor:
     """q [B, Q, H, E], k and v [B, L, Hkv, E] of the positions that are computed -> [B, Q, H, E]."""
+    if at.visible is not None:
+        return attend_visible(q, k, v, at)
     if at.cache is not None:
         k, v = at.cache.put(at.layer, k, v)
     if at.sequence_group is not None:
@@ -125,6 +128,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, at: Positions) -> Tensor:
         return out if at.sequence_group is None else heads_to_positions(out, at.sequence_group)
     return bidirectional_attention(q, k, v, key_mask=at.key_mask, block_length=at.block_length,
                                    cache_rows=None if at.cache is None else at.cache.rows)
+
+
+@torch.compiler.disable  # it would be compiled again for every list of lengths
+def attend_visible(q: Tensor, k: Tensor, v: Tensor, at: Positions) -> Tensor:
+    """`attend` in which each query sees the keys that `at.visible` says, one document after the other.
+
+    PyTorch's attention with a mask: it has no fast kernel, and the masks take n * n bytes for a document of n tokens.
+    """
+    copies = q.shape[2] // k.shape[2]
+    lengths = [len(mask) for mask in at.visible]
+    q, k, v = (x.flatten(0, 1).transpose(0, 1).unsqueeze(0).split(lengths, dim=2)
+               for x in (q, k.repeat_interleave(copies, dim=2), v.repeat_interleave(copies, dim=2)))
+    out = [F.scaled_dot_product_attention(*parts, attn_mask=mask)
+           for *parts, mask in zip(q, k, v, at.visible, strict=True)]
+    return torch.cat(out, dim=2)[0].transpose(0, 1).reshape(*at.cos.shape[:2], -1, out[0].shape[-1])
 
 
 class FeedForward(nn.Module):
@@ -301,7 +319,8 @@ class DiffusionLM(nn.Module):
     def hidden_states(self, input_ids: Tensor, *, attention_mask: Tensor | None = None,
                       position_ids: Tensor | None = None, cu_seqlens: Tensor | None = None,
                       max_seqlen: int | None = None, block_length: int | None = None,
-                      queries: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+                      queries: Tensor | None = None, cache: KeyValueCache | None = None,
+                      levels: list[Tensor] | None = None, visible: Sequence[Tensor] | None = None) -> Tensor:
         """The hidden states after the final norm, [B, L, D].
 
         Args:
@@ -318,6 +337,11 @@ class DiffusionLM(nn.Module):
                 block.
             cache: holds the positions beside these, and gets these too; if it grows, whole blocks, with block_length.
                 With it attention_mask is of all positions. Excludes cu_seqlens.
+            levels: gets the embeddings, what each layer but the last gives, and the result, [B, L, D] each. Excludes
+                queries.
+            visible: for each document (each row, without cu_seqlens), which keys its queries see, [n, n] bool if it has
+                n tokens. Slower than the other attentions, see `attend_visible`. Excludes attention_mask, block_length,
+                queries and cache.
         Raises: UserError if the input is longer than the model's positions; ValueError if arguments exclude each other.
         """
         if input_ids.ndim != 2:
@@ -331,6 +355,8 @@ class DiffusionLM(nn.Module):
                             "shorten it")
         if cu_seqlens is not None and (attention_mask is not None or queries is not None):
             raise ValueError("hidden_states: cu_seqlens excludes attention_mask and queries")
+        if visible is not None and any(given is not None for given in (attention_mask, block_length, queries, cache)):
+            raise ValueError("hidden_states: visible excludes attention_mask, block_length, queries and cache")
         if cache is not None and (cu_seqlens is not None or cache.grows != (block_length is not None)):
             raise ValueError("hidden_states: cache excludes cu_seqlens; if it grows, it needs block_length, else not")
         key_mask = None
@@ -344,15 +370,20 @@ class DiffusionLM(nn.Module):
         x = self.model.embed_tokens(input_ids)
         cos, sin = self._rotary(position_ids, x.dtype)
         at = Positions(cos, sin, key_mask, cu_seqlens, max_seqlen or 0, block_length, cache=cache,
-                       sequence_group=self.sequence_group)
+                       sequence_group=self.sequence_group, visible=visible)
         for at.layer, layer in enumerate(self.model.layers):
             if at.layer == len(self.model.layers) - 1 and queries is not None:
                 at.queries, at.block_length = queries, None  # of the last block, they see all
+            if levels is not None:
+                levels.append(x)
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, at, use_reentrant=False)
             else:
                 x = layer(x, at)
-        return self.model.norm(x)
+        x = self.model.norm(x)
+        if levels is not None:
+            levels.append(x)
+        return x
 
     def hidden_states_together(self, calls: Sequence[dict]) -> list[Tensor]:
         """What `hidden_states(**call)` gives for each call, in one pass over the weights.

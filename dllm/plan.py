@@ -5,7 +5,7 @@ import os
 import torch
 
 from dllm.accounting import estimate_memory
-from dllm.building import describe_model
+from dllm.building import describe_model, freeze
 from dllm.config import Config
 from dllm.data import open_training_data, read_corpus
 from dllm.distributed import choose_device, use_bf16
@@ -24,6 +24,7 @@ def plan(config: Config) -> str:
     tokenizer, model_config, _ = describe_model(config, corpus, None)
     with torch.device("meta"):
         model = DiffusionLM(model_config)
+        freeze(model, settings.frozen_names)
         if settings.lora_rank:
             add_adapters(model, settings.lora_rank, settings.lora_alpha)
     parameters, trainable = model.count_parameters(), model.count_parameters(trainable=True)

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +20,16 @@ import torch
 from torch import nn
 
 from dllm.accounting import peak_flops, step_flops
-from dllm.batches import MicroBatch, Validation, draw_validation, forward, make_batches, share_positions
-from dllm.building import build_model
+from dllm.batches import (
+    MicroBatch,
+    Validation,
+    draw_validation,
+    forward,
+    make_batches,
+    opened_share,
+    share_positions,
+)
+from dllm.building import build_model, build_teacher
 from dllm.checkpoint import Checkpoint, load_latest, write_atomically
 from dllm.config import Config, TrainGroup
 from dllm.data import TrainingData, open_training_data, read_corpus
@@ -52,8 +60,8 @@ class TrainingStep(nn.Module):
         super().__init__()
         self.model, self.device = model, device
 
-    def forward(self, batch: MicroBatch) -> LossSums:
-        return forward(self.model, batch, self.device)
+    def forward(self, batch: MicroBatch, teacher: DiffusionLM | None = None) -> LossSums:
+        return forward(self.model, batch, self.device, teacher)
 
 
 def train(config: Config) -> TrainResult:
@@ -71,6 +79,7 @@ def train_in(world: World, config: Config) -> TrainResult:
     settings, output = config.train, Path(config.train.output_dir)
     resumed = world.from_main(lambda: find_run(config, output))
     tokenizer, model, data = open_run(config, resumed, world)
+    teacher = build_teacher(config, world)
     validation = draw_validation(data, config, model)
     total = count_steps(config, data)
 
@@ -96,7 +105,7 @@ def train_in(world: World, config: Config) -> TrainResult:
     def read_step(number: int) -> tuple[list[MicroBatch], dict]:
         """The micro-batches, and where the rows then stand."""
         batches = make_batches(data.rows, number, world.slots(settings.rows_per_step), settings.rows_per_step, settings,
-                               settings.seed, model)
+                               settings.seed, model, opened_share(number, total, settings))
         return ([share_positions(batch, world.sequence_rank, world.sequence_size).pin(world.device)
                  for batch in batches], data.rows.state())
 
@@ -125,15 +134,17 @@ def train_in(world: World, config: Config) -> TrainResult:
             upcoming = reader.submit(read_step, step + 1)
             agreed = agree(world, batches, sigterm.came, clock, settings)
             rate = set_learning_rate(optimizers, settings, max(step, agreed.share * total), total)
-            sums = torch.zeros(2, device=world.device)
+            sums = torch.zeros(3, device=world.device)
             for index, batch in enumerate(batches):
                 with shared.synchronising(last=index == len(batches) - 1):
-                    loss, nll, _ = shared(batch)
+                    loss, nll, alignment, _ = shared(batch, teacher)
+                    alignment = alignment / agreed.scored
+                    loss = loss / agreed.normaliser + settings.repr_align_wt * alignment
                     # Gradients are averaged over the processes: times their number, it is the sum.
-                    (loss * (world.size / agreed.normaliser)).backward()
-                sums += torch.stack((loss.detach() / agreed.normaliser, nll / agreed.scored))
+                    (loss * world.size).backward()
+                sums += torch.stack((loss.detach(), nll / agreed.scored, alignment.detach()))
             norm = clip_gradients(parameters, settings.max_grad_norm).item()
-            loss, nll = world.sum(sums.cpu()).tolist()
+            loss, nll, alignment = world.sum(sums.cpu()).tolist()
             if math.isfinite(loss) and math.isfinite(norm):
                 bad = 0
                 for optimizer in optimizers:
@@ -157,6 +168,8 @@ def train_in(world: World, config: Config) -> TrainResult:
                 line = {"step": step, "loss": loss, "nll": nll, "grad_norm": norm, "lr": rate, "tokens": tokens_seen,
                         "seconds": round(clock.seconds, 3),
                         "tokens_per_second": round(agreed.tokens / clock.step_seconds)}
+                if teacher is not None:
+                    line["alignment"] = alignment
                 if skipped:
                     line["skipped"] = skipped
                 line |= measure_device(world, model.config, agreed, clock.step_seconds)
@@ -337,13 +350,15 @@ def check_same_run(config: Config, resumed: Checkpoint, output: Path) -> None:
     if not config.train.auto_resume:
         raise UserError(f"{output} already holds checkpoints up to {resumed.folder.name}; set another "
                         "train.output_dir, or train.auto_resume=true to continue")
-    fixed = ("objective", "path_term", "mask_at_least_one", "schedule", "optimizer", "seed", "lora_rank", "lora_alpha")
+    fixed = ("objective", "path_term", "mask_at_least_one", "schedule", "optimizer", "seed", "lora_rank", "lora_alpha",
+             "freeze_layers", "repr_align_wt", "anneal_attention_ratio")
+    defaults = {field.name: field.default for field in fields(TrainGroup)}  # of a run older than a key
 
     def describe(groups: dict[str, dict]) -> dict:
         train_group = groups["train"]
         return {**{f"model.{key}": value for key, value in groups["model"].items()},
-                **{f"data.{key}": value for key, value in groups["data"].items()},
-                **{f"train.{key}": train_group.get(key, False) for key in fixed},  # false: a run older than the key
+                **{f"data.{key}": value for key, value in groups["data"].items() if key != "num_workers"},
+                **{f"train.{key}": train_group.get(key, defaults[key]) for key in fixed},
                 "train.global_batch_size": train_group["global_batch_size"] or train_group["micro_batch_size"]}
 
     before, now = describe(resumed.state["config"]), describe(config.to_dict())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from dllm.config import Config, DataGroup, ModelGroup, TrainGroup
 from dllm.model import DiffusionLM
@@ -96,6 +97,21 @@ def test_two_processes_equal_one_for_20_steps(make_config, alone, tmp_path, flag
     ours, theirs = weights(tmp_path / "run"), weights(alone)
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_two_processes_align_as_one(make_config, alone, tmp_path, mode):
+    start = str(alone / "checkpoints/global_step_5/hf_ckpt")
+    flags = ["--train.repr_align_wt=10", "--train.max_steps=4", "--train.micro_batch_size=2"]
+    for processes in (1, 2):
+        path = make_config(tmp_path / str(processes), data_parallel_mode=mode)
+        config = yaml.safe_load(path.read_text()) | {"model": {"model_path": start}}
+        path.write_text(yaml.safe_dump(config))
+        result = run(processes, path, *flags)
+        assert result.returncode == 0, result.stderr
+    ours, theirs = read(tmp_path / "2"), read(tmp_path / "1")
+    assert all(line["alignment"] > 0 for line in ours)
+    assert_close(ours, theirs, 1e-5)
 
 
 def test_two_processes_are_one_bit_for_bit_when_each_adds_one_gradient(make_config, alone, tmp_path):

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from dllm.batches import MicroBatch, forward
 from dllm.corruption import Corruption, corrupt
-from dllm.loss import choose_targets, sum_losses
+from dllm.loss import choose_targets, sum_alignment, sum_losses
 from dllm.model import DiffusionLM
 
 OPEN_DLLM = ["single", "packed_block", "packed_full", "ar_packed_block"]
@@ -54,6 +55,52 @@ def test_loss_and_gradients_equal_open_dllms(shared, checkpoint, case_name):
         assert (gradients[parameter] - expected).norm() <= 1e-4 * expected.norm(), parameter
     for parameter, norm in cases[name]["grad_norms"].items():
         assert gradients[parameter].norm().item() == pytest.approx(norm, rel=1e-4), parameter
+
+
+@pytest.mark.parametrize("checkpoint", ["tied_a", "untied_a"])
+def test_alignment_and_its_gradients_equal_open_dllms(shared, checkpoint):
+    golden, name = shared / "golden/open_dllm", f"{checkpoint}.repr_align"
+    case = next(case for case in json.loads((golden / "train.json").read_text()) if case["id"] == name)
+    tensors = {key.removeprefix(name + "."): tensor for key, tensor in load_file(golden / "train.safetensors").items()
+               if key.startswith(name + ".")}
+    model, teacher = (DiffusionLM.from_pretrained(golden / case["ckpt"]) for _ in range(2))
+    # Labels that are the model's own guess, see above, are not the teacher's input: it gets the original's.
+    input_ids, labels, clean = (tensors[key][0].long() for key in ("input_ids", "labels", "casual_input_ids"))
+    ratio = tensors["mask_ratio"][0]
+    targets = choose_targets(torch.where(labels == -100, clean, labels), torch.tensor([0, len(clean)]),
+                             Corruption(input_ids, labels != -100, ratio, ratio, 1 / ratio), objective="mdm",
+                             path_term=True, shift=True)
+    seen = []
+    teacher.hidden_states = lambda ids, **keys: seen.append(ids) or DiffusionLM.hidden_states(
+        teacher, clean.unsqueeze(0), **keys)
+    batch = MicroBatch(input_ids.unsqueeze(0), None, len(clean), targets, None, len(clean), 0, 0)
+    sums = forward(model, batch, torch.device("cpu"), teacher)
+    assert torch.equal(seen[0][0], torch.where(labels == -100, clean, labels))
+    alignment = sums.alignment / targets.normaliser
+    loss = sums.loss / targets.normaliser + case["repr_align_wt"] * alignment
+    loss.backward()
+
+    assert alignment.item() == pytest.approx(case["loss_components"]["repr_align"], rel=1e-5)
+    assert loss.item() == pytest.approx(case["loss"], rel=1e-5)
+    for parameter, norm in case["grad_norms"].items():
+        assert model.get_parameter(parameter).grad.norm().item() == pytest.approx(norm, rel=1e-4), parameter
+    recorded = {key.removeprefix("grad."): tensor for key, tensor in tensors.items() if key.startswith("grad.")}
+    for parameter, expected in recorded.items():
+        assert (model.get_parameter(parameter).grad - expected).norm() <= 1e-4 * expected.norm(), parameter
+    assert len(recorded) >= 4 and all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_alignment_equals_its_formula():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 4, 3, 5, 8, generator=generator, dtype=torch.float64)
+    rows = torch.tensor([1, 4, 14])
+    got = sum_alignment(list(student.float()), list(teacher.float()), rows)
+    expected = 0
+    for row in rows:
+        for ours, theirs in zip(student.reshape(4, 15, 8)[:, row], teacher.reshape(4, 15, 8)[:, row], strict=True):
+            expected += (1 - ours @ theirs / (ours.norm() * theirs.norm())) / 4
+    assert got.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert sum_alignment(list(student), list(student), torch.tensor([], dtype=torch.int64)) == 0
 
 
 def make_batch(lengths=(7, 12, 9), D=8, V=31, seed=0, dtype=torch.float64):

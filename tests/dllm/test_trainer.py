@@ -14,13 +14,13 @@ import pytest
 import torch
 
 import dllm.trainer as trainer
-from dllm.batches import MicroBatch, forward, make_batches
+from dllm.batches import MicroBatch, Opening, draw_visible, forward, make_batches, opened_share
 from dllm.config import Config, DataGroup, ModelGroup, TrainGroup, load_config
 from dllm.data import PackedDataset
 from dllm.errors import Failure, UserError
 from dllm.families import ModelConfig
 from dllm.model import DiffusionLM
-from dllm.optimizer import Muon, learning_rate, orthogonalize
+from dllm.optimizer import Muon, build_optimizers, learning_rate, orthogonalize
 from dllm.train import main
 from dllm.trainer import train
 
@@ -382,8 +382,8 @@ def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(make_config, tmp_pa
 def test_a_step_that_is_not_finite_is_skipped_and_counted_and_the_next_ones_learn(make_config, monkeypatch):
     forward_once = trainer.forward
 
-    def poisoned(model, batch, device):
-        sums = forward_once(model, batch, device)
+    def poisoned(*arguments):
+        sums = forward_once(*arguments)
         poisoned.calls += 1
         return sums._replace(loss=sums.loss * math.nan) if poisoned.calls == 5 else sums
 
@@ -415,6 +415,153 @@ def test_adapters_alone_are_trained_and_merged_into_the_model_for_others(make_co
     before, after = (DiffusionLM.from_pretrained(folder).state_dict() for folder in (start, resumed.checkpoint))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if "_proj.weight" in name}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_frozen_parameters_stay_bit_for_bit_and_have_no_state_and_the_others_learn(make_config, tmp_path, optimizer):
+    start = train(make_config(max_steps=2, output_dir=str(tmp_path / "start"))).checkpoint
+    config = make_config(max_steps=4, save_steps=2, optimizer=optimizer, weight_decay=0.1,
+                         freeze_layers="LM_head, layers.1.mlp")
+    config = replace(config, model=ModelGroup(model_path=str(start)))
+    optimizers = []
+    with pytest.MonkeyPatch.context() as patch:
+        def keep(*arguments):
+            optimizers.extend(build_optimizers(*arguments))
+            return optimizers
+        patch.setattr(trainer, "build_optimizers", keep)
+        result = train(config)
+    before, after = (DiffusionLM.from_pretrained(folder).state_dict() for folder in (start, result.checkpoint))
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {"model.embed_tokens.weight",  # tied: the head
+                    *(f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up", "down"))}
+    assert sum(len(optimizer.state) for optimizer in optimizers) == len(before) - len(same)
+    with pytest.raises(UserError, match="train.freeze_layers 'LM_head, layers.1.mlp', not None"):
+        train(replace(config, train=replace(config.train, freeze_layers=None)))
+
+
+@pytest.mark.parametrize("objective", ["mdm", "elbo"])
+def test_alignment_of_micro_batches_of_any_size_is_that_of_the_whole(objective):
+    dataset, model, teacher = make_dataset(longest=40), make_model(), make_model()
+    alignments = []
+    for size in (12, 4, 1):
+        settings = TrainGroup(output_dir="x", objective=objective, micro_batch_size=size, global_batch_size=12)
+        batches = make_batches(dataset, 5, range(12), 12, settings, 1, model)
+        alignments.append(sum(forward(model, batch, torch.device("cpu"), teacher).alignment.item()
+                              for batch in batches))
+        assert sum(batch.scored for batch in batches) > alignments[-1] > 0
+    assert alignments[1:] == pytest.approx(alignments[:1] * 2, rel=1e-5)
+
+
+def test_the_teacher_sees_clean_text_and_no_later_token():
+    model, teacher, dataset = make_model(), make_model(), make_dataset(longest=15)
+    settings = TrainGroup(output_dir="x", micro_batch_size=8)
+    batch, = make_batches(dataset, 0, range(8), 8, settings, 1, model)
+    calls = []
+    teacher.hidden_states = lambda ids, **keys: calls.append((ids, keys)) or DiffusionLM.hidden_states(
+        teacher, ids, **keys)
+    forward(model, batch, torch.device("cpu"), teacher)
+    (ids, keys), = calls
+    assert torch.equal(ids[0], dataset.read(range(8)).tokens) and keys["block_length"] == 1
+    assert keys["cu_seqlens"] is batch.cu_seqlens
+
+
+def test_attention_opens_linearly_from_causal_to_both_directions():
+    settings = TrainGroup(output_dir="x", anneal_attention_ratio=0.2)
+    assert [opened_share(step, 50, settings) for step in (0, 1, 5, 9, 10, 49)] == [0, 0.1, 0.5, 0.9, 1, 1]
+    assert opened_share(0, 50, TrainGroup(output_dir="x")) == 1
+
+
+@pytest.mark.parametrize("longest", [15, 400])
+def test_hardly_opened_attention_is_causal_and_nearly_open_attention_sees_all(longest):
+    model, dataset = make_model(), make_dataset(longest=longest)
+    settings = TrainGroup(output_dir="x", micro_batch_size=8)
+
+    def loss(opened: float, **change) -> float:
+        batch, = make_batches(dataset, 3, range(8), 8, settings, 1, model, opened)
+        return forward(model, batch._replace(**change), torch.device("cpu")).loss.item()
+
+    causal, both = loss(1, block_length=1), loss(1)
+    assert loss(0) == pytest.approx(causal, rel=1e-5) and loss(1 - 1e-12) == pytest.approx(both, rel=1e-5)
+    assert abs(loss(0.5) - causal) > 1e-4 < abs(loss(0.5) - both)
+
+
+def test_which_later_tokens_are_seen_depends_on_seed_step_and_slot_and_on_no_cut():
+    model, dataset = make_model(), make_dataset(longest=40, max_seq_len=32)
+
+    def draw(slots: range, step=3, seed=1, opened=0.3) -> list[torch.Tensor]:
+        settings = TrainGroup(output_dir="x", micro_batch_size=len(slots))
+        batch, = make_batches(dataset, step, slots, 12, settings, seed, model, opened)
+        return draw_visible(batch.opening, torch.device("cpu"))
+
+    whole, parts = draw(range(12)), draw(range(5)) + draw(range(5, 12))
+    assert all(torch.equal(mine, other) for mine, other in zip(whole, parts, strict=True))
+    wider = draw(range(12), opened=0.6)
+    later = [mask[torch.ones_like(mask).triu(1)] for mask in whole]
+    assert all(mask.tril().equal(torch.ones_like(mask).tril()) for mask in whole)
+    assert all((mine <= other).all() for mine, other in zip(whole, wider, strict=True))
+    assert torch.cat(later).double().mean().item() == pytest.approx(0.3, abs=0.03)
+    first = {str(mask[:8, :8].tolist()) for mask in whole if len(mask) >= 8}
+    assert len(first) == sum(len(mask) >= 8 for mask in whole) > 8
+    opening = Opening(0.3, 1, 3, [(0, 0, 8)])
+    others = [opening, opening._replace(seed=2), opening._replace(step=4), opening._replace(documents=[(1, 0, 8)]),
+              opening._replace(documents=[(0, 8, 8)])]
+    assert len({str(draw_visible(other, torch.device("cpu"))[0].tolist()) for other in others}) == 5
+
+
+def test_annealed_training_learns_and_continues_bit_for_bit(make_config, tmp_path):
+    keys = {"anneal_attention_ratio": 0.5, "save_steps": 3}
+    whole = train(make_config(output_dir=str(tmp_path / "whole"), **keys))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer, "make_batches", interrupt_at(5))
+        train(make_config(**keys))
+    assert losses(train(make_config(**keys)).history) == losses(whole.history)
+    plain = train(make_config(output_dir=str(tmp_path / "plain"))).history
+    assert whole.history[-1]["loss"] < whole.history[0]["loss"] != plain[0]["loss"]
+
+
+def align(make_config, start: Path, **keys) -> Config:
+    return replace(make_config(repr_align_wt=10.0, **keys), model=ModelGroup(model_path=str(start)))
+
+
+def test_aligned_training_counts_the_term_lowers_it_and_continues_bit_for_bit(make_config, tmp_path):
+    start = train(make_config(max_steps=2, objective="ar", output_dir=str(tmp_path / "start"))).checkpoint
+    config = align(make_config, start, max_steps=12, save_steps=3, path_term=True)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer, "make_batches", interrupt_at(5))
+        train(config)
+    resumed = train(config)
+    whole = train(align(make_config, start, max_steps=12, path_term=True, output_dir=str(tmp_path / "whole")))
+    assert losses(resumed.history) == losses(whole.history)
+    plain = train(replace(config, train=replace(config.train, repr_align_wt=0, output_dir=str(tmp_path / "plain"))))
+    first, other = whole.history[0], plain.history[0]
+    assert "alignment" not in other
+    assert first["loss"] == pytest.approx(other["loss"] + 10 * first["alignment"], rel=1e-6)
+    assert whole.history[-1]["alignment"] < 0.9 * first["alignment"]
+    assert {file.name for file in whole.checkpoint.iterdir()} == {file.name for file in plain.checkpoint.iterdir()}
+    sizes = [sum(file.stat().st_size for file in result.checkpoint.parent.rglob("*.distcp")) for result in
+             (whole, plain)]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.01) and sizes[0] > 0  # no second model in them
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_alignment_needs_starting_weights_that_predict_the_next_token(make_config, tmp_path, shift):
+    config = make_config(repr_align_wt=10.0)
+    if shift:
+        with pytest.raises(UserError, match="weights of model.model_path, which is not set"):
+            train(config)
+        return
+    start = make_config(max_steps=1, output_dir=str(tmp_path / "start"))
+    start = train(replace(start, model=replace(start.model, family="llama", shift_logits=False))).checkpoint
+    with pytest.raises(UserError, match="predict their own: set it to 0"):
+        train(align(make_config, start))
+
+
+@pytest.mark.parametrize("names, message", [
+    ("norm,layers.7", "no parameter has 'layers.7' in its name"), ("model", "model leaves no parameter to train"),
+])
+def test_names_that_freeze_nothing_or_everything_are_refused(make_config, names, message):
+    with pytest.raises(UserError, match=message):
+        train(make_config(freeze_layers=names))
 
 
 def test_activations_computed_again_train_alike(make_config, tmp_path):
@@ -505,3 +652,5 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(make_config, tmp_pat
     assert "# parameters: 28,256\n" in told and "# memory of each of 1 processes, estimated: " in told
     assert "# a step: 8 rows, at most 384 tokens; micro-batches of each process: 2\n# steps: 12; " in told
     assert not (tmp_path / "run").exists()
+    assert main([str(path), "--dry-run", "--train.freeze_layers=mlp"]) == 0
+    assert "# parameters: 28,256, 15,968 of them trained\n" in capsys.readouterr().out
