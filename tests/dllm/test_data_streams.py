@@ -234,7 +234,7 @@ def test_training_on_a_stream_goes_on_after_a_stop_to_the_same_losses_and_not_on
     with pytest.raises(UserError, match="nobody knows how long a stream is; set data.train_size"):
         run(outputs[0], [])
     (folder / "new.txt").write_text("new")
-    with pytest.raises(UserError, match="a run on other documents than data.train_path has now"):
+    with pytest.raises(UserError, match="continues a run on other documents than there are now in"):
         run(outputs[1], ["--train.max_steps=30"])
 
 

@@ -85,9 +85,10 @@ def assert_close(ours: list[dict], theirs: list[dict], tolerance: float) -> None
 
 
 @pytest.mark.parametrize("flags", [
-    ("ddp",), ("fsdp2",), ("fsdp2", "--train.enable_full_shard=false"), ("ddp", "--train.ulysses_parallel_size=2"),
+    ("fsdp2",), ("ddp", "--train.ulysses_parallel_size=2"),
     ("fsdp2", "--train.ulysses_parallel_size=2", "--train.enable_gradient_checkpointing=true"),
-    ("ddp", "--train.micro_batch_size=2"), ("fsdp2", "--train.micro_batch_size=2", "--train.save_async=true")],
+    ("ddp", "--train.micro_batch_size=2"),
+    ("fsdp2", "--train.micro_batch_size=2", "--train.save_async=true", "--train.enable_full_shard=false")],
     ids=lambda flags: "-".join(flag.split(".")[-1] for flag in flags))
 def test_two_processes_equal_one_for_20_steps(make_config, alone, tmp_path, flags):
     mode, *more = flags
@@ -131,7 +132,7 @@ def start_and_kill(processes: int, path: Path, wanted: Path, *flags: str) -> int
     return running.wait()
 
 
-@pytest.mark.parametrize("before, after, mode", [(2, 1, "ddp"), (1, 2, "ddp"), (2, 1, "fsdp2"), (1, 2, "fsdp2")])
+@pytest.mark.parametrize("before, after, mode", [(1, 2, "ddp"), (2, 1, "fsdp2")])
 def test_after_kill_9_another_number_of_processes_goes_on_bit_for_bit(make_config, alone, tmp_path, before, after,
                                                                       mode):
     path, output = make_config(tmp_path / "run", data_parallel_mode=mode), tmp_path / "run"
