@@ -537,6 +537,8 @@ def test_aligned_training_counts_the_term_lowers_it_and_continues_bit_for_bit(ma
     assert "alignment" not in other
     assert first["loss"] == pytest.approx(other["loss"] + 10 * first["alignment"], rel=1e-6)
     assert whole.history[-1]["alignment"] < 0.9 * first["alignment"]
+    bound = train(align(make_config, start, max_steps=1, objective="elbo", output_dir=str(tmp_path / "elbo"))).history
+    assert bound[0]["alignment"] == pytest.approx(first["alignment"], rel=1e-6)  # the mean of the same positions
     assert {file.name for file in whole.checkpoint.iterdir()} == {file.name for file in plain.checkpoint.iterdir()}
     sizes = [sum(file.stat().st_size for file in result.checkpoint.parent.rglob("*.distcp")) for result in
              (whole, plain)]
