@@ -41,10 +41,14 @@ def step_flops(config: ModelConfig, tokens: float, pairs: float, scored: float) 
     return 6 * (layer_matrices(config) * tokens + attention + config.hidden_size * config.vocab_size * scored)
 
 
-def count_pairs(cu_seqlens: Tensor, causal: bool) -> int:
-    """(query, key) pairs that attend to each other in packed documents [S + 1]."""
+def count_pairs(cu_seqlens: Tensor, objective: str, block_length: int) -> int:
+    """(query, key) pairs that attend to each other in packed documents [S + 1], in training by an objective."""
     lengths = cu_seqlens.diff().long()
-    return int((lengths * (lengths + 1) // 2 if causal else lengths * lengths).sum())
+    if objective == "ar":
+        return int((lengths * (lengths + 1) // 2).sum())
+    if objective == "block_diffusion":  # either copy sees half of the blocks, and its own
+        return int((lengths * (lengths + block_length)).sum())
+    return int((lengths * lengths).sum())
 
 
 def peak_flops(device: torch.device) -> float | None:

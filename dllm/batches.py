@@ -44,6 +44,7 @@ class MicroBatch(NamedTuple):
     pairs: int = 0  # of a query and a key that attend to each other
     position_ids: Tensor | None = None  # [1, T / P] int64, if P processes share the positions
     opening: Opening | None = None  # None: attention as block_length says
+    clean_ids: Tensor | None = None  # as input_ids, for block diffusion, with blocks of block_length
 
     def pin(self, device: torch.device) -> "MicroBatch":
         """In memory that a GPU copies from while it computes."""
@@ -54,7 +55,8 @@ class MicroBatch(NamedTuple):
             return value.pin_memory() if isinstance(value, Tensor) else value
 
         return self._replace(input_ids=pinned(self.input_ids), cu_seqlens=pinned(self.cu_seqlens),
-                             position_ids=pinned(self.position_ids), targets=Targets(*map(pinned, self.targets)))
+                             position_ids=pinned(self.position_ids), clean_ids=pinned(self.clean_ids),
+                             targets=Targets(*map(pinned, self.targets)))
 
 
 def make_batches(source: RowSource, step: int, slots: range, of: int, settings: TrainGroup, seed: int,
@@ -66,8 +68,8 @@ def make_batches(source: RowSource, step: int, slots: range, of: int, settings: 
 
     Of conversations only the answers' tokens are ever masked, and scored: the model learns to answer what it can read.
     A row and its draws are a function of seed, step and slot alone, whoever computes it and however the step is cut.
-    The times of a step's documents are one random offset plus nearly equal spacing: each is uniform, and together they
-    cover (0, 1) evenly, which lowers the variance of the loss (MDLM, arXiv:2406.07524).
+    The times of a step's documents, or of their blocks, are one random offset plus nearly equal spacing: each is
+    uniform, and together they cover (0, 1) evenly, which lowers the variance of the loss (MDLM, arXiv:2406.07524).
     """
     offset = philox_uniform(seed, torch.tensor(of), step, torch.tensor(0))[..., 0]
     batches = []
@@ -75,6 +77,7 @@ def make_batches(source: RowSource, step: int, slots: range, of: int, settings: 
         part = range(first, min(first + settings.micro_batch_size, slots.stop))
         packed = source.read(range(step * of + part.start, step * of + part.stop))
         corruption, input_ids = None, packed.tokens
+        blocks = settings.objective == "block_diffusion"
         if settings.objective != "ar":
             slot = packed.row + part.start
             scorable = None
@@ -82,8 +85,9 @@ def make_batches(source: RowSource, step: int, slots: range, of: int, settings: 
                 scorable = torch.ones_like(packed.tokens, dtype=torch.bool)
                 if model.config.shift_logits:
                     scorable[packed.cu_seqlens[:-1].long()] = False
-            corruption = corrupt(packed.tokens, packed.cu_seqlens, model.config.mask_token_id,
-                                 schedule=settings.schedule, times=spread_times(packed, part.start, of, offset),
+            ends = cut_blocks(packed.cu_seqlens, settings.block_length) if blocks else packed.cu_seqlens
+            corruption = corrupt(packed.tokens, ends, model.config.mask_token_id,
+                                 schedule=settings.schedule, times=spread_times(packed, ends, part.start, of, offset),
                                  uniform=philox_uniform(seed, slot, step, packed.column)[..., 0],
                                  maskable=packed.trainable, at_least_one_of=scorable)
             input_ids = corruption.noisy
@@ -97,12 +101,14 @@ def make_batches(source: RowSource, step: int, slots: range, of: int, settings: 
                                                            packed.column[starts].tolist(),
                                                            packed.cu_seqlens.diff().tolist(), strict=True)))
         even = len(input_ids) == (len(packed.cu_seqlens) - 1) * packed.max_seqlen
+        shape = (-1, packed.max_seqlen) if even else (1, -1)
         batches.append(MicroBatch(
-            input_ids=input_ids.view(-1, packed.max_seqlen) if even else input_ids.view(1, -1),
+            input_ids=input_ids.view(shape),
             cu_seqlens=None if even else packed.cu_seqlens, max_seqlen=packed.max_seqlen, targets=targets,
-            block_length=1 if settings.objective == "ar" else None, tokens=len(input_ids),
-            scored=int(targets.scored.sum()), normaliser=int(targets.normaliser),
-            pairs=count_pairs(packed.cu_seqlens, causal=settings.objective == "ar"), opening=opening))
+            block_length={"ar": 1, "block_diffusion": settings.block_length}.get(settings.objective),
+            tokens=len(input_ids), scored=int(targets.scored.sum()), normaliser=int(targets.normaliser),
+            pairs=count_pairs(packed.cu_seqlens, settings.objective, settings.block_length), opening=opening,
+            clean_ids=packed.tokens.view(shape) if blocks else None))
     return batches
 
 
@@ -128,9 +134,17 @@ def draw_visible(opening: Opening, device: torch.device) -> list[Tensor]:
     return visible
 
 
-def spread_times(packed: Packed, first_slot: int, of: int, offset: Tensor) -> Tensor:
-    """A time for each document [S]: rows are 1 / of apart, the documents of a row by the golden ratio."""
-    row = packed.row[packed.cu_seqlens[:-1].long()]
+def cut_blocks(cu_seqlens: Tensor, block_length: int) -> Tensor:
+    """Where the blocks of each document begin, and T: as cu_seqlens. The last block of a document may be shorter."""
+    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+    position = torch.arange(int(cu_seqlens[-1])) - torch.repeat_interleave(starts, lengths)
+    return torch.cat(((position % block_length == 0).nonzero().squeeze(1).int(), cu_seqlens[-1:]))
+
+
+def spread_times(packed: Packed, ends: Tensor, first_slot: int, of: int, offset: Tensor) -> Tensor:
+    """A time for each of the parts [S] that begin at `ends`: rows are 1 / of apart, the parts of a row by the golden
+    ratio."""
+    row = packed.row[ends[:-1].long()]
     index = torch.arange(len(row)) - torch.searchsorted(row, row)
     return ((row + first_slot) / of + index * GOLDEN_RATIO + offset).frac().clamp(T_MIN, 1 - T_MIN)
 
@@ -145,7 +159,8 @@ def forward(model: DiffusionLM, batch: MicroBatch, device: torch.device,
     levels: list[Tensor] | None = None if teacher is None else []
     visible = None if batch.opening is None else draw_visible(batch.opening, device)
     hidden = model.hidden_states(move(batch.input_ids), position_ids=move(batch.position_ids), visible=visible,
-                                 block_length=batch.block_length, levels=levels, **packed)
+                                 block_length=batch.block_length, levels=levels, clean_ids=move(batch.clean_ids),
+                                 **packed)
     sums = sum_losses(hidden, model.head_weight, Targets(*map(move, batch.targets)))
     if levels is None:
         return sums

@@ -133,7 +133,10 @@ class TrainGroup:
 
     output_dir: str  # gets checkpoints/, metrics.jsonl, config.yaml
     # Objective
-    objective: str = "mdm"  # mdm: equal weights; elbo: the likelihood bound, 1/t; ar: next token, causal
+    # mdm: equal weights; elbo: the likelihood bound, 1/t; block_diffusion: that of blocks, given the clean ones before
+    # them (BD3-LM); ar: next token, causal
+    objective: str = "mdm"
+    block_length: int = 32  # block_diffusion: tokens of a block
     path_term: bool = False  # add Open-dLLM's planner term (P2); with mdm only
     mask_at_least_one: bool = False  # token of every document, whatever its time; with mdm only
     schedule: str = "linear"  # of corruption over time: linear, cosine or polynomial
@@ -189,7 +192,8 @@ class TrainGroup:
     profile_trace_dir: str = "./trace"  # gets a trace of the main process, for chrome://tracing or Perfetto
 
     def __post_init__(self):
-        for name, choices in (("objective", ("mdm", "elbo", "ar")), ("schedule", ("linear", "cosine", "polynomial")),
+        for name, choices in (("objective", ("mdm", "elbo", "block_diffusion", "ar")),
+                              ("schedule", ("linear", "cosine", "polynomial")),
                               ("optimizer", ("adamw", "muon")), ("lr_decay_style", ("constant", "linear", "cosine")),
                               ("device", ("auto", "cpu", "cuda")), ("precision", ("auto", "fp32", "bf16")),
                               ("data_parallel_mode", ("ddp", "fsdp2"))):
@@ -197,8 +201,8 @@ class TrainGroup:
             if value not in choices:
                 raise UserError(f"train.{name} must be one of {', '.join(choices)}, not {value!r}")
         for name in ("lr", "muon_lr", "lora_alpha", "max_minutes", "micro_batch_size", "global_batch_size",
-                     "num_train_epochs", "max_steps", "max_bad_steps", "ulysses_parallel_size", "keep_last",
-                     "eval_tokens", "log_steps"):
+                     "num_train_epochs", "max_steps", "max_bad_steps", "ulysses_parallel_size", "block_length",
+                     "keep_last", "eval_tokens", "log_steps"):
             value = getattr(self, name)
             _check(f"train.{name}", value, value is None or value > 0, "above 0")
         for name in ("lr_min", "lr_start", "weight_decay", "max_grad_norm", "save_steps", "save_time_interval_minutes",
@@ -213,6 +217,9 @@ class TrainGroup:
         _check("train.output_dir", self.output_dir, bool(self.output_dir), "a folder")
         _check("train.global_batch_size", self.rows_per_step, self.rows_per_step % self.micro_batch_size == 0,
                f"a multiple of micro_batch_size {self.micro_batch_size}")
+        if self.objective == "block_diffusion" and self.ulysses_parallel_size > 1:
+            raise UserError("train.objective=block_diffusion has two copies of each row in one process: set "
+                            "train.ulysses_parallel_size to 1")
         if self.path_term and self.objective != "mdm":
             raise UserError(f"train.path_term needs train.objective=mdm, not {self.objective!r}; remove one of them")
         if self.mask_at_least_one and self.objective != "mdm":

@@ -6,6 +6,7 @@ mdm   sum l / N                                     every masked token alike (Op
 path  sum (1 + stopgrad(exp(-l)) / r) l / N         mdm + Open-dLLM's planner term (P2); r, the chance of being masked
 elbo  sum w l / M, w = -alpha'(t) / (1 - alpha(t))  the bound on the likelihood; w = 1/t when linear
                                                     (MD4 arXiv:2406.04329, MDLM 2406.07524, LLaDA 2502.09992)
+block_diffusion   as elbo, each block with a time of its own, given the clean blocks before it (BD3-LM 2503.09573)
 ar    sum l / N                                     next token, nothing masked, causal attention
 
 With right shift (models that come from autoregressive ones) the logits at position i - 1 are about token i, so the
@@ -50,7 +51,7 @@ def choose_targets(tokens: Tensor, cu_seqlens: Tensor, corruption: Corruption | 
         tokens: [T] int64, the clean tokens of packed documents.
         cu_seqlens: [S + 1] integers, where the documents begin, and T.
         corruption: of these tokens; None for "ar".
-        objective: "mdm", "elbo" or "ar" (always shifted).
+        objective: "mdm", "elbo", "block_diffusion" or "ar" (always shifted).
         shift: whether the logits at a position are about the next token.
         trainable: [T] bool; tokens elsewhere are never scored (a prompt, say), though they may be masked.
         by_ratio: whether the losses are wanted by the chance of being masked too.
@@ -59,10 +60,11 @@ def choose_targets(tokens: Tensor, cu_seqlens: Tensor, corruption: Corruption | 
     if shift or objective == "ar":
         possible[cu_seqlens[:-1].long()] = False
     scored = possible if corruption is None else possible & corruption.corrupted
-    weights = corruption.weight if objective == "elbo" else None
+    bound = objective in ("elbo", "block_diffusion")
+    weights = corruption.weight if bound else None
     path_weights = 1 / corruption.ratio if path_term else None
     ratio = corruption.ratio if by_ratio else None
-    normaliser = (possible if objective == "elbo" else scored).sum()
+    normaliser = (possible if bound else scored).sum()
     if shift or objective == "ar":  # what wraps around is a first token, which is not scored
         tokens, scored = tokens.roll(-1), scored.roll(-1)
         weights, path_weights, ratio = (None if w is None else w.roll(-1) for w in (weights, path_weights, ratio))

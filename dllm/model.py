@@ -24,7 +24,7 @@ from dllm.errors import UserError
 from dllm.families import ModelConfig, check_parameters, mask_token_id_of, read_config, read_json, write_config
 from dllm.published import to_ours, to_published
 from dllm.ulysses import heads_to_positions, positions_to_heads
-from dllm_kernels import bidirectional_attention, bidirectional_attention_varlen
+from dllm_kernels import bidirectional_attention, bidirectional_attention_varlen, block_diffusion_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,7 @@ class Positions:
     shape: tuple[int, int] = (0, 0)  # rows and positions of a call
     wanted: tuple[int, int] = (0, 0)  # rows and queries of a call
     sequence_group: ProcessGroup | None = None  # of processes that have the other positions of these rows
+    two_copies: bool = False  # a noisy and a clean one, for training by block diffusion
     visible: Sequence[Tensor] | None = None  # [n, n] bool for each document of n tokens: which keys a query sees
 
 
@@ -117,6 +118,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, at: Positions) -> Tensor:
     """q [B, Q, H, E], k and v [B, L, Hkv, E] of the positions that are computed -> [B, Q, H, E]."""
     if at.visible is not None:
         return attend_visible(q, k, v, at)
+    if at.two_copies:
+        return block_diffusion_attention(q, k, v, at.block_length, cu_seqlens=at.cu_seqlens)
     if at.cache is not None:
         k, v = at.cache.put(at.layer, k, v)
     if at.sequence_group is not None:
@@ -320,7 +323,8 @@ class DiffusionLM(nn.Module):
                       position_ids: Tensor | None = None, cu_seqlens: Tensor | None = None,
                       max_seqlen: int | None = None, block_length: int | None = None,
                       queries: Tensor | None = None, cache: KeyValueCache | None = None,
-                      levels: list[Tensor] | None = None, visible: Sequence[Tensor] | None = None) -> Tensor:
+                      levels: list[Tensor] | None = None, visible: Sequence[Tensor] | None = None,
+                      clean_ids: Tensor | None = None) -> Tensor:
         """The hidden states after the final norm, [B, L, D].
 
         Args:
@@ -342,6 +346,9 @@ class DiffusionLM(nn.Module):
             visible: for each document (each row, without cu_seqlens), which keys its queries see, [n, n] bool if it has
                 n tokens. Slower than the other attentions, see `attend_visible`. Excludes attention_mask, block_length,
                 queries and cache.
+            clean_ids: [B, L] int64, the text whose noisy copy input_ids is, for training by block diffusion with blocks
+                of block_length (`block_diffusion_attention`). With shifted logits, what is said about the first token
+                of a block is that of the clean position before it, as in sampling. Excludes all but cu_seqlens.
         Raises: UserError if the input is longer than the model's positions; ValueError if arguments exclude each other.
         """
         if input_ids.ndim != 2:
@@ -359,6 +366,9 @@ class DiffusionLM(nn.Module):
             raise ValueError("hidden_states: visible excludes attention_mask, block_length, queries and cache")
         if cache is not None and (cu_seqlens is not None or cache.grows != (block_length is not None)):
             raise ValueError("hidden_states: cache excludes cu_seqlens; if it grows, it needs block_length, else not")
+        if clean_ids is not None and (block_length is None or any(
+                given is not None for given in (attention_mask, position_ids, queries, cache, levels, visible))):
+            raise ValueError("hidden_states: clean_ids needs block_length and excludes all but cu_seqlens")
         key_mask = None
         if attention_mask is not None:
             if attention_mask.shape != input_ids.shape and cache is None:
@@ -367,10 +377,14 @@ class DiffusionLM(nn.Module):
             key_mask = attention_mask.bool()
         if position_ids is None:
             position_ids = before + number_tokens(input_ids, None if cache else key_mask, cu_seqlens)
+        if clean_ids is not None:
+            before_a_block = (position_ids + 1) % block_length == 0
+            input_ids, position_ids = torch.cat((input_ids, clean_ids), 1), position_ids.repeat(1, 2)
         x = self.model.embed_tokens(input_ids)
         cos, sin = self._rotary(position_ids, x.dtype)
         at = Positions(cos, sin, key_mask, cu_seqlens, max_seqlen or 0, block_length, cache=cache,
-                       sequence_group=self.sequence_group, visible=visible)
+                       sequence_group=self.sequence_group, visible=visible,
+                       two_copies=clean_ids is not None)
         for at.layer, layer in enumerate(self.model.layers):
             if at.layer == len(self.model.layers) - 1 and queries is not None:
                 at.queries, at.block_length = queries, None  # of the last block, they see all
@@ -380,6 +394,10 @@ class DiffusionLM(nn.Module):
                 x = checkpoint(layer, x, at, use_reentrant=False)
             else:
                 x = layer(x, at)
+        if clean_ids is not None:
+            x, clean = x.chunk(2, dim=1)
+            if self.config.shift_logits:
+                x = torch.where(before_a_block.unsqueeze(-1), clean, x)
         x = self.model.norm(x)
         if levels is not None:
             levels.append(x)

@@ -172,7 +172,8 @@ def train_in(world: World, config: Config) -> TrainResult:
                     line["alignment"] = alignment
                 if skipped:
                     line["skipped"] = skipped
-                line |= measure_device(world, model.config, agreed, clock.step_seconds)
+                copies = 2 if settings.objective == "block_diffusion" else 1
+                line |= measure_device(world, model.config, agreed, copies, clock.step_seconds)
                 if measure:
                     line |= validate(shared, validation, world)
                 metrics.append(line)
@@ -351,7 +352,7 @@ def check_same_run(config: Config, resumed: Checkpoint, output: Path) -> None:
         raise UserError(f"{output} already holds checkpoints up to {resumed.folder.name}; set another "
                         "train.output_dir, or train.auto_resume=true to continue")
     fixed = ("objective", "path_term", "mask_at_least_one", "schedule", "optimizer", "seed", "lora_rank", "lora_alpha",
-             "freeze_layers", "repr_align_wt", "anneal_attention_ratio")
+             "freeze_layers", "repr_align_wt", "anneal_attention_ratio", "block_length")
     defaults = {field.name: field.default for field in fields(TrainGroup)}  # of a run older than a key
 
     def describe(groups: dict[str, dict]) -> dict:
@@ -368,13 +369,16 @@ def check_same_run(config: Config, resumed: Checkpoint, output: Path) -> None:
                             "another train.output_dir")
 
 
-def measure_device(world: World, config: ModelConfig, agreed: Agreed, seconds: float) -> dict[str, float]:
-    """Of a GPU: peak memory, and mfu, the share of the peak that the step's FLOPs (`step_flops`) are."""
+def measure_device(world: World, config: ModelConfig, agreed: Agreed, copies: int, seconds: float) -> dict[str, float]:
+    """Of a GPU: peak memory, and mfu, the share of the peak that the step's FLOPs (`step_flops`) are.
+
+    copies: of each token that the layers compute.
+    """
     if world.device.type != "cuda":
         return {}
     result = {"peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
     peak = peak_flops(world.device)
     if peak is not None:
-        flops = step_flops(config, agreed.tokens, agreed.pairs, agreed.scored)
+        flops = step_flops(config, copies * agreed.tokens, agreed.pairs, agreed.scored)
         result["mfu"] = round(flops / (seconds * peak * world.size), 4)
     return result

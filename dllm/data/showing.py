@@ -19,7 +19,8 @@ def show_rows(packed: Packed, tokenizer, seed: int, console: Console) -> None:
     uniform = philox_uniform(seed, packed.row, 0, packed.column)[..., 0]
     offset = philox_uniform(seed, packed.row[:1], 0, packed.column[:1])[0, 0]
     corruption = corrupt(packed.tokens, packed.cu_seqlens, tokenizer.mask_token_id,
-                         times=spread_times(packed, 0, rows, offset), uniform=uniform, maskable=packed.trainable)
+                         times=spread_times(packed, packed.cu_seqlens, 0, rows, offset), uniform=uniform,
+                         maskable=packed.trainable)
     counts = packed.row.bincount().tolist()
     bounds = packed.cu_seqlens.tolist()
     for first, end in zip(bounds, bounds[1:], strict=False):

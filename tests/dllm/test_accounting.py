@@ -35,7 +35,9 @@ def test_matrices_are_those_of_the_layers():
 
 def test_pairs_are_those_that_attend_to_each_other():
     ends = torch.tensor([0, 3, 5])
-    assert count_pairs(ends, causal=False) == 9 + 4 and count_pairs(ends, causal=True) == 6 + 3
+    assert count_pairs(ends, "mdm", 32) == 9 + 4 and count_pairs(ends, "ar", 32) == 6 + 3
+    # Noisy blocks of 2, of 8 positions: 2 x (2 + 4 + 6 + 8) pairs, and the clean ones as many.
+    assert count_pairs(torch.tensor([0, 8]), "block_diffusion", 2) == 2 * 2 * (2 + 4 + 6 + 8)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

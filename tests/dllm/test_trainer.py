@@ -69,7 +69,8 @@ def read_metrics(output: Path) -> list[dict]:
 @pytest.mark.parametrize("keys", [
     {"objective": "mdm", "path_term": True, "eval_every": 4},
     {"objective": "elbo", "optimizer": "muon", "schedule": "cosine"},
-    {"objective": "ar"}, {"objective": "mdm", "precision": "bf16", "global_batch_size": 8}], ids=str)
+    {"objective": "ar"}, {"objective": "block_diffusion", "block_length": 8},
+    {"objective": "mdm", "precision": "bf16", "global_batch_size": 8}], ids=str)
 def test_every_objective_lowers_the_loss_and_leaves_a_checkpoint_that_loads(make_config, keys):
     result = train(make_config(max_steps=30, **keys))
     history = result.history
@@ -178,12 +179,13 @@ def make_dataset(longest: int, max_seq_len=16) -> PackedDataset:
     return PackedDataset([torch.randint(63, (n,), generator=generator) for n in lengths], max_seq_len)
 
 
-@pytest.mark.parametrize("objective", ["mdm", "elbo", "ar"])
+@pytest.mark.parametrize("objective", ["mdm", "elbo", "block_diffusion", "ar"])
 def test_micro_batches_of_any_size_give_the_gradients_of_the_whole(objective):
     dataset, model = make_dataset(longest=40), make_model()
     gradients = []
     for size in (12, 4, 1):
-        settings = TrainGroup(output_dir="x", objective=objective, micro_batch_size=size, global_batch_size=12)
+        settings = TrainGroup(output_dir="x", objective=objective, block_length=5, micro_batch_size=size,
+                              global_batch_size=12)
         batches = make_batches(dataset, 5, range(12), 12, settings, 1, model)
         assert len(batches) == 12 // size
         for batch in batches:
@@ -208,6 +210,38 @@ def test_packed_documents_train_as_each_of_them_alone(shift):
         document = MicroBatch(batch.input_ids[:, start:end], None, int(end - start), targets, None, 0, 0, 0)
         alone = alone + forward(model, document, torch.device("cpu")).loss
     assert packed.item() == pytest.approx(alone.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("longest, block_length, shift", [
+    (15, 4, False), (15, 4, True), (60, 6, True), (15, 40, False)])
+def test_block_diffusion_is_the_sum_over_blocks_given_the_clean_ones_before(longest, block_length, shift):
+    model, dataset = make_model(shift_logits=shift).double(), make_dataset(longest=longest)
+    settings = TrainGroup(output_dir="x", objective="block_diffusion", block_length=block_length, micro_batch_size=8)
+    batch, = make_batches(dataset, 0, range(8), 8, settings, 1, model)
+    forward(model, batch, torch.device("cpu")).loss.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    noisy, clean = batch.input_ids.flatten(), batch.clean_ids.flatten()
+    targets = batch.targets
+    corrupted, weights = noisy.ne(clean), targets.weights.roll(1) if shift else targets.weights
+    rows, length = batch.input_ids.shape
+    ends = range(0, rows * length + 1, length) if batch.cu_seqlens is None else batch.cu_seqlens.tolist()
+    expected, times = 0, set()
+    for start, end in zip(ends[:-1], ends[1:], strict=True):
+        for first in range(start, end, block_length):
+            last = min(first + block_length, end)
+            seen = torch.cat((clean[start:first], noisy[first:last]))[None]
+            logits = model.hidden_states(seen, block_length=block_length)[0] @ model.head_weight.T
+            for place in range(max(first, start + 1) if shift else first, last):
+                if corrupted[place]:
+                    about = logits[place - start - shift]
+                    expected = expected - weights[place] * about.log_softmax(-1)[clean[place]]
+            times.add(weights[last - 1].item())
+    expected.backward()
+    assert forward(model, batch, torch.device("cpu")).loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for gradient, parameter in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-5)
+    assert len(times) > (8 if block_length < 40 else 1)
 
 
 def test_rows_of_one_chunk_each_are_trained_densely():
@@ -444,7 +478,8 @@ def test_alignment_of_micro_batches_of_any_size_is_that_of_the_whole(objective):
     dataset, model, teacher = make_dataset(longest=40), make_model(), make_model()
     alignments = []
     for size in (12, 4, 1):
-        settings = TrainGroup(output_dir="x", objective=objective, micro_batch_size=size, global_batch_size=12)
+        settings = TrainGroup(output_dir="x", objective=objective, block_length=5, micro_batch_size=size,
+                              global_batch_size=12)
         batches = make_batches(dataset, 5, range(12), 12, settings, 1, model)
         alignments.append(sum(forward(model, batch, torch.device("cpu"), teacher).alignment.item()
                               for batch in batches))
