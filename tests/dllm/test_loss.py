@@ -273,3 +273,18 @@ def test_losses_by_the_chance_of_being_masked_are_those_of_its_documents(shift):
     for quarter, part in ((0, slice(0, 7)), (1, slice(0, 0)), (2, slice(7, 30)), (3, slice(0, 0))):
         torch.testing.assert_close(by_ratio[0, quarter], each[part].sum())
         assert by_ratio[1, quarter] == scored[part].sum()
+
+
+def test_block_diffusion_equals_its_authors_loss(shared):
+    z = load_function(shared, "loss_bd3lms_original")
+    tokens, mask = z["input_ids"], int(z["mask_id"])
+    noisy = z["eps1e-3_1_concat"][:, :16]
+    corruption = corrupt(tokens.flatten(), torch.arange(13) * 4, mask, uniform=z["eps1e-3_1_u_mask"].flatten(),
+                         times=(1e-3 + (1 - 1e-3) * z["eps1e-3_1_u_block"]).flatten(),
+                         maskable=(torch.arange(48) % 16 != 0))  # the first token of a row is never masked
+    assert torch.equal(corruption.noisy.view(3, 16), noisy)
+    logits = z["eps1e-3_1_logits"].clone()
+    logits[..., mask] = -1e6  # the mask is never predicted
+    loss, gradient, normaliser = score_logits(logits, tokens, corruption, objective="block_diffusion")
+    assert normaliser == 48
+    assert equal(loss / normaliser, z["eps1e-3_1_loss"]) and equal(gradient / normaliser, z["eps1e-3_1_dlogits"])
