@@ -3,22 +3,31 @@
 Every draw is a function of the seed, the step's number and the row's slot in the step.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dllm.config import TrainGroup
-from dllm.corruption import T_MIN, Corruption, corrupt
-from dllm.data import Packed, RowSource
-from dllm.errors import UserError
-from dllm.expansion import corrupt_gaps
-from dllm.loss import LossSums, Targets, choose_targets, misalign, sum_losses
+from dllm.accounting import count_pairs
+from dllm.config import Config, TrainGroup
+from dllm.corruption import T_MIN, corrupt
+from dllm.data import Packed, RowSource, TrainingData
+from dllm.loss import LossSums, Targets, choose_targets, sum_alignment, sum_losses
 from dllm.model import DiffusionLM
 from dllm_kernels import philox_uniform
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are spread evenly however many there are
-DOCUMENTS, ATTENTION = 1 << 32, 2 << 32  # added to the seed: streams of draws beside those of the tokens
+
+
+class Opening(NamedTuple):
+    """Causal attention on its way to attention in both directions (see `draw_visible`)."""
+
+    share: float  # of the later positions that are seen
+    seed: int
+    step: int
+    documents: list[tuple[int, int, int]]  # slot, first column and length of each
 
 
 class MicroBatch(NamedTuple):
@@ -32,135 +41,182 @@ class MicroBatch(NamedTuple):
     tokens: int
     scored: int
     normaliser: int
-    clean_ids: Tensor | None = None  # int64, as input_ids, not corrupted
-    ends_block: Tensor | None = None  # [T] bool, block diffusion: the last position of each block
-    visible: Tensor | None = None  # [max_seqlen, max_seqlen] bool: who sees whom while the causal mask opens
+    pairs: int = 0  # of a query and a key that attend to each other
+    position_ids: Tensor | None = None  # [1, T / P] int64, if P processes share the positions
+    opening: Opening | None = None  # None: attention as block_length says
+    clean_ids: Tensor | None = None  # as input_ids, for block diffusion, with blocks of block_length
+
+    def pin(self, device: torch.device) -> "MicroBatch":
+        """In memory that a GPU copies from while it computes."""
+        if device.type == "cpu":
+            return self
+
+        def pinned(value):
+            return value.pin_memory() if isinstance(value, Tensor) else value
+
+        return self._replace(input_ids=pinned(self.input_ids), cu_seqlens=pinned(self.cu_seqlens),
+                             position_ids=pinned(self.position_ids), clean_ids=pinned(self.clean_ids),
+                             targets=Targets(*map(pinned, self.targets)))
 
 
 def make_batches(source: RowSource, step: int, slots: range, of: int, settings: TrainGroup, seed: int,
-                 model: DiffusionLM, progress: float = 1.0) -> list[MicroBatch]:
+                 model: DiffusionLM, opened: float = 1.0, by_ratio: bool = False) -> list[MicroBatch]:
     """The micro-batches of a step's rows in `slots`, out of `of` rows that the step has over all processes.
 
-    A row and its draws are a function of seed, step and slot alone, whoever computes it and however the step is cut.
-    The times of a step's documents (or blocks) are one random offset plus nearly equal spacing: each is uniform, and
-    together they cover (0, 1) evenly, which lowers the variance of the loss (MDLM, arXiv:2406.07524).
+    opened: share of the later positions that attention sees; 0 is causal, 1 sees all.
+    by_ratio: whether the losses are wanted by the chance of being masked too.
 
-    Args:
-        progress: share of the run that is done, for settings.anneal_attention_ratio.
-    Raises: UserError if the objective does not fit the model or the rows.
+    Of conversations only the answers' tokens are ever masked, and scored: the model learns to answer what it can read.
+    A row and its draws are a function of seed, step and slot alone, whoever computes it and however the step is cut.
+    The times of a step's documents, or of their blocks, are one random offset plus nearly equal spacing: each is
+    uniform, and together they cover (0, 1) evenly, which lowers the variance of the loss (MDLM, arXiv:2406.07524).
     """
     offset = philox_uniform(seed, torch.tensor(of), step, torch.tensor(0))[..., 0]
     batches = []
     for first in range(slots.start, slots.stop, settings.micro_batch_size):
         part = range(first, min(first + settings.micro_batch_size, slots.stop))
         packed = source.read(range(step * of + part.start, step * of + part.stop))
-        blocks = packed.cu_seqlens
-        if settings.objective == "block_diffusion":
-            blocks = cut_blocks(packed.cu_seqlens, settings.block_length)
-        corruption = None
+        corruption, input_ids = None, packed.tokens
+        blocks = settings.objective == "block_diffusion"
         if settings.objective != "ar":
-            times = spread_times(packed.row[blocks[:-1].long()], part.start, of, offset)
-            packed, corruption = corrupt_rows(packed, blocks, times, step, part.start, settings, seed, model)
-        input_ids = packed.tokens if corruption is None else corruption.noisy
+            slot = packed.row + part.start
+            scorable = None
+            if settings.mask_at_least_one:
+                scorable = torch.ones_like(packed.tokens, dtype=torch.bool)
+                if model.config.shift_logits:
+                    scorable[packed.cu_seqlens[:-1].long()] = False
+            ends = cut_blocks(packed.cu_seqlens, settings.block_length) if blocks else packed.cu_seqlens
+            corruption = corrupt(packed.tokens, ends, model.config.mask_token_id,
+                                 schedule=settings.schedule, times=spread_times(packed, ends, part.start, of, offset),
+                                 uniform=philox_uniform(seed, slot, step, packed.column)[..., 0],
+                                 maskable=packed.trainable, at_least_one_of=scorable)
+            input_ids = corruption.noisy
         targets = choose_targets(packed.tokens, packed.cu_seqlens, corruption, objective=settings.objective,
                                  path_term=settings.path_term, shift=model.config.shift_logits,
-                                 trainable=packed.trainable, delete_token_id=model.config.eos_token_id)
+                                 trainable=packed.trainable, by_ratio=by_ratio)
+        opening = None
+        if opened < 1:
+            starts = packed.cu_seqlens[:-1].long()
+            opening = Opening(opened, seed, step, list(zip((packed.row[starts] + part.start).tolist(),
+                                                           packed.column[starts].tolist(),
+                                                           packed.cu_seqlens.diff().tolist(), strict=True)))
         even = len(input_ids) == (len(packed.cu_seqlens) - 1) * packed.max_seqlen
         shape = (-1, packed.max_seqlen) if even else (1, -1)
-        ends_block, opened = None, 1.0
-        if settings.objective == "block_diffusion":
-            ends_block = torch.zeros_like(input_ids, dtype=torch.bool).index_fill(0, blocks[1:].long() - 1, True)
-        if settings.anneal_attention_ratio:
-            opened = progress / settings.anneal_attention_ratio
         batches.append(MicroBatch(
-            input_ids=input_ids.view(shape), cu_seqlens=None if even else packed.cu_seqlens,
-            max_seqlen=packed.max_seqlen, targets=targets,
-            block_length=1 if settings.objective == "ar" else settings.block_length, tokens=len(input_ids),
-            scored=int(targets.scored.sum()), normaliser=int(targets.normaliser), clean_ids=packed.tokens.view(shape),
-            ends_block=ends_block, visible=open_mask(packed.max_seqlen, opened, step, seed) if opened < 1 else None))
+            input_ids=input_ids.view(shape),
+            cu_seqlens=None if even else packed.cu_seqlens, max_seqlen=packed.max_seqlen, targets=targets,
+            block_length={"ar": 1, "block_diffusion": settings.block_length}.get(settings.objective),
+            tokens=len(input_ids), scored=int(targets.scored.sum()), normaliser=int(targets.normaliser),
+            pairs=count_pairs(packed.cu_seqlens, settings.objective, settings.block_length), opening=opening,
+            clean_ids=packed.tokens.view(shape) if blocks else None))
     return batches
 
 
-def corrupt_rows(packed: Packed, blocks: Tensor, times: Tensor, step: int, first_slot: int, settings: TrainGroup,
-                 seed: int, model: DiffusionLM) -> tuple[Packed, Corruption]:
-    """The rows from slot `first_slot` on, corrupted at `times` [S] of their `blocks` (cu_seqlens, [S + 1])."""
-    slot = packed.row + first_slot
-    uniform = philox_uniform(seed, slot, step, packed.column)
-    if settings.objective == "expansion":
-        if packed.trainable is not None or not isinstance(model.config.eos_token_id, int):
-            raise UserError("train.objective=expansion takes plain documents and a model with one eos_token_id, which "
-                            "becomes the delete token; choose another objective")
-        start = packed.cu_seqlens[:-1].long()
-        choices = philox_uniform(seed + DOCUMENTS, slot[start].unsqueeze(1), step,
-                                 packed.column[start].unsqueeze(1) * 2 + torch.arange(2)).flatten(1)
-        return corrupt_gaps(packed, times, uniform, choices, room=model.config.max_position_embeddings,
-                            mask_token_id=model.config.mask_token_id, expand_token_id=settings.expand_token_id,
-                            delete_token_id=model.config.eos_token_id)
-    scorable = None
-    if settings.mask_at_least_one:
-        scorable = torch.ones_like(packed.tokens, dtype=torch.bool)
-        if packed.trainable is not None:
-            scorable = packed.trainable.clone()
-        if model.config.shift_logits:
-            scorable[packed.cu_seqlens[:-1].long()] = False
-    return packed, corrupt(packed.tokens, blocks, model.config.mask_token_id, schedule=settings.schedule, times=times,
-                           uniform=uniform[..., 0], maskable=None if settings.corrupt_prompt else packed.trainable,
-                           at_least_one_of=scorable)
+def opened_share(step: int, total: int, settings: TrainGroup) -> float:
+    """Of the later positions, how many attention sees at a step (from 0) of `total`: it grows linearly from 0 to 1."""
+    steps = settings.anneal_attention_ratio * total
+    return 1.0 if step >= steps else step / steps
+
+
+def draw_visible(opening: Opening, device: torch.device) -> list[Tensor]:
+    """For each document of n tokens, which keys its queries see, [n, n] bool: all up to the query, and of those after
+    it each with probability `share` (attention mask annealing, DiffuLLaMA, arXiv:2410.17891).
+
+    A draw is a function of seed, step, slot and the columns of query and key in the row, which is below 2**16 long.
+    """
+    visible = []
+    for slot, first, length in opening.documents:
+        columns = torch.arange(first, first + length, device=device)
+        slots = torch.full((length, length), slot, device=device)
+        # The other uniform is that of the corruption.
+        uniform = philox_uniform(opening.seed, slots, opening.step, columns.unsqueeze(1) * 2**16 + columns)[..., 1]
+        visible.append((uniform < opening.share) | (columns <= columns.unsqueeze(1)))
+    return visible
 
 
 def cut_blocks(cu_seqlens: Tensor, block_length: int) -> Tensor:
-    """cu_seqlens of the blocks of packed documents; the last block of each may be shorter."""
-    counts = (cu_seqlens.diff().long() + block_length - 1) // block_length
-    document = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    index = torch.arange(len(document)) - (counts.cumsum(0) - counts)[document]
-    return torch.cat((cu_seqlens[:-1][document] + index * block_length, cu_seqlens[-1:])).int()
+    """Where the blocks of each document begin, and T: as cu_seqlens. The last block of a document may be shorter."""
+    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+    position = torch.arange(int(cu_seqlens[-1])) - torch.repeat_interleave(starts, lengths)
+    return torch.cat(((position % block_length == 0).nonzero().squeeze(1).int(), cu_seqlens[-1:]))
 
 
-def spread_times(row: Tensor, first_slot: int, of: int, offset: Tensor) -> Tensor:
-    """A time for each document of `row` [S], ascending: rows are 1 / of apart, a row's documents the golden ratio."""
+def spread_times(packed: Packed, ends: Tensor, first_slot: int, of: int, offset: Tensor) -> Tensor:
+    """A time for each of the parts [S] that begin at `ends`: rows are 1 / of apart, the parts of a row by the golden
+    ratio."""
+    row = packed.row[ends[:-1].long()]
     index = torch.arange(len(row)) - torch.searchsorted(row, row)
     return ((row + first_slot) / of + index * GOLDEN_RATIO + offset).frac().clamp(T_MIN, 1 - T_MIN)
 
 
-def open_mask(length: int, share: float, step: int, seed: int) -> Tensor:
-    """[length, length] bool: the causal mask with each position above the diagonal opened at the chance `share`.
-
-    One mask for all documents of a step, as in DiffuLLaMA (arXiv:2410.17891), whose positions count from their first.
-    """
-    place = torch.arange(length)
-    uniform = philox_uniform(seed + ATTENTION, place.unsqueeze(1), step, place)[..., 0]
-    return (uniform < share) | (place <= place.unsqueeze(1))
-
-
-def forward(model: DiffusionLM, batch: MicroBatch, device: torch.device, teacher: DiffusionLM | None = None,
-            repr_align_wt: float = 0.0) -> LossSums:
-    """The losses of a micro-batch; in evaluation mode also per chance of being masked.
-
-    With right shift, block diffusion reads the first token of a block from the last position of the clean copy of the
-    block before, which sees just what a sampler sees when it begins a block: the finished ones.
-
-    Args:
-        teacher: a frozen autoregressive model, whose hidden states of the clean text, seen causally, those of the
-            model are drawn to, with weight `repr_align_wt`.
-    """
+def forward(model: DiffusionLM, batch: MicroBatch, device: torch.device,
+            teacher: DiffusionLM | None = None) -> LossSums:
+    """The sums of a micro-batch's losses; with a teacher, a causal model, the alignment of the scored positions too."""
     def move(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(device, non_blocking=True)
 
     packed = {} if batch.cu_seqlens is None else {"cu_seqlens": move(batch.cu_seqlens), "max_seqlen": batch.max_seqlen}
-    targets = Targets(*map(move, batch.targets))
-    copies = {} if batch.ends_block is None else {"clean_ids": move(batch.clean_ids)}
-    layers: list[Tensor] | None = None if teacher is None else []
-    hidden = model.hidden_states(move(batch.input_ids), block_length=batch.block_length, visible=move(batch.visible),
-                                 layers=layers, **copies, **packed)
-    if batch.ends_block is not None:
-        hidden, clean = hidden.chunk(2, dim=1)
-        if model.config.shift_logits:
-            hidden = torch.where(move(batch.ends_block).view(batch.input_ids.shape).unsqueeze(-1), clean, hidden)
-    sums = sum_losses(hidden, model.head_weight, targets, by_ratio=not model.training)
-    if teacher is None:
+    levels: list[Tensor] | None = None if teacher is None else []
+    visible = None if batch.opening is None else draw_visible(batch.opening, device)
+    hidden = model.hidden_states(move(batch.input_ids), position_ids=move(batch.position_ids), visible=visible,
+                                 block_length=batch.block_length, levels=levels, clean_ids=move(batch.clean_ids),
+                                 **packed)
+    sums = sum_losses(hidden, model.head_weight, Targets(*map(move, batch.targets)))
+    if levels is None:
         return sums
-    wanted: list[Tensor] = []
+    clean, theirs = batch.targets.tokens.roll(1).view_as(batch.input_ids), []  # the targets are one to the left
     with torch.no_grad():
-        teacher.hidden_states(move(batch.clean_ids), block_length=1, layers=wanted, **packed)
-    misalignment = misalign(layers, wanted, targets.scored)
-    return sums._replace(loss=sums.loss + repr_align_wt * misalignment, misalignment=misalignment.detach())
+        teacher.hidden_states(move(clean), block_length=1, levels=theirs, **packed)
+    return sums._replace(alignment=sum_alignment(levels, theirs, move(batch.targets.scored.nonzero()[:, 0])))
+
+
+def share_positions(batch: MicroBatch, part: int, parts: int) -> MicroBatch:
+    """Of the positions of a micro-batch, one of as many equal parts; its attention is still about all positions.
+
+    The rows become one packed row, filled up with a document that has no loss, so that the parts are equal. The counts
+    of a part are those of all positions in part 0, and else 0.
+    """
+    if parts == 1:
+        return batch
+    rows, length = batch.input_ids.shape
+    ends = batch.cu_seqlens if batch.cu_seqlens is not None else torch.arange(rows + 1, dtype=torch.int32) * length
+    extra = -batch.input_ids.numel() % parts
+    if extra:
+        ends = torch.cat((ends, ends[-1:] + extra))
+    size = int(ends[-1]) // parts
+    mine = slice(part * size, (part + 1) * size)
+
+    def cut(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else F.pad(tensor.flatten(), (0, extra))[mine]
+
+    lengths = ends.diff().long()
+    positions = torch.arange(int(ends[-1])) - torch.repeat_interleave(ends[:-1].long(), lengths)
+    counts = {} if part == 0 else dict.fromkeys(("tokens", "scored", "normaliser", "pairs"), 0)
+    targets = Targets(*map(cut, batch.targets))._replace(normaliser=batch.targets.normaliser)
+    return batch._replace(input_ids=cut(batch.input_ids).unsqueeze(0), cu_seqlens=ends, targets=targets,
+                          max_seqlen=max(batch.max_seqlen, extra), position_ids=positions[mine].unsqueeze(0), **counts)
+
+
+class Validation(NamedTuple):
+    """The held-out rows with their corruption, the same at every measurement."""
+
+    loss: list[MicroBatch]  # of the objective
+    bound: list[MicroBatch]  # on the likelihood, or the likelihood itself; the same ones if the objective is that
+    tokens_per_byte: float  # of the held-out text
+
+
+def draw_validation(data: TrainingData, config: Config, model: DiffusionLM) -> Validation | None:
+    """None if nothing is held out."""
+    if data.held_out is None:
+        return None
+
+    def draw(settings: TrainGroup, by_ratio: bool) -> list[MicroBatch]:
+        return make_batches(data.held_out, 0, range(rows), rows, settings, config.train.seed + 1, model,
+                            by_ratio=by_ratio)
+
+    rows = min(len(data.held_out), max(1, config.train.eval_tokens // config.data.max_seq_len))
+    masked = config.train.objective != "ar"
+    loss = bound = draw(config.train, masked and config.train.objective != "mdm")
+    if config.train.objective == "mdm":
+        bound = draw(replace(config.train, objective="elbo", path_term=False, mask_at_least_one=False), True)
+    return Validation(loss, bound, data.held_out.num_tokens / max(data.held_out_bytes, 1))

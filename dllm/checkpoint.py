@@ -1,7 +1,8 @@
 """Checkpoints that are whole or absent, whatever happens while they are written.
 
 global_step_N/hf_ckpt/          model (fp32, the master weights) and tokenizer, for Transformers and DiffusionLM
-global_step_N/trainer_state.pt  optimizer, step, elapsed time, configuration
+global_step_N/state/            weights and optimizers, as PyTorch's distributed checkpoints (saver.py)
+global_step_N/trainer_state.pt  step, elapsed time, configuration, place in the data
 global_step_N/manifest.json     size and SHA-256 of every other file; what does not match is damaged
 
 A checkpoint is written in a hidden sibling folder, synchronised to the disk and renamed into place. It holds no state
@@ -13,8 +14,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,25 +55,28 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise _cannot_write(path, error) from error
 
 
-def save_checkpoint(checkpoints: Path, step: int, write_model: Callable[[Path], None], state: dict[str, Any],
-                    keep_last: int | None = None) -> Path:
-    """Write <checkpoints>/global_step_<step> whole; a folder of that name is replaced only then.
+def begin(checkpoints: Path, step: int) -> Path:
+    """A new folder to write the checkpoint of a step into; what saves that were killed left is removed.
+
+    Raises: Failure if it cannot be made.
+    """
+    temporary = _hidden(checkpoints, step)
+    with explain(temporary):
+        for leftover in checkpoints.glob(f".{_STEP}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        (temporary / "hf_ckpt").mkdir(parents=True)
+    return temporary
+
+
+def seal(checkpoints: Path, step: int, keep_last: int | None = None) -> Path:
+    """Make what was written into the folder of `begin` the checkpoint of the step; one of that name is replaced.
 
     Args:
-        write_model: writes the model and the tokenizer into the folder it is given.
-        state: tensors, numbers, strings, and containers of them.
         keep_last: checkpoints to keep, this one included; older ones are deleted afterwards. None keeps all.
     Raises: Failure if the disk is full or the folder cannot be written; every earlier checkpoint is then as it was.
     """
-    folder = checkpoints / f"{_STEP}{step}"
-    temporary, replaced = checkpoints / f".{folder.name}.tmp", checkpoints / f".{folder.name}.old"
-    try:
-        for leftover in checkpoints.glob(f".{_STEP}*"):  # of a save that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
-        (temporary / "hf_ckpt").mkdir(parents=True)
-        write_model(temporary / "hf_ckpt")
-        with open(temporary / "trainer_state.pt", "wb") as file:
-            torch.save(state, file)
+    temporary, folder, replaced = _hidden(checkpoints, step), checkpoints / f"{_STEP}{step}", None
+    with explain(temporary):
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         manifest = {path.relative_to(temporary).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest(path)}
                     for path in files}
@@ -80,19 +84,37 @@ def save_checkpoint(checkpoints: Path, step: int, write_model: Callable[[Path], 
         for path in (*files, temporary / "manifest.json"):
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
-        _sync_folder(temporary / "hf_ckpt")
-        _sync_folder(temporary)
+        for written in {path.parent for path in files} | {temporary}:
+            _sync_folder(written)
         if folder.exists():
+            replaced = checkpoints / f".{folder.name}.old"
             os.replace(folder, replaced)
         os.replace(temporary, folder)
         _sync_folder(checkpoints)
-    except Exception as error:  # a full disk is an OSError, a RuntimeError over one (torch), any (tokenizers)
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise _cannot_write(folder, error) from error
-    shutil.rmtree(replaced, ignore_errors=True)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
     for old in list_checkpoints(checkpoints)[keep_last:] if keep_last else []:
         shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+@contextmanager
+def explain(temporary: Path) -> Iterator[Path]:
+    """Raises: Failure in the place of what goes wrong while writing into the folder of `begin`, which is removed."""
+    try:
+        yield temporary
+    except Exception as error:  # a full disk is an OSError, a RuntimeError over one (torch), any (tokenizers)
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise _cannot_write(final_name(temporary), error) from error
+
+
+def final_name(temporary: Path) -> Path:
+    """What the folder of `begin` is called once it is whole."""
+    return temporary.parent / temporary.name.removeprefix(".").removesuffix(".tmp")
+
+
+def _hidden(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f".{_STEP}{step}.tmp"
 
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
@@ -101,13 +123,17 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
     return sorted(found, key=lambda path: -int(path.name.removeprefix(_STEP)))
 
 
-def load_latest(checkpoints: Path) -> Checkpoint | None:
+def load_latest(checkpoints: Path, only: Path | None = None) -> Checkpoint | None:
     """The newest whole checkpoint, None if there is no checkpoint. A line on stderr names each damaged one passed over.
 
+    Args:
+        only: one of the folders, to load no other.
     Raises: UserError if there are checkpoints and all are damaged.
     """
     damaged = []
     for folder in list_checkpoints(checkpoints):
+        if only is not None and folder.name != only.name:
+            continue
         problem = find_damage(folder)
         if problem is None:
             for path, reason in damaged:

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import hashlib
 import json
 import secrets
 import shlex
@@ -52,7 +53,8 @@ class Parser(argparse.ArgumentParser):
                 break  # a command, whose own parser checks the rest
             flag = argument.partition("=")[0]
             if flag.startswith("--") and flag not in flags:
-                raise UserError(f"{self.prog} has no flag {flag}{name_nearest(flag, flags)}; see {self.prog} --help")
+                raise UserError(f"{self.prog} has no flag {flag}{self.hint or name_nearest(flag, flags)}; "
+                                f"see {self.prog} --help")
         return super().parse_known_args(args, namespace)
 
     def _check_value(self, action, value):
@@ -88,8 +90,9 @@ def build_parser(describe_keys: bool = False, task: str | None = None) -> Parser
 
     train_help = commands.add_parser(
         "train", help="train, or continue training, as a YAML file and flags say",
-        usage="dllm train [CONFIG.yaml] [--group.key=value ...]",
-        description="Train as CONFIG.yaml and the flags say. A stopped run continues from its last checkpoint.")
+        usage="dllm train [CONFIG.yaml] [--group.key=value ...] [--dry-run]",
+        description="Train as CONFIG.yaml and the flags say. A stopped run continues from its last checkpoint.\n"
+                    "--dry-run only prints what would be done: configuration, parameters, memory, steps.")
     if describe_keys:
         train_help.epilog = list_config_keys()
 
@@ -153,14 +156,31 @@ def build_parser(describe_keys: bool = False, task: str | None = None) -> Parser
     if wanted is not None and not wanted.startswith("-") and wanted not in tasks.choices:
         add_harness_task(tasks, wanted)
     add_score(commands)
+    add_scoreboard(commands)
     commands.add_parser("lm_eval", help="lm-eval's own command, with the model dllm and our task files")
 
     add_serve(commands)
+    add_export(commands)
+    add_data(commands)
 
     doctor = commands.add_parser("doctor", help="what is installed, what runs here, what to install",
                                  description="Print versions, devices, backends with reasons, and what to install.")
     doctor.set_defaults(run=run_doctor)
     return parser
+
+
+def add_export(commands) -> None:
+    export = commands.add_parser(
+        "export", help="write a trained model as a folder to publish, or upload it to the hub",
+        description="Write the newest checkpoint of a run as a folder: weights, configuration, tokenizer, generation\n"
+                    "defaults, a model card, and dllm_run.json, which says what made it.")
+    export.add_argument("source", metavar="RUN", help="train.output_dir of a run, or one of its folders global_step_N")
+    export.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="a new folder")
+    export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
+                        help="of the weights; default: float32")
+    export.add_argument("--push", metavar="OWNER/NAME", help="then upload it as this repository of the hub")
+    export.add_argument("--private", action="store_true", help="with --push: a private repository, if it is new")
+    export.set_defaults(run=run_export)
 
 
 def add_serve(commands) -> None:
@@ -195,6 +215,40 @@ def add_serve(commands) -> None:
     bench.add_argument("--api-key", metavar="KEY", help="default: DLLM_API_KEY, or none")
     bench.add_argument("--output", type=Path, metavar="FILE", help="write the numbers here, as JSON")
     bench.set_defaults(run=run_bench_serve)
+
+
+def add_data(commands) -> None:
+    data = commands.add_parser("data", help="download, count or look at training data",
+                               description="Download, count or look at training data.")
+    actions = data.add_subparsers(metavar="ACTION", required=True)
+
+    download = actions.add_parser(
+        "download", help="fetch a dataset of the Hugging Face hub",
+        description="Fetch a dataset of the hub: then data.train_path may name it without a network, or with\n"
+                    "--output-dir the folder of Parquet files.")
+    download.add_argument("dataset", metavar="DATASET", help="owner/name, owner/name:config or owner/name@split")
+    download.add_argument("--output-dir", type=Path, metavar="DIR", help="write it here as Parquet files")
+    download.set_defaults(run=run_data_download)
+
+    for name, text, run in (
+            ("count", "documents, bytes, tokens and rows, as JSON", run_data_count),
+            ("inspect", "some rows as text, what of it is learnt, and a corrupted copy", run_data_inspect)):
+        action = actions.add_parser(name, help=text, description=f"Show {text}.")
+        action.add_argument("paths", metavar="PATHS", help="what data.train_path takes: folders, files and datasets of "
+                                                           "the hub, separated by commas, each with or without *weight")
+        action.add_argument("--tokenizer", required=True, metavar="TOKENIZER",
+                            help="folder, or hub repository as owner/name")
+        for flag, default in (("--data-type", "plaintext"), ("--text-keys", None), ("--chat-template", "default")):
+            key = f"data.{flag[2:].replace('-', '_')}"
+            action.add_argument(flag, default=default, metavar="VALUE",
+                                help=f"as {key} of a training run" + (f"; default: {default}" if default else ""))
+        length = 2048 if name == "count" else 256
+        action.add_argument("--max-seq-len", type=whole, default=length, metavar="N",
+                            help=f"tokens of a row; default: {length}")
+        if name == "inspect":
+            action.add_argument("--rows", type=whole, default=2, metavar="N", help="to show; default: 2")
+            action.add_argument("--seed", type=whole, default=0, metavar="N", help="of the order; default: 0")
+        action.set_defaults(run=run)
 
 
 def add_code_tasks(tasks) -> None:
@@ -259,6 +313,17 @@ def add_score(commands) -> None:
     score.add_argument("--skip-bad", action="store_true", help="score what is left without bad lines and missing tasks")
     score.add_argument("--output", type=Path, metavar="FILE", help="write the JSON here too, with every sample")
     score.set_defaults(run=run_score)
+
+
+def add_scoreboard(commands) -> None:
+    scoreboard = commands.add_parser(
+        "scoreboard", help="a table and a page of finished runs of eval, beside published results",
+        description="Table the finished runs of dllm eval in some folders, beside published results, and tell where\n"
+                    "they cannot be compared. The table goes to stdout as Markdown, and with plots to a page.")
+    scoreboard.add_argument("runs", type=Path, nargs="+", metavar="RUNS", help="folders that have runs, at any depth")
+    scoreboard.add_argument("--output-dir", type=Path, metavar="DIR",
+                            help="gets scoreboard.md and scoreboard.html; default: the first folder of RUNS")
+    scoreboard.set_defaults(run=run_scoreboard)
 
 
 def add_judging(parser: Parser) -> None:
@@ -570,6 +635,8 @@ def run_eval(args: argparse.Namespace) -> int:
         masked_accuracy,
         perplexity_bound,
     )
+    from dllm.evaluators.generating import describe_model
+    from dllm.model import find_model
 
     evaluator, kind = {"perplexity": (perplexity_bound, HeldOutSettings), "infill": (line_infilling, InfillingSettings),
                        "masked_accuracy": (masked_accuracy, HeldOutSettings)}[args.task]
@@ -584,8 +651,11 @@ def run_eval(args: argparse.Namespace) -> int:
     model, tokenizer = load_model(args)
     result = evaluator(model, tokenizer, documents, settings)
     result = [part.to_dict() for part in result] if isinstance(result, tuple) else result.to_dict()
+    digest = hashlib.sha256(json.dumps([document.text for document in documents]).encode())
     record = {"task": args.task, "model": args.model, "data": args.data, "documents": len(documents),
-              "validation_share": share, "settings": asdict(settings), "result": result}
+              "validation_share": share, "settings": asdict(settings), "result": result,
+              "manifest": {"data": {"sha256": digest.hexdigest()},
+                           **describe_model(model, tokenizer, find_model(args.model))}}
     if args.output is not None:
         write_json(args.output, record)
     if args.task == "infill":
@@ -660,6 +730,64 @@ def run_bench_serve(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_export(args: argparse.Namespace) -> int:
+    import torch
+
+    from dllm.export import export, push
+
+    if args.private and not args.push:
+        raise UserError("--private goes with --push")
+    print(export(args.source, args.output_dir, getattr(torch, args.dtype)))
+    if args.push:
+        print(push(args.output_dir, args.push, args.private))
+    return 0
+
+
+def run_data_download(args: argparse.Namespace) -> int:
+    from dllm.data.sources import find_shards, write_parquet
+
+    shards = find_shards([args.dataset])
+    if not shards or shards[0].table is None:
+        raise UserError(f"{args.dataset} is a local path, there is nothing to download; give a dataset of the hub, as "
+                        "owner/name")
+    records = len(shards[0].table)
+    if args.output_dir is not None:
+        write_parquet(shards[0].table, args.output_dir)
+    print(f"{records:,} records of {args.dataset}; train with --data.train_path={args.output_dir or args.dataset}")
+    return 0
+
+
+def open_data(args: argparse.Namespace, seed: int = 0):
+    """(corpus, tokenizer, training data) of the flags, nothing held out."""
+    from dllm.config import DataGroup
+    from dllm.data import open_training_data, read_corpus
+    from dllm.tokenizer import load_tokenizer
+
+    group = DataGroup(train_path=args.paths, data_type=args.data_type, text_keys=args.text_keys, validation_share=0.0,
+                      chat_template=args.chat_template, max_seq_len=args.max_seq_len)
+    corpus, tokenizer = read_corpus(group), load_tokenizer(args.tokenizer)
+    return corpus, tokenizer, open_training_data(corpus, tokenizer, seed)
+
+
+def run_data_count(args: argparse.Namespace) -> int:
+    corpus, _, data = open_data(args)
+    print(json.dumps({"documents": data.documents, "bytes": corpus.num_bytes, "tokens": data.tokens,
+                      "bytes_per_token": round(corpus.num_bytes / data.tokens, 3), "max_seq_len": args.max_seq_len,
+                      "rows": data.rows_per_epoch,
+                      "packing": round(data.tokens / (data.rows_per_epoch * args.max_seq_len), 4)}, indent=2))
+    return 0
+
+
+def run_data_inspect(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from dllm.data.showing import show_rows
+
+    _, tokenizer, data = open_data(args, args.seed)
+    show_rows(data.rows.read(range(max(1, args.rows))), tokenizer, args.seed, Console(highlight=False))
+    return 0
+
+
 def run_harness_task(args: argparse.Namespace) -> int:
     from dllm.sampler import MDMGenerationConfig
 
@@ -710,6 +838,13 @@ def run_score(args: argparse.Namespace) -> int:
         write_json(args.output, record)
     del record["results"]
     print(json.dumps(record, indent=2, ensure_ascii=False))
+    return 0
+
+
+def run_scoreboard(args: argparse.Namespace) -> int:
+    from dllm.evaluators.scoreboard import write_scoreboard
+
+    print(write_scoreboard(args.runs, args.output_dir or args.runs[0]), end="")
     return 0
 
 

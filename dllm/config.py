@@ -5,6 +5,7 @@ that would change the result here (one line says so), and refused by name otherw
 """
 
 import difflib
+import re
 import sys
 import types
 import typing
@@ -69,12 +70,21 @@ _SHAPE = ("family", "vocab_size", "hidden_size", "intermediate_size", "num_hidde
           "num_key_value_heads", "tie_word_embeddings", "rope_theta", "initializer_range", "shift_logits")
 
 
+_WEIGHTED = re.compile(r"(?P<path>.+?)(\s*\*\s*(?P<weight>\d+(\.\d*)?|\.\d+))?", re.DOTALL)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataGroup:
     """Which text to train on, and how it is cut."""
 
-    train_path: str | None = None  # folders and files, separated by commas; None: the running Python's standard library
-    text_keys: str = "text"  # JSONL and Parquet column of the text; of several, separated by commas, the first present
+    # Folders, files and datasets of the hub (owner/name, owner/name:config, owner/name@split), separated by commas; a
+    # weight after each, as a*3,b*1, makes a share of the rows of it; None: the running Python's standard library
+    train_path: str | None = None
+    data_type: str = "plaintext"  # plaintext, or conversation: lists of messages, of which the answers are learnt
+    datasets_type: str = "mapping"  # mapping: tokenised before training, and kept; iterable: while it is read
+    text_keys: str | None = None  # column; of several, separated by commas, the first present; None: text, or messages
+    chat_template: str = "default"  # of conversations: the tokenizer's own, or a Jinja file
+    num_workers: int = 2  # threads that tokenise text, processes for what Python itself must do; 0: as 1
     train_size: int | None = None  # tokens that make an epoch; None: the corpus
     max_seq_len: int = 2048  # tokens of a row; longer documents are cut into consecutive chunks
     validation_share: float = 0.05  # of the documents, held out by a hash of their names; 0: none
@@ -84,14 +94,37 @@ class DataGroup:
         _check("data.max_seq_len", self.max_seq_len, self.max_seq_len >= 2, "at least 2 tokens")
         _check("data.validation_share", self.validation_share, 0 <= self.validation_share < 1, "at least 0 and below 1")
         _check("data.text_keys", self.text_keys, any(self.key_list), "a column name")
+        for name, choices in (("data_type", ("plaintext", "conversation")), ("datasets_type", ("mapping", "iterable"))):
+            value = getattr(self, name)
+            _check(f"data.{name}", value, value in choices, " or ".join(choices))
+        _check("data.num_workers", self.num_workers, self.num_workers >= 0, "at least 0")
+        weights = {weight for _, weight in self._entries}
+        if 0 in weights or None in weights and len(weights) > 1:
+            raise UserError(f"data.train_path {self.train_path!r} must give every entry a weight above 0, as a*3,b*1, "
+                            "or none at all")
 
     @property
     def path_list(self) -> list[str] | None:
-        return None if self.train_path is None else _split_commas(self.train_path)
+        """Every path, without its weight."""
+        return None if self.train_path is None else [path for path, _ in self._entries]
 
     @property
     def key_list(self) -> list[str]:
-        return _split_commas(self.text_keys)
+        keys = self.text_keys
+        usual = {"plaintext": "text", "conversation": "messages"}
+        return _split_commas(usual[self.data_type] if keys is None else keys)
+
+    @property
+    def sources(self) -> list[tuple[list[str] | None, float]]:
+        """(paths, weight): each path that has a weight, or all of them together."""
+        weighted = [([path], weight) for path, weight in self._entries if weight is not None]
+        return weighted or [(self.path_list, 1.0)]
+
+    @property
+    def _entries(self) -> list[tuple[str, float | None]]:
+        """(path, weight or None)"""
+        entries = [_WEIGHTED.fullmatch(entry) for entry in _split_commas(self.train_path or "")]
+        return [(entry["path"], entry["weight"] and float(entry["weight"])) for entry in entries]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,18 +133,16 @@ class TrainGroup:
 
     output_dir: str  # gets checkpoints/, metrics.jsonl, config.yaml
     # Objective
-    # mdm: equal weights; elbo: the bound on the likelihood, 1/t; block_diffusion: that, block by block; cart: more
-    # weight near visible tokens; expansion: gaps that grow and shrink; ar: next token, causal
+    # mdm: equal weights; elbo: the likelihood bound, 1/t; block_diffusion: that of blocks, given the clean ones before
+    # them (BD3-LM); ar: next token, causal
     objective: str = "mdm"
-    block_length: int | None = None  # tokens of a block; for block_diffusion, which needs it
-    expand_token_id: int | None = None  # stands for two masked tokens; for expansion, which needs it
+    block_length: int = 32  # block_diffusion: tokens of a block
     path_term: bool = False  # add Open-dLLM's planner term (P2); with mdm only
     mask_at_least_one: bool = False  # token of every document, whatever its time; with mdm only
-    corrupt_prompt: bool = False  # mask tokens that are not trained on too, as Open-dLLM does; with mdm only
     schedule: str = "linear"  # of corruption over time: linear, cosine or polynomial
-    anneal_attention_ratio: float = 0.0  # share of the run over which a causal model's attention opens; 0: open at once
-    repr_align_wt: float = 0.0  # weight of keeping to the hidden states of model_path's causal model; with mdm only
-    freeze_layers: str | None = None  # parameters with one of these in the name stay as they are: lm_head,embed_tokens
+    repr_align_wt: float = 0.0  # weight of aligning hidden states with those of model.model_path, causal and frozen
+    anneal_attention_ratio: float = 0.0  # share of the steps in which causal attention opens to both directions
+    freeze_layers: str | None = None  # not trained: parameters with one of these in their names, separated by commas
     # Optimisation
     optimizer: str = "adamw"  # adamw, or muon: Muon for the matrices of the layers and AdamW for the rest
     lr: float = 5e-5  # peak; Muon's updates are scaled so that AdamW's value suits it
@@ -137,6 +168,8 @@ class TrainGroup:
     enable_full_shard: bool = True  # fsdp2: free a layer's weights after its forward pass too, and gather them again
     ulysses_parallel_size: int = 1  # processes that share the positions of a row, for long documents
     enable_gradient_checkpointing: bool = False  # keep no activations inside layers, compute them again
+    lora_rank: int = 0  # train only low-rank adapters (LoRA) of this rank on the layers' matrices; 0: all weights
+    lora_alpha: float = 16.0  # the adapters' products are scaled by lora_alpha / lora_rank
     enable_compile: bool = False  # torch.compile the layers: faster steps, minutes before the first one
     # Saving and measuring
     auto_resume: bool = True  # continue from the newest whole checkpoint in output_dir
@@ -147,6 +180,7 @@ class TrainGroup:
     save_hf_weights: bool = True  # every checkpoint has a Hugging Face folder; false: only the last one
     eval_every: int = 0  # steps between measurements of the validation loss; 0: only at the end
     eval_tokens: int = 65536  # held-out tokens in such a measurement, the same ones each time
+    eval_tasks: str | None = None  # "humaneval --limit 20; perplexity": measured by dllm eval at every checkpoint
     log_steps: int = 1  # steps between lines of metrics.jsonl
     use_tensorboard: bool = True  # write events to output_dir/tensorboard, if tensorboard is installed
     use_wandb: bool = False  # send metrics to Weights & Biases
@@ -158,7 +192,7 @@ class TrainGroup:
     profile_trace_dir: str = "./trace"  # gets a trace of the main process, for chrome://tracing or Perfetto
 
     def __post_init__(self):
-        for name, choices in (("objective", ("mdm", "elbo", "block_diffusion", "cart", "expansion", "ar")),
+        for name, choices in (("objective", ("mdm", "elbo", "block_diffusion", "ar")),
                               ("schedule", ("linear", "cosine", "polynomial")),
                               ("optimizer", ("adamw", "muon")), ("lr_decay_style", ("constant", "linear", "cosine")),
                               ("device", ("auto", "cpu", "cuda")), ("precision", ("auto", "fp32", "bf16")),
@@ -166,53 +200,56 @@ class TrainGroup:
             value = getattr(self, name)
             if value not in choices:
                 raise UserError(f"train.{name} must be one of {', '.join(choices)}, not {value!r}")
-        for name in ("lr", "muon_lr", "max_minutes", "micro_batch_size", "global_batch_size", "num_train_epochs",
-                     "max_steps", "max_bad_steps", "ulysses_parallel_size", "keep_last", "eval_tokens", "log_steps",
-                     "block_length"):
+        for name in ("lr", "muon_lr", "lora_alpha", "max_minutes", "micro_batch_size", "global_batch_size",
+                     "num_train_epochs", "max_steps", "max_bad_steps", "ulysses_parallel_size", "block_length",
+                     "keep_last", "eval_tokens", "log_steps"):
             value = getattr(self, name)
             _check(f"train.{name}", value, value is None or value > 0, "above 0")
         for name in ("lr_min", "lr_start", "weight_decay", "max_grad_norm", "save_steps", "save_time_interval_minutes",
-                     "eval_every", "seed", "profile_start_step", "expand_token_id", "repr_align_wt"):
-            value = getattr(self, name)
-            _check(f"train.{name}", value, value is None or value >= 0, "at least 0")
+                     "eval_every", "seed", "profile_start_step", "lora_rank", "repr_align_wt"):
+            _check(f"train.{name}", getattr(self, name), getattr(self, name) >= 0, "at least 0")
         _check("train.lr_min", self.lr_min, self.lr_decay_style != "cosine" or self.lr_min <= self.lr,
                f"at most lr {self.lr}")
         _check("train.lr_warmup_ratio", self.lr_warmup_ratio, 0 <= self.lr_warmup_ratio <= 1, "between 0 and 1")
         _check("train.lr_decay_ratio", self.lr_decay_ratio, 0 < self.lr_decay_ratio <= 1, "above 0 and at most 1")
-        _check("train.anneal_attention_ratio", self.anneal_attention_ratio, 0 <= self.anneal_attention_ratio <= 1,
-               "between 0 and 1")
         _check("train.profile_end_step", self.profile_end_step, self.profile_end_step > self.profile_start_step,
                f"above profile_start_step {self.profile_start_step}")
         _check("train.output_dir", self.output_dir, bool(self.output_dir), "a folder")
         _check("train.global_batch_size", self.rows_per_step, self.rows_per_step % self.micro_batch_size == 0,
                f"a multiple of micro_batch_size {self.micro_batch_size}")
-        self._check_objective()
-
-    def _check_objective(self):
-        for name, reason in (
-                ("path_term", ""), ("repr_align_wt", ""),
-                ("mask_at_least_one", ": it would bias the bound, and without corruption it means nothing"),
-                ("corrupt_prompt", ": the others are about text whose prompt is given")):
-            if getattr(self, name) and self.objective != "mdm":
-                raise UserError(f"train.{name} needs train.objective=mdm, not {self.objective!r}{reason}; remove one "
-                                "of them")
-        for name, objective in (("block_length", "block_diffusion"), ("expand_token_id", "expansion")):
-            if (getattr(self, name) is not None) != (self.objective == objective):
-                raise UserError(f"train.{name} {getattr(self, name)} with train.objective={self.objective}: it goes "
-                                f"with {objective}, which needs it; set both or neither")
-        if self.anneal_attention_ratio and self.objective in ("ar", "block_diffusion"):
-            raise UserError("train.anneal_attention_ratio opens attention to all of a text, but that of "
-                            f"train.objective={self.objective} stays partly causal; remove one of them")
-        if self.objective == "expansion" and self.schedule != "linear":
-            raise UserError(f"train.objective=expansion masks at the drawn time itself; set train.schedule=linear, not "
-                            f"{self.schedule}")
-        if self.ulysses_parallel_size > 1 and (self.objective == "block_diffusion" or self.anneal_attention_ratio):
-            raise UserError("train.ulysses_parallel_size shares out neither block_diffusion nor "
-                            "anneal_attention_ratio; set it to 1")
+        if self.objective == "block_diffusion" and self.ulysses_parallel_size > 1:
+            raise UserError("train.objective=block_diffusion has two copies of each row in one process: set "
+                            "train.ulysses_parallel_size to 1")
+        if self.path_term and self.objective != "mdm":
+            raise UserError(f"train.path_term needs train.objective=mdm, not {self.objective!r}; remove one of them")
+        if self.mask_at_least_one and self.objective != "mdm":
+            raise UserError(f"train.mask_at_least_one needs train.objective=mdm, not {self.objective!r}: it would bias "
+                            "the bound, and without corruption it means nothing; remove one of them")
+        _check("train.anneal_attention_ratio", self.anneal_attention_ratio, 0 <= self.anneal_attention_ratio <= 1,
+               "between 0 and 1")
+        for name in ("repr_align_wt", "anneal_attention_ratio"):
+            value = getattr(self, name)
+            if value and self.objective not in ("mdm", "elbo"):
+                raise UserError(f"train.{name} {value} needs train.objective mdm or elbo, not {self.objective!r}; "
+                                "remove one of them")
+            if value and self.ulysses_parallel_size > 1:
+                raise UserError(f"train.{name} {value} needs train.ulysses_parallel_size 1, not "
+                                f"{self.ulysses_parallel_size}: it works on whole rows; remove one of them")
+        if self.anneal_attention_ratio and self.max_minutes:
+            raise UserError(f"train.anneal_attention_ratio {self.anneal_attention_ratio} counts steps, and "
+                            f"train.max_minutes {self.max_minutes} leaves their number open; set train.max_steps "
+                            "instead")
+        if self.freeze_layers and self.lora_rank:
+            raise UserError(f"train.freeze_layers {self.freeze_layers!r} has no effect with train.lora_rank, which "
+                            "freezes every weight; remove one of them")
 
     @property
     def rows_per_step(self) -> int:
         return self.global_batch_size or self.micro_batch_size
+
+    @property
+    def frozen_names(self) -> list[str]:
+        return _split_commas(self.freeze_layers or "")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -220,11 +257,6 @@ class Config:
     train: TrainGroup
     model: ModelGroup = field(default_factory=ModelGroup)
     data: DataGroup = field(default_factory=DataGroup)
-
-    def __post_init__(self):
-        if self.train.repr_align_wt and not self.model.model_path:
-            raise UserError("train.repr_align_wt keeps to the hidden states of an autoregressive model; name it in "
-                            "model.model_path, or remove repr_align_wt")
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         return {name: asdict(getattr(self, name)) for name in GROUPS}
@@ -251,14 +283,10 @@ FOREIGN: Mapping[str, Foreign] = {
     "model.encoders": Foreign((None, {}), "only text models are supported"),
     "model.decoders": Foreign((None, {}), "only text models are supported"),
     "model.basic_modules": Foreign((None, []), "whole layers are sharded: remove it"),
-    "data.data_type": Foreign(("plaintext",), "set it to plaintext, and data.text_keys to the column of plain text"),
     "data.dataloader_type": Foreign(None, "there is one loader"),
-    "data.datasets_type": Foreign(("mapping",), "the corpus is read into memory: set it to mapping"),
     "data.data_name": Foreign((None,), "name the files in data.train_path"),
     "data.data_tag": Foreign(("default",), "name the files in data.train_path"),
-    "data.chat_template": Foreign(("default",), "give plain text, with the template already applied"),
-    "data.num_workers": Foreign(None, "the corpus is tokenised once, before training"),
-    "data.prefetch_factor": Foreign(None, "the corpus is tokenised once, before training"),
+    "data.prefetch_factor": Foreign(None, "data.num_workers says how many tokenise"),
     "data.drop_last": Foreign(None, "no data is dropped"),
     "data.pin_memory": Foreign(None, "batches are small next to the model"),
     "train.rmpad": _ALWAYS_PACKED,

@@ -20,6 +20,7 @@ from dllm import __version__
 from dllm.checkpoint import write_atomically
 from dllm.config import Config, load_config
 from dllm.data import Document, read_documents, split_documents, tokenize
+from dllm.distributed import choose_device
 from dllm.evaluators import (
     BaselineResult,
     HeldOutSettings,
@@ -39,7 +40,7 @@ from dllm.model import DiffusionLM
 from dllm.report import Report, write_report
 from dllm.sampler import MDMGenerationConfig
 from dllm.tokenizer import load_tokenizer
-from dllm.trainer import choose_device, train
+from dllm.trainer import train
 from dllm.visualize import animation, record
 
 # A GPU does some thousand times the work of two CPU cores, so there the demo is larger and shorter.

@@ -2,8 +2,7 @@
 
 Every process computes its slots of a step's rows. Gradients are averaged over all processes by PyTorch's own engine,
 `DistributedDataParallel` (each process has the whole model) or `fully_shard` (FSDP2: each has a part of every layer).
-With Ulysses (arXiv:2309.14509) a few processes share the positions of their rows: everything but attention is computed
-on a part of the positions, attention on all of them for a part of the heads.
+With Ulysses (ulysses.py) a few processes share the positions of their rows.
 """
 
 import os
@@ -17,6 +16,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -113,9 +113,12 @@ def join(settings: TrainGroup) -> Iterator[World]:
                                 device_id=device if device.type == "cuda" else None)
     except (RuntimeError, ValueError) as error:  # an address in use, one that does not answer
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        advice = "give torchrun another --master-port, or check --master-addr"
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # pytorch/pytorch#135712
+            advice = ("restarted processes can find the addresses of those before: start torchrun with "
+                      "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
         raise Failure(f"process {rank} of {size} on {socket.gethostname()} cannot meet the others at {where}: "
-                      f"{str(error).splitlines()[0]}; give torchrun another --master-port, or check --master-addr"
-                      ) from error
+                      f"{str(error).splitlines()[0]}; {advice}") from error
     group = None
     if sequence > 1:
         group, _ = dist.new_subgroups(sequence)
@@ -139,7 +142,8 @@ def choose_device(settings: TrainGroup) -> torch.device:
 class Shared(nn.Module):
     """A module whose gradients are averaged over the processes after `backward` of a step's last micro-batch.
 
-    With fsdp2 the parameters become DTensors, sharded over all processes, in place.
+    Everywhere but in the main process the parameters may come on the meta device: they get the main process's values.
+    With fsdp2 they become DTensors, sharded over all processes, in place.
     """
 
     def __init__(self, module: nn.Module, layers: nn.ModuleList, settings: TrainGroup, world: World):
@@ -149,13 +153,23 @@ class Shared(nn.Module):
         self.sharded = world.size > 1 and settings.data_parallel_mode == "fsdp2"
         if self.sharded:
             dtype = torch.bfloat16 if self.bf16 else None
-            policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+            # What goes into a module is not cast: the weights of losses are fp32.
+            policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
             mesh = dist.device_mesh.init_device_mesh(world.device.type, (world.size,))
+            whole = module.state_dict() if world.main else {}
+            module.to("meta")
             for layer in layers:
                 fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=settings.enable_full_shard)
             fully_shard(module, mesh=mesh, mp_policy=policy)
+            module.to_empty(device=world.device)
+            set_model_state_dict(module, whole, options=StateDictOptions(full_state_dict=True,
+                                                                         broadcast_from_rank0=True))
         elif world.size > 1:
-            module = DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
+            if not world.main:
+                module.to_empty(device=world.device)  # the main process's weights are sent to all
+            module = DistributedDataParallel(module.to(world.device), gradient_as_bucket_view=True)
+        else:
+            module.to(world.device)
         self.module = module
 
     def forward(self, *arguments):
@@ -174,34 +188,3 @@ class Shared(nn.Module):
 
 def use_bf16(settings: TrainGroup, device: torch.device) -> bool:
     return settings.precision == "bf16" or settings.precision == "auto" and device.type == "cuda"
-
-
-def heads_to_positions(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[B, L, H / P, E], all positions of this process's heads -> [B, L / P, H, E], all heads of its positions."""
-    size = dist.get_world_size(group)
-    parts = x.unflatten(1, (size, -1)).movedim(1, 0).contiguous()  # by the process that the positions belong to
-    return _Exchange.apply(parts, group).movedim(0, 2).flatten(2, 3)
-
-
-def positions_to_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[B, L / P, H, E] -> [B, L, H / P, E]. Fewer heads than processes are repeated first, H = P of them."""
-    size = dist.get_world_size(group)
-    if x.shape[2] < size:
-        x = x.repeat_interleave(size // x.shape[2], dim=2)
-    parts = x.unflatten(2, (size, -1)).movedim(2, 0).contiguous()
-    return _Exchange.apply(parts, group).movedim(0, 1).flatten(1, 2)
-
-
-class _Exchange(torch.autograd.Function):
-    """parts [P, ...]: part p goes to process p, and its part for us comes back in its place. Its own transpose."""
-
-    @staticmethod
-    def forward(ctx, parts: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        out = torch.empty_like(parts)
-        dist.all_to_all_single(out, parts, group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return _Exchange.apply(gradient.contiguous(), ctx.group), None

@@ -6,18 +6,11 @@ mdm   sum l / N                                     every masked token alike (Op
 path  sum (1 + stopgrad(exp(-l)) / r) l / N         mdm + Open-dLLM's planner term (P2); r, the chance of being masked
 elbo  sum w l / M, w = -alpha'(t) / (1 - alpha(t))  the bound on the likelihood; w = 1/t when linear
                                                     (MD4 arXiv:2406.04329, MDLM 2406.07524, LLaDA 2502.09992)
-block_diffusion  as elbo, t one time per block      the bound of a model that writes block by block (BD3-LM 2503.09573)
-cart  sum w l / M, w = sum over the visible j of    masked tokens near visible ones count for more
-      p (1 - p)^(|i - j| - 1) / 2, p = 0.3          (Dream 2508.15487)
-expansion  sum (1 - t) l / (N' + S')                gaps that grow and shrink (DreamOn 2602.01326): a document's delete
-                                                    tokens weigh as one; N' other tokens, S' documents with any
+block_diffusion   as elbo, each block with a time of its own, given the clean blocks before it (BD3-LM 2503.09573)
 ar    sum l / N                                     next token, nothing masked, causal attention
 
 With right shift (models that come from autoregressive ones) the logits at position i - 1 are about token i, so the
 first token of a document is never scored. Sums and N (or M) are apart, so that several micro-batches make one mean.
-
-Beside an mdm loss, `misalignment` ties the hidden states to those of the autoregressive model (Open-dLLM):
-sum over the scored positions of 1 - mean over the layers of cos(h, h of the teacher), / N.
 """
 
 from collections.abc import Sequence
@@ -30,11 +23,6 @@ from torch import Tensor
 from dllm.corruption import Corruption
 from dllm_kernels import linear_masked_cross_entropy
 
-BOUNDS = ("elbo", "block_diffusion")  # objectives that bound the negative log-likelihood
-RATIO_BUCKETS = 4  # equal parts of (0, 1), the chances of being masked
-CART_SHARE = 0.3  # p above
-CART_REACH = 64  # tokens: beyond, the terms are below 1e-10
-
 
 class Targets(NamedTuple):
     """What the hidden state at each of T positions is scored on."""
@@ -44,106 +32,85 @@ class Targets(NamedTuple):
     weights: Tensor | None  # [T] fp32; None: all 1
     path_weights: Tensor | None  # [T] fp32: 1 / r, if there is a path term
     normaliser: Tensor  # int64 scalar: N or M above; divide the sum over all micro-batches of a step by their total
-    ratio: Tensor | None = None  # [T] fp32: the chance that the token scored here had of being masked
+    ratio: Tensor | None = None  # [T] fp32: r, if the losses are wanted by it too
 
 
 class LossSums(NamedTuple):
     loss: Tensor  # fp32 scalar, with gradients: divide by the total of the normalisers
     nll: Tensor  # fp32 scalar, no gradient: sum of l, unweighted, over the scored positions
-    by_ratio: Tensor | None = None  # [2, RATIO_BUCKETS] fp32: sum of l, and positions, per chance of being masked
-    misalignment: Tensor | None = None  # fp32 scalar, no gradient; the loss has it, weighted
+    alignment: Tensor  # fp32 scalar, with gradients, of `sum_alignment`: divide by the total of N; 0 without a teacher
+    by_ratio: Tensor | None = None  # [2, 4] fp32, no gradient: sums of l, and their numbers, by the quarter r is in
 
 
 def choose_targets(tokens: Tensor, cu_seqlens: Tensor, corruption: Corruption | None, *, objective: str,
                    path_term: bool = False, shift: bool, trainable: Tensor | None = None,
-                   delete_token_id: int | None = None) -> Targets:
+                   by_ratio: bool = False) -> Targets:
     """Say what each position is scored on.
 
     Args:
         tokens: [T] int64, the clean tokens of packed documents.
         cu_seqlens: [S + 1] integers, where the documents begin, and T.
         corruption: of these tokens; None for "ar".
-        objective: one of the table above ("ar" is always shifted); path is mdm with `path_term`.
+        objective: "mdm", "elbo", "block_diffusion" or "ar" (always shifted).
         shift: whether the logits at a position are about the next token.
         trainable: [T] bool; tokens elsewhere are never scored (a prompt, say), though they may be masked.
-        delete_token_id: for "expansion".
+        by_ratio: whether the losses are wanted by the chance of being masked too.
     """
     possible = torch.ones_like(tokens, dtype=torch.bool) if trainable is None else trainable.clone()
     if shift or objective == "ar":
         possible[cu_seqlens[:-1].long()] = False
     scored = possible if corruption is None else possible & corruption.corrupted
-    normaliser = (possible if objective in (*BOUNDS, "cart") else scored).sum()
-    weights = corruption.weight if objective in BOUNDS else None
-    if objective == "cart":
-        weights = weigh_by_context(corruption.corrupted, cu_seqlens)
-    if objective == "expansion":
-        document = torch.repeat_interleave(torch.arange(len(cu_seqlens) - 1), cu_seqlens.diff().long())
-        deleted = scored & (tokens == delete_token_id)
-        count = torch.bincount(document[deleted], minlength=len(cu_seqlens) - 1)
-        weights = (1 - corruption.t) / torch.where(deleted, count[document], 1)
-        normaliser = normaliser - deleted.sum() + (count > 0).sum()
+    bound = objective in ("elbo", "block_diffusion")
+    weights = corruption.weight if bound else None
     path_weights = 1 / corruption.ratio if path_term else None
-    ratio = None if corruption is None else corruption.ratio
+    ratio = corruption.ratio if by_ratio else None
+    normaliser = (possible if bound else scored).sum()
     if shift or objective == "ar":  # what wraps around is a first token, which is not scored
         tokens, scored = tokens.roll(-1), scored.roll(-1)
         weights, path_weights, ratio = (None if w is None else w.roll(-1) for w in (weights, path_weights, ratio))
     return Targets(tokens, scored, weights, path_weights, normaliser, ratio)
 
 
-def weigh_by_context(corrupted: Tensor, cu_seqlens: Tensor, p: float = CART_SHARE) -> Tensor:
-    """[T] fp32: sum over the visible tokens j of the document of p (1 - p)^(|i - j| - 1) / 2, at the masked tokens i.
-
-    This is Dream's context-adaptive noise rescheduling; 0 at the tokens that are visible themselves.
-    """
-    lengths = cu_seqlens.diff().long()
-    document = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    visible = (~corrupted).float()
-    weights = torch.zeros_like(visible)
-    for distance in range(1, min(CART_REACH, int(lengths.max()) - 1) + 1):
-        together = (document[distance:] == document[:-distance]) * (p / 2 * (1 - p) ** (distance - 1))
-        weights[distance:] += together * visible[:-distance]
-        weights[:-distance] += together * visible[distance:]
-    return weights * corrupted
-
-
-def sum_losses(hidden: Tensor, head_weight: Tensor, targets: Targets, *, by_ratio: bool = False,
-               backend: str | None = None) -> LossSums:
+def sum_losses(hidden: Tensor, head_weight: Tensor, targets: Targets, *, backend: str | None = None) -> LossSums:
     """The weighted sum of the losses of one micro-batch.
 
     Args:
         hidden: [..., D] hidden states after the final norm, T of them.
         head_weight: [V, D].
         targets: of these T positions.
-        by_ratio: give l per chance of being masked too (not for "ar").
         backend: of `dllm_kernels.linear_masked_cross_entropy`.
     """
     def nll(reduction: str) -> Tensor:
         return linear_masked_cross_entropy(hidden.flatten(0, -2), head_weight, targets.tokens, targets.scored,
                                            reduction=reduction, backend=backend)
 
-    by_ratio = by_ratio and targets.ratio is not None
-    if targets.weights is None and targets.path_weights is None and not by_ratio:
+    alignment = torch.zeros((), device=hidden.device)
+    if targets.weights is None and targets.path_weights is None and targets.ratio is None:
         total = nll("sum")  # whose gradients come with the loss, one product with the head less
-        return LossSums(total, total.detach())
+        return LossSums(total, total.detach(), alignment)
     each = nll("none")
     weights = torch.ones_like(each) if targets.weights is None else targets.weights
     if targets.path_weights is not None:
         weights = weights + (-each.detach()).exp() * targets.path_weights
-    sums = None
-    if by_ratio:
-        bucket = (targets.ratio * RATIO_BUCKETS).long().clamp(max=RATIO_BUCKETS - 1)
-        values = torch.stack((each.detach(), targets.scored.to(each.dtype)))
-        sums = values.new_zeros(2, RATIO_BUCKETS).index_add(1, bucket, values)
-    return LossSums((each * weights).sum(), each.detach().sum(), sums)
+    return LossSums((each * weights).sum(), each.detach().sum(), alignment, sum_by_ratio(each.detach(), targets))
 
 
-def misalign(student: Sequence[Tensor], teacher: Sequence[Tensor], scored: Tensor) -> Tensor:
-    """Sum over the scored positions of 1 - mean over the layers of the cosine between hidden states; fp32 scalar.
+def sum_by_ratio(each: Tensor, targets: Targets) -> Tensor | None:
+    if targets.ratio is None:
+        return None
+    quarter = (targets.ratio * 4).long().clamp(0, 3)
+    sums = torch.stack((each, targets.scored.to(each.dtype)))
+    return torch.zeros(2, 4, device=each.device).index_add_(1, quarter, sums)
+
+
+def sum_alignment(student: Sequence[Tensor], teacher: Sequence[Tensor], rows: Tensor) -> Tensor:
+    """Sum over `rows` of 1 - the mean over the levels of cos(student, teacher): Open-dLLM's representation alignment.
 
     Args:
-        student, teacher: per layer [..., D], T positions; gradients go to the student.
-        scored: [T] bool.
+        student, teacher: hidden states [..., D] of T positions, the levels of `DiffusionLM.hidden_states`.
+        rows: [N] int64, which of the T positions.
+    Returns: fp32 scalar.
     """
-    cosines = [F.cosine_similarity(ours.float(), theirs.float(), dim=-1).flatten()
-               for ours, theirs in zip(student, teacher, strict=True)]
-    return ((1 - torch.stack(cosines).mean(0)) * scored).sum()
+    distances = [1 - F.cosine_similarity(ours.flatten(0, -2)[rows].float(), theirs.flatten(0, -2)[rows].float(), dim=-1)
+                 for ours, theirs in zip(student, teacher, strict=True)]
+    return torch.stack(distances).mean(0).sum()

@@ -9,20 +9,21 @@ positions that are not masked are never needed.
 import json
 import math
 import os
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.distributed import ProcessGroup
+from torch.utils.checkpoint import checkpoint
 
 from dllm.cache import KeyValueCache
 from dllm.errors import UserError
 from dllm.families import ModelConfig, check_parameters, mask_token_id_of, read_config, read_json, write_config
 from dllm.published import to_ours, to_published
+from dllm.ulysses import heads_to_positions, positions_to_heads
 from dllm_kernels import bidirectional_attention, bidirectional_attention_varlen, block_diffusion_attention
 
 
@@ -54,15 +55,15 @@ class Positions:
     cu_seqlens: Tensor | None = None  # [S + 1] int32, packed documents over the flattened positions
     max_seqlen: int = 0
     block_length: int | None = None
-    clean_copy: bool = False  # the second half of the positions repeats the first, without its noise
-    visible: Tensor | None = None  # [N, N] bool: which positions of its document a position may see
-    lengths: Sequence[int] = ()  # of the documents, if there is `visible`
     queries: Tensor | None = None  # [B, Q] int64: the only positions the last layer answers for
     cache: KeyValueCache | None = None
     layer: int = 0
     calls: list["Positions"] | None = None  # several calls, computed as one row; each is attended for itself
     shape: tuple[int, int] = (0, 0)  # rows and positions of a call
     wanted: tuple[int, int] = (0, 0)  # rows and queries of a call
+    sequence_group: ProcessGroup | None = None  # of processes that have the other positions of these rows
+    two_copies: bool = False  # a noisy and a clean one, for training by block diffusion
+    visible: Sequence[Tensor] | None = None  # [n, n] bool for each document of n tokens: which keys a query sees
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -115,32 +116,36 @@ class Attention(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, at: Positions) -> Tensor:
     """q [B, Q, H, E], k and v [B, L, Hkv, E] of the positions that are computed -> [B, Q, H, E]."""
+    if at.visible is not None:
+        return attend_visible(q, k, v, at)
+    if at.two_copies:
+        return block_diffusion_attention(q, k, v, at.block_length, cu_seqlens=at.cu_seqlens)
     if at.cache is not None:
         k, v = at.cache.put(at.layer, k, v)
-    if at.clean_copy:
-        return block_diffusion_attention(q, k, v, at.block_length, cu_seqlens=at.cu_seqlens)
-    if at.visible is not None:
-        return attend_visible(q, k, v, at.visible, at.lengths)
+    if at.sequence_group is not None:
+        q, k, v = (positions_to_heads(x, at.sequence_group) for x in (q, k, v))
     if at.cu_seqlens is not None:
         out = bidirectional_attention_varlen(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), at.cu_seqlens,
                                              at.max_seqlen, block_length=at.block_length)
-        return out.view(q.shape)
+        out = out.view(q.shape)
+        return out if at.sequence_group is None else heads_to_positions(out, at.sequence_group)
     return bidirectional_attention(q, k, v, key_mask=at.key_mask, block_length=at.block_length,
                                    cache_rows=None if at.cache is None else at.cache.rows)
 
 
-def attend_visible(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, lengths: Sequence[int]) -> Tensor:
-    """q [B, L, H, E], k and v [B, L, Hkv, E] of documents one after the other, all under the same mask [N, N]."""
-    shape = q.shape
-    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
-    q, k, v = (x.flatten(0, 1).split(lengths) for x in (q, k, v))
-    # cuDNN's backward gives NaN for some masked inputs (pytorch issue 196678).
-    gpu = visible.device.type == "cuda"
-    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if gpu else nullcontext():
-        out = [F.scaled_dot_product_attention(*(x.transpose(0, 1).unsqueeze(0) for x in heads),
-                                              attn_mask=visible[:len(heads[0]), :len(heads[0])])
-               for heads in zip(q, k, v, strict=True)]
-    return torch.cat(out, 2).squeeze(0).transpose(0, 1).reshape(shape)
+@torch.compiler.disable  # it would be compiled again for every list of lengths
+def attend_visible(q: Tensor, k: Tensor, v: Tensor, at: Positions) -> Tensor:
+    """`attend` in which each query sees the keys that `at.visible` says, one document after the other.
+
+    PyTorch's attention with a mask: it has no fast kernel, and the masks take n * n bytes for a document of n tokens.
+    """
+    copies = q.shape[2] // k.shape[2]
+    lengths = [len(mask) for mask in at.visible]
+    q, k, v = (x.flatten(0, 1).transpose(0, 1).unsqueeze(0).split(lengths, dim=2)
+               for x in (q, k.repeat_interleave(copies, dim=2), v.repeat_interleave(copies, dim=2)))
+    out = [F.scaled_dot_product_attention(*parts, attn_mask=mask)
+           for *parts, mask in zip(q, k, v, at.visible, strict=True)]
+    return torch.cat(out, dim=2)[0].transpose(0, 1).reshape(*at.cos.shape[:2], -1, out[0].shape[-1])
 
 
 class FeedForward(nn.Module):
@@ -280,6 +285,8 @@ class DiffusionLM(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mask_token_id = config.mask_token_id  # or, after from_pretrained, the one the folder's tokenizer names
         self.generation_defaults: dict | None = None  # generation_config.json, kept for saving
+        self.checkpointing = False  # while training: compute activations inside layers again, instead of keeping them
+        self.sequence_group: ProcessGroup | None = None  # see `Positions`; input_ids is then packed, position_ids given
         self.graphs = None  # of sampling with cuda_graphs (graphs.py)
         self._frequencies: Tensor | None = None  # of the rotary embedding, where the model is
         for module in self.modules():
@@ -297,6 +304,9 @@ class DiffusionLM(nn.Module):
     def device(self) -> torch.device:
         return self.head_weight.device
 
+    def count_parameters(self, trainable: bool = False) -> int:
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable)
+
     @property
     def dtype(self) -> torch.dtype:
         return self.head_weight.dtype
@@ -313,8 +323,8 @@ class DiffusionLM(nn.Module):
                       position_ids: Tensor | None = None, cu_seqlens: Tensor | None = None,
                       max_seqlen: int | None = None, block_length: int | None = None,
                       queries: Tensor | None = None, cache: KeyValueCache | None = None,
-                      clean_ids: Tensor | None = None, visible: Tensor | None = None,
-                      layers: list[Tensor] | None = None) -> Tensor:
+                      levels: list[Tensor] | None = None, visible: Sequence[Tensor] | None = None,
+                      clean_ids: Tensor | None = None) -> Tensor:
         """The hidden states after the final norm, [B, L, D].
 
         Args:
@@ -331,12 +341,14 @@ class DiffusionLM(nn.Module):
                 block.
             cache: holds the positions beside these, and gets these too; if it grows, whole blocks, with block_length.
                 With it attention_mask is of all positions. Excludes cu_seqlens.
-            clean_ids: [B, L] int64, the text whose noisy copy input_ids is, for block-diffusion training: the result is
-                [B, 2L, D], of the noisy copy, then of the clean one, as `block_diffusion_attention` has them see one
-                another. Needs block_length; excludes attention_mask, queries and cache.
-            visible: [N, N] bool, N at least the longest document's tokens: whether position i of a document may see
-                its position j. Excludes attention_mask, block_length, queries and cache.
-            layers: gets the embedded tokens and every layer's hidden states appended, the last ones after the norm.
+            levels: gets the embeddings, what each layer but the last gives, and the result, [B, L, D] each. Excludes
+                queries.
+            visible: for each document (each row, without cu_seqlens), which keys its queries see, [n, n] bool if it has
+                n tokens. Slower than the other attentions, see `attend_visible`. Excludes attention_mask, block_length,
+                queries and cache.
+            clean_ids: [B, L] int64, the text whose noisy copy input_ids is, for training by block diffusion with blocks
+                of block_length (`block_diffusion_attention`). With shifted logits, what is said about the first token
+                of a block is that of the clean position before it, as in sampling. Excludes all but cu_seqlens.
         Raises: UserError if the input is longer than the model's positions; ValueError if arguments exclude each other.
         """
         if input_ids.ndim != 2:
@@ -350,14 +362,13 @@ class DiffusionLM(nn.Module):
                             "shorten it")
         if cu_seqlens is not None and (attention_mask is not None or queries is not None):
             raise ValueError("hidden_states: cu_seqlens excludes attention_mask and queries")
+        if visible is not None and any(given is not None for given in (attention_mask, block_length, queries, cache)):
+            raise ValueError("hidden_states: visible excludes attention_mask, block_length, queries and cache")
         if cache is not None and (cu_seqlens is not None or cache.grows != (block_length is not None)):
             raise ValueError("hidden_states: cache excludes cu_seqlens; if it grows, it needs block_length, else not")
-        others = attention_mask is not None or queries is not None or cache is not None
-        if clean_ids is not None and (block_length is None or others):
-            raise ValueError("hidden_states: clean_ids needs block_length, and excludes attention_mask, queries and "
-                             "cache")
-        if visible is not None and (block_length is not None or others):
-            raise ValueError("hidden_states: visible excludes attention_mask, block_length, queries and cache")
+        if clean_ids is not None and (block_length is None or any(
+                given is not None for given in (attention_mask, position_ids, queries, cache, levels, visible))):
+            raise ValueError("hidden_states: clean_ids needs block_length and excludes all but cu_seqlens")
         key_mask = None
         if attention_mask is not None:
             if attention_mask.shape != input_ids.shape and cache is None:
@@ -367,22 +378,29 @@ class DiffusionLM(nn.Module):
         if position_ids is None:
             position_ids = before + number_tokens(input_ids, None if cache else key_mask, cu_seqlens)
         if clean_ids is not None:
-            input_ids, position_ids = torch.cat((input_ids, clean_ids), 1), torch.cat((position_ids, position_ids), 1)
+            before_a_block = (position_ids + 1) % block_length == 0
+            input_ids, position_ids = torch.cat((input_ids, clean_ids), 1), position_ids.repeat(1, 2)
         x = self.model.embed_tokens(input_ids)
         cos, sin = self._rotary(position_ids, x.dtype)
-        at = Positions(cos, sin, key_mask, cu_seqlens, max_seqlen or 0, block_length, clean_copy=clean_ids is not None,
-                       visible=visible, cache=cache)
-        if visible is not None:
-            at.lengths = [input_ids.shape[1]] * len(input_ids) if cu_seqlens is None else cu_seqlens.diff().tolist()
+        at = Positions(cos, sin, key_mask, cu_seqlens, max_seqlen or 0, block_length, cache=cache,
+                       sequence_group=self.sequence_group, visible=visible,
+                       two_copies=clean_ids is not None)
         for at.layer, layer in enumerate(self.model.layers):
             if at.layer == len(self.model.layers) - 1 and queries is not None:
                 at.queries, at.block_length = queries, None  # of the last block, they see all
-            if layers is not None:
-                layers.append(x)
-            x = layer(x, at)
+            if levels is not None:
+                levels.append(x)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, at, use_reentrant=False)
+            else:
+                x = layer(x, at)
+        if clean_ids is not None:
+            x, clean = x.chunk(2, dim=1)
+            if self.config.shift_logits:
+                x = torch.where(before_a_block.unsqueeze(-1), clean, x)
         x = self.model.norm(x)
-        if layers is not None:
-            layers.append(x)
+        if levels is not None:
+            levels.append(x)
         return x
 
     def hidden_states_together(self, calls: Sequence[dict]) -> list[Tensor]:
@@ -479,11 +497,14 @@ class DiffusionLM(nn.Module):
             model.generation_defaults = read_json(folder / "generation_config.json")
         return model.requires_grad_(True).eval()
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
+    def save_pretrained(self, folder: str | os.PathLike, state: Mapping[str, Tensor] | None = None) -> None:
         """Write config.json, model.safetensors (5 GB shards) and, if it was loaded, generation_config.json.
 
         Transformers and the original project load the folder. Each file is written beside its place and renamed into
         it; config.json comes last, so a folder with one is whole.
+
+        Args:
+            state: the weights by their names here, in the place of the model's own; an empty one writes none.
         Raises: Failure if the disk is full or the folder cannot be written.
         """
         from huggingface_hub import split_torch_state_dict_into_shards
@@ -493,7 +514,8 @@ class DiffusionLM(nn.Module):
 
         folder = Path(folder)
         config = _dump(write_config(self.config, str(self.dtype).removeprefix("torch.")))
-        state = to_published(self.config, self.state_dict())
+        state = self.state_dict() if state is None else state
+        state = to_published(self.config, state) if state else {}
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         shards = split_torch_state_dict_into_shards(state, max_shard_size="5GB")
         for file, names in shards.filename_to_tensors.items():

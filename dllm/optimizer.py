@@ -1,15 +1,13 @@
 """Optimizers and the learning rate."""
 
 import math
-import re
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dllm.config import TrainGroup
-from dllm.errors import UserError
-from dllm.model import DiffusionLM
 
 # Coefficients (a, b, c) of x -> a x + b x^3 + c x^5, which drives singular values towards 1 (Keller Jordan 2024).
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -42,10 +40,28 @@ class Muon(torch.optim.Optimizer):
                 momenta = [self.state[parameter]["momentum"] for parameter in parameters]
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
                 ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov
-                updates = orthogonalize(torch.stack(ahead))
+                updates = orthogonalize(torch.stack([whole(matrix) for matrix in ahead])).to(parameters[0].dtype)
+                updates = [sharded_like(update, p) for update, p in zip(updates.unbind(), parameters, strict=True)]
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 scale = group["lr"] * 0.2 * math.sqrt(max(shape))
-                torch._foreach_add_(parameters, list(updates.to(parameters[0].dtype).unbind()), alpha=-scale)
+                torch._foreach_add_(parameters, updates, alpha=-scale)
+
+
+def whole(matrix: Tensor) -> Tensor:
+    """A sharded matrix gathered in every process; another as it is."""
+    return matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
+
+
+def sharded_like(matrix: Tensor, parameter: Tensor) -> Tensor:
+    """A matrix that every process has whole, sharded as the parameter is."""
+    if not isinstance(parameter, DTensor):
+        return matrix
+    return distribute_tensor(matrix, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradients so that their norm is at most max_norm, 0 for any; returns the norm it was."""
+    return whole(nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -59,24 +75,6 @@ def orthogonalize(matrices: Tensor) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
-
-
-def freeze_layers(model: DiffusionLM, names: str | None) -> None:
-    """Leave parameters as they are: those whose name has one of `names`, separated by commas, in it in any case.
-
-    A head that is tied to the embedding goes by both names.
-    Raises: UserError if no parameter has one of the names, or all are frozen.
-    """
-    named = {**dict(model.named_parameters()), "lm_head.weight": model.head_weight}
-    for part in filter(None, (part.strip() for part in (names or "").split(","))):
-        found = [parameter for name, parameter in named.items() if part.lower() in name.lower()]
-        if not found:
-            raise UserError(f"train.freeze_layers: no parameter has {part!r} in its name; they are called "
-                            f"{', '.join(dict.fromkeys(re.sub(r'[.][0-9]+[.]', '.*.', name) for name in named))}")
-        for parameter in found:
-            parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError(f"train.freeze_layers {names!r} freezes every parameter; leave some to train")
 
 
 def build_optimizers(model: nn.Module, config: TrainGroup) -> list[torch.optim.Optimizer]:

@@ -39,7 +39,7 @@ def write_report(report: Report) -> str:
     """The whole page."""
     shares = [f"{result.share:.0%}" for result in report.masked]
     last = len(report.masked) - 1
-    return f"""{_head("dllm demo: a masked diffusion language model of Python")}
+    return f"""{page_head("dllm demo: a masked diffusion language model of Python")}
 <header>
 <h1>A masked diffusion language model, trained on this machine</h1>
 <p class="lead">{html.escape(_lead(report.facts))}</p>
@@ -109,7 +109,7 @@ def write_sample(animations: Sequence[str], facts: Mapping[str, str], command: s
     """The page of `dllm sample --save-html`: each text being denoised, and how that was done."""
     cards = "".join(f'<div class="card">{animation}</div>' for animation in animations)
     rows = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts.items())
-    return f"""{_head("dllm: a text being denoised")}
+    return f"""{page_head("dllm: a text being denoised")}
 <h1>A text being denoised</h1>
 <p class="soft">Grey is still hidden. A committed token has the colour of the confidence with which it was committed;
 tick “order” for the step that committed it.</p>
@@ -123,7 +123,7 @@ tick “order” for the step that committed it.</p>
 """
 
 
-def _head(title: str) -> str:
+def page_head(title: str) -> str:
     return f"""<!doctype html>
 <html lang="en">
 <head>

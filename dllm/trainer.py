@@ -1,223 +1,346 @@
 """Training, from a configuration to a checkpoint that others load: `train` reads top to bottom.
 
-Every draw of a step is a function of the seed and the step's number, so a run that was killed and started again goes on
-to the same losses, bit for bit on a CPU (with max_minutes the clock decides the learning rate, and runs differ).
+Every draw of a step is a function of the seed, the step's number and the row's slot, so a run that was killed and
+started again goes on to the same losses, bit for bit on a CPU (with max_minutes the clock decides the learning rate,
+and runs differ). The same holds for several processes; another number of them adds the same numbers in another order.
 """
 
-import json
 import math
+import signal
 import sys
-import time
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
-from functools import partial
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from dllm.batches import forward, make_batches
-from dllm.checkpoint import Checkpoint, load_latest, save_checkpoint, write_atomically
+from dllm.accounting import peak_flops, step_flops
+from dllm.batches import (
+    MicroBatch,
+    Validation,
+    draw_validation,
+    forward,
+    make_batches,
+    opened_share,
+    share_positions,
+)
+from dllm.building import build_model, build_teacher
+from dllm.checkpoint import Checkpoint, load_latest, write_atomically
 from dllm.config import Config, TrainGroup
-from dllm.data import Document, PackedDataset, read_documents, split_documents, tokenize
+from dllm.data import TrainingData, open_training_data, read_corpus
+from dllm.distributed import Shared, World, join
 from dllm.errors import Failure, UserError
-from dllm.families import FAMILIES, ModelConfig, read_config, read_json
-from dllm.model import DiffusionLM, find_model
-from dllm.optimizer import build_optimizers, freeze_layers, set_learning_rate
-from dllm.tokenizer import check_vocabulary, load_tokenizer, train_tokenizer
-from dllm.validation import draw_validation, measure_validation, summarise
+from dllm.evaluating import evaluate_checkpoint
+from dllm.families import ModelConfig
+from dllm.loss import LossSums
+from dllm.metrics import Clock, Metrics, Progress
+from dllm.model import DiffusionLM
+from dllm.optimizer import build_optimizers, clip_gradients, set_learning_rate
+from dllm.saver import Saver, load_state
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainResult:
     output_dir: Path
-    checkpoint: Path  # folder of the last step, for `DiffusionLM.from_pretrained` and Transformers
+    checkpoint: Path | None  # folder of the last checkpoint, for `DiffusionLM.from_pretrained` and Transformers
     steps: int
-    history: list[dict]  # the lines of metrics.jsonl
+    finished: bool  # False: SIGTERM came before the last step
+    history: list[dict]  # the lines of metrics.jsonl; empty but in the main process
+
+
+class TrainingStep(nn.Module):
+    """The model and its loss, what a process computes of a step."""
+
+    def __init__(self, model: DiffusionLM, device: torch.device):
+        super().__init__()
+        self.model, self.device = model, device
+
+    def forward(self, batch: MicroBatch, teacher: DiffusionLM | None = None) -> LossSums:
+        return forward(self.model, batch, self.device, teacher)
 
 
 def train(config: Config) -> TrainResult:
     """Train as configured, continuing from the newest whole checkpoint in `config.train.output_dir` if there is one.
 
     Writes there: checkpoints/global_step_N/hf_ckpt, metrics.jsonl (one line per logged step; losses in nats, times in
-    seconds) and config.yaml.
-    Raises: UserError for input that cannot work; Failure if the disk is full or the loss is no longer finite.
+    seconds) and config.yaml. Under torchrun, each process calls it.
+    Raises: UserError for input that cannot work; Failure if the disk is full or the loss stays not finite.
     """
+    with join(config.train) as world:
+        return train_in(world, config)
+
+
+def train_in(world: World, config: Config) -> TrainResult:
     settings, output = config.train, Path(config.train.output_dir)
-    device = choose_device(settings)
+    resumed = world.from_main(lambda: find_run(config, output))
+    tokenizer, model, data = open_run(config, resumed, world)
+    teacher = build_teacher(config, world)
+    validation = draw_validation(data, config, model)
+    total = count_steps(config, data)
+
+    model.sequence_group = world.sequence_group
+    model.checkpointing = settings.enable_gradient_checkpointing
+    if settings.enable_compile:
+        for layer in model.model.layers:
+            layer.compile()
+    shared = Shared(TrainingStep(model, world.device), model.model.layers, settings, world).train()
+    optimizers = build_optimizers(model, settings)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    step, tokens_seen, seconds_before, skipped = 0, 0, 0.0, 0
+    if resumed is not None:
+        step, tokens_seen, seconds_before, skipped = (resumed.state[name] for name in
+                                                      ("step", "tokens", "seconds", "skipped"))
+        load_state(resumed.folder, model, optimizers, world)
+        data.rows.restore(resumed.state["rows"])
+    clock = Clock(seconds_before, settings.max_minutes)
+    if world.main:
+        across = f" in each of {world.size} processes" if world.size > 1 else ""
+        print(f"{data.describe()}; {model.count_parameters():,} parameters on {world.device}{across}", file=sys.stderr)
+
+    def read_step(number: int) -> tuple[list[MicroBatch], dict]:
+        """The micro-batches, and where the rows then stand."""
+        batches = make_batches(data.rows, number, world.slots(settings.rows_per_step), settings.rows_per_step, settings,
+                               settings.seed, model, opened_share(number, total, settings))
+        return ([share_positions(batch, world.sequence_rank, world.sequence_size).pin(world.device)
+                 for batch in batches], data.rows.state())
+
+    with ExitStack() as stack:
+        metrics = stack.enter_context(Metrics(output, step, config, world))
+        saver = stack.enter_context(Saver(output / "checkpoints", settings, world))
+        sigterm = stack.enter_context(catch_sigterm())
+        progress = stack.enter_context(Progress(step, total, clock, world))
+        reader = stack.enter_context(ThreadPoolExecutor(1, "reader"))
+        profiler = stack.enter_context(profile(settings, step, world))
+
+        def save(last: bool) -> None:
+            state = {"step": step, "tokens": tokens_seen, "seconds": clock.seconds, "skipped": skipped,
+                     "config": config.to_dict(), "data": data.fingerprint, "rows": world.gather(rows)}
+            saver.save(step, model, tokenizer, optimizers, state, last=last)
+            if settings.eval_tasks and (last or settings.save_hf_weights):
+                folder = saver.wait()
+                if world.main:  # the others wait for it in the next step
+                    metrics.add_scores(step, evaluate_checkpoint(settings.eval_tasks, folder / "hf_ckpt",
+                                                                 output / "evaluations" / folder.name))
+
+        upcoming = reader.submit(read_step, step)
+        finished, stopped, bad = resumed is not None and (step >= total or clock.expired), False, 0
+        while not finished and not stopped:
+            batches, rows = upcoming.result()
+            upcoming = reader.submit(read_step, step + 1)
+            agreed = agree(world, batches, sigterm.came, clock, settings)
+            rate = set_learning_rate(optimizers, settings, max(step, agreed.share * total), total)
+            sums = torch.zeros(3, device=world.device)
+            for index, batch in enumerate(batches):
+                with shared.synchronising(last=index == len(batches) - 1):
+                    loss, nll, alignment, _ = shared(batch, teacher)
+                    alignment = alignment / agreed.scored
+                    loss = loss / agreed.normaliser + settings.repr_align_wt * alignment
+                    # Gradients are averaged over the processes: times their number, it is the sum.
+                    (loss * world.size).backward()
+                sums += torch.stack((loss.detach(), nll / agreed.scored, alignment.detach()))
+            norm = clip_gradients(parameters, settings.max_grad_norm).item()
+            loss, nll, alignment = world.sum(sums.cpu()).tolist()
+            if math.isfinite(loss) and math.isfinite(norm):
+                bad = 0
+                for optimizer in optimizers:
+                    optimizer.step()
+            else:
+                bad, skipped = bad + 1, skipped + 1
+                if bad == settings.max_bad_steps or step + 1 >= total:
+                    raise Failure(f"step {step + 1}: loss {loss}, gradient norm {norm}; not finite in {bad} steps in a "
+                                  f"row: lower train.lr, now {settings.lr}, or lengthen the warm-up, and start again")
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            step += 1
+            tokens_seen += agreed.tokens
+            clock.tick()
+            profiler.step()
+
+            stopped = agreed.stop
+            finished = step >= total or agreed.expired
+            measure = validation and (finished or settings.eval_every and step % settings.eval_every == 0)
+            if finished or stopped or measure or bad or step % settings.log_steps == 0:
+                line = {"step": step, "loss": loss, "nll": nll, "grad_norm": norm, "lr": rate, "tokens": tokens_seen,
+                        "seconds": round(clock.seconds, 3),
+                        "tokens_per_second": round(agreed.tokens / clock.step_seconds)}
+                if teacher is not None:
+                    line["alignment"] = alignment
+                if skipped:
+                    line["skipped"] = skipped
+                copies = 2 if settings.objective == "block_diffusion" else 1
+                line |= measure_device(world, model.config, agreed, copies, clock.step_seconds)
+                if measure:
+                    line |= validate(shared, validation, world)
+                metrics.append(line)
+                progress.show(line, tell=bool(measure or finished or bad))
+            due = stopped or agreed.save or settings.save_steps and step % settings.save_steps == 0
+            if finished or due and not bad:  # weights whose loss is not finite replace no better ones
+                save(last=finished)
+        checkpoint = saver.wait()
+    if world.main and not finished:
+        print(f"stopped by SIGTERM after step {step} of {total}; the same command continues", file=sys.stderr)
+    if checkpoint is None and resumed is not None:
+        checkpoint = resumed.folder
+    return TrainResult(output_dir=output, checkpoint=checkpoint and checkpoint / "hf_ckpt", steps=step,
+                       finished=finished, history=metrics.lines)
+
+
+class Agreed(NamedTuple):
+    """What all processes know of a step before they compute it."""
+
+    normaliser: int
+    tokens: int
+    scored: int
+    pairs: int
+    stop: bool  # SIGTERM came to one of them
+    share: float  # of the main process's time that is spent
+    save: bool  # by the main process's clock
+
+    @property
+    def expired(self) -> bool:
+        return self.share >= 1
+
+
+def agree(world: World, batches: Sequence[MicroBatch], stop: bool, clock: Clock, settings: TrainGroup) -> Agreed:
+    counts = [sum(getattr(batch, name) for batch in batches) for name in Agreed._fields[:4]]
+    own = [clock.share, clock.due(settings.save_time_interval_minutes)] if world.main else [0, 0]
+    numbers = world.sum(torch.tensor([*counts, stop, *own], dtype=torch.float64)).tolist()
+    normaliser, tokens, scored, pairs = map(int, numbers[:4])
+    return Agreed(max(normaliser, 1), tokens, max(scored, 1), pairs, numbers[4] > 0, numbers[5], numbers[6] > 0)
+
+
+@torch.no_grad()
+def validate(shared: Shared, validation: Validation, world: World) -> dict[str, float]:
+    """On the held-out rows: validation_loss of the objective; for "mdm" also validation_bound, that of "elbo", nats per
+    token; validation_bits_per_byte of that bound; validation_nll_0_25 and so on, nats per token masked with a chance of
+    0 to 25%."""
+    shared.eval()
+    losses, by_ratio = sum_validation(shared, validation.loss, world)
+    result = {"validation_loss": losses / max(sum(batch.normaliser for batch in validation.loss), 1)}
+    if validation.bound is not validation.loss:
+        losses, by_ratio = sum_validation(shared, validation.bound, world)
+        result["validation_bound"] = losses / max(sum(batch.normaliser for batch in validation.bound), 1)
+    bound = result.get("validation_bound", result["validation_loss"])
+    result["validation_bits_per_byte"] = bound * validation.tokens_per_byte / math.log(2)
+    for quarter, (nll, scored) in enumerate(zip(*by_ratio, strict=True)):
+        if scored:
+            result[f"validation_nll_{25 * quarter}_{25 * quarter + 25}"] = nll / scored
+    shared.train()
+    return result
+
+
+def sum_validation(shared: Shared, batches: list[MicroBatch], world: World) -> tuple[float, list[list[float]]]:
+    """The sum of the losses, and those by the chance of being masked, [2, 4] (none: all 0).
+
+    The micro-batches are dealt to the processes; all compute equally many, for with fsdp2 they exchange weights.
+    """
+    groups, group = world.size // world.sequence_size, world.rank // world.sequence_size
+    mine = []
+    for first in range(0, len(batches), groups):
+        batch = batches[min(first + group, len(batches) - 1)]
+        sums = shared(share_positions(batch, world.sequence_rank, world.sequence_size))
+        by_ratio = [0.0] * 8 if sums.by_ratio is None else sums.by_ratio.flatten().tolist()
+        if first + group < len(batches):
+            mine.append([sums.loss.item(), *by_ratio])
+    loss, *by_ratio = map(math.fsum, zip(*(sums for part in world.gather(mine) for sums in part), strict=True))
+    return loss, [by_ratio[:4], by_ratio[4:]]
+
+
+class Sigterm:
+    came = False
+
+
+@contextmanager
+def catch_sigterm() -> Iterator[Sigterm]:
+    """Note that the signal came, instead of ending; only the main thread can."""
+    sigterm = Sigterm()
+    if threading.current_thread() is not threading.main_thread():
+        yield sigterm
+        return
+
+    def note(*_) -> None:
+        sigterm.came = True
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield sigterm
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class NoProfiler(AbstractContextManager):
+    def step(self) -> None:
+        pass
+
+    def __exit__(self, *_) -> None:
+        pass
+
+
+def profile(settings: TrainGroup, step: int, world: World):
+    """Around the steps: records those from profile_start_step to profile_end_step, counted from where the run starts
+    or continues, into one file for chrome://tracing or Perfetto."""
+    if not settings.enable_profiling or not world.main:
+        return NoProfiler()
+    folder = Path(settings.profile_trace_dir)
+    first, count = settings.profile_start_step, settings.profile_end_step - settings.profile_start_step
+
+    def write(profiler) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"steps_{step + first + 1}_to_{step + first + count}.json.gz"
+        profiler.export_chrome_trace(str(file))
+        print(f"the profile of {count} steps is in {file}", file=sys.stderr)
+
+    warmup = min(first, 1)
+    schedule = torch.profiler.schedule(wait=first - warmup, warmup=warmup, active=count, repeat=1)
+    return torch.profiler.profile(schedule=schedule, on_trace_ready=write, record_shapes=True, profile_memory=True)
+
+
+def find_run(config: Config, output: Path) -> Checkpoint | None:
+    """The checkpoint to continue from, None to begin; writes config.yaml."""
     resumed = load_latest(output / "checkpoints")
     if resumed is not None:
         check_same_run(config, resumed, output)
     write_atomically(output / "config.yaml", config.to_yaml().encode())
-
-    documents = read_documents(config.data.path_list, config.data.key_list)
-    training, held_out = split_documents(documents, config.data.validation_share)
-    tokenizer, model = build_model(config, training, resumed)
-    model.to(device).train()
-    freeze_layers(model, settings.freeze_layers)
-    teacher = load_teacher(config, device)
-    run = partial(forward, model, device=device, teacher=teacher, repr_align_wt=settings.repr_align_wt)
-    dataset = PackedDataset(tokenize(tokenizer, training), config.data.max_seq_len, settings.seed)
-    validation = draw_validation(tokenizer, held_out, config, model)
-    optimizers = build_optimizers(model, settings)
-    total = count_steps(config, dataset)
-
-    print(f"{len(training)} documents, {len(dataset.tokens):,} tokens in {len(dataset):,} rows; {len(held_out)} "
-          f"documents held out; {sum(p.numel() for p in model.parameters()):,} parameters on {device}", file=sys.stderr)
-
-    step, tokens_seen, seconds_before = 0, 0, 0.0
-    if resumed is not None:
-        step, tokens_seen, seconds_before = (resumed.state[name] for name in ("step", "tokens", "seconds"))
-        for optimizer, state in zip(optimizers, resumed.state["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-    metrics = Metrics(output / "metrics.jsonl", step)
-    checkpoint = None if resumed is None else resumed.folder
-    clock = Clock(seconds_before, settings.max_minutes)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    autocast = torch.autocast(device.type, torch.bfloat16) if use_bf16(settings, device) else nullcontext()
-
-    def save() -> Path:
-        state = {"step": step, "tokens": tokens_seen, "seconds": clock.seconds, "config": config.to_dict(),
-                 "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-        return save_checkpoint(output / "checkpoints", step, partial(write_model, model, tokenizer), state,
-                               settings.keep_last)
-
-    finished = step >= total or clock.expired
-    with Progress(step, total, clock) as progress:
-        while not finished:
-            place = max(step, clock.share * total)
-            rate = set_learning_rate(optimizers, settings, place, total)
-            batches = make_batches(dataset, step, range(settings.rows_per_step), settings.rows_per_step, settings,
-                                   settings.seed, model, place / total)
-            normaliser = max(sum(batch.normaliser for batch in batches), 1)
-            loss, nll, misalignment = torch.zeros(3, device=device)
-            for batch in batches:
-                with autocast:
-                    sums = run(batch)
-                (sums.loss / normaliser).backward()
-                loss += sums.loss.detach() / normaliser
-                nll += sums.nll
-                if teacher is not None:
-                    misalignment += sums.misalignment
-            norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            step += 1
-            tokens_seen += sum(batch.tokens for batch in batches)
-
-            finished = step >= total or clock.expired
-            measure = validation and (finished or settings.eval_every and step % settings.eval_every == 0)
-            periodic = settings.save_steps and step % settings.save_steps == 0
-            saving = finished or periodic or clock.due(settings.save_time_interval_minutes)
-            logging = finished or measure or step % settings.log_steps == 0
-            if (saving or logging) and not math.isfinite(loss.item() + norm.item()):
-                raise Failure(f"step {step}: loss {loss.item()}, gradient norm {norm.item()}; lower train.lr, now "
-                              f"{settings.lr}, or lengthen the warm-up, and start again")
-            if logging:
-                scored = max(sum(batch.scored for batch in batches), 1)
-                line = {"step": step, "loss": loss.item(), "nll": nll.item() / scored, "grad_norm": norm.item(),
-                        "lr": rate, "tokens": tokens_seen, "seconds": round(clock.seconds, 3)}
-                if teacher is not None:
-                    line["repr_align"] = misalignment.item() / scored
-                if measure:
-                    model.eval()
-                    with autocast:
-                        sums = measure_validation(partial(forward, model, device=device), validation)
-                    line |= summarise(sums, validation)
-                    model.train()
-                metrics.append(line)
-                progress.show(line, tell=bool(measure or finished))
-            if saving:
-                checkpoint = save()
-    return TrainResult(output_dir=output, checkpoint=checkpoint / "hf_ckpt", steps=step, history=metrics.lines)
+    return resumed
 
 
-def load_teacher(config: Config, device: torch.device) -> DiffusionLM | None:
-    """The model that training starts from, frozen, if the hidden states are to keep to it.
+def open_run(config: Config, resumed: Checkpoint | None, world: World):
+    """(tokenizer, model, data). The main process goes first, and leaves the tokens in the cache for the others."""
+    def open_data(tokenizer) -> TrainingData:
+        return open_training_data(corpus, tokenizer, config.train.seed, config.train.rows_per_step)
 
-    Raises: UserError if it is not one whose logits are about the next token.
+    corpus = read_corpus(config.data)
+    if resumed is not None and resumed.state["data"] != corpus.fingerprint:
+        where = config.data.train_path or "the standard library"
+        raise UserError(f"{resumed.folder} continues a run on other documents than there are now in {where}; bring "
+                        "them back, or set another train.output_dir")
+    tokenizer, model = build_model(config, corpus, resumed, world)
+    data = open_data(tokenizer) if world.main else None
+    world.barrier()
+    return tokenizer, model, data or open_data(tokenizer)
+
+
+def count_steps(config: Config, training: TrainingData) -> int:
+    """Optimizer steps: the epochs' tokens (train_size, or the corpus) over the tokens of a step, at most max_steps.
+
+    Raises: UserError if the data is streamed and nothing says how much of it to train on.
     """
-    if not config.train.repr_align_wt:
-        return None
-    teacher = DiffusionLM.from_pretrained(config.model.model_path, device=device).requires_grad_(False)
-    if not teacher.config.shift_logits:
-        raise UserError(f"train.repr_align_wt keeps to an autoregressive model, but the logits of "
-                        f"{config.model.model_path} are not about the next token; set it to 0")
-    return teacher
-
-
-def build_model(config: Config, training: Sequence[Document], resumed: Checkpoint | None):
-    """The tokenizer and the model, in fp32: those of the checkpoint, of model_path, or new ones."""
-    group = config.model
-    path = resumed.hf_folder if resumed else group.model_path or group.config_path
-    folder = find_model(path) if path else None
-    model_config = read_config(read_json(folder / "config.json"), where=str(folder / "config.json")) if folder else None
-    mask_token_id = model_config.mask_token_id if model_config else None
-    if path or group.tokenizer_path:
-        tokenizer = load_tokenizer(path if resumed or not group.tokenizer_path else group.tokenizer_path, mask_token_id)
-    else:
-        tokenizer = train_tokenizer((document.text for document in training), group.vocab_size or 4096)
-    if model_config is None:
-        model_config = ModelConfig(
-            family=check_family(group.family), vocab_size=group.vocab_size or len(tokenizer),
-            hidden_size=group.hidden_size, intermediate_size=group.intermediate_size,
-            num_hidden_layers=group.num_hidden_layers,
-            num_attention_heads=group.num_attention_heads, num_key_value_heads=group.num_key_value_heads,
-            head_dim=group.hidden_size // group.num_attention_heads, tie_word_embeddings=group.tie_word_embeddings,
-            rope_theta=group.rope_theta, initializer_range=group.initializer_range, shift_logits=group.shift_logits,
-            **FAMILIES[group.family].fixed)
-    check_vocabulary(tokenizer, model_config.vocab_size)
-    if config.data.max_seq_len > model_config.max_position_embeddings:
-        raise UserError(f"data.max_seq_len {config.data.max_seq_len} is more than the model's "
-                        f"{model_config.max_position_embeddings} positions; lower it")
-    model_config = replace(model_config, mask_token_id=tokenizer.mask_token_id, eos_token_id=model_config.eos_token_id
-                           if model_config.eos_token_id is not None else tokenizer.eos_token_id,
-                           pad_token_id=model_config.pad_token_id if model_config.pad_token_id is not None
-                           else tokenizer.pad_token_id)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.train.seed)
-        model = DiffusionLM(model_config)
-    if resumed or group.model_path:
-        # Copied into the fresh model: products can differ in the last bit with the alignment of what came from a file.
-        loaded = DiffusionLM.from_pretrained(folder)
-        model.load_state_dict(loaded.state_dict())
-        model.generation_defaults = loaded.generation_defaults
-    return tokenizer, model
-
-
-def write_model(model: DiffusionLM, tokenizer, folder: Path) -> None:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def check_family(family: str) -> str:
-    if family not in FAMILIES:
-        raise UserError(f"model.family must be one of {', '.join(FAMILIES)}, not {family!r}")
-    return family
-
-
-def count_steps(config: Config, dataset: PackedDataset) -> int:
-    """Optimizer steps: the epochs' tokens (train_size, or the corpus) over the tokens of a step, at most max_steps."""
     settings, data = config.train, config.data
+    if data.train_size is None and training.rows_per_epoch is None:
+        if settings.max_steps is None:
+            raise UserError("nobody knows how long a stream is; set data.train_size to the tokens of an epoch, or "
+                            "train.max_steps")
+        return settings.max_steps
     if data.train_size is None:
-        steps = math.ceil(len(dataset) * settings.num_train_epochs / settings.rows_per_step)
+        steps = math.ceil(training.rows_per_epoch * settings.num_train_epochs / settings.rows_per_step)
     else:
         steps = math.ceil(data.train_size / (settings.rows_per_step * data.max_seq_len)) * settings.num_train_epochs
     return min(steps, settings.max_steps or steps)
-
-
-def choose_device(settings: TrainGroup) -> torch.device:
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device is cuda, but this torch sees no GPU; set it to auto or cpu, or install a CUDA "
-                        "build of torch")
-    return torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def use_bf16(settings: TrainGroup, device: torch.device) -> bool:
-    return settings.precision == "bf16" or settings.precision == "auto" and device.type == "cuda"
 
 
 def check_same_run(config: Config, resumed: Checkpoint, output: Path) -> None:
@@ -228,14 +351,14 @@ def check_same_run(config: Config, resumed: Checkpoint, output: Path) -> None:
     if not config.train.auto_resume:
         raise UserError(f"{output} already holds checkpoints up to {resumed.folder.name}; set another "
                         "train.output_dir, or train.auto_resume=true to continue")
-    fixed = ("objective", "path_term", "mask_at_least_one", "schedule", "optimizer", "seed", "block_length",
-             "expand_token_id", "corrupt_prompt", "anneal_attention_ratio", "repr_align_wt", "freeze_layers")
-    defaults = {f.name: f.default for f in fields(TrainGroup)}  # what a run did that is older than the key
+    fixed = ("objective", "path_term", "mask_at_least_one", "schedule", "optimizer", "seed", "lora_rank", "lora_alpha",
+             "freeze_layers", "repr_align_wt", "anneal_attention_ratio", "block_length")
+    defaults = {field.name: field.default for field in fields(TrainGroup)}  # of a run older than a key
 
     def describe(groups: dict[str, dict]) -> dict:
         train_group = groups["train"]
         return {**{f"model.{key}": value for key, value in groups["model"].items()},
-                **{f"data.{key}": value for key, value in groups["data"].items()},
+                **{f"data.{key}": value for key, value in groups["data"].items() if key != "num_workers"},
                 **{f"train.{key}": train_group.get(key, defaults[key]) for key in fixed},
                 "train.global_batch_size": train_group["global_batch_size"] or train_group["micro_batch_size"]}
 
@@ -246,80 +369,16 @@ def check_same_run(config: Config, resumed: Checkpoint, output: Path) -> None:
                             "another train.output_dir")
 
 
-class Clock:
-    """Time spent training, over all restarts."""
+def measure_device(world: World, config: ModelConfig, agreed: Agreed, copies: int, seconds: float) -> dict[str, float]:
+    """Of a GPU: peak memory, and mfu, the share of the peak that the step's FLOPs (`step_flops`) are.
 
-    def __init__(self, seconds_before: float, max_minutes: float | None):
-        self.start = time.monotonic() - seconds_before
-        self.saved = time.monotonic()
-        self.budget = None if max_minutes is None else 60 * max_minutes
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.start
-
-    @property
-    def share(self) -> float:
-        """Of the budget, in [0, 1]; 0 without one."""
-        return 0.0 if self.budget is None else min(self.seconds / self.budget, 1.0)
-
-    @property
-    def expired(self) -> bool:
-        return self.share >= 1
-
-    def due(self, minutes: float) -> bool:
-        """Whether it is time for another checkpoint; asking restarts the interval when it is."""
-        if not minutes or time.monotonic() - self.saved < 60 * minutes:
-            return False
-        self.saved = time.monotonic()
-        return True
-
-
-class Metrics:
-    """metrics.jsonl. What a killed run wrote after the step that training continues from is dropped."""
-
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        self.lines: list[dict] = []
-        for text in path.read_text().splitlines() if path.exists() else []:
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:  # cut short by the kill
-                continue
-            if line["step"] <= step:
-                self.lines.append(line)
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
-
-    def append(self, line: dict) -> None:
-        self.lines.append(line)
-        try:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise Failure(f"cannot write {self.path}: {error.strerror}; free space, then start again") from error
-
-
-class Progress:
-    """A bar on a terminal; elsewhere one line per measurement."""
-
-    def __init__(self, step: int, total: int, clock: Clock):
-        self.total, self.clock, self.last = total, clock, (clock.seconds, None)
-        self.bar = tqdm(total=1.0, initial=max(step / total, clock.share), disable=not sys.stderr.isatty(),
-                        bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.bar.close()
-
-    def show(self, line: dict, tell: bool) -> None:
-        seconds, tokens = self.last
-        self.last = line["seconds"], line["tokens"]
-        speed = 0 if tokens is None else (line["tokens"] - tokens) / max(line["seconds"] - seconds, 1e-6)
-        self.bar.n = max(line["step"] / self.total, self.clock.share)
-        self.bar.set_postfix_str(f"step {line['step']}/{self.total}, loss {line['loss']:.3f}, {speed:,.0f} tokens/s")
-        if tell:
-            held_out = f", held out {line['validation_loss']:.3f}" if "validation_loss" in line else ""
-            tqdm.write(f"step {line['step']}: loss {line['loss']:.3f}{held_out}, {line['tokens']:,} tokens, "
-                       f"{line['seconds']:.0f} s", file=sys.stderr)
+    copies: of each token that the layers compute.
+    """
+    if world.device.type != "cuda":
+        return {}
+    result = {"peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
+    peak = peak_flops(world.device)
+    if peak is not None:
+        flops = step_flops(config, copies * agreed.tokens, agreed.pairs, agreed.scored)
+        result["mfu"] = round(flops / (seconds * peak * world.size), 4)
+    return result

@@ -42,6 +42,10 @@ def place(tmp_path_factory, model_folder) -> Path:
     (folder / "my_code" / "example.py").write_text("def f(x):\n")
     (folder / "my_code" / "gap.py").write_text("def f(x):\n    <FILL>\n    return y\n")
     (folder / "my_code" / "data.jsonl").write_text('{"text": "x = 1\\n"}\n{"text": "y = 2\\n"}\n' * 200)
+    talk = {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]}
+    (folder / "my_chats.jsonl").write_text(20 * (json.dumps(talk) + "\n"))
+    (folder / "my_chat.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+                                          "{% if add_generation_prompt %}assistant: {% endif %}")
     task = {"task_id": "HumanEval/0", "prompt": "def f():\n", "canonical_solution": "    return 1\n",
             "entry_point": "f", "test": "def check(candidate):\n    assert candidate() == 1\n"}
     (folder / "my_tasks").mkdir()
@@ -53,6 +57,7 @@ def place(tmp_path_factory, model_folder) -> Path:
 @pytest.fixture(autouse=True)
 def inside(place, monkeypatch):
     monkeypatch.chdir(place)
+    monkeypatch.setenv("DLLM_CACHE", str(place / "cache"))
 
 
 def blocks(language: str):
@@ -88,6 +93,11 @@ def test_commands(block, place, capsys, request):
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
         elif words[:3] == ["python", "-m", "dllm.train"]:
             check_recipe(place, words[3:])
+        elif words[0] == "torchrun":
+            launched = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:], "--train.device=cpu",
+                        *(flag for flag in BRIEF if "batch_size" not in flag)]
+            done = subprocess.run(launched, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
         elif words[:2] == ["dllm", "serve"]:
             request.getfixturevalue("serving")(words)
         elif words[0] == "curl":

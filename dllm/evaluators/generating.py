@@ -18,6 +18,7 @@ import sys
 import time
 import zlib
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -29,14 +30,15 @@ import dllm
 from dllm.checkpoint import write_atomically
 from dllm.errors import UserError
 from dllm.evaluators.presets import CODE_STOPS, LENGTHS, MBPP_STOPS, PRESETS, Preset
-from dllm.evaluators.scoring import score_samples
+from dllm.evaluators.sandbox import Sandbox
+from dllm.evaluators.scoring import RunningScore, check_sandbox, score_samples
 from dllm.evaluators.tasks import BENCHMARKS, Task, TaskSet
 from dllm.model import DiffusionLM
 from dllm.sampler import MDMGenerationConfig, denoise, find_mask_token
 
 # What must be the same for a run to continue, by its name in the manifest.
-_SAME = ("task", "preset", "model", "weights", "tokenizer", "data", "generation", "samples", "length", "batch_size",
-         "tasks", "dtype")
+_SAME = ("task", "preset", "model", "weights", "tokenizer", "data", "generation", "samples", "length", "stops",
+         "batch_size", "tasks", "dtype")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,10 +65,10 @@ class RunSettings:
 
     def resolve(self, infills: bool) -> tuple[Preset, MDMGenerationConfig]:
         preset = PRESETS[self.preset]["infill" if infills else "completion"]
-        preset = replace(preset, samples=self.samples or preset.samples,
-                         length=preset.length if self.length is None else self.length)
         if not infills and self.length is not None:
             raise UserError("length is for tasks with a gap; give max_new_tokens")
+        length = preset.length if self.length is None else self.length
+        preset = replace(preset, samples=self.samples or preset.samples, length=length if infills else None)
         return preset, MDMGenerationConfig(**{**preset.generation, **(self.generation or {}), "seed": self.seed})
 
 
@@ -90,7 +92,7 @@ def generate_samples(model: DiffusionLM, tokenizer, tasks: TaskSet, folder: str 
 
     Args:
         source: the model's folder, whose weights the manifest has a hash of.
-        progress: called with the number of samples there are, and of all.
+        progress: called with the number of samples there are, of all, and the share that passes so far, or None.
         scoring: as `score_samples` takes it.
     Returns: the record of results.json, in process 0 of several; in the others only {}.
     Raises: UserError if the folder has another run, or a prompt does not fit the model.
@@ -106,16 +108,22 @@ def generate_samples(model: DiffusionLM, tokenizer, tasks: TaskSet, folder: str 
     folder.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         write_atomically(folder / "manifest.json", _json(manifest))
+    check_sandbox(Sandbox, scoring.get("require", "best"), lambda text: None)  # to refuse now; scoring warns
     total = sum(map(len, batches))
     done = {(row["task_id"], row["sample"]) for row in read_parts(folder)}
-    for number, batch in enumerate(batches):
-        wanted = [item for item in batch if item.key not in done]
-        if number % world == rank and wanted:
-            rows = denoise_batch(model, tokenizer, batch, tasks.name, config, number)
-            append(folder / f"part-{rank}.jsonl", [row for row in rows if (row["task_id"], row["sample"]) not in done])
-            done |= {item.key for item in batch}
-            if progress is not None:
-                progress(len(done), total)
+    with ExitStack() as stack:
+        shares = None if progress is None else stack.enter_context(RunningScore(tasks, scoring.get("timeout")))
+        for number, batch in enumerate(batches):
+            wanted = [item for item in batch if item.key not in done]
+            if number % world == rank and wanted:
+                rows = denoise_batch(model, tokenizer, batch, tasks.name, config, number)
+                rows = [row for row in rows if (row["task_id"], row["sample"]) not in done]
+                append(folder / f"part-{rank}.jsonl", rows)
+                done |= {item.key for item in batch}
+                if progress is not None:
+                    shares.add(rows)
+                    progress(sum(path.read_bytes().count(b"\n") for path in folder.glob("part-*.jsonl")), total,
+                             shares.share)
     if world > 1:
         wait_for_all(folder, {item.key for batch in batches for item in batch})
     if rank != 0:
@@ -223,11 +231,16 @@ def denoise_batch(model: DiffusionLM, tokenizer, batch: Sequence[Item], name: st
 
 def finish_text(name: str, text: str) -> str:
     """The answer without what follows it. A gap's is left as it is: blanks and lines' ends belong to it."""
-    if BENCHMARKS[name].infills:
-        return text
-    for stop in MBPP_STOPS if name.startswith("mbpp") else CODE_STOPS:
+    for stop in stops_of(name):
         text = text.split(stop)[0]
     return text.replace("```", "").strip() if name == "mbpp" else text
+
+
+def stops_of(name: str) -> tuple[str, ...]:
+    """What an answer is cut at; nothing for gaps, and for lm-eval's tasks, which have stops of their own."""
+    if name not in BENCHMARKS or BENCHMARKS[name].infills:
+        return ()
+    return MBPP_STOPS if name.startswith("mbpp") else CODE_STOPS
 
 
 def speed_of(rows: list[dict]) -> dict:
@@ -242,17 +255,24 @@ def speed_of(rows: list[dict]) -> dict:
 def describe(model: DiffusionLM, tokenizer, tasks: TaskSet, settings: RunSettings, preset: Preset,
              config: MDMGenerationConfig, source: Path | None, count: int) -> dict:
     """All that a score depends on, and where it was made."""
+    return {
+        "task": tasks.name, "preset": settings.preset,
+        "data": {"source": tasks.source, "md5": tasks.md5, "sha256": tasks.sha256},
+        "generation": asdict(config), "samples": preset.samples, "length": preset.length,
+        "stops": stops_of(tasks.name), "batch_size": settings.batch_size, "tasks": count,
+        **describe_model(model, tokenizer, source)}
+
+
+def describe_model(model: DiffusionLM, tokenizer, source: Path | None) -> dict:
+    """Of a manifest: hashes, what computes, and when. source: the model's folder."""
     import transformers
 
     weight = next(model.parameters())
     return {
-        "task": tasks.name, "preset": settings.preset, "model": model.config.family,
-        "source": None if source is None else Path(source).name,
+        "model": model.config.family, "source": None if source is None else Path(source).name,
         "weights": None if source is None else hash_files(sorted(Path(source).glob("*.safetensors"))),
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-        "data": {"source": tasks.source, "md5": tasks.md5, "sha256": tasks.sha256},
-        "generation": asdict(config), "samples": preset.samples,
-        "length": preset.length, "batch_size": settings.batch_size, "tasks": count, "dtype": str(weight.dtype),
+        "dtype": str(weight.dtype),
         "device": torch.cuda.get_device_name(weight.device) if weight.is_cuda else "cpu",
         "machine": platform.platform(),
         "versions": {"dllm": dllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
@@ -281,9 +301,13 @@ def check_same_run(folder: Path, manifest: dict) -> None:
     ours = json.loads(_json(manifest))
     for name in _SAME:
         if recorded.get(name) != ours[name]:
-            was, now = (json.dumps(x)[:100] for x in (recorded.get(name), ours[name]))
-            raise UserError(f"{folder} has a run with another {name} ({was}, now {now}); name another folder, or give "
-                            "the same settings to continue it")
+            was, now = recorded.get(name), ours[name]
+            key = ""
+            if isinstance(was, dict) and isinstance(now, dict):
+                key = next(key for key in {**was, **now} if was.get(key) != now.get(key))
+                was, now, key = was.get(key), now.get(key), f"{key} "
+            raise UserError(f"{folder} has a run with another {name} ({key}{json.dumps(was)[:100]}, now "
+                            f"{json.dumps(now)[:100]}); name another folder, or give the same settings to continue it")
 
 
 def read_parts(folder: Path) -> list[dict]:
@@ -347,13 +371,17 @@ def _decode_after(tokenizer, before: Tensor, ids: Tensor) -> str:
 
 
 def bar(name: str):
-    """A progress bar on stderr, as `generate_samples` calls it."""
+    """A progress bar on stderr, as `generate_samples` calls it; process 0 of several has one, for all of them."""
     from tqdm import tqdm
 
+    if os.environ.get("RANK", "0") != "0":
+        return None
     shown = tqdm(desc=name, unit="sample", disable=None, file=sys.stderr)
 
-    def progress(done: int, total: int) -> None:
+    def progress(done: int, total: int, share: float | None) -> None:
         shown.total = total
+        if share is not None:
+            shown.set_postfix(passed=f"{share:.3f}", refresh=False)
         shown.update(done - shown.n)
 
     return progress

@@ -14,7 +14,8 @@ LENGTHS = (4, 8, 16, 32, 64)  # masked tokens, DreamOn's protocol for an average
 class Preset:
     generation: dict = field(default_factory=dict)  # fields of MDMGenerationConfig
     samples: int = 1  # of each task
-    length: int | str = "oracle"  # of a gap: tokens, "oracle" (the answer's own), "average" over LENGTHS, or "auto"
+    # of a gap: tokens, "oracle" (the answer's own), "average" over LENGTHS, or "auto"; None where there is no gap
+    length: int | str | None = "oracle"
     framed: bool = False  # a gap's text begins with the tokenizer's first token and ends with its last
     context: int = 2048  # tokens of prompt, or of a gap's surroundings
 

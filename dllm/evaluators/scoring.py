@@ -12,12 +12,13 @@ import os
 import platform
 import queue
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dllm.errors import Failure, UserError
@@ -255,6 +256,49 @@ def run_all(bench_count: int, make: Callable[[], Bench], work: Iterable, do: Cal
             results += future.result()
             progress(results)
         return results
+
+
+class RunningScore:
+    """The share of passes while samples are still generated, judged in a thread beside that. It is for a progress bar:
+    the score itself is made anew from all samples. Of EvalPlus' arguments, only the base ones.
+    """
+
+    def __init__(self, tasks: TaskSet, timeout: float | None = None):
+        self.tasks, self.judged, self.passed = tasks, 0, 0
+        self.seconds = timeout or BENCHMARKS[tasks.name].seconds
+        self.waiting: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
+        self.ended = False
+        self.thread = threading.Thread(target=self._judge, daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.ended = True
+        self.waiting.put(None)
+        self.thread.join()
+
+    @property
+    def share(self) -> float | None:
+        return self.passed / self.judged if self.judged else None
+
+    def add(self, rows: list[dict]) -> None:
+        """rows: task_id and completion of each."""
+        for row in rows:
+            self.waiting.put(row)
+
+    def _judge(self) -> None:
+        with suppress(Failure), closing(Bench(Sandbox)) as bench:  # a sandbox that fails does so again at the end
+            while (row := self.waiting.get()) is not None and not self.ended:
+                task = replace(self.tasks.tasks[row["task_id"]], plus_input=())
+                sample = Sample(task_id=task.task_id, line=0, text=row["completion"], whole=False)
+                if BENCHMARKS[self.tasks.name].plus:
+                    result, = judge_plus(bench, task, [sample], self.tasks.name.removesuffix("_plus"), self.seconds)
+                else:
+                    result, = judge_tests(bench, task, [sample], self.seconds, audit=False)
+                self.passed += result["verdict"] == "pass"
+                self.judged += 1
 
 
 def score_samples(samples_path: str | Path, tasks: TaskSet, *, workers: int | None = None,

@@ -8,6 +8,15 @@ from contextlib import contextmanager
 import pytest
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache_folder(tmp_path_factory):
+    """Of tokenised text, instead of the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DLLM_CACHE", str(folder))
+        yield folder
+
+
 @pytest.fixture
 def model(model_folder):
     from dllm.model import DiffusionLM

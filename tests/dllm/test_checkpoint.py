@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from dllm.checkpoint import find_damage, list_checkpoints, load_latest, save_checkpoint, write_atomically
+from dllm.checkpoint import begin, explain, find_damage, list_checkpoints, load_latest, seal, write_atomically
 from dllm.errors import Failure, UserError
 
 
@@ -16,7 +16,10 @@ def write_model(folder):
 
 
 def save(folder, step, **keywords):
-    return save_checkpoint(folder, step, write_model, {"step": step, "tensor": torch.arange(1000.0)}, **keywords)
+    with explain(begin(folder, step)) as temporary:
+        write_model(temporary / "hf_ckpt")
+        torch.save({"step": step, "tensor": torch.arange(1000.0)}, temporary / "trainer_state.pt")
+    return seal(folder, step, **keywords)
 
 
 def content(folder):
@@ -72,7 +75,7 @@ def fail_writing_the_state(monkeypatch):
         def write(self, content):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     write = torch.save
-    monkeypatch.setattr(torch, "save", lambda state, file: write(state, FullFile()))
+    monkeypatch.setattr(torch, "save", lambda state, _: write(state, FullFile()))
 
 
 def fail_synchronising(monkeypatch):

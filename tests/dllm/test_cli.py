@@ -199,6 +199,14 @@ def test_eval_gives_json_on_stdout_and_in_a_file(task, flags, keys, model_folder
     if task == "infill":
         assert len(written["result"].pop("examples")) == 4
     assert written == printed
+    manifest = printed["manifest"]
+    assert {"weights", "tokenizer", "versions", "machine", "dtype"} <= manifest.keys()
+    assert len(manifest["data"]["sha256"]) == len(manifest["weights"]) == 64
+    assert cli.main(arguments) == 0
+    again = json.loads(capsys.readouterr().out)
+    for record in (again, printed):
+        del record["manifest"]["time"]
+    assert again == printed
 
 
 def test_eval_can_keep_to_the_held_out_documents(model_folder, corpus, capsys):
@@ -250,6 +258,58 @@ def test_doctor_reports_versions_devices_and_backends(capsys):
     out = capsys.readouterr().out
     for wanted in (dllm.__version__, torch.__version__, "cpu", "g++", "topk_unmask", "reference", "to install:"):
         assert wanted in out
+
+
+def test_data_count_tells_what_training_would_see(model_folder, corpus, capsys):
+    assert cli.main(["data", "count", str(corpus), "--tokenizer", str(model_folder), "--max-seq-len", "64"]) == 0
+    counts = json.loads(capsys.readouterr().out)
+    assert counts["documents"] == 6 and counts["bytes"] == sum(len(f.read_bytes()) for f in corpus.iterdir())
+    assert counts["rows"] * 64 >= counts["tokens"] > (counts["rows"] - 1) * 64 * 0.9
+    assert 0.9 < counts["packing"] <= 1
+
+
+def test_data_inspect_shows_the_chunks_their_text_and_masks(model_folder, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("[bold] é first")
+    (tmp_path / "b.txt").write_text("second " * 20)
+    command = ["data", "inspect", str(tmp_path), "--tokenizer", str(model_folder), "--rows", "1"]
+    assert cli.main(command) == 0
+    out = capsys.readouterr().out
+    assert "[bold] é first<|endoftext|>" in out and "second " * 20 + "<|endoftext|>" in out
+    assert out.count("chunk of") == out.count("corrupted at t = ") == 2 and "▒" in out and "\x1b" not in out
+    assert cli.main(command) == 0 and capsys.readouterr().out == out
+
+
+def test_data_inspect_marks_the_answers_which_alone_are_masked(model_folder, tmp_path, capsys):
+    talk = [{"role": "user", "content": "Question?"}, {"role": "assistant", "content": "An answer."}]
+    (tmp_path / "talk.jsonl").write_text(json.dumps({"talk": talk}))
+    (tmp_path / "chat.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+                                         "{% if add_generation_prompt %}assistant: {% endif %}")
+    assert cli.main(["data", "inspect", str(tmp_path / "talk.jsonl"), "--tokenizer", str(model_folder), "--text-keys",
+                     "talk", "--data-type", "conversation", "--chat-template", str(tmp_path / "chat.jinja")]) == 0
+    out = capsys.readouterr().out
+    assert "user: Question?\nassistant: «An answer.\n<|endoftext|>»" in out and "to learn" in out
+    assert out.count("user: Question?\nassistant: ") == 4  # clean and corrupted, in both rows
+
+
+def test_data_download_prepares_a_dataset_or_writes_it_where_it_is_told(monkeypatch, tmp_path, capsys, fails):
+    import datasets
+
+    from dllm.data import read_documents
+    table = datasets.Dataset.from_dict({"text": ["one", "two"]})
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
+    assert cli.main(["data", "download", "owner/name"]) == 0
+    assert capsys.readouterr().out == "2 records of owner/name; train with --data.train_path=owner/name\n"
+    assert cli.main(["data", "download", "owner/name", "--output-dir", str(tmp_path / "new")]) == 0
+    assert [document.text for document in read_documents([tmp_path / "new"])] == ["one", "two"]
+    assert "is a local path, there is nothing to download" in fails(2, "data", "download", tmp_path)
+
+    def fail(*_, **__):
+        raise ConnectionError("Couldn't reach 'owner/name' on the Hub")
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", fail)
+    assert "Couldn't reach 'owner/name' on the Hub" in fails(2, "data", "download", "owner/name")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install 'dllm[data]'" in fails(2, "data", "download", "owner/name")
 
 
 # Everything that can be wrong

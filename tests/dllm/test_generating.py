@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,14 @@ import torch
 
 from dllm import cli
 from dllm.errors import UserError
-from dllm.evaluators import generating
+from dllm.evaluators import generating, sandbox
 from dllm.evaluators.generating import RunSettings, finish_text, generate_samples
 from dllm.evaluators.presets import CODE_STOPS, MBPP_STOPS, PRESETS
+from dllm.evaluators.scoring import RunningScore
 from dllm.evaluators.tasks import TaskSet, read_tasks
 from dllm.model import DiffusionLM
 from dllm.tokenizer import load_tokenizer
+from tests.dllm import record_evaluation
 
 ROWS = [{"task_id": f"HumanEval/{i}", "prompt": f"def add{i}(a, b):\n" + i * "    # words\n", "entry_point": f"add{i}",
          "canonical_solution": "    return a + b\n", "suffix": "",
@@ -87,6 +90,44 @@ def test_a_killed_run_continues_to_the_same_samples(loaded, tmp_path, monkeypatc
         assert len(asked) == {0: 3, len(part) - 1: 1, len(part): 0}.get(kept, len(asked)) < 4
 
 
+def test_progress_is_told_with_the_share_that_passes_so_far(loaded, tmp_path, monkeypatch):
+    told, judged = [], []
+    monkeypatch.setattr(RunningScore, "add", lambda self, rows: judged.extend(rows))
+    monkeypatch.setattr(RunningScore, "share", property(lambda self: len(judged) / 100))
+    tasks = read("humaneval", ROWS[:3], tmp_path)
+    generate_samples(*loaded, tasks, tmp_path / "run", RunSettings(samples=2, batch_size=4, generation=QUICK),
+                     progress=lambda *now: told.append(now), workers=1)
+    assert told == [(4, 6, 0.04), (6, 6, 0.06)]
+    assert sorted(row["completion"] for row in judged) == sorted(row["completion"] for row in lines(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("name", ["humaneval", "humaneval_plus"])
+def test_a_running_score_counts_passes(name, tmp_path):
+    row = {"prompt": "def add(a, b):\n", "entry_point": "add", "canonical_solution": "    return a + b\n",
+           "task_id": "HumanEval/0", "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n",
+           "base_input": [[1, 2]], "plus_input": [[3, 4]], "atol": 0}
+    with RunningScore(read(name, [row], tmp_path)) as score:
+        assert score.share is None
+        score.add([{"task_id": "HumanEval/0", "completion": f"    return a {sign} b"} for sign in "++-+"])
+        end = time.monotonic() + 30
+        while score.judged < 4 and time.monotonic() < end:
+            time.sleep(0.02)
+        assert score.share == 0.75
+
+
+def test_a_running_score_ends_with_the_run(tmp_path):
+    with RunningScore(read("humaneval", ROWS, tmp_path), timeout=0.2) as score:
+        score.add([{"task_id": "HumanEval/0", "completion": "    while True: pass\nadd0(1, 2)"}] * 1000)
+    assert score.judged <= 2 and not score.thread.is_alive()
+
+
+def test_a_sandbox_that_lacks_layers_is_refused_before_anything_is_generated(loaded, tmp_path, monkeypatch):
+    monkeypatch.setattr(sandbox.Sandbox.__init__, "__defaults__", (("landlock",), None))
+    monkeypatch.setattr(generating, "denoise_batch", None)
+    with pytest.raises(UserError, match="--require-sandbox strict: this machine lacks"):
+        generate_samples(*loaded, read("humaneval", ROWS, tmp_path), tmp_path / "run", RunSettings(), require="strict")
+
+
 def test_several_processes_share_the_batches(loaded, tmp_path, monkeypatch):
     tasks = read("humaneval", ROWS, tmp_path)
     evaluate(loaded, tasks, tmp_path / "one", samples=2)
@@ -99,6 +140,16 @@ def test_several_processes_share_the_batches(loaded, tmp_path, monkeypatch):
         assert bool(record) == (rank == "0")
     assert lines(tmp_path / "two") == lines(tmp_path / "one")
     assert {path.name for path in (tmp_path / "two").glob("part-*")} == {"part-0.jsonl", "part-1.jsonl"}
+
+
+def test_a_recorded_evaluation_is_made_again_exactly(tmp_path, capsys):
+    """Whatever the threads and the processor's instructions. Another torch may round, and so draw, otherwise."""
+    recorded = json.loads(record_evaluation.RECORD.read_text())
+    made = json.loads(json.dumps(record_evaluation.evaluate(tmp_path)))
+    version, recorded_version = made.pop("torch"), recorded.pop("torch")
+    if made != recorded and version != recorded_version:
+        pytest.skip(f"recorded with torch {recorded_version}; {version} makes other samples of the same model")
+    assert made == recorded and "pass" in recorded["verdicts"] and "fail" in recorded["verdicts"]
 
 
 def test_gaps_of_every_length(loaded, tmp_path):
@@ -192,7 +243,7 @@ def test_the_command(model_folder, tmp_path, capsys):
     record = json.loads(capsys.readouterr().out)
     assert record["tasks"] == 2 and record["samples_scored"] == 2 and "results" not in record
     assert cli.main([*command, "--temperature", "0.5"]) == 2
-    assert "has a run with another generation" in capsys.readouterr().err
+    assert "has a run with another generation (temperature 0.8, now 0.5); name" in capsys.readouterr().err
     assert cli.main([*command[:-2], "--max-new-tokens", "0"]) == 2
     assert "max_new_tokens must be at least 1" in capsys.readouterr().err
     assert cli.main(["score", str(tmp_path / "run" / "samples.jsonl"), "--task", "humaneval", "--data",

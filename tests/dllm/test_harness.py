@@ -22,6 +22,7 @@ pytest.importorskip("lm_eval")
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from dllm.evaluators.harness import TASKS, HarnessLM, evaluate_task  # noqa: E402
+from dllm.evaluators.scoreboard import make_scoreboard  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1", "LMEVAL_LOG_LEVEL": "WARNING"}
@@ -271,6 +272,8 @@ def test_dllm_eval_hands_other_tasks_to_lm_eval(model_folder, tmp_path, capsys, 
     assert results["manifest"] == manifest == shown["manifest"] and "samples" not in shown
     assert len(results["samples"]["chosen"]) == 2 and manifest["likelihood_samples"] == 4
     assert set(manifest) >= {"weights", "tokenizer", "data", "versions"} and "lm_eval" in manifest["versions"]
+    group, = make_scoreboard([tmp_path]).groups
+    assert group.title == "chosen" and group.runs[0].scores.keys() >= {"acc"}
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)  # without theirs, which take seconds
     lm = HarnessLM.create_from_arg_obj({"pretrained": str(model_folder), "likelihood_samples": 4, "device": "cpu"})
     again = evaluate_task(lm, "chosen", manager, tmp_path / "run", limit=2)

@@ -1,6 +1,7 @@
 """The trainer: learns, resumes bit for bit after a kill, accumulates exactly, refuses what cannot work in one line."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,13 +14,13 @@ import pytest
 import torch
 
 import dllm.trainer as trainer
-from dllm.batches import make_batches
+from dllm.batches import MicroBatch, Opening, draw_visible, forward, make_batches, opened_share
 from dllm.config import Config, DataGroup, ModelGroup, TrainGroup, load_config
 from dllm.data import PackedDataset
 from dllm.errors import Failure, UserError
 from dllm.families import ModelConfig
 from dllm.model import DiffusionLM
-from dllm.optimizer import Muon, learning_rate, orthogonalize
+from dllm.optimizer import Muon, build_optimizers, learning_rate, orthogonalize
 from dllm.train import main
 from dllm.trainer import train
 
@@ -57,7 +58,8 @@ def make_config(corpus, tmp_path):
 
 
 def losses(history: list[dict]) -> list[dict]:
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in history]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "tokens_per_second")}
+            for line in history]
 
 
 def read_metrics(output: Path) -> list[dict]:
@@ -67,7 +69,8 @@ def read_metrics(output: Path) -> list[dict]:
 @pytest.mark.parametrize("keys", [
     {"objective": "mdm", "path_term": True, "eval_every": 4},
     {"objective": "elbo", "optimizer": "muon", "schedule": "cosine"},
-    {"objective": "ar"}, {"objective": "mdm", "precision": "bf16", "global_batch_size": 8}], ids=str)
+    {"objective": "ar"}, {"objective": "block_diffusion", "block_length": 8},
+    {"objective": "mdm", "precision": "bf16", "global_batch_size": 8}], ids=str)
 def test_every_objective_lowers_the_loss_and_leaves_a_checkpoint_that_loads(make_config, keys):
     result = train(make_config(max_steps=30, **keys))
     history = result.history
@@ -123,9 +126,8 @@ DIES_WHILE_SAVING = """
 import os, signal, sys, torch
 write = torch.save
 def write_half_and_die(state, file):
-    if state["step"] == {step}:
-        file.write(b"half of it")
-        file.flush()
+    if isinstance(state, dict) and state["step"] == {step}:
+        file.write_bytes(b"half of it")
         os.kill(os.getpid(), signal.SIGKILL)
     write(state, file)
 torch.save = write_half_and_die
@@ -175,6 +177,71 @@ def make_dataset(longest: int, max_seq_len=16) -> PackedDataset:
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(2, longest, (50,), generator=generator).tolist()
     return PackedDataset([torch.randint(63, (n,), generator=generator) for n in lengths], max_seq_len)
+
+
+@pytest.mark.parametrize("objective", ["mdm", "elbo", "block_diffusion", "ar"])
+def test_micro_batches_of_any_size_give_the_gradients_of_the_whole(objective):
+    dataset, model = make_dataset(longest=40), make_model()
+    gradients = []
+    for size in (12, 4, 1):
+        settings = TrainGroup(output_dir="x", objective=objective, block_length=5, micro_batch_size=size,
+                              global_batch_size=12)
+        batches = make_batches(dataset, 5, range(12), 12, settings, 1, model)
+        assert len(batches) == 12 // size
+        for batch in batches:
+            (forward(model, batch, torch.device("cpu")).loss / sum(b.normaliser for b in batches)).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        model.zero_grad()
+    for gradient in gradients[1:]:
+        assert (gradient - gradients[0]).norm() <= 1e-5 * gradients[0].norm()
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_packed_documents_train_as_each_of_them_alone(shift):
+    model, dataset = make_model(shift_logits=shift), make_dataset(longest=15)
+    settings = TrainGroup(output_dir="x", objective="elbo", micro_batch_size=8)
+    batch, = make_batches(dataset, 0, range(8), 8, settings, 1, model)
+    assert batch.cu_seqlens is not None and len(batch.cu_seqlens) > 9
+    packed = forward(model, batch, torch.device("cpu")).loss
+    alone = 0
+    for start, end in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
+        targets = batch.targets._replace(**{name: getattr(batch.targets, name)[start:end]
+                                            for name in ("tokens", "scored", "weights")})
+        document = MicroBatch(batch.input_ids[:, start:end], None, int(end - start), targets, None, 0, 0, 0)
+        alone = alone + forward(model, document, torch.device("cpu")).loss
+    assert packed.item() == pytest.approx(alone.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("longest, block_length, shift", [
+    (15, 4, False), (15, 4, True), (60, 6, True), (15, 40, False)])
+def test_block_diffusion_is_the_sum_over_blocks_given_the_clean_ones_before(longest, block_length, shift):
+    model, dataset = make_model(shift_logits=shift).double(), make_dataset(longest=longest)
+    settings = TrainGroup(output_dir="x", objective="block_diffusion", block_length=block_length, micro_batch_size=8)
+    batch, = make_batches(dataset, 0, range(8), 8, settings, 1, model)
+    forward(model, batch, torch.device("cpu")).loss.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    noisy, clean = batch.input_ids.flatten(), batch.clean_ids.flatten()
+    targets = batch.targets
+    corrupted, weights = noisy.ne(clean), targets.weights.roll(1) if shift else targets.weights
+    rows, length = batch.input_ids.shape
+    ends = range(0, rows * length + 1, length) if batch.cu_seqlens is None else batch.cu_seqlens.tolist()
+    expected, times = 0, set()
+    for start, end in zip(ends[:-1], ends[1:], strict=True):
+        for first in range(start, end, block_length):
+            last = min(first + block_length, end)
+            seen = torch.cat((clean[start:first], noisy[first:last]))[None]
+            logits = model.hidden_states(seen, block_length=block_length)[0] @ model.head_weight.T
+            for place in range(max(first, start + 1) if shift else first, last):
+                if corrupted[place]:
+                    about = logits[place - start - shift]
+                    expected = expected - weights[place] * about.log_softmax(-1)[clean[place]]
+            times.add(weights[last - 1].item())
+    expected.backward()
+    assert forward(model, batch, torch.device("cpu")).loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for gradient, parameter in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-5)
+    assert len(times) > (8 if block_length < 40 else 1)
 
 
 def test_rows_of_one_chunk_each_are_trained_densely():
@@ -296,7 +363,7 @@ def test_after_a_full_disk_the_run_goes_on_from_the_last_checkpoint(make_config,
     write = torch.save
 
     def full(state, file):
-        if state["step"] == 8:
+        if isinstance(state, dict) and state["step"] == 8:
             raise OSError(28, "No space left on device")
         write(state, file)
     with monkeypatch.context() as patch:
@@ -344,3 +411,283 @@ def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(make_config, tmp_pa
     config = make_config(output_dir=str(tmp_path / "second"))
     with pytest.raises(UserError, match="the tokenizer has 300 tokens, the model's vocabulary is 290"):
         train(replace(config, model=replace(config.model, vocab_size=290, tokenizer_path=str(first.checkpoint))))
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted_and_the_next_ones_learn(make_config, monkeypatch):
+    forward_once = trainer.forward
+
+    def poisoned(*arguments):
+        sums = forward_once(*arguments)
+        poisoned.calls += 1
+        return sums._replace(loss=sums.loss * math.nan) if poisoned.calls == 5 else sums
+
+    poisoned.calls = 0
+    monkeypatch.setattr(trainer, "forward", poisoned)
+    result = train(make_config(save_steps=0))
+    assert [line.get("skipped", 0) for line in result.history] == [0] * 4 + [1] * 8
+    assert math.isnan(result.history[4]["loss"]) and result.history[-1]["loss"] < result.history[0]["loss"]
+
+
+def test_no_checkpoint_is_written_of_weights_whose_loss_is_not_finite(make_config, tmp_path):
+    with pytest.raises(Failure, match="not finite in 3 steps in a row: lower train.lr"):
+        train(make_config(lr=1e30, lr_decay_style="constant", lr_warmup_ratio=0, max_grad_norm=0, max_steps=50,
+                          save_steps=1, max_bad_steps=3))
+    folders = (tmp_path / "run/checkpoints").glob("*")
+    assert sorted(int(folder.name.split("_")[-1]) for folder in folders) == [1]
+
+
+def test_adapters_alone_are_trained_and_merged_into_the_model_for_others(make_config, tmp_path):
+    start = train(make_config(max_steps=2, output_dir=str(tmp_path / "start"))).checkpoint
+    config = make_config(lora_rank=4, max_steps=8, save_steps=3, lr=3e-2)
+    config = replace(config, model=ModelGroup(model_path=str(start)))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer, "make_batches", interrupt_at(5))
+        train(config)
+    resumed = train(config)
+    whole = train(replace(config, train=replace(config.train, output_dir=str(tmp_path / "whole"))))
+    assert losses(resumed.history) == losses(whole.history)
+    before, after = (DiffusionLM.from_pretrained(folder).state_dict() for folder in (start, resumed.checkpoint))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "_proj.weight" in name}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_frozen_parameters_stay_bit_for_bit_and_have_no_state_and_the_others_learn(make_config, tmp_path, optimizer):
+    start = train(make_config(max_steps=2, output_dir=str(tmp_path / "start"))).checkpoint
+    config = make_config(max_steps=4, save_steps=2, optimizer=optimizer, weight_decay=0.1,
+                         freeze_layers="LM_head, layers.1.mlp")
+    config = replace(config, model=ModelGroup(model_path=str(start)))
+    optimizers = []
+    with pytest.MonkeyPatch.context() as patch:
+        def keep(*arguments):
+            optimizers.extend(build_optimizers(*arguments))
+            return optimizers
+        patch.setattr(trainer, "build_optimizers", keep)
+        result = train(config)
+    before, after = (DiffusionLM.from_pretrained(folder).state_dict() for folder in (start, result.checkpoint))
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {"model.embed_tokens.weight",  # tied: the head
+                    *(f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up", "down"))}
+    assert sum(len(optimizer.state) for optimizer in optimizers) == len(before) - len(same)
+    with pytest.raises(UserError, match="train.freeze_layers 'LM_head, layers.1.mlp', not None"):
+        train(replace(config, train=replace(config.train, freeze_layers=None)))
+
+
+@pytest.mark.parametrize("objective", ["mdm", "elbo"])
+def test_alignment_of_micro_batches_of_any_size_is_that_of_the_whole(objective):
+    dataset, model, teacher = make_dataset(longest=40), make_model(), make_model()
+    alignments = []
+    for size in (12, 4, 1):
+        settings = TrainGroup(output_dir="x", objective=objective, block_length=5, micro_batch_size=size,
+                              global_batch_size=12)
+        batches = make_batches(dataset, 5, range(12), 12, settings, 1, model)
+        alignments.append(sum(forward(model, batch, torch.device("cpu"), teacher).alignment.item()
+                              for batch in batches))
+        assert sum(batch.scored for batch in batches) > alignments[-1] > 0
+    assert alignments[1:] == pytest.approx(alignments[:1] * 2, rel=1e-5)
+
+
+def test_the_teacher_sees_clean_text_and_no_later_token():
+    model, teacher, dataset = make_model(), make_model(), make_dataset(longest=15)
+    settings = TrainGroup(output_dir="x", micro_batch_size=8)
+    batch, = make_batches(dataset, 0, range(8), 8, settings, 1, model)
+    calls = []
+    teacher.hidden_states = lambda ids, **keys: calls.append((ids, keys)) or DiffusionLM.hidden_states(
+        teacher, ids, **keys)
+    forward(model, batch, torch.device("cpu"), teacher)
+    (ids, keys), = calls
+    assert torch.equal(ids[0], dataset.read(range(8)).tokens) and keys["block_length"] == 1
+    assert keys["cu_seqlens"] is batch.cu_seqlens
+
+
+def test_attention_opens_linearly_from_causal_to_both_directions():
+    settings = TrainGroup(output_dir="x", anneal_attention_ratio=0.2)
+    assert [opened_share(step, 50, settings) for step in (0, 1, 5, 9, 10, 49)] == [0, 0.1, 0.5, 0.9, 1, 1]
+    assert opened_share(0, 50, TrainGroup(output_dir="x")) == 1
+
+
+@pytest.mark.parametrize("longest", [15, 400])
+def test_hardly_opened_attention_is_causal_and_nearly_open_attention_sees_all(longest):
+    model, dataset = make_model(), make_dataset(longest=longest)
+    settings = TrainGroup(output_dir="x", micro_batch_size=8)
+
+    def loss(opened: float, **change) -> float:
+        batch, = make_batches(dataset, 3, range(8), 8, settings, 1, model, opened)
+        return forward(model, batch._replace(**change), torch.device("cpu")).loss.item()
+
+    causal, both = loss(1, block_length=1), loss(1)
+    assert loss(0) == pytest.approx(causal, rel=1e-5) and loss(1 - 1e-12) == pytest.approx(both, rel=1e-5)
+    assert abs(loss(0.5) - causal) > 1e-4 < abs(loss(0.5) - both)
+
+
+def test_which_later_tokens_are_seen_depends_on_seed_step_and_slot_and_on_no_cut():
+    model, dataset = make_model(), make_dataset(longest=40, max_seq_len=32)
+
+    def draw(slots: range, step=3, seed=1, opened=0.3) -> list[torch.Tensor]:
+        settings = TrainGroup(output_dir="x", micro_batch_size=len(slots))
+        batch, = make_batches(dataset, step, slots, 12, settings, seed, model, opened)
+        return draw_visible(batch.opening, torch.device("cpu"))
+
+    whole, parts = draw(range(12)), draw(range(5)) + draw(range(5, 12))
+    assert all(torch.equal(mine, other) for mine, other in zip(whole, parts, strict=True))
+    wider = draw(range(12), opened=0.6)
+    later = [mask[torch.ones_like(mask).triu(1)] for mask in whole]
+    assert all(mask.tril().equal(torch.ones_like(mask).tril()) for mask in whole)
+    assert all((mine <= other).all() for mine, other in zip(whole, wider, strict=True))
+    assert torch.cat(later).double().mean().item() == pytest.approx(0.3, abs=0.03)
+    first = {str(mask[:8, :8].tolist()) for mask in whole if len(mask) >= 8}
+    assert len(first) == sum(len(mask) >= 8 for mask in whole) > 8
+    opening = Opening(0.3, 1, 3, [(0, 0, 8)])
+    others = [opening, opening._replace(seed=2), opening._replace(step=4), opening._replace(documents=[(1, 0, 8)]),
+              opening._replace(documents=[(0, 8, 8)])]
+    assert len({str(draw_visible(other, torch.device("cpu"))[0].tolist()) for other in others}) == 5
+
+
+def test_annealed_training_learns_and_continues_bit_for_bit(make_config, tmp_path):
+    keys = {"anneal_attention_ratio": 0.5, "save_steps": 3}
+    whole = train(make_config(output_dir=str(tmp_path / "whole"), **keys))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer, "make_batches", interrupt_at(5))
+        train(make_config(**keys))
+    assert losses(train(make_config(**keys)).history) == losses(whole.history)
+    plain = train(make_config(output_dir=str(tmp_path / "plain"))).history
+    assert whole.history[-1]["loss"] < whole.history[0]["loss"] != plain[0]["loss"]
+
+
+def align(make_config, start: Path, **keys) -> Config:
+    return replace(make_config(repr_align_wt=10.0, **keys), model=ModelGroup(model_path=str(start)))
+
+
+def test_aligned_training_counts_the_term_lowers_it_and_continues_bit_for_bit(make_config, tmp_path):
+    start = train(make_config(max_steps=2, objective="ar", output_dir=str(tmp_path / "start"))).checkpoint
+    config = align(make_config, start, max_steps=12, save_steps=3, path_term=True)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer, "make_batches", interrupt_at(5))
+        train(config)
+    resumed = train(config)
+    whole = train(align(make_config, start, max_steps=12, path_term=True, output_dir=str(tmp_path / "whole")))
+    assert losses(resumed.history) == losses(whole.history)
+    plain = train(replace(config, train=replace(config.train, repr_align_wt=0, output_dir=str(tmp_path / "plain"))))
+    first, other = whole.history[0], plain.history[0]
+    assert "alignment" not in other
+    assert first["loss"] == pytest.approx(other["loss"] + 10 * first["alignment"], rel=1e-6)
+    assert whole.history[-1]["alignment"] < 0.9 * first["alignment"]
+    bound = train(align(make_config, start, max_steps=1, objective="elbo", output_dir=str(tmp_path / "elbo"))).history
+    assert bound[0]["alignment"] == pytest.approx(first["alignment"], rel=1e-6)  # the mean of the same positions
+    assert {file.name for file in whole.checkpoint.iterdir()} == {file.name for file in plain.checkpoint.iterdir()}
+    sizes = [sum(file.stat().st_size for file in result.checkpoint.parent.rglob("*.distcp")) for result in
+             (whole, plain)]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.01) and sizes[0] > 0  # no second model in them
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_alignment_needs_starting_weights_that_predict_the_next_token(make_config, tmp_path, shift):
+    config = make_config(repr_align_wt=10.0)
+    if shift:
+        with pytest.raises(UserError, match="weights of model.model_path, which is not set"):
+            train(config)
+        return
+    start = make_config(max_steps=1, output_dir=str(tmp_path / "start"))
+    start = train(replace(start, model=replace(start.model, family="llama", shift_logits=False))).checkpoint
+    with pytest.raises(UserError, match="predict their own: set it to 0"):
+        train(align(make_config, start))
+
+
+@pytest.mark.parametrize("names, message", [
+    ("norm,layers.7", "no parameter has 'layers.7' in its name"), ("model", "model leaves no parameter to train"),
+])
+def test_names_that_freeze_nothing_or_everything_are_refused(make_config, names, message):
+    with pytest.raises(UserError, match=message):
+        train(make_config(freeze_layers=names))
+
+
+def test_activations_computed_again_train_alike(make_config, tmp_path):
+    plain = train(make_config(max_steps=4))
+    again = train(make_config(max_steps=4, enable_gradient_checkpointing=True, output_dir=str(tmp_path / "again")))
+    assert losses(again.history) == losses(plain.history)
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_alike(make_config, tmp_path):
+    plain = train(make_config(max_steps=4))
+    compiled = train(make_config(max_steps=4, enable_compile=True, output_dir=str(tmp_path / "compiled")))
+    for ours, theirs in zip(losses(compiled.history), losses(plain.history), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_save_in_the_background_is_the_save_of_its_step(make_config, tmp_path):
+    plain = train(make_config(max_steps=9, save_steps=3, save_hf_weights=False))
+    behind = train(make_config(max_steps=9, save_steps=3, save_hf_weights=True, save_async=True,
+                               output_dir=str(tmp_path / "behind")))
+    assert losses(plain.history) == losses(behind.history)
+    early = tmp_path / "behind/checkpoints/global_step_3/hf_ckpt"
+    assert not (tmp_path / "run/checkpoints/global_step_3/hf_ckpt/model.safetensors").exists()
+    config = make_config(max_steps=9, save_steps=3, output_dir=str(tmp_path / "third"))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer, "make_batches", interrupt_at(4))
+        train(config)
+    third = DiffusionLM.from_pretrained(tmp_path / "third/checkpoints/global_step_3/hf_ckpt").state_dict()
+    for name, tensor in DiffusionLM.from_pretrained(early).state_dict().items():
+        assert torch.equal(tensor, third[name])
+
+
+def test_a_changed_model_or_tokenizer_is_refused_naming_the_difference(make_config, tmp_path):
+    start = train(make_config(max_steps=2, output_dir=str(tmp_path / "start"))).checkpoint
+    config = replace(make_config(max_steps=4), model=ModelGroup(model_path=str(start)))
+    train(config)
+    described = json.loads((start / "config.json").read_text())
+    (start / "config.json").write_text(json.dumps(described | {"rope_theta": 5000.0}))
+    with pytest.raises(UserError, match="rope_theta was 10000.0 and is 5000.0; put it back"):
+        train(config)
+    (start / "config.json").write_text(json.dumps(described))
+    tokenizer = json.loads((start / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    (start / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="the tokenizer differs in 4 entries, such as 'a'"):
+        train(config)
+
+
+def test_checkpoints_are_evaluated_and_what_fails_is_told(make_config, corpus, tmp_path, capfd):
+    tasks = f"perplexity --data {corpus} --windows 2 --samples 1; nonsense --limit 1"
+    result = train(make_config(max_steps=4, save_steps=2, eval_tasks=tasks))
+    assert len(result.history) == 4
+    lines = [json.loads(line) for line in (tmp_path / "run/evaluations.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert lines[1]["perplexity/nats_per_token"] < lines[0]["perplexity/nats_per_token"] < 10
+    assert (tmp_path / "run/evaluations/global_step_4/perplexity.json").exists()
+    assert "note: evaluation nonsense of global_step_2 failed: " in capfd.readouterr().err
+
+
+def test_other_documents_are_refused(make_config, tmp_path):
+    (tmp_path / "code.txt").write_text("".join(TEXTS))
+    config = make_config(max_steps=2)
+    config = replace(config, data=replace(config.data, train_path=str(tmp_path / "code.txt"), validation_share=0.0))
+    train(config)
+    (tmp_path / "code.txt").write_text("".join(TEXTS) + "more")
+    with pytest.raises(UserError, match="continues a run on other documents than there are now in .*code.txt"):
+        train(config)
+
+
+def test_metrics_go_to_tensorboard_and_a_profile_is_written_when_asked(make_config, tmp_path):
+    train(make_config(max_steps=6, enable_profiling=True, profile_trace_dir=str(tmp_path / "trace"),
+                      profile_start_step=2, profile_end_step=4))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    assert [file.name for file in (tmp_path / "trace").iterdir()] == ["steps_3_to_4.json.gz"]
+
+
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(make_config, tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text(make_config(global_batch_size=8).to_yaml())
+    assert main([str(path), "--dry-run", "--train.lr=0.5"]) == 0
+    told = capsys.readouterr().out
+    (tmp_path / "again.yaml").write_text(told)
+    assert load_config(tmp_path / "again.yaml").train.lr == 0.5
+    assert "# parameters: 28,256\n" in told and "# memory of each of 1 processes, estimated: " in told
+    assert "# a step: 8 rows, at most 384 tokens; micro-batches of each process: 2\n# steps: 12; " in told
+    assert not (tmp_path / "run").exists()
+    assert main([str(path), "--dry-run", "--train.freeze_layers=mlp"]) == 0
+    assert "# parameters: 28,256, 15,968 of them trained\n" in capsys.readouterr().out

@@ -1,0 +1,84 @@
+"""What a model and a training step cost: parameters, floating-point operations, memory.
+
+Symbols: D hidden size, M inner size of SwiGLU, E head size, Hq/Hkv heads, V vocabulary, n layers, T tokens.
+"""
+
+import torch
+from torch import Tensor
+
+from dllm.config import TrainGroup
+from dllm.families import ModelConfig
+
+# Dense bf16 products per second, from NVIDIA's data sheets; the longest name that a device's begins with or holds.
+PEAK_FLOPS = {"A100": 312e12, "A30": 165e12, "A10": 125e12, "L4": 121e12, "L40S": 362e12, "L40": 181e12,
+              "RTX 4090": 165e12, "H100": 989e12, "H100 PCIe": 756e12, "H200": 989e12, "GH200": 989e12, "H800": 989e12,
+              "H20": 148e12, "B200": 2250e12, "GB200": 2450e12, "B300": 2250e12}
+
+
+def layer_matrices(config: ModelConfig) -> int:
+    """Numbers of the matrices that a token is multiplied by, in all layers (of experts, those it goes to)."""
+    D, E = config.hidden_size, config.head_dim
+    attention = 2 * D * E * (config.num_attention_heads + config.num_key_value_heads)
+    total = 0
+    for index in range(config.num_hidden_layers):
+        width = config.intermediate_size
+        if config.has_experts(index):
+            width = config.moe_intermediate_size * (config.num_experts_per_tok + config.num_shared_experts)
+        total += attention + 3 * D * width
+    return total
+
+
+def step_flops(config: ModelConfig, tokens: float, pairs: float, scored: float) -> float:
+    """Of forward and backward: two operations for each multiplication and addition, and backward as much as two
+    forward; activations that are computed again do not count, nor does the head at positions that are not scored, nor
+    a teacher.
+
+    Args:
+        pairs: (query, key) pairs that attend to each other, over all documents.
+        scored: positions that have a loss.
+    """
+    attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * pairs
+    return 6 * (layer_matrices(config) * tokens + attention + config.hidden_size * config.vocab_size * scored)
+
+
+def count_pairs(cu_seqlens: Tensor, objective: str, block_length: int) -> int:
+    """(query, key) pairs that attend to each other in packed documents [S + 1], in training by an objective."""
+    lengths = cu_seqlens.diff().long()
+    if objective == "ar":
+        return int((lengths * (lengths + 1) // 2).sum())
+    if objective == "block_diffusion":  # either copy sees half of the blocks, and its own
+        return int((lengths * (lengths + block_length)).sum())
+    return int((lengths * lengths).sum())
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Of the device's data sheet, in bf16; None if it is not known."""
+    name = torch.cuda.get_device_name(device)
+    known = [peak for peak in PEAK_FLOPS if peak in name]
+    return PEAK_FLOPS[max(known, key=len)] if known else None
+
+
+def estimate_memory(config: ModelConfig, parameters: int, trainable: int, settings: TrainGroup, tokens: int,
+                    processes: int, bf16: bool) -> dict[str, float]:
+    """Bytes that a device needs while training, by what for.
+
+    Args:
+        parameters, trainable: of the whole model.
+        tokens: of a micro-batch.
+    """
+    shards = processes if settings.data_parallel_mode == "fsdp2" else 1
+    number = 2 if bf16 else 4
+    D, heads = config.hidden_size, config.num_attention_heads * config.head_dim
+    groups = config.num_key_value_heads * config.head_dim
+    width = max(config.intermediate_size, 1)
+    if config.has_experts(config.num_hidden_layers - 1):
+        width = config.moe_intermediate_size * (config.num_experts_per_tok + config.num_shared_experts)
+    # What backward needs of a layer: the inputs of its two norms and of its products, queries, keys and values before
+    # and after the rotation, the attention's output, and four tensors of the inner size.
+    layer = (4 * D + 3 * heads + 3 * groups + 4 * width) * number
+    kept = D * number if settings.enable_gradient_checkpointing else layer
+    own_tokens = tokens / settings.ulysses_parallel_size
+    return {"weights": 4 * parameters / shards, "gradients": 4 * trainable / shards,
+            "teacher": number * parameters if settings.repr_align_wt else 0, "optimizer": 8 * trainable / shards,
+            "weights in bf16": 2 * parameters / (config.num_hidden_layers if shards > 1 else 1) if bf16 else 0,
+            "activations": own_tokens * (config.num_hidden_layers * kept + layer + 6 * D * number)}

@@ -1,0 +1,221 @@
+"""Rows of tokens: documents are cut into chunks, and chunks share rows.
+
+Nothing is dropped: a document is cut into consecutive chunks of max_seq_len. A full chunk is a row; the shorter last
+chunks share rows. A chunk never sees another one. The order of the rows is a function of the seed, so a run resumes
+from the number of its step alone, on any number of processes.
+"""
+
+import hashlib
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dllm.data.tokens import Tokens, ranges
+from dllm.errors import UserError
+
+
+class Packed(NamedTuple):
+    """Some rows, one after the other. T tokens in S chunks."""
+
+    tokens: Tensor  # [T] int64
+    cu_seqlens: Tensor  # [S + 1] int32: where the chunks begin, and T
+    max_seqlen: int  # tokens of the longest chunk
+    row: Tensor  # [T] int64: which of the rows asked for
+    column: Tensor  # [T] int64: position within that row
+    trainable: Tensor | None = None  # [T] bool: tokens to learn to write (of a conversation, the answers); None: all
+
+
+class RowSource(Protocol):
+    """An endless sequence of rows, the same for every process that reads it."""
+
+    def read(self, places: range) -> Packed:
+        """The rows at consecutive places, counted over the whole run; later calls ask for later places."""
+
+    def state(self) -> dict:
+        """What `restore` needs besides the place, to go on without reading again what came before: plain values."""
+
+    def restore(self, states: list[dict]) -> None:
+        """Go on from the states of every process of the run that wrote them, however many; none: from the start."""
+
+
+class PackedDataset:
+    """Tokenised documents, cut and packed into rows of at most max_seq_len tokens. Chunks with nothing to learn go."""
+
+    def __init__(self, sequences: Sequence[Tensor], max_seq_len: int, seed: int = 0):
+        """sequences: per document its tokens [n] (any integer type; kept as int32)."""
+        lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64)
+        tokens = torch.cat([sequence.to(torch.int32) for sequence in sequences])
+        self._pack(Tokens(tokens, lengths, None), torch.arange(len(lengths)), max_seq_len, seed)
+
+    @classmethod
+    def of(cls, tokens: Tokens, documents: Tensor, max_seq_len: int, seed: int = 0) -> "PackedDataset":
+        """Of some documents [D'] (int64, their numbers), whose tokens stay where they are."""
+        self = cls.__new__(cls)
+        self._pack(tokens, documents, max_seq_len, seed)
+        return self
+
+    def _pack(self, tokens: Tokens, documents: Tensor, max_seq_len: int, seed: int) -> None:
+        self.tokens, self._trainable = tokens.tokens, tokens.trainable
+        self.max_seq_len = max_seq_len
+        self.seed = seed
+        lengths = tokens.lengths[documents]
+        pieces = (lengths + max_seq_len - 1) // max_seq_len
+        document = torch.repeat_interleave(torch.arange(len(lengths)), pieces)
+        index = torch.arange(len(document)) - (pieces.cumsum(0) - pieces)[document]  # of the chunk within its document
+        start = (tokens.lengths.cumsum(0) - tokens.lengths)[documents][document] + index * max_seq_len
+        length = torch.minimum(lengths[document] - index * max_seq_len, torch.tensor(max_seq_len))
+        if tokens.trainable is not None:
+            before = torch.cat((torch.zeros(1, dtype=torch.int64), tokens.trainable.cumsum(0)))
+            learnt = before[start + length] > before[start]
+            start, length = start[learnt], length[learnt]
+        rows = pack(length.tolist(), max_seq_len)
+        order = torch.tensor([chunk for row in rows for chunk in row], dtype=torch.int64)
+        self._start, self._length = start[order], length[order]
+        self._offset = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)  # of each row's first chunk
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self._offset) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self._length.sum())
+
+    def state(self) -> dict:
+        return {}
+
+    def restore(self, states: list[dict]) -> None:
+        """A place is all it needs."""
+
+    def read(self, places: range) -> Packed:
+        """Of the endless sequence of shuffled epochs."""
+        places = torch.arange(places.start, places.stop)
+        epochs = range(int(places[0]) // len(self), int(places[-1]) // len(self) + 1)
+        return self.gather(torch.cat([self._shuffled(epoch)[places[places // len(self) == epoch] % len(self)]
+                                      for epoch in epochs]))
+
+    def _shuffled(self, epoch: int) -> Tensor:
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, shuffle(len(self), self.seed, epoch)
+        return self._order
+
+    def gather(self, rows: Tensor) -> Packed:
+        """The tokens of the rows [R]."""
+        counts = self._offset[rows + 1] - self._offset[rows]
+        chunk = ranges(self._offset[rows], counts)
+        lengths = self._length[chunk]
+        index = ranges(self._start[chunk], lengths)
+        row_of_chunk = torch.repeat_interleave(torch.arange(len(rows)), counts)
+        row = torch.repeat_interleave(row_of_chunk, lengths)
+        tokens_in_row = row.bincount(minlength=len(rows))
+        column = ranges(torch.zeros_like(rows), tokens_in_row)
+        cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0))).int()
+        return Packed(self.tokens[index].long(), cu_seqlens, int(lengths.max()), row, column,
+                      None if self._trainable is None else self._trainable[index])
+
+
+class MixedDataset:
+    """Sources that take turns so that each gives its share of the rows.
+
+    Every 10,000 rows each source has its share of places, to the row, in an order of their own; a source's rows come
+    one after the other.
+    """
+
+    CYCLE = 10_000  # rows
+
+    def __init__(self, sources: Sequence[RowSource], weights: Sequence[float], seed: int = 0):
+        """weights: the sources' shares, of any sum.
+
+        Raises: UserError if one would have no row in a cycle.
+        """
+        self.sources = list(sources)
+        self.seed = seed
+        bounds = (torch.tensor([0.0, *weights], dtype=torch.float64).cumsum(0) / sum(weights) * self.CYCLE).round()
+        self._quota = bounds.diff().long()
+        if not self._quota.all():
+            raise UserError(f"a source of weight {min(weights):g} among {sum(weights):g} would give less than one row "
+                            f"in {self.CYCLE:,}; raise its weight in data.train_path, or leave it out")
+
+    def read(self, places: range) -> Packed:
+        asked = torch.arange(places.start, places.stop)
+        parts, rows = [], []
+        chosen, numbers = self._assign(asked)
+        for index, source in enumerate(self.sources):
+            mine = (chosen == index).nonzero().squeeze(1)
+            if len(mine):  # its numbers are consecutive, for places are
+                parts.append(source.read(range(int(numbers[mine[0]]), int(numbers[mine[-1]]) + 1)))
+                rows.append(mine)
+        return merge(parts, rows)
+
+    def _assign(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """(source, number of the row among the source's own), each [P], of places [P]."""
+        chosen, numbers = torch.empty_like(places), torch.empty_like(places)
+        for cycle in (places // self.CYCLE).unique().tolist():
+            order = torch.repeat_interleave(torch.arange(len(self._quota)), self._quota)
+            order = order[shuffle(self.CYCLE, self.seed, cycle)]
+            number = F.one_hot(order).cumsum(0)[torch.arange(self.CYCLE), order] - 1
+            inside = places // self.CYCLE == cycle
+            at = places[inside] % self.CYCLE
+            chosen[inside] = order[at]
+            numbers[inside] = number[at] + cycle * self._quota[order[at]]
+        return chosen, numbers
+
+    def state(self) -> dict:
+        return {"sources": [source.state() for source in self.sources]}
+
+    def restore(self, states: list[dict]) -> None:
+        for index, source in enumerate(self.sources):
+            source.restore([state["sources"][index] for state in states])
+
+
+def merge(parts: Sequence[Packed], rows: Sequence[Tensor]) -> Packed:
+    """The rows of all parts in one order. rows: for each part where its rows [R] go; together 0, 1, ..."""
+    placed = [where[part.row] for part, where in zip(parts, rows, strict=True)]
+    row = torch.cat(placed)
+    order = row.argsort(stable=True)
+    row_of_chunk = torch.cat([where[part.cu_seqlens[:-1].long()] for part, where in zip(parts, placed, strict=True)])
+    lengths = torch.cat([part.cu_seqlens.diff() for part in parts])[row_of_chunk.argsort(stable=True)]
+    return Packed(
+        tokens=torch.cat([part.tokens for part in parts])[order], cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).int(),
+        max_seqlen=max(part.max_seqlen for part in parts), row=row[order],
+        column=torch.cat([part.column for part in parts])[order],
+        trainable=None if parts[0].trainable is None else torch.cat([part.trainable for part in parts])[order])
+
+
+def mix(*parts: object) -> int:
+    """A number below 2**56 that depends on every part."""
+    return int.from_bytes(hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=7).digest(), "big")
+
+
+def shuffle(count: int, *seeds: object) -> Tensor:
+    """A permutation [count] that depends on the seeds alone."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(mix(*seeds)))
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices grouped so that the lengths in a group sum to at most `capacity`: best fit, longest first."""
+    rows: list[list[int]] = []
+    open_rows: dict[int, list[int]] = {}  # space left -> rows with it
+    spaces: list[int] = []  # its keys, ascending
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = bisect_left(spaces, lengths[index])
+        if place == len(spaces):
+            row, space = len(rows), capacity
+            rows.append([])
+        else:
+            space = spaces[place]
+            row = open_rows[space].pop()
+            if not open_rows[space]:
+                del open_rows[space], spaces[place]
+        rows[row].append(index)
+        if space := space - lengths[index]:
+            if space not in open_rows:
+                open_rows[space] = []
+                insort(spaces, space)
+            open_rows[space].append(row)
+    return rows

@@ -1,0 +1,52 @@
+"""Rows as a person can read them: where chunks begin, what is learnt, and what the model is given to read."""
+
+from rich.console import Console
+from rich.text import Text
+from torch import Tensor
+
+from dllm.batches import spread_times
+from dllm.corruption import corrupt
+from dllm.data.packing import Packed
+from dllm_kernels import philox_uniform
+
+MASK = "▒"  # one token
+LEARNT = ("«", "»")  # around what is learnt, where not all is
+
+
+def show_rows(packed: Packed, tokenizer, seed: int, console: Console) -> None:
+    """Print rows chunk by chunk: the text, then a corrupted copy, as in a training step of these rows."""
+    rows = int(packed.row[-1]) + 1
+    uniform = philox_uniform(seed, packed.row, 0, packed.column)[..., 0]
+    offset = philox_uniform(seed, packed.row[:1], 0, packed.column[:1])[0, 0]
+    corruption = corrupt(packed.tokens, packed.cu_seqlens, tokenizer.mask_token_id,
+                         times=spread_times(packed, packed.cu_seqlens, 0, rows, offset), uniform=uniform,
+                         maskable=packed.trainable)
+    counts = packed.row.bincount().tolist()
+    bounds = packed.cu_seqlens.tolist()
+    for first, end in zip(bounds, bounds[1:], strict=False):
+        row, part = int(packed.row[first]), slice(first, end)
+        if packed.column[first] == 0:
+            learnt = "" if packed.trainable is None else f", {int(packed.trainable[packed.row == row].sum())} to learn"
+            console.print(Text(f"row {row}: {counts[row]} tokens{learnt}", style="bold"), soft_wrap=True)
+        console.print(Text(f"  chunk of {end - first} tokens", style="dim"), soft_wrap=True)
+        marks = None if packed.trainable is None else packed.trainable[part]
+        console.print(_paint(packed.tokens[part], marks, None, tokenizer), soft_wrap=True)
+        console.print(Text(f"  corrupted at t = {corruption.t[first]:.2f}", style="dim"), soft_wrap=True)
+        console.print(_paint(packed.tokens[part], None, corruption.corrupted[part], tokenizer), soft_wrap=True)
+
+
+def _paint(tokens: Tensor, learnt: Tensor | None, masked: Tensor | None, tokenizer) -> Text:
+    text = Text()
+    marks = learnt if masked is None else masked
+    start = 0
+    for end in range(1, len(tokens) + 1):
+        if end < len(tokens) and (marks is None or marks[end] == marks[start]):
+            continue
+        marked = marks is not None and bool(marks[start])
+        if masked is not None and marked:
+            text.append(MASK * (end - start), style="yellow")
+        else:
+            run = tokenizer.decode(tokens[start:end])
+            text.append(f"{LEARNT[0]}{run}{LEARNT[1]}" if marked else run, style="green" if marked else "")
+        start = end
+    return text

@@ -1,0 +1,220 @@
+"""Documents to tokens, kept in a cache: a file per corpus, tokenizer and way of reading, that later runs map to memory.
+
+The cache lies in $DLLM_CACHE (default: ~/.cache/dllm). A file is written aside and renamed, so that processes may build
+the same one at once; one that is damaged is built again.
+"""
+
+import ctypes
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import zlib
+from array import array
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from itertools import chain, islice
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dllm.data.conversations import encode_conversation
+from dllm.data.sources import Document
+from dllm.errors import Failure
+
+_VERSION = 1  # of what a cache file holds
+_BATCH = 64  # documents that a worker gets at a time
+_FEW = 2048  # documents done before a process has started
+
+
+class Tokens(NamedTuple):
+    """Documents, one after the other. N tokens of D documents."""
+
+    tokens: Tensor  # [N] int32
+    lengths: Tensor  # [D] int64
+    trainable: Tensor | None  # [N] bool: tokens to learn to write; None: all
+
+
+def select(tokens: Tokens, documents: Tensor) -> Tokens:
+    """A copy of the documents [D'] (int64, their numbers)."""
+    lengths = tokens.lengths[documents]
+    index = ranges((tokens.lengths.cumsum(0) - tokens.lengths)[documents], lengths)
+    return Tokens(tokens.tokens[index], lengths, None if tokens.trainable is None else tokens.trainable[index])
+
+
+def join(parts: Sequence[Tokens]) -> Tokens:
+    marks = [part.trainable for part in parts if part.trainable is not None]
+    return Tokens(torch.cat([part.tokens for part in parts]), torch.cat([part.lengths for part in parts]),
+                  torch.cat(marks) if marks else None)
+
+
+def ranges(starts: Tensor, counts: Tensor) -> Tensor:
+    """starts[0], starts[0] + 1, ... counts[0] of them, then those of starts[1], ..."""
+    before = counts.cumsum(0) - counts
+    return torch.repeat_interleave(starts - before, counts) + torch.arange(int(counts.sum()))
+
+
+def tokenize(tokenizer, documents: Sequence[Document]) -> list[Tensor]:
+    """Per document its tokens and the end-of-text token, int32; no beginning-of-text token."""
+    encoded = encode(tokenizer, documents)
+    return list(encoded.tokens.split(encoded.lengths.tolist()))
+
+
+def encode(tokenizer, documents: Iterable[Document], workers: int = 1) -> Tokens:
+    """The tokens of texts as `tokenize`, of conversations as `encode_conversation`.
+
+    Conversations without a token to learn become no tokens at all.
+
+    Args:
+        workers: processes (spawned) for conversations and for a tokenizer in Python, of which few are done without;
+            threads for texts and a fast one, which has threads of its own besides: two of ours are up to a tenth faster
+            than one, two processes a fifth slower and a second later.
+    Raises: Failure if a process dies.
+    """
+    ids, lengths, trainable = array("i"), array("q"), array("b")
+    for batch_ids, batch_lengths, batch_trainable in _encode_batches(tokenizer, documents, workers):
+        ids.extend(batch_ids)
+        lengths.extend(batch_lengths)
+        trainable.extend(batch_trainable)
+    return Tokens(_as_tensor(ids, torch.int32), _as_tensor(lengths, torch.int64),
+                  _as_tensor(trainable, torch.bool) if trainable else None)
+
+
+def _as_tensor(values: array, dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
+
+
+def _encode_batches(tokenizer, documents: Iterable[Document], workers: int) -> Iterator[tuple]:
+    documents = iter(documents)
+    first = list(islice(documents, _FEW))
+    in_python = bool(first) and (first[0].messages is not None or not tokenizer.is_fast)
+    together = chain(first, documents)
+    batches = iter(lambda: list(islice(together, _BATCH)), [])
+    if workers <= 1 or in_python and len(first) < _FEW:
+        yield from (_encode_batch(tokenizer, batch) for batch in batches)
+        return
+    if in_python:
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _keep, (tokenizer,))
+    else:
+        pool = ThreadPoolExecutor(workers)
+    waiting = deque()
+    try:
+        with pool:
+            for batch in batches:
+                waiting.append(pool.submit(_encode_batch, None if in_python else tokenizer, batch))
+                if len(waiting) > 4 * workers:
+                    yield waiting.popleft().result()
+            yield from (future.result() for future in waiting)
+    except BrokenProcessPool as error:
+        raise Failure("a process that tokenises has died; in a script of your own, keep what it runs below "
+                      "if __name__ == '__main__', or set data.num_workers=0") from error
+
+
+def _keep(tokenizer) -> None:
+    """Of a worker process, once."""
+    global _kept
+    _kept = tokenizer
+
+
+def _encode_batch(tokenizer, documents: Sequence[Document]) -> tuple[array, array, array]:
+    """(tokens, lengths, which tokens to learn or nothing). tokenizer: None for the one that this process keeps."""
+    tokenizer = _kept if tokenizer is None else tokenizer
+    if documents[0].messages is not None:
+        pairs = [encode_conversation(tokenizer, json.loads(document.messages)) for document in documents]
+        pairs = [(ids, learnt) if any(learnt) else ([], []) for ids, learnt in pairs]
+        return (array("i", chain.from_iterable(ids for ids, _ in pairs)), array("q", (len(ids) for ids, _ in pairs)),
+                array("b", chain.from_iterable(learnt for _, learnt in pairs)))
+    texts = [document.text for document in documents]
+    if tokenizer.is_fast:  # a third faster than calling the tokenizer, which makes more than the ids
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+        encoded = [e.ids for e in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    else:
+        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = array("i")
+    for document in encoded:
+        ids.extend(document)
+        ids.append(tokenizer.eos_token_id)
+    return ids, array("q", (len(document) + 1 for document in encoded)), array("b")
+
+
+def describe_tokenizer(tokenizer) -> str:
+    """All that decides what it makes of a document."""
+    if tokenizer.is_fast:
+        vocabulary = tokenizer.backend_tokenizer.to_str()
+    else:
+        vocabulary = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
+    return json.dumps([vocabulary, tokenizer.eos_token_id, tokenizer.chat_template])
+
+
+def load_or_encode(tokenizer, digest: str, documents: Iterable[Document], workers: int) -> Tokens:
+    """`encode`, or what it gave before.
+
+    Args:
+        digest: a hash of the documents' content.
+        documents: read only where the cache has nothing.
+    """
+    key = hashlib.blake2b(json.dumps([_VERSION, digest, describe_tokenizer(tokenizer)]).encode(), digest_size=20)
+    path = cache_folder() / "tokens" / f"{key.hexdigest()}.safetensors"
+    cached = _load(path)
+    if cached is None:
+        cached = encode(tokenizer, documents, workers)
+        _save(path, cached)
+    return cached
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("DLLM_CACHE") or Path.home() / ".cache" / "dllm")
+
+
+def _load(path: Path) -> Tokens | None:
+    """The tokens, mapped to memory; None if there are none that are whole."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            if file.metadata()["checksum"] != _checksum(tensors):
+                raise ValueError("its content has changed")
+        return Tokens(tensors["tokens"], tensors["lengths"], tensors.get("trainable"))
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        print(f"the cached tokens {path} are damaged ({error}); they are made again", file=sys.stderr)
+        return None
+
+
+def _save(path: Path, tokens: Tokens) -> None:
+    """A cache that cannot be written costs time, not the run: a line on stderr says so."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor for name, tensor in tokens._asdict().items() if tensor is not None}
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+        os.close(descriptor)
+        save_file(tensors, temporary, {"checksum": _checksum(tensors)})
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        print(f"cannot keep the tokens in {path.parent} ({error}); set DLLM_CACHE to another folder", file=sys.stderr)
+        if temporary is not None:
+            with suppress(OSError):
+                os.unlink(temporary)
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    total = 0
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        if tensor.numel():
+            total = zlib.crc32((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()), total)
+    return f"{total:08x}"

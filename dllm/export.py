@@ -1,0 +1,116 @@
+"""A trained model as a folder to publish: weights, tokenizer, generation defaults, and what made them."""
+
+import hashlib
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from dllm.checkpoint import load_latest, write_atomically
+from dllm.errors import Failure, UserError
+from dllm.model import DiffusionLM
+from dllm.tokenizer import load_tokenizer
+
+MANIFEST = "dllm_run.json"
+
+
+def export(source: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Write the newest checkpoint of a run, or a checkpoint, into a new folder that Transformers loads too.
+
+    Args:
+        source: train.output_dir of a run, or one of its folders global_step_N.
+        dtype: of the weights.
+    Raises: UserError if there is no such checkpoint, it is damaged or has no weights for others, or the folder is not
+        empty; Failure if it cannot be written.
+    """
+    checkpoint = find_checkpoint(Path(source))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already; name a new folder")
+    if not any(checkpoint.hf_folder.glob("*.safetensors")):
+        raise UserError(f"{checkpoint.folder} holds no weights for others, because of train.save_hf_weights=false; "
+                        "export the last checkpoint of the run")
+    model = DiffusionLM.from_pretrained(checkpoint.hf_folder, dtype=dtype)
+    tokenizer = load_tokenizer(checkpoint.hf_folder, model.mask_token_id)
+    defaults = {name: getattr(model.config, name) for name in ("mask_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_defaults = {**defaults, **(model.generation_defaults or {})}
+    manifest = describe_run(checkpoint.state, checkpoint.folder, model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+    write_atomically(folder / "README.md", write_card(manifest, model).encode())
+    return folder
+
+
+def find_checkpoint(source: Path):
+    """Of a run's output_dir the newest whole checkpoint, or the checkpoint itself."""
+    if source.name.startswith("global_step_"):
+        newest = load_latest(source.parent, only=source)
+    else:
+        newest = load_latest(source / "checkpoints")
+    if newest is None:
+        raise UserError(f"{source} holds no checkpoint; give the output_dir of a training run, or its folder "
+                        "checkpoints/global_step_N")
+    return newest
+
+
+def describe_run(state: dict, folder: Path, model: DiffusionLM) -> dict:
+    """What made the weights, and what they are."""
+    metrics = folder.parents[1] / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    measured = [line for line in lines if line["step"] <= state["step"] and "validation_loss" in line]
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return {"step": state["step"], "tokens": state["tokens"], "seconds": round(state["seconds"], 1),
+            "measured": measured[-1] if measured else None, "config": state["config"],
+            "parameters": model.count_parameters(), "dtype": str(model.dtype).removeprefix("torch."),
+            "weights_sha256": digest.hexdigest(),
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in
+                                                                  ("dllm", "torch", "transformers", "tokenizers")}}}
+
+
+def write_card(manifest: dict, model: DiffusionLM) -> str:
+    """README.md of the folder, as the hub shows it."""
+    train, data, start = (manifest["config"][group] for group in ("train", "data", "model"))
+    measured = manifest["measured"] or {}
+    rows = [("parameters", f"{manifest['parameters']:,}"), ("family", model.config.family),
+            ("objective", train["objective"]), ("steps", f"{manifest['step']:,}"),
+            ("tokens", f"{manifest['tokens']:,}"),
+            ("trained on", data["train_path"] or "the standard library of Python"),
+            ("started from", start["model_path"] or "random weights"), ("seed", train["seed"]),
+            *((name.replace("_", " "), f"{value:.4f}") for name, value in measured.items()
+              if name.startswith("validation"))]
+    base = f"base_model: {start['model_path']}\n" if start["model_path"] and "/" in start["model_path"].strip("/") \
+        and not Path(start["model_path"]).exists() else ""
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return (f"---\nlibrary_name: dllm\npipeline_tag: text-generation\ntags: [diffusion-language-model]\n{base}---\n\n"
+            f"# A masked diffusion language model\n\n| | |\n|---|---|\n{table}\n\n"
+            f"Everything that made it, configuration and versions, is in `{MANIFEST}`.\n\n"
+            "```python\nimport dllm\n\nmodel = dllm.DiffusionLM.from_pretrained(\"this/repository\")\n```\n\n"
+            "On the command line: `dllm sample --model this/repository --prompt 'def add('`\n")
+
+
+def push(folder: Path, repository: str, private: bool) -> str:
+    """Upload the folder to the Hugging Face hub, as the user who is logged in; returns its address.
+
+    Raises: Failure if the hub refuses or does not answer.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    hub = HfApi()
+    try:
+        address = hub.create_repo(repository, private=private, exist_ok=True)
+        hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Add the model")
+    except HFValidationError as error:
+        raise UserError(f"{repository!r} is no name of a repository: {str(error).splitlines()[0]}") from error
+    except LocalTokenNotFoundError as error:
+        raise UserError("nobody is logged in to the hub; run hf auth login, or set HF_TOKEN") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise Failure(f"{folder} is written, but the hub did not take it as {repository}: "
+                      f"{str(error).splitlines()[0]}; check the token and the network, then upload it with "
+                      "hf upload") from error
+    return str(address)

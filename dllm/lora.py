@@ -1,0 +1,41 @@
+"""Low-rank adapters (LoRA, arXiv:2106.09685) through PEFT: W + alpha / rank B A, of which only A and B are trained."""
+
+import torch
+from torch import Tensor, nn
+
+from dllm.errors import UserError
+
+_NAME = "default"
+
+
+def add_adapters(model: nn.Module, rank: int, alpha: float) -> None:
+    """Freeze the model and put an adapter on every linear map inside its layers.
+
+    Raises: UserError if PEFT is not installed.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise UserError("train.lora_rank needs PEFT: pip install 'dllm[train]'") from None
+    targets = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name]
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), model)
+
+
+@torch.no_grad()
+def merge(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A model's weights by name, as they are without adapters: each product added to the matrix it adapts.
+
+    The matrices that are not adapted are the same tensors. An empty dictionary stays empty.
+    """
+    scaling = {name: module.scaling[_NAME] for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    merged = {}
+    for name, weight in weights.items():
+        module, base, kind = name.partition(".base_layer.")
+        if base and kind == "weight":
+            a, b = (weights[f"{module}.lora_{part}.{_NAME}.weight"].float() for part in "AB")
+            merged[f"{module}.weight"] = (weight.float() + scaling[module] * (b @ a)).to(weight.dtype)
+        elif base:
+            merged[f"{module}.{kind}"] = weight
+        elif ".lora_" not in name:
+            merged[name] = weight
+    return merged

@@ -1,0 +1,234 @@
+"""Where documents come from: kinds of files, the hub, what cannot be read, and the cache of their tokens."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+
+from dllm.config import DataGroup
+from dllm.data import Document, open_training_data, read_corpus, read_documents
+from dllm.data import tokens as tokens_module
+from dllm.data.tokens import encode, load_or_encode
+from dllm.errors import Failure, UserError
+
+TEXTS = ["one", "two\nlines", "three, \"quoted\"", "four\u2028same"]
+
+
+def write_table(kind, path):
+    table = datasets.Dataset.from_dict({"id": range(4), "text": TEXTS})
+    if kind == "arrow":
+        table.save_to_disk(path)
+        for other in path.glob("*.json"):
+            other.unlink()
+    elif kind == "arrow file":
+        import pyarrow
+        with pyarrow.ipc.new_file(path.with_suffix(".arrow"), table.data.schema) as file:
+            file.write_table(table.data.table)
+    elif kind == "csv":
+        with open(path.with_suffix(".csv"), "w", newline="") as file:
+            csv.writer(file).writerows([["id", "text"], *enumerate(TEXTS)])
+    elif kind == "json":
+        path.with_suffix(".json").write_text(json.dumps([{"id": i, "text": text} for i, text in enumerate(TEXTS)]))
+    elif kind == "json lines":
+        path.with_suffix(".json").write_text("\n".join(json.dumps({"id": 1, "text": text}) for text in TEXTS))
+    else:
+        table.to_parquet(path.with_suffix(".parquet"))
+
+
+@pytest.mark.parametrize("kind", ["arrow", "arrow file", "csv", "json", "json lines", "parquet"])
+def test_a_table_gives_one_document_per_record_and_names_its_columns(kind, tmp_path):
+    write_table(kind, tmp_path / "table")
+    documents = read_documents([tmp_path])
+    assert [document.text for document in documents] == TEXTS
+    assert len({document.source for document in documents}) == 4
+    with pytest.raises(UserError, match="has no column 'content'; it has id, text; name one of them in data.text_keys"):
+        read_documents([tmp_path], "content")
+
+
+def test_json_that_is_no_table_is_text(tmp_path):
+    (tmp_path / "package.json").write_text('{\n "name": "x"\n}')
+    assert [document.text for document in read_documents([tmp_path])] == ['{\n "name": "x"\n}']
+
+
+def test_damaged_and_empty_shards_are_skipped_counted_and_named(tmp_path, capsys):
+    write_table("parquet", tmp_path / "good")
+    capsys.readouterr()
+    whole = (tmp_path / "good.parquet").read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(whole[:-20])
+    (tmp_path / "bad.arrow").write_bytes(b"no arrow")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "void.arrow").write_bytes(b"")
+    (tmp_path / "void.parquet").write_bytes(b"")
+    (tmp_path / "half.jsonl").write_text('{"text": "\\ud800"}\n{"text": "fine"}\n')
+    assert {document.text for document in read_documents([tmp_path])} == {*TEXTS, "fine"}
+    error = capsys.readouterr().err
+    assert error.startswith("skipped 6 ") and error.count("\n") == 1
+    (tmp_path / "good.parquet").unlink()
+    (tmp_path / "half.jsonl").unlink()
+    with pytest.raises(UserError, match=r"no text in .* \(5 skipped\)"):
+        read_corpus(DataGroup(train_path=str(tmp_path)))
+    assert "bad.arrow (not Arrow" in error and "cut.parquet (not Parquet" in error and "empty.jsonl (empty)" in error
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub with one dataset."""
+    asked = []
+
+    def load_dataset(name, config, *, split, streaming):
+        asked.append((name, config, split, streaming))
+        if name != "owner/name":
+            raise ConnectionError("Couldn't reach the Hub\nand more")
+        table = datasets.Dataset.from_dict({"id": range(40), "text": [f"text {i}" for i in range(40)]})
+        return table.to_iterable_dataset(num_shards=4) if streaming else table
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
+    return asked
+
+
+def test_a_dataset_of_the_hub_is_read_by_name_configuration_and_split(hub, tmp_path, monkeypatch):
+    documents = read_documents(["owner/name:small@test"])
+    assert [document.text for document in documents] == [f"text {i}" for i in range(40)]
+    assert documents[0].source == "owner/name:small@test:1"
+    read_documents(["owner/name"])
+    assert hub == [("owner/name", "small", "test", False), ("owner/name", None, "train", False)]
+    with pytest.raises(UserError, match=r"owner/other is no local path, and cannot .*\(Couldn't reach the Hub\)"):
+        read_documents(["owner/other"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner/name").mkdir(parents=True)
+    (tmp_path / "owner/name/a.txt").write_text("local")
+    assert [document.text for document in read_documents(["owner/name"])] == ["local"]
+
+
+def test_a_hub_that_stops_to_answer_ends_the_run_with_the_reason(hub, tokenizer, monkeypatch):
+    def records():
+        yield {"text": "one"}
+        raise TimeoutError("the read timed out")
+
+    table = datasets.IterableDataset.from_generator(records, features=datasets.Features(text=datasets.Value("string")))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
+    with pytest.raises(Failure, match=r"cannot read on in owner/name \(the read timed out\); start again to go on"):
+        read_documents(["owner/name"])
+
+
+def test_a_dataset_of_the_hub_can_be_streamed(hub, tokenizer):
+    group = DataGroup(train_path="owner/name", datasets_type="iterable", max_seq_len=32, validation_share=0.2)
+    data = open_training_data(read_corpus(group), tokenizer, 0)
+    texts = decode(tokenizer, data.rows.read(range(200)))
+    held_out = set(decode(tokenizer, data.held_out.gather(torch.arange(len(data.held_out)))))
+    assert held_out and set(texts) | held_out == {f"text {i}" for i in range(40)} and not set(texts) & held_out
+    assert hub == [("owner/name", None, "train", True)]
+
+
+def decode(tokenizer, packed):
+    pieces = torch.tensor_split(packed.tokens, packed.cu_seqlens[1:-1].long())
+    return [tokenizer.decode(piece[:-1]) for piece in pieces]
+
+
+def make_corpus(folder, texts=TEXTS, **settings):
+    folder.mkdir(exist_ok=True)
+    for index, text in enumerate(texts):
+        (folder / f"{index}.txt").write_text(text)
+    return read_corpus(DataGroup(train_path=str(folder), max_seq_len=8, **settings))
+
+
+@pytest.fixture
+def encodings(monkeypatch, tmp_path):
+    """Counts the documents that were tokenised; with an empty cache."""
+    monkeypatch.setenv("DLLM_CACHE", str(tmp_path / "cache"))
+    counts = []
+
+    def count(tokenizer, documents, workers):
+        documents = list(documents)
+        counts.append(len(documents))
+        return encode(tokenizer, documents, workers)
+
+    monkeypatch.setattr(tokens_module, "encode", count)
+    return counts
+
+
+def read_all(data):
+    packed = data.rows.read(range(data.rows_per_epoch))
+    return packed.tokens.tolist()
+
+
+def test_tokens_are_kept_by_content_and_made_again_for_other_content_or_another_tokenizer(
+        encodings, tokenizer, tmp_path):
+    first = read_all(open_training_data(make_corpus(tmp_path / "a"), tokenizer, 0))
+    again = open_training_data(make_corpus(tmp_path / "b", validation_share=0.3), tokenizer, 0)  # the same elsewhere
+    assert encodings == [4] and again.documents + again.held_out_documents == 4
+    assert read_all(open_training_data(make_corpus(tmp_path / "a"), tokenizer, 0)) == first
+    assert encodings == [4]
+    open_training_data(make_corpus(tmp_path / "a", ["other", *TEXTS[1:]]), tokenizer, 0)
+    tokenizer.add_tokens("quoted")
+    open_training_data(make_corpus(tmp_path / "b"), tokenizer, 0)
+    assert encodings == [4, 4, 4]
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-3], lambda b: b[:-1] + bytes([b[-1] ^ 1]), lambda b: b"",
+                                    lambda b: b[9:]])
+def test_damaged_tokens_are_made_again(damage, encodings, tokenizer, tmp_path, capsys):
+    first = read_all(open_training_data(make_corpus(tmp_path / "a"), tokenizer, 0))
+    path = next((tmp_path / "cache").rglob("*.safetensors"))
+    path.write_bytes(damage(path.read_bytes()))
+    assert read_all(open_training_data(make_corpus(tmp_path / "a"), tokenizer, 0)) == first
+    assert encodings == [4, 4] and "damaged" in capsys.readouterr().err
+    assert read_all(open_training_data(make_corpus(tmp_path / "a"), tokenizer, 0)) == first
+    assert encodings == [4, 4]
+
+
+def test_a_cache_that_cannot_be_written_is_told_and_done_without(tokenizer, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DLLM_CACHE", str(tmp_path / "file"))
+    assert open_training_data(make_corpus(tmp_path / "a"), tokenizer, 0).tokens > 0
+    assert "set DLLM_CACHE to another folder" in capsys.readouterr().err
+
+
+def test_a_script_without_a_main_part_is_told_what_to_do(tmp_path):
+    (tmp_path / "script.py").write_text("""
+from transformers import ByT5Tokenizer
+from dllm.data import Document
+from dllm.data.tokens import encode
+encode(ByT5Tokenizer(), [Document("x", "x")] * 3000, 2)
+""")
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
+    assert "dllm.errors.Failure: a process that tokenises has died; in a script of your own" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["fast", "python", "conversations"])
+def test_workers_of_any_kind_give_the_same_tokens_in_order(kind, tokenizer, monkeypatch):
+    from transformers import ByT5Tokenizer
+    monkeypatch.setattr(tokens_module, "_FEW", 150)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" \
+                              "{% if add_generation_prompt %}assistant: {% endif %}"
+    tokenizer = ByT5Tokenizer() if kind == "python" else tokenizer
+    talks = [json.dumps([{"role": "user", "content": "?"}, {"role": "assistant", "content": str(i)}])
+             if kind == "conversations" else None for i in range(200)]
+    documents = [Document(f"text number {i}", str(i), talks[i]) for i in range(200)]
+    alone = encode(tokenizer, documents, 1)
+    for count in (200, 149):  # enough for processes, and not
+        for mine, expected in zip(encode(tokenizer, documents[:count], 2), alone, strict=True):
+            assert mine is expected is None or torch.equal(mine, expected[:len(mine)]) and len(mine) >= count
+    assert (alone.trainable is not None) == (kind == "conversations") and len(alone.lengths) == 200
+    assert load_or_encode(tokenizer, kind, documents, 1).tokens.equal(alone.tokens)
+
+
+def test_held_out_text_is_counted_in_bytes_and_the_fingerprint_follows_the_content(tokenizer, tmp_path):
+    texts = [f"é{i}" for i in range(100)]
+    data = open_training_data(make_corpus(tmp_path / "a", texts, validation_share=0.3), tokenizer, 0)
+    found = decode(tokenizer, data.held_out.gather(torch.arange(len(data.held_out))))
+    assert data.held_out_bytes == sum(len(text.encode()) for text in found) and len(found) == data.held_out_documents
+    assert data.documents == 100 - len(found) and data.tokens == data.rows.num_tokens
+    assert make_corpus(tmp_path / "b", texts).fingerprint == data.fingerprint
+    assert make_corpus(tmp_path / "b", ["other"]).fingerprint != data.fingerprint
+    streamed = [make_corpus(tmp_path / name, texts[1:], datasets_type="iterable").fingerprint for name in "ab"]
+    (tmp_path / "b/new.txt").write_text("new")
+    assert streamed[0] == streamed[1] != make_corpus(tmp_path / "b", [], datasets_type="iterable").fingerprint
