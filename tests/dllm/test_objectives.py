@@ -1,0 +1,183 @@
+"""Every objective on micro-batches: packed as alone, in parts as whole, and each what its definition says."""
+
+
+import pytest
+import torch
+
+from dllm.batches import MicroBatch, forward, make_batches
+from dllm.config import TrainGroup
+from dllm.data import PackedDataset
+from dllm.errors import UserError
+from dllm.expansion import MOST_DELETIONS, corrupt_gaps
+from dllm.families import ModelConfig
+from dllm.loss import Targets
+from dllm.model import DiffusionLM
+
+CPU = torch.device("cpu")
+EOS, EXPAND, MASK = 60, 62, 63
+OBJECTIVES = {
+    "mdm": {}, "path": {"path_term": True}, "elbo": {"objective": "elbo"}, "cart": {"objective": "cart"},
+    "block_diffusion": {"objective": "block_diffusion", "block_length": 4},
+    "expansion": {"objective": "expansion", "expand_token_id": EXPAND}, "ar": {"objective": "ar"}}
+
+
+def make_model(**keys) -> DiffusionLM:
+    torch.manual_seed(0)
+    return DiffusionLM(ModelConfig(**{
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "qk_norm": True, "mask_token_id": MASK, "eos_token_id": EOS,
+        "initializer_range": 0.3, **keys}))
+
+
+def make_dataset(longest: int, max_seq_len=16) -> PackedDataset:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, longest, (50,), generator=generator).tolist()
+    documents = [torch.randint(EOS, (n,), generator=generator) for n in lengths]
+    return PackedDataset([torch.cat((tokens, torch.tensor([EOS]))) for tokens in documents], max_seq_len)
+
+
+def make_settings(**keys) -> TrainGroup:
+    return TrainGroup(output_dir="x", **keys)
+
+
+class Conversations:
+    """Rows of a dataset whose documents begin with three tokens that are not trained on."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def read(self, places):
+        packed = self.dataset.read(places)
+        starts = packed.cu_seqlens[:-1].long()
+        document = torch.repeat_interleave(starts, packed.cu_seqlens.diff())
+        return packed._replace(trainable=torch.arange(len(packed.tokens)) - document >= 3)
+
+
+def gradients_of(loss, model) -> torch.Tensor:
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("shift", [False, True])
+def test_packed_documents_train_as_each_of_them_alone(name, shift):
+    model, dataset = make_model(shift_logits=shift), make_dataset(longest=15)
+    settings = make_settings(micro_batch_size=8, **OBJECTIVES[name])
+    batch, = make_batches(dataset, 0, range(8), 8, settings, 1, model)
+    assert batch.cu_seqlens is not None and len(batch.cu_seqlens) > 9
+    packed = forward(model, batch, CPU).loss
+    alone = sum(forward(model, document, CPU).loss for document in cut_documents(batch))
+    assert packed.item() == pytest.approx(alone.item(), rel=1e-5)
+    ours, theirs = (gradients_of(loss, model) for loss in (packed, alone))
+    assert ours.norm() > 0 and (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def cut_documents(batch: MicroBatch):
+    for start, end in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
+        targets = Targets(*(value if value is None or value.ndim == 0 else value[start:end] for value in batch.targets))
+        yield batch._replace(
+            input_ids=batch.input_ids[:, start:end], cu_seqlens=None, max_seqlen=int(end - start), targets=targets,
+            clean_ids=None if batch.clean_ids is None else batch.clean_ids[:, start:end])
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("source", ["documents", "conversations"])
+def test_micro_batches_of_any_size_give_the_gradients_of_the_whole(name, source):
+    dataset, model = make_dataset(longest=40), make_model()
+    if source == "conversations":
+        dataset = Conversations(dataset)
+    gradients = []
+    for size in (12, 6, 4, 1):
+        settings = make_settings(micro_batch_size=size, global_batch_size=12, **OBJECTIVES[name])
+        if name == "expansion" and source == "conversations":
+            with pytest.raises(UserError, match="plain documents"):
+                make_batches(dataset, 5, range(12), 12, settings, 1, model)
+            return
+        batches = make_batches(dataset, 5, range(12), 12, settings, 1, model)
+        assert len(batches) == 12 // size
+        loss = sum(forward(model, batch, CPU).loss for batch in batches) / sum(b.normaliser for b in batches)
+        gradients.append(gradients_of(loss, model))
+    for gradient in gradients[1:]:
+        assert (gradient - gradients[0]).norm() <= 1e-5 * gradients[0].norm()
+
+
+# Conversations
+
+
+@pytest.mark.parametrize("name", ["mdm", "elbo", "block_diffusion", "cart"])
+@pytest.mark.parametrize("corrupt_prompt", [False, True])
+def test_prompts_are_neither_scored_nor_unless_asked_corrupted(name, corrupt_prompt):
+    if corrupt_prompt and name != "mdm":
+        return
+    source, model = Conversations(make_dataset(longest=40)), make_model()
+    settings = make_settings(micro_batch_size=40, corrupt_prompt=corrupt_prompt, **OBJECTIVES[name])
+    batch, = make_batches(source, 0, range(40), 40, settings, 1, model)
+    trainable = source.read(range(40)).trainable
+    masked = batch.input_ids.flatten() == MASK
+    assert torch.equal(batch.targets.scored.roll(1), masked & trainable) and masked[trainable].any()
+    assert masked[~trainable].any() == corrupt_prompt
+    assert batch.normaliser == (trainable if name != "mdm" else masked & trainable).sum()
+
+
+def test_the_token_that_is_always_masked_is_one_to_learn():
+    source, model = Conversations(make_dataset(longest=8)), make_model()
+    for corrupt_prompt in (False, True):
+        settings = make_settings(micro_batch_size=8, mask_at_least_one=True, corrupt_prompt=corrupt_prompt)
+        batch, = make_batches(source, 0, range(8), 8, settings, 1, model)
+        documents = batch.targets.scored.tensor_split(batch.cu_seqlens[1:-1].long())
+        assert all(scored.any() for scored in documents if len(scored) > 3)
+
+
+# Gaps that grow and shrink
+
+
+def test_gaps_are_masked_merged_and_padded_with_deletions():
+    packed = make_dataset(longest=40, max_seq_len=48).read(range(30))
+    S, T = len(packed.cu_seqlens) - 1, len(packed.tokens)
+    generator = torch.Generator().manual_seed(0)
+    times, uniform, choices = (torch.rand(*shape, generator=generator, dtype=torch.float64)
+                               for shape in ((S,), (T, 2), (S, 4)))
+    got, corruption = corrupt_gaps(packed, times, uniform, choices, room=64, mask_token_id=MASK, expand_token_id=EXPAND,
+                                   delete_token_id=EOS)
+    assert torch.equal(corruption.noisy, torch.where(corruption.corrupted, MASK, got.tokens))
+    before = packed.tokens.split(packed.cu_seqlens.diff().tolist())
+    lengths = got.cu_seqlens.diff().tolist()
+    assert max(lengths) == got.max_seqlen <= 64 and sum(lengths) == len(got.tokens) == len(got.row)
+    deletions, merges = [], 0
+    for old, new, masked, t in zip(before, got.tokens.split(lengths), corruption.corrupted.split(lengths),
+                                   corruption.t.split(lengths), strict=True):
+        assert len(t.unique()) == 1
+        places = masked.nonzero().flatten()
+        first, last = (int(places[0]), int(places[-1])) if len(places) else (0, -1)
+        assert torch.equal(new[:first], old[:first])  # text before the gap, and after it, the end of it included
+        after = len(new) - last - 1
+        assert after >= 1 and torch.equal(new[len(new) - after:], old[len(old) - after:])
+        gap = new[first:last + 1]
+        deleted = int((gap == EOS).sum())
+        assert (gap[len(gap) - deleted:] == EOS).all()  # at the end of the gap
+        deletions.append(deleted)
+        kept = [token for token in gap.tolist() if token not in (EOS, EXPAND)]
+        rest = iter(old[first:len(old) - after].tolist())
+        assert all(token in rest for token in kept)  # in their order
+        merged = len(old) - first - after - (len(gap) - deleted)
+        assert merged >= (gap == EXPAND).sum() and (merged > 0) == bool((gap == EXPAND).any())
+        merges += merged
+    assert merges > 20 and min(deletions) < 5 and 45 < max(deletions) <= MOST_DELETIONS
+
+
+def test_an_end_of_text_alone_is_left_alone():
+    packed = PackedDataset([torch.tensor([EOS]), torch.tensor([1, EOS])], 8).gather(torch.tensor([0]))
+    high = torch.full((3, 2), 0.99)
+    got, corruption = corrupt_gaps(packed, torch.tensor([0.9, 0.9]), high * 0, torch.full((2, 4), 0.99), room=8,
+                                   mask_token_id=MASK, expand_token_id=EXPAND, delete_token_id=EOS)
+    lone = [tokens.tolist() for tokens in got.tokens.split(got.cu_seqlens.diff().tolist())]
+    assert sorted(lone) == [[1, *[EOS] * 7], [EOS]] and corruption.corrupted.sum() == 7
+
+
+@pytest.mark.parametrize("model, token, message", [
+    ({"eos_token_id": [1, 2]}, EXPAND, r"must be one token, not \[1, 2\]"),
+    ({"eos_token_id": None}, EXPAND, "must be one token, not None"), ({}, 64, "expand_token_id 64 must be a token of the 64"),
+    ({}, EOS, "neither the end of text"), ({}, MASK, "nor the mask")])
+def test_tokens_that_cannot_delete_or_expand_are_refused(model, token, message):
+    settings = make_settings(micro_batch_size=2, objective="expansion", expand_token_id=token)
+    with pytest.raises(UserError, match=message):
+        make_batches(make_dataset(9), 0, range(2), 2, settings, 1, make_model(**model))
