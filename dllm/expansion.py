@@ -12,21 +12,23 @@ from dllm.corruption import Corruption
 from dllm.data import Packed
 
 MERGE_CHANCE = 0.5
-MOST_DELETIONS = 64  # delete tokens of a document
+MOST_DELETIONS = 64  # delete tokens of a gap, nor more than it has tokens
 
 
 def corrupt_gaps(packed: Packed, times: Tensor, uniform: Tensor, choices: Tensor, *, room: int, mask_token_id: int,
                  expand_token_id: int, delete_token_id: int) -> tuple[Packed, Corruption]:
     """Mask a span of each document, merge some masks and add some deletions: other documents, and their corruption.
 
-    DreamOn takes whole lines as the span, this any tokens but a last end-of-text token.
+    DreamOn takes whole lines as the span, this any tokens but a last end-of-text token; it adds up to 64 deletions to
+    the shortest gap, this at most as many as the gap has tokens, so that gaps with too few masks are as common as those
+    with too many.
 
     Args:
         times: [S] in (0, 1), the rate at which each document's span is masked.
         uniform: [T, 2] in [0, 1): a token is masked where the first is below the rate, and a pair of masks merged where
             the second of its first is below the chance.
-        choices: [S, 4] in [0, 1): the ends of the span, how many deletions, and how masks merge: at an even chance
-            `MERGE_CHANCE`, or that times the share of the gap that is not masked.
+        choices: [S, 4] in [0, 1): the ends of the span, how many deletions, and the chance that masks merge: evenly
+            `MERGE_CHANCE` or that times the share of the gap that is not masked.
         room: tokens that a document may have; deletions do not take it beyond.
     Returns: The new documents, whose tokens are the targets where masked; T and cu_seqlens are others, and `column` is
         of the token that each comes from.
@@ -41,9 +43,10 @@ def corrupt_gaps(packed: Packed, times: Tensor, uniform: Tensor, choices: Tensor
     last = torch.minimum(ends[:, 1], fillable - 1)  # -1 where nothing can be filled
     inside = (place >= ends[:, 0][document]) & (place <= last[document])
     masked = inside & (uniform[:, 0] < times[document])
-    deletions = (choices[:, 2] * (MOST_DELETIONS + 1)).long().minimum(room - lengths).where(last >= 0, 0)
-
-    size = torch.bincount(document[inside], minlength=len(lengths)) + deletions
+    span = torch.bincount(document[inside], minlength=len(lengths))
+    most = span.clamp(max=MOST_DELETIONS).minimum(room - lengths)
+    deletions = (choices[:, 2] * (most + 1)).long()
+    size = span + deletions
     share = (torch.bincount(document[masked], minlength=len(lengths)) + deletions) / size.clamp(min=1)
     chance = torch.where(choices[:, 3] < 0.5, MERGE_CHANCE, MERGE_CHANCE * (1 - share))
     grown, merged = merge_masks(masked, document, uniform[:, 1] < chance[document])

@@ -217,8 +217,8 @@ def agree(world: World, batches: Sequence[MicroBatch], stop: bool, clock: Clock,
 @torch.no_grad()
 def validate(shared: Shared, validation: Validation, world: World) -> dict[str, float]:
     """On the held-out rows: validation_loss of the objective; if that is no bound also validation_bound, that of
-    "elbo", nats per token; validation_bits_per_byte of that bound; validation_nll_0_25 and so on, nats per token masked with a
-    chance of 0 to 25%."""
+    "elbo", nats per token; validation_bits_per_byte of that bound; validation_nll_0_25 and so on, nats per token masked
+    with a chance of 0 to 25%."""
     shared.eval()
     losses, by_ratio = sum_validation(shared, validation.loss, world)
     result = {"validation_loss": losses / max(sum(batch.normaliser for batch in validation.loss), 1)}
