@@ -14,6 +14,7 @@ from dllm.accounting import count_pairs
 from dllm.config import Config, TrainGroup
 from dllm.corruption import T_MIN, corrupt
 from dllm.data import Packed, RowSource, TrainingData
+from dllm.gaps import make_gaps
 from dllm.loss import LossSums, Targets, choose_targets, sum_alignment, sum_losses
 from dllm.model import DiffusionLM
 from dllm_kernels import philox_uniform
@@ -78,7 +79,13 @@ def make_batches(source: RowSource, step: int, slots: range, of: int, settings: 
         packed = source.read(range(step * of + part.start, step * of + part.stop))
         corruption, input_ids = None, packed.tokens
         blocks = settings.objective == "block_diffusion"
-        if settings.objective != "ar":
+        if settings.objective == "expansion":
+            times = spread_times(packed, packed.cu_seqlens, part.start, of, offset)
+            packed, corruption = make_gaps(
+                packed, part.start, step, seed, model.config.max_position_embeddings, times=times,
+                delete=model.config.eos_token_id, expand=settings.expand_token_id, mask=model.config.mask_token_id)
+            input_ids = corruption.noisy
+        elif settings.objective != "ar":
             slot = packed.row + part.start
             scorable = None
             if settings.mask_at_least_one:
@@ -94,6 +101,10 @@ def make_batches(source: RowSource, step: int, slots: range, of: int, settings: 
         targets = choose_targets(packed.tokens, packed.cu_seqlens, corruption, objective=settings.objective,
                                  path_term=settings.path_term, shift=model.config.shift_logits,
                                  trainable=packed.trainable, by_ratio=by_ratio)
+        if settings.objective == "expansion":  # the delete tokens of a gap count as one
+            scored = targets.scored.roll(1) if model.config.shift_logits else targets.scored
+            share = (corruption.weight / (1 - corruption.ratio))[scored]
+            targets = targets._replace(normaliser=share.sum().round().long())
         opening = None
         if opened < 1:
             starts = packed.cu_seqlens[:-1].long()

@@ -134,9 +134,10 @@ class TrainGroup:
     output_dir: str  # gets checkpoints/, metrics.jsonl, config.yaml
     # Objective
     # mdm: equal weights; elbo: the likelihood bound, 1/t; block_diffusion: that of blocks, given the clean ones before
-    # them (BD3-LM); ar: next token, causal
+    # them (BD3-LM); expansion: gaps whose length the model finds out (DreamOn); ar: next token, causal
     objective: str = "mdm"
     block_length: int = 32  # block_diffusion: tokens of a block
+    expand_token_id: int | None = None  # expansion: the token that becomes two masked ones; end-of-text deletes one
     path_term: bool = False  # add Open-dLLM's planner term (P2); with mdm only
     mask_at_least_one: bool = False  # token of every document, whatever its time; with mdm only
     schedule: str = "linear"  # of corruption over time: linear, cosine or polynomial
@@ -192,7 +193,7 @@ class TrainGroup:
     profile_trace_dir: str = "./trace"  # gets a trace of the main process, for chrome://tracing or Perfetto
 
     def __post_init__(self):
-        for name, choices in (("objective", ("mdm", "elbo", "block_diffusion", "ar")),
+        for name, choices in (("objective", ("mdm", "elbo", "block_diffusion", "expansion", "ar")),
                               ("schedule", ("linear", "cosine", "polynomial")),
                               ("optimizer", ("adamw", "muon")), ("lr_decay_style", ("constant", "linear", "cosine")),
                               ("device", ("auto", "cpu", "cuda")), ("precision", ("auto", "fp32", "bf16")),
@@ -220,6 +221,9 @@ class TrainGroup:
         if self.objective == "block_diffusion" and self.ulysses_parallel_size > 1:
             raise UserError("train.objective=block_diffusion has two copies of each row in one process: set "
                             "train.ulysses_parallel_size to 1")
+        if (self.objective == "expansion") != (self.expand_token_id is not None):
+            raise UserError("train.objective=expansion and train.expand_token_id, a token of the model, need each "
+                            "other")
         if self.path_term and self.objective != "mdm":
             raise UserError(f"train.path_term needs train.objective=mdm, not {self.objective!r}; remove one of them")
         if self.mask_at_least_one and self.objective != "mdm":

@@ -7,6 +7,7 @@ path  sum (1 + stopgrad(exp(-l)) / r) l / N         mdm + Open-dLLM's planner te
 elbo  sum w l / M, w = -alpha'(t) / (1 - alpha(t))  the bound on the likelihood; w = 1/t when linear
                                                     (MD4 arXiv:2406.04329, MDLM 2406.07524, LLaDA 2502.09992)
 block_diffusion   as elbo, each block with a time of its own, given the clean blocks before it (BD3-LM 2503.09573)
+expansion   sum (1 - t) l / N, of gaps whose length is to be found out (gaps.py)
 ar    sum l / N                                     next token, nothing masked, causal attention
 
 With right shift (models that come from autoregressive ones) the logits at position i - 1 are about token i, so the
@@ -51,7 +52,7 @@ def choose_targets(tokens: Tensor, cu_seqlens: Tensor, corruption: Corruption | 
         tokens: [T] int64, the clean tokens of packed documents.
         cu_seqlens: [S + 1] integers, where the documents begin, and T.
         corruption: of these tokens; None for "ar".
-        objective: "mdm", "elbo", "block_diffusion" or "ar" (always shifted).
+        objective: "mdm", "elbo", "block_diffusion", "expansion" or "ar" (always shifted).
         shift: whether the logits at a position are about the next token.
         trainable: [T] bool; tokens elsewhere are never scored (a prompt, say), though they may be masked.
         by_ratio: whether the losses are wanted by the chance of being masked too.
@@ -61,7 +62,7 @@ def choose_targets(tokens: Tensor, cu_seqlens: Tensor, corruption: Corruption | 
         possible[cu_seqlens[:-1].long()] = False
     scored = possible if corruption is None else possible & corruption.corrupted
     bound = objective in ("elbo", "block_diffusion")
-    weights = corruption.weight if bound else None
+    weights = corruption.weight if bound or objective == "expansion" else None
     path_weights = 1 / corruption.ratio if path_term else None
     ratio = corruption.ratio if by_ratio else None
     normaliser = (possible if bound else scored).sum()

@@ -352,7 +352,8 @@ def check_same_run(config: Config, resumed: Checkpoint, output: Path) -> None:
         raise UserError(f"{output} already holds checkpoints up to {resumed.folder.name}; set another "
                         "train.output_dir, or train.auto_resume=true to continue")
     fixed = ("objective", "path_term", "mask_at_least_one", "schedule", "optimizer", "seed", "lora_rank", "lora_alpha",
-             "freeze_layers", "repr_align_wt", "anneal_attention_ratio", "block_length")
+             "freeze_layers", "repr_align_wt", "anneal_attention_ratio", "block_length",
+             "expand_token_id")
     defaults = {field.name: field.default for field in fields(TrainGroup)}  # of a run older than a key
 
     def describe(groups: dict[str, dict]) -> dict:

@@ -69,7 +69,7 @@ def test_an_unknown_key_names_the_nearest_valid_one(flag, hint):
     (["--data.max_seq_len=1"], ["data.max_seq_len", "at least 2"]),
     (["--data.validation_share=1"], ["data.validation_share", "below 1"]),
     (["--train.global_batch_size=6", "--train.micro_batch_size=4"], ["multiple of micro_batch_size 4", "6"]),
-    (["--train.objective=mlm"], ["mdm, elbo, block_diffusion, ar", "mlm"]),
+    (["--train.objective=mlm"], ["mdm, elbo, block_diffusion, expansion, ar", "mlm"]),
     (["--train.objective=ar", "--train.path_term=true"], ["path_term", "mdm"]),
     (["--train.objective=elbo", "--train.mask_at_least_one=true"], ["mask_at_least_one", "mdm", "bias the bound"]),
     (["--train.objective=ar", "--train.repr_align_wt=10"], ["repr_align_wt 10.0", "mdm or elbo"]),

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from dllm.batches import MicroBatch, forward
 from dllm.corruption import Corruption, corrupt
+from dllm.gaps import mask_gap
 from dllm.loss import choose_targets, sum_alignment, sum_losses
 from dllm.model import DiffusionLM
 
@@ -288,3 +289,20 @@ def test_block_diffusion_equals_its_authors_loss(shared):
     loss, gradient, normaliser = score_logits(logits, tokens, corruption, objective="block_diffusion")
     assert normaliser == 48
     assert equal(loss / normaliser, z["eps1e-3_1_loss"]) and equal(gradient / normaliser, z["eps1e-3_1_dlogits"])
+
+
+@pytest.mark.parametrize("case", ["static", "dynamic_inverse"])
+def test_gaps_are_masked_and_merged_as_dreamon_does(shared, case):
+    z = load_function(shared, "dreamon_masking_merge")
+    gap = mask_gap(z["middle_ids"], 58, 59, 60, ratio=z[f"{case}_ratio"].item(), uniform=z[f"{case}_u_mask"],
+                   merge_uniform=z[f"{case}_u_merge"], static=case == "static")
+    assert torch.equal(gap.noisy, z[f"{case}_tokens"]) and torch.equal(gap.labels, z[f"{case}_labels"])
+    assert torch.equal(gap.kept, z[f"{case}_attention"].bool())
+
+
+def test_expansion_equals_dreamons_loss(shared):
+    z = load_function(shared, "loss_dreamon")
+    t = z["t"].repeat(1, 16).flatten()
+    corruption = Corruption(z["input_ids"].flatten(), z["loss_mask"].flatten(), t, t, 1 - t)
+    loss, gradient, normaliser = score_logits(z["logits"], z["labels"], corruption, objective="expansion", shift=True)
+    assert equal(loss / normaliser, z["linear_loss"]) and equal(gradient / normaliser, z["linear_dlogits"])

@@ -70,6 +70,7 @@ def read_metrics(output: Path) -> list[dict]:
     {"objective": "mdm", "path_term": True, "eval_every": 4},
     {"objective": "elbo", "optimizer": "muon", "schedule": "cosine"},
     {"objective": "ar"}, {"objective": "block_diffusion", "block_length": 8},
+    {"objective": "expansion", "expand_token_id": 299},
     {"objective": "mdm", "precision": "bf16", "global_batch_size": 8}], ids=str)
 def test_every_objective_lowers_the_loss_and_leaves_a_checkpoint_that_loads(make_config, keys):
     result = train(make_config(max_steps=30, **keys))
@@ -210,6 +211,29 @@ def test_packed_documents_train_as_each_of_them_alone(shift):
         document = MicroBatch(batch.input_ids[:, start:end], None, int(end - start), targets, None, 0, 0, 0)
         alone = alone + forward(model, document, torch.device("cpu")).loss
     assert packed.item() == pytest.approx(alone.item(), rel=1e-5)
+
+
+def test_gaps_do_not_depend_on_who_computes_them_and_lose_nothing():
+    dataset, model = make_dataset(longest=40), make_model(eos_token_id=61, shift_logits=False)
+    settings = TrainGroup(output_dir="x", objective="expansion", expand_token_id=62, micro_batch_size=8)
+    whole, = make_batches(dataset, 3, range(8), 8, settings, 1, model)
+    halves = [make_batches(dataset, 3, part, 8, settings, 1, model)[0] for part in (range(4), range(4, 8))]
+    assert torch.equal(whole.input_ids.flatten(), torch.cat([half.input_ids.flatten() for half in halves]))
+    assert whole.normaliser == sum(half.normaliser for half in halves) > 0
+    packed = dataset.read(range(24, 32))
+    noisy, said = whole.input_ids.flatten(), whole.targets.tokens
+    assert torch.equal(noisy == 63, whole.targets.scored) and torch.equal(noisy[noisy != 63], said[noisy != 63])
+    for (start, end), (first, last) in zip(whole.cu_seqlens.unfold(0, 2, 1).tolist(),
+                                           packed.cu_seqlens.unfold(0, 2, 1).tolist(), strict=True):
+        document, text, place = said[start:end].tolist(), packed.tokens[first:last].tolist(), 0
+        for token in document:  # an expansion stands for its own token and those left out after it
+            if token == 62:
+                place += 1
+            elif token != 61:
+                place = text.index(token, place) + 1
+        assert document[-1] == text[-1] or noisy[end - 1] == 63
+        assert document.count(61) <= 64 + text.count(61)
+    assert (said == 62).any() and (said == 61).any()
 
 
 @pytest.mark.parametrize("longest, block_length, shift", [
