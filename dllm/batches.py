@@ -12,16 +12,14 @@ from torch import Tensor
 
 from dllm.accounting import count_pairs
 from dllm.config import Config, TrainGroup
-from dllm.corruption import T_MIN, Corruption, corrupt
+from dllm.corruption import T_MIN, corrupt
 from dllm.data import Packed, RowSource, TrainingData
-from dllm.errors import UserError
-from dllm.expansion import corrupt_gaps
-from dllm.loss import BOUNDS, LossSums, Targets, choose_targets, sum_alignment, sum_losses
+from dllm.gaps import make_gaps
+from dllm.loss import LossSums, Targets, choose_targets, sum_alignment, sum_losses
 from dllm.model import DiffusionLM
 from dllm_kernels import philox_uniform
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are spread evenly however many there are
-DOCUMENTS = 1 << 32  # added to the seed for draws that a document has but once
 
 
 class Opening(NamedTuple):
@@ -69,30 +67,44 @@ def make_batches(source: RowSource, step: int, slots: range, of: int, settings: 
     opened: share of the later positions that attention sees; 0 is causal, 1 sees all.
     by_ratio: whether the losses are wanted by the chance of being masked too.
 
-    Of conversations only the answers' tokens are scored, and (but for settings.corrupt_prompt) ever masked: the model
-    learns to answer what it can read.
+    Of conversations only the answers' tokens are ever masked, and scored: the model learns to answer what it can read.
     A row and its draws are a function of seed, step and slot alone, whoever computes it and however the step is cut.
     The times of a step's documents, or of their blocks, are one random offset plus nearly equal spacing: each is
     uniform, and together they cover (0, 1) evenly, which lowers the variance of the loss (MDLM, arXiv:2406.07524).
-
-    Raises: UserError if the objective does not fit the model or the rows.
     """
     offset = philox_uniform(seed, torch.tensor(of), step, torch.tensor(0))[..., 0]
     batches = []
     for first in range(slots.start, slots.stop, settings.micro_batch_size):
         part = range(first, min(first + settings.micro_batch_size, slots.stop))
         packed = source.read(range(step * of + part.start, step * of + part.stop))
+        corruption, input_ids = None, packed.tokens
         blocks = settings.objective == "block_diffusion"
-        corruption = None
-        if settings.objective != "ar":
+        if settings.objective == "expansion":
+            times = spread_times(packed, packed.cu_seqlens, part.start, of, offset)
+            packed, corruption = make_gaps(
+                packed, part.start, step, seed, model.config.max_position_embeddings, times=times,
+                delete=model.config.eos_token_id, expand=settings.expand_token_id, mask=model.config.mask_token_id)
+            input_ids = corruption.noisy
+        elif settings.objective != "ar":
+            slot = packed.row + part.start
+            scorable = None
+            if settings.mask_at_least_one:
+                scorable = torch.ones_like(packed.tokens, dtype=torch.bool)
+                if model.config.shift_logits:
+                    scorable[packed.cu_seqlens[:-1].long()] = False
             ends = cut_blocks(packed.cu_seqlens, settings.block_length) if blocks else packed.cu_seqlens
-            times = spread_times(packed, ends, part.start, of, offset)
-            packed, corruption = corrupt_rows(packed, ends, times, step, part.start, settings, seed, model)
-        input_ids = packed.tokens if corruption is None else corruption.noisy
+            corruption = corrupt(packed.tokens, ends, model.config.mask_token_id,
+                                 schedule=settings.schedule, times=spread_times(packed, ends, part.start, of, offset),
+                                 uniform=philox_uniform(seed, slot, step, packed.column)[..., 0],
+                                 maskable=packed.trainable, at_least_one_of=scorable)
+            input_ids = corruption.noisy
         targets = choose_targets(packed.tokens, packed.cu_seqlens, corruption, objective=settings.objective,
                                  path_term=settings.path_term, shift=model.config.shift_logits,
-                                 trainable=packed.trainable, by_ratio=by_ratio,
-                                 delete_token_id=model.config.eos_token_id)
+                                 trainable=packed.trainable, by_ratio=by_ratio)
+        if settings.objective == "expansion":  # the delete tokens of a gap count as one
+            scored = targets.scored.roll(1) if model.config.shift_logits else targets.scored
+            share = (corruption.weight / (1 - corruption.ratio))[scored]
+            targets = targets._replace(normaliser=share.sum().round().long())
         opening = None
         if opened < 1:
             starts = packed.cu_seqlens[:-1].long()
@@ -109,45 +121,6 @@ def make_batches(source: RowSource, step: int, slots: range, of: int, settings: 
             pairs=count_pairs(packed.cu_seqlens, settings.objective, settings.block_length), opening=opening,
             clean_ids=packed.tokens.view(shape) if blocks else None))
     return batches
-
-
-def corrupt_rows(packed: Packed, ends: Tensor, times: Tensor, step: int, first_slot: int, settings: TrainGroup,
-                 seed: int, model: DiffusionLM) -> tuple[Packed, Corruption]:
-    """The rows from slot `first_slot` on as they are trained on, corrupted at `times` [S] of the parts that begin at
-    `ends` [S + 1]; but for "expansion" the rows are those given."""
-    slot = packed.row + first_slot
-    uniform = philox_uniform(seed, slot, step, packed.column)
-    if settings.objective == "expansion":
-        check_expansion(packed, settings, model)
-        starts = packed.cu_seqlens[:-1].long()
-        choices = philox_uniform(seed + DOCUMENTS, slot[starts].unsqueeze(1), step,
-                                 packed.column[starts].unsqueeze(1) * 2 + torch.arange(2)).flatten(1)
-        return corrupt_gaps(packed, times, uniform, choices, room=model.config.max_position_embeddings,
-                            mask_token_id=model.config.mask_token_id, expand_token_id=settings.expand_token_id,
-                            delete_token_id=model.config.eos_token_id)
-    scorable = None
-    if settings.mask_at_least_one:
-        scorable = torch.ones_like(packed.tokens, dtype=torch.bool)
-        if packed.trainable is not None:
-            scorable = packed.trainable.clone()
-        if model.config.shift_logits:
-            scorable[packed.cu_seqlens[:-1].long()] = False
-    return packed, corrupt(packed.tokens, ends, model.config.mask_token_id, schedule=settings.schedule, times=times,
-                           uniform=uniform[..., 0], maskable=None if settings.corrupt_prompt else packed.trainable,
-                           at_least_one_of=scorable)
-
-
-def check_expansion(packed: Packed, settings: TrainGroup, model: DiffusionLM) -> None:
-    config, expand = model.config, settings.expand_token_id
-    if not isinstance(config.eos_token_id, int):
-        raise UserError(f"train.objective=expansion deletes by the model's eos_token_id, which must be one token, not "
-                        f"{config.eos_token_id}; choose another objective")
-    if expand >= config.vocab_size or expand in (config.eos_token_id, config.mask_token_id):
-        raise UserError(f"train.expand_token_id {expand} must be a token of the {config.vocab_size} in the model's "
-                        "vocabulary, neither the end of text nor the mask; choose another")
-    if packed.trainable is not None:
-        raise UserError("train.objective=expansion takes plain documents, not conversations: set data.data_type to "
-                        "plaintext, or choose another objective")
 
 
 def opened_share(step: int, total: int, settings: TrainGroup) -> float:
@@ -253,8 +226,8 @@ def draw_validation(data: TrainingData, config: Config, model: DiffusionLM) -> V
                             by_ratio=by_ratio)
 
     rows = min(len(data.held_out), max(1, config.train.eval_tokens // config.data.max_seq_len))
-    loss = bound = draw(config.train, config.train.objective in BOUNDS)
-    if config.train.objective not in (*BOUNDS, "ar"):
-        bound = draw(replace(config.train, objective="elbo", path_term=False, mask_at_least_one=False,
-                             corrupt_prompt=False, expand_token_id=None), True)
+    masked = config.train.objective != "ar"
+    loss = bound = draw(config.train, masked and config.train.objective != "mdm")
+    if config.train.objective == "mdm":
+        bound = draw(replace(config.train, objective="elbo", path_term=False, mask_at_least_one=False), True)
     return Validation(loss, bound, data.held_out.num_tokens / max(data.held_out_bytes, 1))

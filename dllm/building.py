@@ -35,6 +35,11 @@ def build_model(config: Config, corpus: Corpus, resumed: Checkpoint | None, worl
             add_adapters(model, config.train.lora_rank, config.train.lora_alpha)
     if folder is not None and (folder / "generation_config.json").exists():
         model.generation_defaults = read_json(folder / "generation_config.json")
+    if (config.train.expand_token_id or 0) >= model_config.vocab_size:
+        raise UserError(f"train.expand_token_id {config.train.expand_token_id} is no token of the model, which has "
+                        f"{model_config.vocab_size}")
+    if config.train.objective == "expansion" and config.data.data_type != "plaintext":
+        raise UserError("train.objective=expansion makes gaps anywhere in a text: set data.data_type=plaintext")
     if model_config.num_attention_heads % world.sequence_size:
         raise UserError(f"train.ulysses_parallel_size {world.sequence_size} must divide the model's "
                         f"{model_config.num_attention_heads} attention heads")

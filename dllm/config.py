@@ -134,14 +134,12 @@ class TrainGroup:
     output_dir: str  # gets checkpoints/, metrics.jsonl, config.yaml
     # Objective
     # mdm: equal weights; elbo: the likelihood bound, 1/t; block_diffusion: that of blocks, given the clean ones before
-    # them (BD3-LM); cart: more weight near visible tokens (Dream); expansion: gaps that grow and shrink (DreamOn); ar:
-    # next token, causal
+    # them (BD3-LM); expansion: gaps whose length the model finds out (DreamOn); ar: next token, causal
     objective: str = "mdm"
     block_length: int = 32  # block_diffusion: tokens of a block
-    expand_token_id: int | None = None  # expansion needs it: the token that stands for two masked ones
+    expand_token_id: int | None = None  # expansion: the token that becomes two masked ones; end-of-text deletes one
     path_term: bool = False  # add Open-dLLM's planner term (P2); with mdm only
     mask_at_least_one: bool = False  # token of every document, whatever its time; with mdm only
-    corrupt_prompt: bool = False  # mask also what is not learnt of a conversation, as Open-dLLM does; with mdm only
     schedule: str = "linear"  # of corruption over time: linear, cosine or polynomial
     repr_align_wt: float = 0.0  # weight of aligning hidden states with those of model.model_path, causal and frozen
     anneal_attention_ratio: float = 0.0  # share of the steps in which causal attention opens to both directions
@@ -195,7 +193,7 @@ class TrainGroup:
     profile_trace_dir: str = "./trace"  # gets a trace of the main process, for chrome://tracing or Perfetto
 
     def __post_init__(self):
-        for name, choices in (("objective", ("mdm", "elbo", "block_diffusion", "cart", "expansion", "ar")),
+        for name, choices in (("objective", ("mdm", "elbo", "block_diffusion", "expansion", "ar")),
                               ("schedule", ("linear", "cosine", "polynomial")),
                               ("optimizer", ("adamw", "muon")), ("lr_decay_style", ("constant", "linear", "cosine")),
                               ("device", ("auto", "cpu", "cuda")), ("precision", ("auto", "fp32", "bf16")),
@@ -209,10 +207,8 @@ class TrainGroup:
             value = getattr(self, name)
             _check(f"train.{name}", value, value is None or value > 0, "above 0")
         for name in ("lr_min", "lr_start", "weight_decay", "max_grad_norm", "save_steps", "save_time_interval_minutes",
-                     "eval_every", "seed", "profile_start_step", "lora_rank", "repr_align_wt",
-                     "expand_token_id"):
-            value = getattr(self, name)
-            _check(f"train.{name}", value, value is None or value >= 0, "at least 0")
+                     "eval_every", "seed", "profile_start_step", "lora_rank", "repr_align_wt"):
+            _check(f"train.{name}", getattr(self, name), getattr(self, name) >= 0, "at least 0")
         _check("train.lr_min", self.lr_min, self.lr_decay_style != "cosine" or self.lr_min <= self.lr,
                f"at most lr {self.lr}")
         _check("train.lr_warmup_ratio", self.lr_warmup_ratio, 0 <= self.lr_warmup_ratio <= 1, "between 0 and 1")
@@ -225,17 +221,11 @@ class TrainGroup:
         if self.objective == "block_diffusion" and self.ulysses_parallel_size > 1:
             raise UserError("train.objective=block_diffusion has two copies of each row in one process: set "
                             "train.ulysses_parallel_size to 1")
+        if (self.objective == "expansion") != (self.expand_token_id is not None):
+            raise UserError("train.objective=expansion and train.expand_token_id, a token of the model, need each "
+                            "other")
         if self.path_term and self.objective != "mdm":
             raise UserError(f"train.path_term needs train.objective=mdm, not {self.objective!r}; remove one of them")
-        if self.corrupt_prompt and self.objective != "mdm":
-            raise UserError(f"train.corrupt_prompt needs train.objective=mdm, not {self.objective!r}, which is about "
-                            "answers to a prompt that is read; remove one of them")
-        if (self.expand_token_id is not None) != (self.objective == "expansion"):
-            raise UserError(f"train.expand_token_id {self.expand_token_id} with train.objective={self.objective}: it "
-                            "goes with expansion, which needs it; set both or neither")
-        if self.objective == "expansion" and self.schedule != "linear":
-            raise UserError("train.objective=expansion masks a gap at the rate that is drawn: set train.schedule to "
-                            f"linear, not {self.schedule}")
         if self.mask_at_least_one and self.objective != "mdm":
             raise UserError(f"train.mask_at_least_one needs train.objective=mdm, not {self.objective!r}: it would bias "
                             "the bound, and without corruption it means nothing; remove one of them")

@@ -34,7 +34,8 @@ def make_config(corpus):
     def make(output: Path, **train_keys) -> Path:
         keys = {"output_dir": str(output), "lr": 3e-3, "micro_batch_size": 4, "global_batch_size": 8, "max_steps": 20,
                 "save_steps": 5, "eval_every": 10, "num_train_epochs": 100, "device": "cpu", "lr_warmup_ratio": 0.2,
-                "lr_decay_style": "cosine", "max_grad_norm": 0.0, "use_tensorboard": False, **train_keys}
+                "lr_decay_style": "cosine", "max_grad_norm": 0.0, "optimizer": "muon", "use_tensorboard": False,
+                **train_keys}
         model = ModelGroup(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                            num_attention_heads=2, num_key_value_heads=1)
         config = Config(model=model, train=TrainGroup(**keys),
