@@ -15,7 +15,7 @@ from dllm.config import Config, TrainGroup
 from dllm.corruption import T_MIN, corrupt
 from dllm.data import Packed, RowSource, TrainingData
 from dllm.gaps import make_gaps
-from dllm.loss import LossSums, Targets, choose_targets, sum_alignment, sum_losses
+from dllm.loss import BOUNDS, LossSums, Targets, choose_targets, sum_alignment, sum_losses
 from dllm.model import DiffusionLM
 from dllm_kernels import philox_uniform
 
@@ -67,7 +67,8 @@ def make_batches(source: RowSource, step: int, slots: range, of: int, settings: 
     opened: share of the later positions that attention sees; 0 is causal, 1 sees all.
     by_ratio: whether the losses are wanted by the chance of being masked too.
 
-    Of conversations only the answers' tokens are ever masked, and scored: the model learns to answer what it can read.
+    Of conversations only the answers' tokens are scored, and (but for settings.corrupt_prompt) ever masked: the model
+    learns to answer what it can read.
     A row and its draws are a function of seed, step and slot alone, whoever computes it and however the step is cut.
     The times of a step's documents, or of their blocks, are one random offset plus nearly equal spacing: each is
     uniform, and together they cover (0, 1) evenly, which lowers the variance of the loss (MDLM, arXiv:2406.07524).
@@ -90,13 +91,16 @@ def make_batches(source: RowSource, step: int, slots: range, of: int, settings: 
             scorable = None
             if settings.mask_at_least_one:
                 scorable = torch.ones_like(packed.tokens, dtype=torch.bool)
+                if packed.trainable is not None:
+                    scorable = packed.trainable.clone()
                 if model.config.shift_logits:
                     scorable[packed.cu_seqlens[:-1].long()] = False
             ends = cut_blocks(packed.cu_seqlens, settings.block_length) if blocks else packed.cu_seqlens
             corruption = corrupt(packed.tokens, ends, model.config.mask_token_id,
                                  schedule=settings.schedule, times=spread_times(packed, ends, part.start, of, offset),
                                  uniform=philox_uniform(seed, slot, step, packed.column)[..., 0],
-                                 maskable=packed.trainable, at_least_one_of=scorable)
+                                 maskable=None if settings.corrupt_prompt else packed.trainable,
+                                 at_least_one_of=scorable)
             input_ids = corruption.noisy
         targets = choose_targets(packed.tokens, packed.cu_seqlens, corruption, objective=settings.objective,
                                  path_term=settings.path_term, shift=model.config.shift_logits,
@@ -226,8 +230,8 @@ def draw_validation(data: TrainingData, config: Config, model: DiffusionLM) -> V
                             by_ratio=by_ratio)
 
     rows = min(len(data.held_out), max(1, config.train.eval_tokens // config.data.max_seq_len))
-    masked = config.train.objective != "ar"
-    loss = bound = draw(config.train, masked and config.train.objective != "mdm")
-    if config.train.objective == "mdm":
-        bound = draw(replace(config.train, objective="elbo", path_term=False, mask_at_least_one=False), True)
+    loss = bound = draw(config.train, config.train.objective in BOUNDS)
+    if config.train.objective not in (*BOUNDS, "ar"):
+        bound = draw(replace(config.train, objective="elbo", path_term=False, mask_at_least_one=False,
+                             corrupt_prompt=False, expand_token_id=None), True)
     return Validation(loss, bound, data.held_out.num_tokens / max(data.held_out_bytes, 1))

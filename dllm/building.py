@@ -35,15 +35,24 @@ def build_model(config: Config, corpus: Corpus, resumed: Checkpoint | None, worl
             add_adapters(model, config.train.lora_rank, config.train.lora_alpha)
     if folder is not None and (folder / "generation_config.json").exists():
         model.generation_defaults = read_json(folder / "generation_config.json")
-    if (config.train.expand_token_id or 0) >= model_config.vocab_size:
-        raise UserError(f"train.expand_token_id {config.train.expand_token_id} is no token of the model, which has "
-                        f"{model_config.vocab_size}")
-    if config.train.objective == "expansion" and config.data.data_type != "plaintext":
-        raise UserError("train.objective=expansion makes gaps anywhere in a text: set data.data_type=plaintext")
+    if config.train.objective == "expansion":
+        check_expansion(config, model_config)
     if model_config.num_attention_heads % world.sequence_size:
         raise UserError(f"train.ulysses_parallel_size {world.sequence_size} must divide the model's "
                         f"{model_config.num_attention_heads} attention heads")
     return tokenizer, model
+
+
+def check_expansion(config: Config, model_config: ModelConfig) -> None:
+    expand, end = config.train.expand_token_id, model_config.eos_token_id
+    if config.data.data_type != "plaintext":
+        raise UserError("train.objective=expansion makes gaps anywhere in a text: set data.data_type=plaintext")
+    if not isinstance(end, int):
+        raise UserError(f"train.objective=expansion deletes by the model's eos_token_id, which must be one token, not "
+                        f"{end}; choose another objective")
+    if not 0 <= expand < model_config.vocab_size or expand in (end, model_config.mask_token_id):
+        raise UserError(f"train.expand_token_id {expand} must be one of the model's {model_config.vocab_size} tokens, "
+                        "and neither end-of-text nor the mask; choose another")
 
 
 def build_teacher(config: Config, world: World) -> DiffusionLM | None:

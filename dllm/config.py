@@ -134,12 +134,14 @@ class TrainGroup:
     output_dir: str  # gets checkpoints/, metrics.jsonl, config.yaml
     # Objective
     # mdm: equal weights; elbo: the likelihood bound, 1/t; block_diffusion: that of blocks, given the clean ones before
-    # them (BD3-LM); expansion: gaps whose length the model finds out (DreamOn); ar: next token, causal
+    # them (BD3-LM); cart: more weight near visible tokens (Dream); expansion: gaps whose length the model finds out
+    # (DreamOn); ar: next token, causal
     objective: str = "mdm"
     block_length: int = 32  # block_diffusion: tokens of a block
     expand_token_id: int | None = None  # expansion: the token that becomes two masked ones; end-of-text deletes one
     path_term: bool = False  # add Open-dLLM's planner term (P2); with mdm only
     mask_at_least_one: bool = False  # token of every document, whatever its time; with mdm only
+    corrupt_prompt: bool = False  # mask also what is not learnt of a conversation, as Open-dLLM does; with mdm only
     schedule: str = "linear"  # of corruption over time: linear, cosine or polynomial
     repr_align_wt: float = 0.0  # weight of aligning hidden states with those of model.model_path, causal and frozen
     anneal_attention_ratio: float = 0.0  # share of the steps in which causal attention opens to both directions
@@ -193,7 +195,7 @@ class TrainGroup:
     profile_trace_dir: str = "./trace"  # gets a trace of the main process, for chrome://tracing or Perfetto
 
     def __post_init__(self):
-        for name, choices in (("objective", ("mdm", "elbo", "block_diffusion", "expansion", "ar")),
+        for name, choices in (("objective", ("mdm", "elbo", "block_diffusion", "cart", "expansion", "ar")),
                               ("schedule", ("linear", "cosine", "polynomial")),
                               ("optimizer", ("adamw", "muon")), ("lr_decay_style", ("constant", "linear", "cosine")),
                               ("device", ("auto", "cpu", "cuda")), ("precision", ("auto", "fp32", "bf16")),
@@ -224,6 +226,12 @@ class TrainGroup:
         if (self.objective == "expansion") != (self.expand_token_id is not None):
             raise UserError("train.objective=expansion and train.expand_token_id, a token of the model, need each "
                             "other")
+        if self.objective == "expansion" and self.schedule != "linear":
+            raise UserError("train.objective=expansion masks a gap at the rate that is drawn: set train.schedule to "
+                            f"linear, not {self.schedule}")
+        if self.corrupt_prompt and self.objective != "mdm":
+            raise UserError(f"train.corrupt_prompt needs train.objective=mdm, not {self.objective!r}, which is about "
+                            "answers to a prompt that is read; remove one of them")
         if self.path_term and self.objective != "mdm":
             raise UserError(f"train.path_term needs train.objective=mdm, not {self.objective!r}; remove one of them")
         if self.mask_at_least_one and self.objective != "mdm":

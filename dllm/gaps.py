@@ -15,7 +15,7 @@ from dllm.data import Packed
 from dllm_kernels import philox_uniform
 
 MERGE_CHANCE = 0.5
-MAX_DELETE = 64
+MAX_DELETE = 64  # delete tokens of a gap
 _OF_DOCUMENTS = 2**24  # positions of draws from here on are those of documents, beyond all columns
 
 
@@ -50,7 +50,10 @@ def mask_gap(tokens: Tensor, delete: int, expand: int, mask: int, *, ratio: floa
 
 def make_gaps(packed: Packed, first_slot: int, step: int, seed: int, longest: int, *, delete: int, expand: int,
               mask: int, times: Tensor) -> tuple[Packed, Corruption]:
-    """Give each document of some rows a gap.
+    """Give each document of some rows a gap, which never holds its last token if that is end-of-text.
+
+    DreamOn adds up to 64 delete tokens to the shortest gap, this at most as many as the gap has tokens, so that gaps
+    with too few masks are as common as those with too many.
 
     Args:
         first_slot: of the rows in the step; draws are a function of seed, step, slot and column.
@@ -63,9 +66,10 @@ def make_gaps(packed: Packed, first_slot: int, step: int, seed: int, longest: in
     for (start, end), time in zip(packed.cu_seqlens.unfold(0, 2, 1).tolist(), times.tolist(), strict=True):
         tokens, slot, column = packed.tokens[start:end], packed.row[start:end] + first_slot, packed.column[start:end]
         draws = philox_uniform(seed, slot[:1], step, _OF_DOCUMENTS + 4 * column[:1] + torch.arange(4))[:, 0]
-        first, last = sorted((draws[:2] * (end - start)).long().tolist())
-        deletes = int(draws[2] * (min(longest - (end - start), MAX_DELETE) + 1))
+        fillable = end - start - int(tokens[-1] == delete)
+        first, last = sorted((draws[:2] * fillable).long().tolist()) if fillable else (0, -1)
         before, text, after = tokens.split([first, last + 1 - first, end - start - last - 1])
+        deletes = int(draws[2] * (min(longest - (end - start), MAX_DELETE, len(text)) + 1))
         uniform = philox_uniform(seed, slot, step, column)[first:last + 1]
         uniform = torch.cat((uniform, torch.ones(deletes, 2)))
         gap = mask_gap(torch.cat((text, torch.full((deletes,), delete))), delete, expand, mask, ratio=time,

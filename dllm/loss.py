@@ -8,6 +8,8 @@ elbo  sum w l / M, w = -alpha'(t) / (1 - alpha(t))  the bound on the likelihood;
                                                     (MD4 arXiv:2406.04329, MDLM 2406.07524, LLaDA 2502.09992)
 block_diffusion   as elbo, each block with a time of its own, given the clean blocks before it (BD3-LM 2503.09573)
 expansion   sum (1 - t) l / N, of gaps whose length is to be found out (gaps.py)
+cart  sum w l / M, w = sum over the visible j of    masked tokens near visible ones count for more, p = 0.3
+      p (1 - p)^(|i - j| - 1) / 2                   (Dream 2508.15487)
 ar    sum l / N                                     next token, nothing masked, causal attention
 
 With right shift (models that come from autoregressive ones) the logits at position i - 1 are about token i, so the
@@ -23,6 +25,10 @@ from torch import Tensor
 
 from dllm.corruption import Corruption
 from dllm_kernels import linear_masked_cross_entropy
+
+BOUNDS = ("elbo", "block_diffusion")  # objectives that bound the negative log-likelihood
+CART_SHARE = 0.3  # p above
+CART_REACH = 64  # tokens: beyond, the terms are below 1e-10
 
 
 class Targets(NamedTuple):
@@ -52,7 +58,7 @@ def choose_targets(tokens: Tensor, cu_seqlens: Tensor, corruption: Corruption | 
         tokens: [T] int64, the clean tokens of packed documents.
         cu_seqlens: [S + 1] integers, where the documents begin, and T.
         corruption: of these tokens; None for "ar".
-        objective: "mdm", "elbo", "block_diffusion", "expansion" or "ar" (always shifted).
+        objective: one of the table above ("ar" is always shifted); path is mdm with `path_term`.
         shift: whether the logits at a position are about the next token.
         trainable: [T] bool; tokens elsewhere are never scored (a prompt, say), though they may be masked.
         by_ratio: whether the losses are wanted by the chance of being masked too.
@@ -61,15 +67,32 @@ def choose_targets(tokens: Tensor, cu_seqlens: Tensor, corruption: Corruption | 
     if shift or objective == "ar":
         possible[cu_seqlens[:-1].long()] = False
     scored = possible if corruption is None else possible & corruption.corrupted
-    bound = objective in ("elbo", "block_diffusion")
-    weights = corruption.weight if bound or objective == "expansion" else None
+    weights = corruption.weight if objective in (*BOUNDS, "expansion") else None
+    if objective == "cart":
+        weights = weigh_by_context(corruption.corrupted, cu_seqlens)
     path_weights = 1 / corruption.ratio if path_term else None
     ratio = corruption.ratio if by_ratio else None
-    normaliser = (possible if bound else scored).sum()
+    normaliser = (possible if objective in (*BOUNDS, "cart") else scored).sum()
     if shift or objective == "ar":  # what wraps around is a first token, which is not scored
         tokens, scored = tokens.roll(-1), scored.roll(-1)
         weights, path_weights, ratio = (None if w is None else w.roll(-1) for w in (weights, path_weights, ratio))
     return Targets(tokens, scored, weights, path_weights, normaliser, ratio)
+
+
+def weigh_by_context(corrupted: Tensor, cu_seqlens: Tensor, p: float = CART_SHARE) -> Tensor:
+    """[T] fp32: sum over the visible tokens j of the document of p (1 - p)^(|i - j| - 1) / 2, at the masked tokens i.
+
+    Dream's context-adaptive noise rescheduling; 0 at the tokens that are visible themselves.
+    """
+    lengths = cu_seqlens.diff().long()
+    document = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    visible = (~corrupted).float()
+    weights = torch.zeros_like(visible)
+    for distance in range(1, min(CART_REACH, int(lengths.max()) - 1) + 1):
+        share = (document[distance:] == document[:-distance]) * (p / 2 * (1 - p) ** (distance - 1))
+        weights[distance:] += share * visible[:-distance]
+        weights[:-distance] += share * visible[distance:]
+    return weights * corrupted
 
 
 def sum_losses(hidden: Tensor, head_weight: Tensor, targets: Targets, *, backend: str | None = None) -> LossSums:

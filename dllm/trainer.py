@@ -216,9 +216,9 @@ def agree(world: World, batches: Sequence[MicroBatch], stop: bool, clock: Clock,
 
 @torch.no_grad()
 def validate(shared: Shared, validation: Validation, world: World) -> dict[str, float]:
-    """On the held-out rows: validation_loss of the objective; for "mdm" also validation_bound, that of "elbo", nats per
-    token; validation_bits_per_byte of that bound; validation_nll_0_25 and so on, nats per token masked with a chance of
-    0 to 25%."""
+    """On the held-out rows: validation_loss of the objective; if that is no bound also validation_bound, that of
+    "elbo", nats per token; validation_bits_per_byte of that bound; validation_nll_0_25 and so on, nats per token masked
+    with a chance of 0 to 25%."""
     shared.eval()
     losses, by_ratio = sum_validation(shared, validation.loss, world)
     result = {"validation_loss": losses / max(sum(batch.normaliser for batch in validation.loss), 1)}
@@ -352,8 +352,8 @@ def check_same_run(config: Config, resumed: Checkpoint, output: Path) -> None:
         raise UserError(f"{output} already holds checkpoints up to {resumed.folder.name}; set another "
                         "train.output_dir, or train.auto_resume=true to continue")
     fixed = ("objective", "path_term", "mask_at_least_one", "schedule", "optimizer", "seed", "lora_rank", "lora_alpha",
-             "freeze_layers", "repr_align_wt", "anneal_attention_ratio", "block_length",
-             "expand_token_id")
+             "freeze_layers", "repr_align_wt", "anneal_attention_ratio", "block_length", "expand_token_id",
+             "corrupt_prompt")
     defaults = {field.name: field.default for field in fields(TrainGroup)}  # of a run older than a key
 
     def describe(groups: dict[str, dict]) -> dict:

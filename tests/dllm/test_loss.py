@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from dllm.batches import MicroBatch, forward
 from dllm.corruption import Corruption, corrupt
 from dllm.gaps import mask_gap
-from dllm.loss import choose_targets, sum_alignment, sum_losses
+from dllm.loss import choose_targets, sum_alignment, sum_losses, weigh_by_context
 from dllm.model import DiffusionLM
 
 OPEN_DLLM = ["single", "packed_block", "packed_full", "ar_packed_block"]
@@ -115,7 +115,8 @@ def make_batch(lengths=(7, 12, 9), D=8, V=31, seed=0, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("shift", [False, True])
-@pytest.mark.parametrize("objective, path_term", [("mdm", False), ("mdm", True), ("elbo", False), ("ar", False)])
+@pytest.mark.parametrize("objective, path_term", [("mdm", False), ("mdm", True), ("elbo", False), ("cart", False),
+                                                  ("ar", False)])
 def test_every_objective_equals_its_formula_position_by_position(objective, path_term, shift):
     tokens, cu_seqlens, hidden, head, corruption = make_batch()
     targets = choose_targets(tokens, cu_seqlens, None if objective == "ar" else corruption, objective=objective,
@@ -124,6 +125,7 @@ def test_every_objective_equals_its_formula_position_by_position(objective, path
     shift = shift or objective == "ar"
     log_probabilities = (hidden @ head.T).log_softmax(-1)
     expected, possible, scored = 0, 0, 0
+    document = [0] * 7 + [1] * 12 + [2] * 9
     for i in range(len(tokens)):
         if shift and i in cu_seqlens[:-1]:
             continue
@@ -133,8 +135,11 @@ def test_every_objective_equals_its_formula_position_by_position(objective, path
         scored += 1
         nll = -log_probabilities[i - shift, tokens[i]]
         weight = corruption.weight[i] if objective == "elbo" else 1
+        if objective == "cart":
+            weight = sum(0.5 * 0.3 * 0.7 ** (abs(i - j) - 1) for j in range(len(tokens))
+                         if document[i] == document[j] and not corruption.corrupted[j])
         expected = expected + nll * weight + (nll * (-nll.detach()).exp() / corruption.ratio[i] if path_term else 0)
-    assert targets.normaliser == (possible if objective == "elbo" else scored)
+    assert targets.normaliser == (possible if objective in ("elbo", "cart") else scored)
     assert got.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     ours = torch.autograd.grad(got.loss, (hidden, head))
     for mine, theirs in zip(ours, torch.autograd.grad(expected, (hidden, head)), strict=True):
@@ -241,24 +246,33 @@ def test_elbo_of_the_answers_equals_lladas_fine_tuning_loss(shared):
 
 @pytest.mark.parametrize("case, schedule, objective", [
     ("token", "linear", "elbo"), ("uniform", "linear", "mdm"), ("shift", "linear", "elbo"),
-    ("cosine", "cosine", "elbo")])
+    ("cosine", "cosine", "elbo"), ("dream_cart", "linear", "cart"), ("batch", "linear", "elbo")])
 def test_equals_mdlm_as_the_dllm_library_trains_it(shared, case, schedule, objective):
     z = load_function(shared, "loss_mdlm_dllm")
     tokens, trainable = z["input_ids"], z["labels"].flatten() != -100
     corruption = corrupt(tokens.flatten(), torch.arange(4) * 16, int(z["mask_id"]), schedule=schedule,
                          times=1e-3 + (1 - 1e-3) * z["u_t"], uniform=z["u_mask"].flatten(), maskable=trainable)
     assert torch.equal(corruption.noisy.view(3, 16), z[f"{case}_noised"])
-    logits = z[f"{case}_logits"]
-    loss, gradient, _ = score_logits(logits, tokens, corruption, objective=objective, shift=case == "shift",
-                                     trainable=trainable)
-    if case == "shift":  # it also scores the first token of a row, on its own logits; ours never does
+    logits, shift = z[f"{case}_logits"], case in ("shift", "dream_cart")
+    loss, gradient, _ = score_logits(logits, tokens, corruption, objective=objective, shift=shift, trainable=trainable)
+    if shift:  # it also scores the first token of a row, on its own logits; ours never does
         first = logits[:, 0].clone().requires_grad_()
-        weights = (corruption.weight * corruption.corrupted).view(3, 16)[:, 0]
+        weights = corruption.weight if case == "shift" else weigh_by_context(corruption.corrupted, torch.arange(4) * 16)
+        weights = (weights * corruption.corrupted).view(3, 16)[:, 0]
         extra = (F.cross_entropy(first, tokens[:, 0], reduction="none") * weights).sum()
         gradient[:, 0] += torch.autograd.grad(extra, first)[0]
         loss = loss + extra.detach()
-    normaliser = trainable.sum()  # it divides by every token that could be masked, whatever the weights
+    # It divides by every token that could be masked, whatever the weights, or by the rows.
+    normaliser = 3 if case == "batch" else trainable.sum()
     assert equal(loss / normaliser, z[f"{case}_loss"]) and equal(gradient / normaliser, z[f"{case}_dlogits"])
+
+
+def test_context_weights_equal_dreams(shared):
+    z = load_function(shared, "cart_weight")
+    corrupted = z["masked_mask"].flatten()
+    for p in (0.1, 0.3, 0.8):
+        got = weigh_by_context(corrupted, torch.arange(4) * 14, p)
+        assert torch.allclose(got, (z[f"w_p{p}"] * z["masked_mask"]).flatten(), rtol=1e-4, atol=1e-7), p
 
 
 @pytest.mark.parametrize("shift", [False, True])
@@ -276,19 +290,32 @@ def test_losses_by_the_chance_of_being_masked_are_those_of_its_documents(shift):
         assert by_ratio[1, quarter] == scored[part].sum()
 
 
-def test_block_diffusion_equals_its_authors_loss(shared):
-    z = load_function(shared, "loss_bd3lms_original")
+@pytest.mark.parametrize("case", ["eps1e-3_1", "antithetic", "clipped_0.45_0.95"])
+def test_block_diffusion_equals_its_authors_loss(shared, case):
+    z = {key.removeprefix(case + "_"): value for key, value in load_function(shared, "loss_bd3lms_original").items()}
     tokens, mask = z["input_ids"], int(z["mask_id"])
-    noisy = z["eps1e-3_1_concat"][:, :16]
-    corruption = corrupt(tokens.flatten(), torch.arange(13) * 4, mask, uniform=z["eps1e-3_1_u_mask"].flatten(),
-                         times=(1e-3 + (1 - 1e-3) * z["eps1e-3_1_u_block"]).flatten(),
-                         maskable=(torch.arange(48) % 16 != 0))  # the first token of a row is never masked
-    assert torch.equal(corruption.noisy.view(3, 16), noisy)
-    logits = z["eps1e-3_1_logits"].clone()
-    logits[..., mask] = -1e6  # the mask is never predicted
+    u = z["u_block"] if case == "eps1e-3_1" else (z["u_block"] / 12 + torch.arange(12).view(3, 4) / 12) % 1
+    maskable = torch.ones_like(tokens, dtype=torch.bool)
+    maskable[:, 0] = False  # the beginning-of-text token, which counts in its mean all the same
+    corruption = corrupt(tokens.flatten(), torch.arange(13) * 4, mask, times=(1e-3 + (1 - 1e-3) * u).flatten(),
+                         uniform=z["u_mask"].flatten(), maskable=maskable.flatten())
+    assert torch.equal(torch.cat((corruption.noisy.view(3, 16), tokens), 1), z["concat"])
+    logits = z["logits"].clone()
+    logits[..., mask] = -1e6  # its model never predicts the mask
     loss, gradient, normaliser = score_logits(logits, tokens, corruption, objective="block_diffusion")
-    assert normaliser == 48
-    assert equal(loss / normaliser, z["eps1e-3_1_loss"]) and equal(gradient / normaliser, z["eps1e-3_1_dlogits"])
+    assert equal(loss / normaliser, z["loss"]) and equal(gradient / normaliser, z["dlogits"])
+
+
+def test_block_diffusion_equals_bd3lm_as_the_dllm_library_trains_it(shared):
+    z = load_function(shared, "loss_bd3lm_dllm")
+    tokens, trainable = z["input_ids"], z["labels"].flatten() != -100
+    corruption = corrupt(tokens.flatten(), torch.arange(4) * 16, int(z["mask_id"]), maskable=trainable,
+                         times=1e-3 + (1 - 1e-3) * z["u_t"], uniform=z["u_mask"].flatten())  # one time for all blocks
+    assert torch.equal(torch.cat((corruption.noisy.view(3, 16), tokens), 1), z["concat_ids"])
+    loss, gradient, normaliser = score_logits(z["logits"][:, :16], tokens, corruption, objective="block_diffusion",
+                                              trainable=trainable)
+    assert equal(loss / normaliser, z["loss"]) and equal(gradient / normaliser, z["dlogits"][:, :16])
+    assert (z["dlogits"][:, 16:] == 0).all()
 
 
 @pytest.mark.parametrize("case", ["static", "dynamic_inverse"])

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import dllm.trainer as trainer
-from dllm.batches import MicroBatch, Opening, draw_visible, forward, make_batches, opened_share
+from dllm.batches import Opening, draw_visible, forward, make_batches, opened_share
 from dllm.config import Config, DataGroup, ModelGroup, TrainGroup, load_config
 from dllm.data import PackedDataset
 from dllm.errors import Failure, UserError
@@ -70,14 +70,15 @@ def read_metrics(output: Path) -> list[dict]:
     {"objective": "mdm", "path_term": True, "eval_every": 4},
     {"objective": "elbo", "optimizer": "muon", "schedule": "cosine"},
     {"objective": "ar"}, {"objective": "block_diffusion", "block_length": 8},
-    {"objective": "expansion", "expand_token_id": 299},
+    {"objective": "cart"}, {"objective": "expansion", "expand_token_id": 299},
     {"objective": "mdm", "precision": "bf16", "global_batch_size": 8}], ids=str)
 def test_every_objective_lowers_the_loss_and_leaves_a_checkpoint_that_loads(make_config, keys):
     result = train(make_config(max_steps=30, **keys))
     history = result.history
     assert result.steps == 30 == len(history) and history == read_metrics(result.output_dir)
     assert sum(line["nll"] for line in history[-5:]) < 0.9 * sum(line["nll"] for line in history[:5])
-    assert history[-1]["validation_loss"] > 0 and ("validation_bound" in history[-1]) == (keys["objective"] == "mdm")
+    no_bound = keys["objective"] in ("mdm", "cart", "expansion")
+    assert history[-1]["validation_loss"] > 0 and ("validation_bound" in history[-1]) == no_bound
     measured = [line["step"] for line in history if "validation_loss" in line]
     assert measured == ([*range(4, 30, 4), 30] if "eval_every" in keys else [30])
     model = DiffusionLM.from_pretrained(result.checkpoint)
@@ -180,37 +181,11 @@ def make_dataset(longest: int, max_seq_len=16) -> PackedDataset:
     return PackedDataset([torch.randint(63, (n,), generator=generator) for n in lengths], max_seq_len)
 
 
-@pytest.mark.parametrize("objective", ["mdm", "elbo", "block_diffusion", "ar"])
-def test_micro_batches_of_any_size_give_the_gradients_of_the_whole(objective):
-    dataset, model = make_dataset(longest=40), make_model()
-    gradients = []
-    for size in (12, 4, 1):
-        settings = TrainGroup(output_dir="x", objective=objective, block_length=5, micro_batch_size=size,
-                              global_batch_size=12)
-        batches = make_batches(dataset, 5, range(12), 12, settings, 1, model)
-        assert len(batches) == 12 // size
-        for batch in batches:
-            (forward(model, batch, torch.device("cpu")).loss / sum(b.normaliser for b in batches)).backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-        model.zero_grad()
-    for gradient in gradients[1:]:
-        assert (gradient - gradients[0]).norm() <= 1e-5 * gradients[0].norm()
-
-
-@pytest.mark.parametrize("shift", [False, True])
-def test_packed_documents_train_as_each_of_them_alone(shift):
-    model, dataset = make_model(shift_logits=shift), make_dataset(longest=15)
-    settings = TrainGroup(output_dir="x", objective="elbo", micro_batch_size=8)
-    batch, = make_batches(dataset, 0, range(8), 8, settings, 1, model)
-    assert batch.cu_seqlens is not None and len(batch.cu_seqlens) > 9
-    packed = forward(model, batch, torch.device("cpu")).loss
-    alone = 0
-    for start, end in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
-        targets = batch.targets._replace(**{name: getattr(batch.targets, name)[start:end]
-                                            for name in ("tokens", "scored", "weights")})
-        document = MicroBatch(batch.input_ids[:, start:end], None, int(end - start), targets, None, 0, 0, 0)
-        alone = alone + forward(model, document, torch.device("cpu")).loss
-    assert packed.item() == pytest.approx(alone.item(), rel=1e-5)
+@pytest.mark.parametrize("token, message", [
+    (300, "must be one of the model's 300 tokens"), (0, "neither end-of-text"), (2, "nor the mask")])
+def test_tokens_that_cannot_stand_for_two_are_refused(make_config, token, message):
+    with pytest.raises(UserError, match=message):
+        train(make_config(objective="expansion", expand_token_id=token))
 
 
 def test_gaps_do_not_depend_on_who_computes_them_and_lose_nothing():
