@@ -104,11 +104,8 @@ def make_batches(source: RowSource, step: int, slots: range, of: int, settings: 
             input_ids = corruption.noisy
         targets = choose_targets(packed.tokens, packed.cu_seqlens, corruption, objective=settings.objective,
                                  path_term=settings.path_term, shift=model.config.shift_logits,
-                                 trainable=packed.trainable, by_ratio=by_ratio)
-        if settings.objective == "expansion":  # the delete tokens of a gap count as one
-            scored = targets.scored.roll(1) if model.config.shift_logits else targets.scored
-            share = (corruption.weight / (1 - corruption.ratio))[scored]
-            targets = targets._replace(normaliser=share.sum().round().long())
+                                 trainable=packed.trainable, by_ratio=by_ratio,
+                                 delete_token_id=model.config.eos_token_id)
         opening = None
         if opened < 1:
             starts = packed.cu_seqlens[:-1].long()

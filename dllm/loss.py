@@ -7,7 +7,9 @@ path  sum (1 + stopgrad(exp(-l)) / r) l / N         mdm + Open-dLLM's planner te
 elbo  sum w l / M, w = -alpha'(t) / (1 - alpha(t))  the bound on the likelihood; w = 1/t when linear
                                                     (MD4 arXiv:2406.04329, MDLM 2406.07524, LLaDA 2502.09992)
 block_diffusion   as elbo, each block with a time of its own, given the clean blocks before it (BD3-LM 2503.09573)
-expansion   sum (1 - t) l / N, of gaps whose length is to be found out (gaps.py)
+expansion  sum (1 - t) l / (N' + S')                gaps whose length is to be found out (gaps.py): a document's delete
+                                                    tokens weigh as one; N' other tokens, S' documents with any
+                                                    (DreamOn 2602.01326)
 cart  sum w l / M, w = sum over the visible j of    masked tokens near visible ones count for more, p = 0.3
       p (1 - p)^(|i - j| - 1) / 2                   (Dream 2508.15487)
 ar    sum l / N                                     next token, nothing masked, causal attention
@@ -51,7 +53,7 @@ class LossSums(NamedTuple):
 
 def choose_targets(tokens: Tensor, cu_seqlens: Tensor, corruption: Corruption | None, *, objective: str,
                    path_term: bool = False, shift: bool, trainable: Tensor | None = None,
-                   by_ratio: bool = False) -> Targets:
+                   by_ratio: bool = False, delete_token_id: int | None = None) -> Targets:
     """Say what each position is scored on.
 
     Args:
@@ -62,17 +64,24 @@ def choose_targets(tokens: Tensor, cu_seqlens: Tensor, corruption: Corruption | 
         shift: whether the logits at a position are about the next token.
         trainable: [T] bool; tokens elsewhere are never scored (a prompt, say), though they may be masked.
         by_ratio: whether the losses are wanted by the chance of being masked too.
+        delete_token_id: for "expansion".
     """
     possible = torch.ones_like(tokens, dtype=torch.bool) if trainable is None else trainable.clone()
     if shift or objective == "ar":
         possible[cu_seqlens[:-1].long()] = False
     scored = possible if corruption is None else possible & corruption.corrupted
-    weights = corruption.weight if objective in (*BOUNDS, "expansion") else None
+    normaliser = (possible if objective in (*BOUNDS, "cart") else scored).sum()
+    weights = corruption.weight if objective in BOUNDS else None
     if objective == "cart":
         weights = weigh_by_context(corruption.corrupted, cu_seqlens)
+    if objective == "expansion":
+        document = torch.repeat_interleave(torch.arange(len(cu_seqlens) - 1), cu_seqlens.diff().long())
+        deleted = scored & (tokens == delete_token_id)
+        count = torch.bincount(document[deleted], minlength=len(cu_seqlens) - 1)
+        weights = (1 - corruption.t) / torch.where(deleted, count[document], 1)
+        normaliser = normaliser - deleted.sum() + (count > 0).sum()
     path_weights = 1 / corruption.ratio if path_term else None
     ratio = corruption.ratio if by_ratio else None
-    normaliser = (possible if objective in (*BOUNDS, "cart") else scored).sum()
     if shift or objective == "ar":  # what wraps around is a first token, which is not scored
         tokens, scored = tokens.roll(-1), scored.roll(-1)
         weights, path_weights, ratio = (None if w is None else w.roll(-1) for w in (weights, path_weights, ratio))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from dllm.batches import MicroBatch, forward
 from dllm.corruption import Corruption, corrupt
-from dllm.gaps import mask_gap
+from dllm.gaps import merge_masks
 from dllm.loss import choose_targets, sum_alignment, sum_losses, weigh_by_context
 from dllm.model import DiffusionLM
 
@@ -115,16 +115,16 @@ def make_batch(lengths=(7, 12, 9), D=8, V=31, seed=0, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("shift", [False, True])
-@pytest.mark.parametrize("objective, path_term", [("mdm", False), ("mdm", True), ("elbo", False), ("cart", False),
-                                                  ("ar", False)])
+@pytest.mark.parametrize("objective, path_term", [
+    ("mdm", False), ("mdm", True), ("elbo", False), ("cart", False), ("expansion", False), ("ar", False)])
 def test_every_objective_equals_its_formula_position_by_position(objective, path_term, shift):
     tokens, cu_seqlens, hidden, head, corruption = make_batch()
     targets = choose_targets(tokens, cu_seqlens, None if objective == "ar" else corruption, objective=objective,
-                             path_term=path_term, shift=shift)
+                             path_term=path_term, shift=shift, delete_token_id=int(tokens[8]))
     got = sum_losses(hidden.float(), head.float(), targets)
     shift = shift or objective == "ar"
     log_probabilities = (hidden @ head.T).log_softmax(-1)
-    expected, possible, scored = 0, 0, 0
+    expected, possible, scored, deletions = 0, 0, 0, [[], [], []]
     document = [0] * 7 + [1] * 12 + [2] * 9
     for i in range(len(tokens)):
         if shift and i in cu_seqlens[:-1]:
@@ -138,7 +138,15 @@ def test_every_objective_equals_its_formula_position_by_position(objective, path
         if objective == "cart":
             weight = sum(0.5 * 0.3 * 0.7 ** (abs(i - j) - 1) for j in range(len(tokens))
                          if document[i] == document[j] and not corruption.corrupted[j])
+        if objective == "expansion":
+            weight = 1 - corruption.t[i]
+            if tokens[i] == tokens[8]:  # a delete token
+                scored -= 1
+                deletions[document[i]].append(nll * weight)
+                continue
         expected = expected + nll * weight + (nll * (-nll.detach()).exp() / corruption.ratio[i] if path_term else 0)
+    expected = expected + sum(sum(mine) / len(mine) for mine in deletions if mine)
+    scored += sum(map(bool, deletions))
     assert targets.normaliser == (possible if objective in ("elbo", "cart") else scored)
     assert got.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     ours = torch.autograd.grad(got.loss, (hidden, head))
@@ -201,12 +209,13 @@ def load_function(shared, name):
     return {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(path).items()}
 
 
-def score_logits(logits, tokens, corruption, *, objective, shift=False, trainable=None):
+def score_logits(logits, tokens, corruption, *, objective, shift=False, trainable=None, documents=None, **keys):
     """Loss sum and its gradient with respect to the model's logits [B, L, V]: the head is the identity."""
     B, L, V = logits.shape
     hidden = logits.clone().requires_grad_()
-    targets = choose_targets(tokens.flatten(), torch.arange(B + 1) * L, corruption, objective=objective, shift=shift,
-                             trainable=trainable)
+    cu_seqlens = torch.arange(B + 1) * L if documents is None else documents
+    targets = choose_targets(tokens.flatten(), cu_seqlens, corruption, objective=objective, shift=shift,
+                             trainable=trainable, **keys)
     sums = sum_losses(hidden, torch.eye(V), targets)
     gradient, = torch.autograd.grad(sums.loss, hidden)
     return sums.loss.detach(), gradient, targets.normaliser
@@ -318,18 +327,27 @@ def test_block_diffusion_equals_bd3lm_as_the_dllm_library_trains_it(shared):
     assert (z["dlogits"][:, 16:] == 0).all()
 
 
-@pytest.mark.parametrize("case", ["static", "dynamic_inverse"])
-def test_gaps_are_masked_and_merged_as_dreamon_does(shared, case):
-    z = load_function(shared, "dreamon_masking_merge")
-    gap = mask_gap(z["middle_ids"], 58, 59, 60, ratio=z[f"{case}_ratio"].item(), uniform=z[f"{case}_u_mask"],
-                   merge_uniform=z[f"{case}_u_merge"], static=case == "static")
-    assert torch.equal(gap.noisy, z[f"{case}_tokens"]) and torch.equal(gap.labels, z[f"{case}_labels"])
-    assert torch.equal(gap.kept, z[f"{case}_attention"].bool())
-
-
-def test_expansion_equals_dreamons_loss(shared):
+@pytest.mark.parametrize("case", ["linear", "linear_weight_eos"])
+def test_expansion_equals_dreamon(shared, case):
     z = load_function(shared, "loss_dreamon")
-    t = z["t"].repeat(1, 16).flatten()
-    corruption = Corruption(z["input_ids"].flatten(), z["loss_mask"].flatten(), t, t, 1 - t)
-    loss, gradient, normaliser = score_logits(z["logits"], z["labels"], corruption, objective="expansion", shift=True)
-    assert equal(loss / normaliser, z["linear_loss"]) and equal(gradient / normaliser, z["linear_dlogits"])
+    t = z["t"].expand(3, 16).flatten()
+    corruption = Corruption(z["input_ids"].flatten(), z["loss_mask"].flatten(), t, t, 1 / t)
+    # It averages the delete tokens (58) of a whole batch, as ours does those of a document; its plain loss none.
+    keys = {"delete_token_id": 58} if case == "linear_weight_eos" else {"delete_token_id": -1}
+    loss, gradient, normaliser = score_logits(z["logits"], z["labels"], corruption, objective="expansion", shift=True,
+                                              documents=torch.tensor([0, 48]), **keys)
+    assert equal(loss / normaliser, z[f"{case}_loss"]) and equal(gradient / normaliser, z[f"{case}_dlogits"])
+
+
+@pytest.mark.parametrize("case", ["static", "dynamic_inverse", "dynamic_proportional"])
+def test_masks_merge_as_in_dreamon(shared, case):
+    z = {key.removeprefix(case + "_"): value for key, value in load_function(shared, "dreamon_masking_merge").items()}
+    deletion = z["middle_ids"] == 58
+    masked = (z["u_mask"] < z["ratio"]) | deletion
+    assert torch.equal(torch.where(masked, 60, z["middle_ids"]), z["tokens"])
+    share = masked.sum() / len(masked)
+    chance = 0.5 * {"static": 1, "dynamic_inverse": 1 - share, "dynamic_proportional": share}[case]
+    merging = torch.cat((z["u_merge"] < chance, torch.tensor([False])))
+    grown, merged = merge_masks(masked & ~deletion, torch.zeros(22, dtype=torch.long), merging)
+    assert torch.equal(z["middle_ids"].masked_fill(grown, 59), z["labels"])
+    assert torch.equal(~merged, z["attention"].bool())

@@ -8,6 +8,7 @@ from dllm.batches import MicroBatch, forward, make_batches
 from dllm.config import TrainGroup
 from dllm.data import PackedDataset
 from dllm.families import ModelConfig
+from dllm.gaps import make_gaps
 from dllm.loss import Targets
 from dllm.model import DiffusionLM
 from dllm.sampler import MDMGenerationConfig, infill
@@ -125,20 +126,43 @@ def test_the_token_that_is_always_masked_is_one_to_learn():
 # Gaps that grow and shrink
 
 
-def test_an_end_of_text_is_never_in_a_gap_and_deletions_are_no_more_than_the_tokens():
-    dataset, model = make_dataset(longest=20, max_seq_len=24), make_model()
-    settings = make_settings(micro_batch_size=25, **OBJECTIVES["expansion"])
-    longer = shorter = 0
-    for step in range(4):
-        batch, = make_batches(dataset, step, range(25), 25, settings, 1, model)
-        before = dataset.read(range(25 * step, 25 * step + 25)).cu_seqlens.diff().tolist()
-        after = batch.cu_seqlens.diff().tolist()
-        longer += sum(new > old for old, new in zip(before, after, strict=True))
-        shorter += sum(new < old for old, new in zip(before, after, strict=True))
-        assert all(new <= 2 * old for old, new in zip(before, after, strict=True))
-        last = batch.input_ids[0, batch.cu_seqlens[1:].long() - 1]
-        assert ((last == EOS) | (last == MASK)).all() and (last == EOS).float().mean() > 0.7  # the others: cut texts
-    assert longer > 40 and shorter > 10, (longer, shorter)
+def test_gaps_are_masked_merged_and_padded_with_deletions():
+    packed = make_dataset(longest=40, max_seq_len=48).read(range(30))
+    times = torch.rand(len(packed.cu_seqlens) - 1, generator=torch.Generator().manual_seed(0))
+    got, corruption = make_gaps(packed, 0, 0, 1, 50, delete=EOS, expand=EXPAND, mask=MASK, times=times)
+    assert torch.equal(corruption.noisy, torch.where(corruption.corrupted, MASK, got.tokens))
+    before = packed.tokens.split(packed.cu_seqlens.diff().tolist())
+    lengths = got.cu_seqlens.diff().tolist()
+    assert max(lengths) == got.max_seqlen <= 50 and sum(lengths) == len(got.tokens) == len(got.row)
+    deletions, merges = [], 0
+    for old, new, masked, t in zip(before, got.tokens.split(lengths), corruption.corrupted.split(lengths),
+                                   corruption.t.split(lengths), strict=True):
+        assert len(t.unique()) == 1
+        places = masked.nonzero().flatten()
+        first, last = (int(places[0]), int(places[-1])) if len(places) else (0, -1)
+        assert torch.equal(new[:first], old[:first])  # text before the gap, and after it, the end of it included
+        after = len(new) - last - 1
+        assert after >= 1 and torch.equal(new[len(new) - after:], old[len(old) - after:])
+        gap = new[first:last + 1]
+        deleted = int((gap == EOS).sum())
+        assert (gap[len(gap) - deleted:] == EOS).all()  # at the end of the gap
+        deletions.append(deleted)
+        assert len(new) <= 2 * len(old)
+        kept = [token for token in gap.tolist() if token not in (EOS, EXPAND)]
+        rest = iter(old[first:len(old) - after].tolist())
+        assert all(token in rest for token in kept)  # in their order
+        merged = len(old) - first - after - (len(gap) - deleted)
+        assert merged >= (gap == EXPAND).sum() and (merged > 0) == bool((gap == EXPAND).any())
+        merges += merged
+    assert merges > 20 and min(deletions) == 0 and max(deletions) > 10
+
+
+def test_an_end_of_text_alone_is_left_alone():
+    packed = PackedDataset([torch.tensor([EOS]), torch.tensor([1, EOS])], 8).gather(torch.tensor([0]))
+    got, corruption = make_gaps(packed, 0, 0, 1, 8, delete=EOS, expand=EXPAND, mask=MASK, times=torch.tensor([.9, .9]))
+    lone = [tokens.tolist() for tokens in got.tokens.split(got.cu_seqlens.diff().tolist())]
+    assert [EOS] in lone and [1, *[EOS] * (len(got.tokens) - 2)] in lone
+    assert not corruption.corrupted[got.cu_seqlens[1:].long() - 1].any()
 
 
 @pytest.mark.slow
