@@ -499,10 +499,13 @@ def test_the_page_generates_stops_and_shows_errors(served, browser):
     page.fill("#tokens", "200")
     page.fill("#steps", "200")
     page.select_option("#alg", "p2")
+    page.evaluate("""() => new MutationObserver((_, observer) => {  // lest it is over before a click from here arrives
+        if (!document.querySelector("#canvas .masked")) return;
+        observer.disconnect();
+        document.querySelector("#stop").click();
+    }).observe(document.querySelector("#canvas"), {childList: true, subtree: true})""")
     page.click("#go")
-    page.wait_for_selector("#canvas .masked")
-    page.click("#stop")
-    expect(page.locator("#status")).to_have_text("stopped")
+    expect(page.locator("#status")).to_have_text("stopped", timeout=30_000)
     assert page.is_enabled("#go") and page.is_disabled("#stop") and not problems, problems
 
     page.fill("#tokens", "3000")
