@@ -1,6 +1,5 @@
 """Every objective on micro-batches: packed as alone, in parts as whole, and each what its definition says."""
 
-
 import pytest
 import torch
 
