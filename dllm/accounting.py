@@ -46,8 +46,9 @@ def count_pairs(cu_seqlens: Tensor, objective: str, block_length: int) -> int:
     lengths = cu_seqlens.diff().long()
     if objective == "ar":
         return int((lengths * (lengths + 1) // 2).sum())
-    if objective == "block_diffusion":  # either copy sees half of the blocks, and its own
-        return int((lengths * (lengths + block_length)).sum())
+    if objective == "block_diffusion":  # in either copy, the tokens of a block see as many as there are up to its end
+        whole, rest = lengths // block_length, lengths % block_length
+        return int((block_length**2 * whole * (whole + 1) + 2 * rest * lengths).sum())
     return int((lengths * lengths).sum())
 
 
@@ -77,7 +78,8 @@ def estimate_memory(config: ModelConfig, parameters: int, trainable: int, settin
     # and after the rotation, the attention's output, and four tensors of the inner size.
     layer = (4 * D + 3 * heads + 3 * groups + 4 * width) * number
     kept = D * number if settings.enable_gradient_checkpointing else layer
-    own_tokens = tokens / settings.ulysses_parallel_size
+    copies = 2 if settings.objective == "block_diffusion" else 1
+    own_tokens = copies * tokens / settings.ulysses_parallel_size
     return {"weights": 4 * parameters / shards, "gradients": 4 * trainable / shards,
             "teacher": number * parameters if settings.repr_align_wt else 0, "optimizer": 8 * trainable / shards,
             "weights in bf16": 2 * parameters / (config.num_hidden_layers if shards > 1 else 1) if bf16 else 0,

@@ -38,6 +38,9 @@ def test_pairs_are_those_that_attend_to_each_other():
     assert count_pairs(ends, "mdm", 32) == 9 + 4 and count_pairs(ends, "ar", 32) == 6 + 3
     # Noisy blocks of 2, of 8 positions: 2 x (2 + 4 + 6 + 8) pairs, and the clean ones as many.
     assert count_pairs(torch.tensor([0, 8]), "block_diffusion", 2) == 2 * 2 * (2 + 4 + 6 + 8)
+    # A shorter last block: 3 x 3 + 3 x 6 + 1 x 7; and a document shorter than a block.
+    assert count_pairs(torch.tensor([0, 7, 10]), "block_diffusion", 3) == 2 * (9 + 18 + 7) + 2 * 9
+    assert count_pairs(torch.tensor([0, 3]), "block_diffusion", 32) == 2 * 9
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -74,3 +77,9 @@ def test_sharding_divides_what_is_sharded():
     for name in ("weights", "gradients", "optimizer"):
         assert eight[name] == one[name] / 8
     assert eight["activations"] == one["activations"]
+
+
+def test_block_diffusion_keeps_the_activations_of_two_copies():
+    one, two = (estimate_memory(CONFIG, 1000, 1000, TrainGroup(output_dir="x", objective=objective), 64, 1, bf16=False)
+                for objective in ("elbo", "block_diffusion"))
+    assert two == {**one, "activations": 2 * one["activations"]}
