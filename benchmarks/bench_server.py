@@ -3,7 +3,6 @@
 import queue
 import subprocess
 import sys
-import threading
 import time
 
 import httpx
@@ -13,7 +12,6 @@ import torch
 from dllm.families import ModelConfig
 from dllm.model import DiffusionLM
 from dllm.sampler import Denoising, MDMGenerationConfig
-from dllm.server.app import make_app
 from dllm.server.bench import measure
 from dllm.server.listening import bind
 from dllm.server.scheduler import Job, Scheduler
@@ -29,33 +27,18 @@ def make_model(hidden_size: int, layers: int) -> DiffusionLM:
 
 
 @pytest.fixture
-def served():
-    import uvicorn
+def served(tmp_path):
+    """In a process of its own, as servers are: in one process, client and server wait for the interpreter's lock.
 
-    tokenizer = train_tokenizer(["def f(x):\n    return x\n"] * 10, 300)
-    app = make_app(make_model(64, 4), tokenizer, "small", MDMGenerationConfig(steps=512))
-    listening = bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
-    listening.close()
-
-
-@pytest.fixture
-def served_apart(tmp_path):
-    """In a process of its own, as servers are: in one process, client and server wait for the interpreter's lock."""
+    As many steps as the shortest answer has tokens: with more, the first ones commit nothing and have no canvas.
+    """
     make_model(64, 4).save_pretrained(tmp_path)
     train_tokenizer(["def f(x):\n    return x\n"] * 10, 300).save_pretrained(tmp_path)
     listening = bind("127.0.0.1", 0)
     port = listening.getsockname()[1]
     listening.close()
-    server = subprocess.Popen([sys.executable, "-m", "dllm", "serve", str(tmp_path), "--port", str(port), "--steps",
-                               "512"], stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "dllm", "serve", str(tmp_path), "--port", str(port), "--steps", "16"]
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     for _ in range(600):
         try:
@@ -79,11 +62,9 @@ def bench_sixteen_clients(paired, served):
     paired(ours=lambda: ask(16), baseline=lambda: ask(1), rounds=4, at_least=3.0)
 
 
-def bench_first_canvas(paired, served_apart):
+def bench_first_canvas(paired, served):
     """The first streamed canvas of a request alone comes within 1.2 of its denoising steps and 20 ms."""
-    # As many steps as the shortest answer has tokens: with more, the first ones commit nothing and have no canvas.
-    record = measure(served_apart, requests=20, concurrency=1, max_tokens=64, prompt="def f(", stream=True,
-                     extra={"diffusion": {"steps": 16}})
+    record = measure(served, requests=20, concurrency=1, max_tokens=64, prompt="def f(", stream=True)
     first, step = record["first_canvas"]["p50"], record["seconds"] / record["denoising_steps"]
     paired(ours=lambda: time.sleep(first), baseline=lambda: time.sleep(1.2 * step + 0.02), rounds=1, at_least=1.0,
            first_canvas_seconds=first, step_seconds=step)

@@ -41,7 +41,7 @@ def step_flops(config: ModelConfig, tokens: float, pairs: float, scored: float) 
     return 6 * (layer_matrices(config) * tokens + attention + config.hidden_size * config.vocab_size * scored)
 
 
-def count_pairs(cu_seqlens: Tensor, objective: str, block_length: int) -> int:
+def count_pairs(cu_seqlens: Tensor, objective: str, block_length: int | None) -> int:
     """(query, key) pairs that attend to each other in packed documents [S + 1], in training by an objective."""
     lengths = cu_seqlens.diff().long()
     if objective == "ar":
@@ -50,6 +50,11 @@ def count_pairs(cu_seqlens: Tensor, objective: str, block_length: int) -> int:
         whole, rest = lengths // block_length, lengths % block_length
         return int((block_length**2 * whole * (whole + 1) + 2 * rest * lengths).sum())
     return int((lengths * lengths).sum())
+
+
+def count_copies(objective: str) -> int:
+    """Of each token, how many the layers compute: block diffusion has a noisy and a clean one."""
+    return 2 if objective == "block_diffusion" else 1
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -78,8 +83,7 @@ def estimate_memory(config: ModelConfig, parameters: int, trainable: int, settin
     # and after the rotation, the attention's output, and four tensors of the inner size.
     layer = (4 * D + 3 * heads + 3 * groups + 4 * width) * number
     kept = D * number if settings.enable_gradient_checkpointing else layer
-    copies = 2 if settings.objective == "block_diffusion" else 1
-    own_tokens = copies * tokens / settings.ulysses_parallel_size
+    own_tokens = count_copies(settings.objective) * tokens / settings.ulysses_parallel_size
     return {"weights": 4 * parameters / shards, "gradients": 4 * trainable / shards,
             "teacher": number * parameters if settings.repr_align_wt else 0, "optimizer": 8 * trainable / shards,
             "weights in bf16": 2 * parameters / (config.num_hidden_layers if shards > 1 else 1) if bf16 else 0,

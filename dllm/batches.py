@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dllm.accounting import count_pairs
 from dllm.config import Config, TrainGroup
-from dllm.corruption import T_MIN, corrupt
+from dllm.corruption import T_MIN, Corruption, corrupt
 from dllm.data import Packed, RowSource, TrainingData
 from dllm.gaps import make_gaps
 from dllm.loss import BOUNDS, LossSums, Targets, choose_targets, sum_alignment, sum_losses
@@ -73,35 +73,12 @@ def make_batches(source: RowSource, step: int, slots: range, of: int, settings: 
     The times of a step's documents, or of their blocks, are one random offset plus nearly equal spacing: each is
     uniform, and together they cover (0, 1) evenly, which lowers the variance of the loss (MDLM, arXiv:2406.07524).
     """
-    offset = philox_uniform(seed, torch.tensor(of), step, torch.tensor(0))[..., 0]
     batches = []
     for first in range(slots.start, slots.stop, settings.micro_batch_size):
         part = range(first, min(first + settings.micro_batch_size, slots.stop))
         packed = source.read(range(step * of + part.start, step * of + part.stop))
-        corruption, input_ids = None, packed.tokens
-        blocks = settings.objective == "block_diffusion"
-        if settings.objective == "expansion":
-            times = spread_times(packed, packed.cu_seqlens, part.start, of, offset)
-            packed, corruption = make_gaps(
-                packed, part.start, step, seed, model.config.max_position_embeddings, times=times,
-                delete=model.config.eos_token_id, expand=settings.expand_token_id, mask=model.config.mask_token_id)
-            input_ids = corruption.noisy
-        elif settings.objective != "ar":
-            slot = packed.row + part.start
-            scorable = None
-            if settings.mask_at_least_one:
-                scorable = torch.ones_like(packed.tokens, dtype=torch.bool)
-                if packed.trainable is not None:
-                    scorable = packed.trainable.clone()
-                if model.config.shift_logits:
-                    scorable[packed.cu_seqlens[:-1].long()] = False
-            ends = cut_blocks(packed.cu_seqlens, settings.block_length) if blocks else packed.cu_seqlens
-            corruption = corrupt(packed.tokens, ends, model.config.mask_token_id,
-                                 schedule=settings.schedule, times=spread_times(packed, ends, part.start, of, offset),
-                                 uniform=philox_uniform(seed, slot, step, packed.column)[..., 0],
-                                 maskable=None if settings.corrupt_prompt else packed.trainable,
-                                 at_least_one_of=scorable)
-            input_ids = corruption.noisy
+        packed, corruption = corrupt_rows(packed, part.start, of, step, settings, seed, model)
+        input_ids = packed.tokens if corruption is None else corruption.noisy
         targets = choose_targets(packed.tokens, packed.cu_seqlens, corruption, objective=settings.objective,
                                  path_term=settings.path_term, shift=model.config.shift_logits,
                                  trainable=packed.trainable, by_ratio=by_ratio,
@@ -120,8 +97,34 @@ def make_batches(source: RowSource, step: int, slots: range, of: int, settings: 
             block_length={"ar": 1, "block_diffusion": settings.block_length}.get(settings.objective),
             tokens=len(input_ids), scored=int(targets.scored.sum()), normaliser=int(targets.normaliser),
             pairs=count_pairs(packed.cu_seqlens, settings.objective, settings.block_length), opening=opening,
-            clean_ids=packed.tokens.view(shape) if blocks else None))
+            clean_ids=packed.tokens.view(shape) if settings.objective == "block_diffusion" else None))
     return batches
+
+
+def corrupt_rows(packed: Packed, first_slot: int, of: int, step: int, settings: TrainGroup, seed: int,
+                 model: DiffusionLM) -> tuple[Packed, Corruption | None]:
+    """What rows are to be, and their corruption: None for "ar"; for "expansion" documents change their lengths."""
+    if settings.objective == "ar":
+        return packed, None
+    offset = philox_uniform(seed, torch.tensor(of), step, torch.tensor(0))[..., 0]
+    ends = packed.cu_seqlens
+    if settings.objective == "block_diffusion":
+        ends = cut_blocks(ends, settings.block_length)
+    times = spread_times(packed, ends, first_slot, of, offset)
+    if settings.objective == "expansion":
+        return make_gaps(packed, first_slot, step, seed, model.config.max_position_embeddings, times=times,
+                         delete=model.config.eos_token_id, expand=settings.expand_token_id,
+                         mask=model.config.mask_token_id)
+    scorable = None
+    if settings.mask_at_least_one:
+        learnt = packed.trainable
+        scorable = torch.ones_like(packed.tokens, dtype=torch.bool) if learnt is None else learnt.clone()
+        if model.config.shift_logits:
+            scorable[packed.cu_seqlens[:-1].long()] = False
+    return packed, corrupt(
+        packed.tokens, ends, model.config.mask_token_id, schedule=settings.schedule, times=times,
+        uniform=philox_uniform(seed, packed.row + first_slot, step, packed.column)[..., 0],
+        maskable=None if settings.corrupt_prompt else packed.trainable, at_least_one_of=scorable)
 
 
 def opened_share(step: int, total: int, settings: TrainGroup) -> float:

@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dllm.checkpoint import Checkpoint
 from dllm.config import Config
 from dllm.data import Corpus
+from dllm.data.tokens import describe_rules
 from dllm.distributed import World, use_bf16
 from dllm.errors import UserError
 from dllm.families import FAMILIES, ModelConfig, read_config, read_json
@@ -17,7 +19,7 @@ from dllm.model import DiffusionLM, find_model
 from dllm.tokenizer import check_vocabulary, load_tokenizer, train_tokenizer
 
 
-def build_model(config: Config, corpus: Corpus, resumed: Checkpoint | None, world: World):
+def build_model(config: Config, corpus: Corpus, resumed: Checkpoint | None, world: World) -> tuple[Any, DiffusionLM]:
     """The tokenizer and the model, in fp32: those of the checkpoint, of model_path, or new ones.
 
     The weights are the main process's; elsewhere they are on the meta device, and a checkpoint's are not loaded yet.
@@ -82,8 +84,9 @@ def freeze(model: DiffusionLM, names: Sequence[str]) -> None:
         raise UserError(f"train.freeze_layers {','.join(names)} leaves no parameter to train; name fewer")
 
 
-def describe_model(config: Config, corpus: Corpus, resumed: Checkpoint | None):
-    """(tokenizer, configuration, folder that they and the weights are from, if from any).
+def describe_model(config: Config, corpus: Corpus,
+                   resumed: Checkpoint | None) -> tuple[Any, ModelConfig, Path | None]:
+    """The tokenizer, the configuration, and the folder that they and the weights are from, if from any.
 
     Raises: UserError if they do not fit each other, or are no longer those of the run that is to be continued.
     """
@@ -121,7 +124,7 @@ def describe_model(config: Config, corpus: Corpus, resumed: Checkpoint | None):
     return tokenizer, with_token_ids(model_config, tokenizer), folder
 
 
-def read_described(folder: Path, tokenizer_path: str | None):
+def read_described(folder: Path, tokenizer_path: str | None) -> tuple[Any, ModelConfig]:
     model_config = read_config(read_json(folder / "config.json"), where=str(folder / "config.json"))
     return load_tokenizer(tokenizer_path or folder, model_config.mask_token_id), model_config
 
@@ -144,6 +147,8 @@ def check_unchanged(tokenizer, model_config: ModelConfig, path: str, tokenizer_p
     if change is None and tokenizer.get_vocab() != now_tokenizer.get_vocab():
         words = set(tokenizer.get_vocab().items()) ^ set(now_tokenizer.get_vocab().items())
         change = f"the tokenizer differs in {len(words)} entries, such as {min(words)[0]!r}"
+    elif change is None and describe_rules(tokenizer) != describe_rules(now_tokenizer):
+        change = "the tokenizer has the same words, but other rules to cut a text into them"
     if change is not None:
         raise UserError(f"{resumed.folder} continues a model that is no longer in {path}: {change}; put it back, or "
                         "set another train.output_dir")

@@ -55,6 +55,11 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise _cannot_write(path, error) from error
 
 
+def write_json(path: Path, record: dict) -> None:
+    """`write_atomically` of a record, as indented JSON; text may hold halves of surrogate pairs."""
+    write_atomically(path, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass"))
+
+
 def begin(checkpoints: Path, step: int) -> Path:
     """A new folder to write the checkpoint of a step into; what saves that were killed left is removed.
 
@@ -123,28 +128,28 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
     return sorted(found, key=lambda path: -int(path.name.removeprefix(_STEP)))
 
 
-def load_latest(checkpoints: Path, only: Path | None = None) -> Checkpoint | None:
+def load_latest(checkpoints: Path) -> Checkpoint | None:
     """The newest whole checkpoint, None if there is no checkpoint. A line on stderr names each damaged one passed over.
 
-    Args:
-        only: one of the folders, to load no other.
     Raises: UserError if there are checkpoints and all are damaged.
     """
     damaged = []
     for folder in list_checkpoints(checkpoints):
-        if only is not None and folder.name != only.name:
-            continue
         problem = find_damage(folder)
         if problem is None:
             for path, reason in damaged:
                 print(f"checkpoint {path} is damaged ({reason}); continuing from {folder.name}", file=sys.stderr)
-            state = torch.load(folder / "trainer_state.pt", map_location="cpu", weights_only=True)
-            return Checkpoint(folder, state)
+            return read_checkpoint(folder)
         damaged.append((folder, problem))
     if damaged:
         raise UserError(f"every checkpoint in {checkpoints} is damaged ({damaged[0][0].name}: {damaged[0][1]}); remove "
                         "that folder to start anew, or set another train.output_dir")
     return None
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Of a folder without damage."""
+    return Checkpoint(folder, torch.load(folder / "trainer_state.pt", map_location="cpu", weights_only=True))
 
 
 def find_damage(folder: Path) -> str | None:

@@ -446,6 +446,7 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 def run_sample(args: argparse.Namespace) -> int:
     from dllm.sampler import generate
+    from dllm.tokenizer import cut_at_end, decode_after, encode
 
     prompt = read_prompt(args)
     config = generation_config(args)
@@ -464,6 +465,7 @@ def run_sample(args: argparse.Namespace) -> int:
 def run_infill(args: argparse.Namespace) -> int:
     from dllm.lengths import choose_lengths
     from dllm.sampler import infill
+    from dllm.tokenizer import decode_after, encode
 
     before, after = read_gap(args)
     config = generation_config(args)
@@ -546,27 +548,6 @@ def read_text(path: Path) -> str:
         raise UserError(f"cannot read {path}: {error.strerror}; give a text file") from None
 
 
-def encode(tokenizer, text: str):
-    """int64 [N], with nothing added: documents are trained on without a beginning-of-text token."""
-    import torch
-
-    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
-
-
-def decode_after(tokenizer, before, ids) -> str:
-    """The text of tokens ids [N], as it reads after the tokens before it (some tokenizers drop a leading blank)."""
-    def decode(tokens) -> str:
-        return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    return decode([*before.tolist(), *ids.tolist()])[len(decode(before.tolist())):]
-
-
-def cut_at_end(tokenizer, ids):
-    """ids up to the first end-of-text token: a model packs documents, so what follows belongs to another one."""
-    end = (ids == tokenizer.eos_token_id).nonzero()
-    return ids[:int(end[0])] if len(end) else ids
-
-
 def denoise_shown(args: argparse.Namespace, config, model, tokenizer, prefix, length: int, suffix, run: Callable):
     """Call run(on_step), drawing each step with --watch. Returns its output, the seconds that it took, and for
     --save-html a trace of each text."""
@@ -611,6 +592,8 @@ def finish(args: argparse.Namespace, config, out, seconds: float, texts: dict, t
     constraint = args.regex if args.json_schema is None else str(args.json_schema)
     if args.output is not None:
         settings = {**asdict(replace(config, constraint=None)), "constraint": constraint}
+        from dllm.checkpoint import write_json
+
         write_json(args.output, {"model": args.model, **texts, "settings": settings, "steps": out.steps,
                                  "forwards": out.forwards, "tokens_per_forward": out.tokens_per_forward,
                                  "seconds": round(seconds, 3)})
@@ -657,6 +640,8 @@ def run_eval(args: argparse.Namespace) -> int:
               "manifest": {"data": {"sha256": digest.hexdigest()},
                            **describe_model(model, tokenizer, find_model(args.model))}}
     if args.output is not None:
+        from dllm.checkpoint import write_json
+
         write_json(args.output, record)
     if args.task == "infill":
         del record["result"]["examples"]
@@ -725,6 +710,8 @@ def run_bench_serve(args: argparse.Namespace) -> int:
                      prompt=args.prompt, stream=args.stream, seed=args.seed,
                      api_key=args.api_key or os.environ.get("DLLM_API_KEY"))
     if args.output is not None:
+        from dllm.checkpoint import write_json
+
         write_json(args.output, record)
     print(table(record))
     return 0
@@ -835,6 +822,8 @@ def run_score(args: argparse.Namespace) -> int:
     record = score_samples(args.samples, read_tasks(args.task, args.data), workers=args.workers, timeout=args.timeout,
                            audit=args.audit, require=args.require_sandbox, skip_bad=args.skip_bad)
     if args.output is not None:
+        from dllm.checkpoint import write_json
+
         write_json(args.output, record)
     del record["results"]
     print(json.dumps(record, indent=2, ensure_ascii=False))
@@ -846,9 +835,3 @@ def run_scoreboard(args: argparse.Namespace) -> int:
 
     print(write_scoreboard(args.runs, args.output_dir or args.runs[0]), end="")
     return 0
-
-
-def write_json(path: Path, record: dict) -> None:
-    from dllm.checkpoint import write_atomically
-
-    write_atomically(path, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass"))

@@ -6,6 +6,7 @@ that would change the result here (one line says so), and refused by name otherw
 
 import difflib
 import re
+import shlex
 import sys
 import types
 import typing
@@ -137,7 +138,7 @@ class TrainGroup:
     # them (BD3-LM); cart: more weight near visible tokens (Dream); expansion: gaps whose length the model finds out
     # (DreamOn); ar: next token, causal
     objective: str = "mdm"
-    block_length: int = 32  # block_diffusion: tokens of a block
+    block_length: int | None = None  # block_diffusion: tokens of a block
     expand_token_id: int | None = None  # expansion: the token that becomes two masked ones; end-of-text deletes one
     path_term: bool = False  # add Open-dLLM's planner term (P2); with mdm only
     mask_at_least_one: bool = False  # token of every document, whatever its time; with mdm only
@@ -223,9 +224,12 @@ class TrainGroup:
         if self.objective == "block_diffusion" and self.ulysses_parallel_size > 1:
             raise UserError("train.objective=block_diffusion has two copies of each row in one process: set "
                             "train.ulysses_parallel_size to 1")
-        if (self.objective == "expansion") != (self.expand_token_id is not None):
-            raise UserError("train.objective=expansion and train.expand_token_id, a token of the model, need each "
-                            "other")
+        for objective, name, what in (("expansion", "expand_token_id", "a token of the model"),
+                                      ("block_diffusion", "block_length", "as in train.block_length=32")):
+            if (self.objective == objective) != (getattr(self, name) is not None):
+                raise UserError(f"train.objective={objective} and train.{name}, {what}, need each other; the objective "
+                                f"is {self.objective}")
+        _split_tasks(self.eval_tasks)
         if self.objective == "expansion" and self.schedule != "linear":
             raise UserError("train.objective=expansion masks a gap at the rate that is drawn: set train.schedule to "
                             f"linear, not {self.schedule}")
@@ -258,6 +262,11 @@ class TrainGroup:
     @property
     def rows_per_step(self) -> int:
         return self.global_batch_size or self.micro_batch_size
+
+    @property
+    def eval_task_list(self) -> list[list[str]]:
+        """The words of each task."""
+        return _split_tasks(self.eval_tasks)
 
     @property
     def frozen_names(self) -> list[str]:
@@ -300,7 +309,7 @@ FOREIGN: Mapping[str, Foreign] = {
     "data.data_tag": Foreign(("default",), "name the files in data.train_path"),
     "data.prefetch_factor": Foreign(None, "data.num_workers says how many tokenise"),
     "data.drop_last": Foreign(None, "no data is dropped"),
-    "data.pin_memory": Foreign(None, "batches are small next to the model"),
+    "data.pin_memory": Foreign(None, "batches are pinned where there is a GPU"),
     "train.rmpad": _ALWAYS_PACKED,
     "train.rmpad_with_pos_ids": _ALWAYS_PACKED,
     "train.dyn_bsz": _ALWAYS_PACKED,
@@ -329,7 +338,7 @@ FOREIGN: Mapping[str, Foreign] = {
     "train.load_checkpoint_path": Foreign((None, ""), "a run continues from train.output_dir by itself; for "
                                                       "other weights to start from set model.model_path"),
     "train.save_epochs": Foreign(None, "train.save_steps says when to save"),
-    "train.wandb_entity": Foreign(None, "metrics go to metrics.jsonl in train.output_dir"),
+    "train.wandb_entity": Foreign((None, ""), "set WANDB_ENTITY in the environment"),
 }
 
 
@@ -423,6 +432,14 @@ def _default(cls: type, name: str) -> Any:
 
 def _field_types(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
+
+
+def _split_tasks(value: str | None) -> list[list[str]]:
+    try:
+        return [shlex.split(task) for task in (value or "").split(";") if task.strip()]
+    except ValueError as error:  # an open quotation
+        raise UserError(f"train.eval_tasks {value!r} cannot be read ({str(error).lower()}); write tasks as "
+                        "'humaneval --limit 20; perplexity'") from None
 
 
 def _split_commas(value: str) -> list[str]:

@@ -2,27 +2,26 @@
 
 import json
 import os
-import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 _OF_THE_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR",
                     "MASTER_PORT", "ROLE_WORLD_SIZE")
 
 
-def evaluate_checkpoint(eval_tasks: str, checkpoint: Path, folder: Path) -> dict[str, float]:
+def evaluate_checkpoint(tasks: Sequence[Sequence[str]], checkpoint: Path, folder: Path) -> dict[str, float]:
     """Measure a model folder on each task; everything is kept in `folder`, one folder or file per task.
 
     Args:
-        eval_tasks: what comes after `dllm eval`, separated by semicolons: "humaneval --limit 20; perplexity".
+        tasks: for each the words that come after `dllm eval`.
     Returns: "<task>/<score>" -> number. A task that fails is told on stderr, and training goes on.
     """
     environment = {name: value for name, value in os.environ.items()
                    if name not in _OF_THE_LAUNCHER and not name.startswith("TORCHELASTIC")}
     scores: dict[str, float] = {}
-    for arguments in map(shlex.split, filter(str.strip, eval_tasks.split(";"))):
-        task, flags = arguments[0], arguments[1:]
+    for task, *flags in tasks:
         folder.mkdir(parents=True, exist_ok=True)
         where = (["--output", str(folder / f"{task}.json")] if task in ("perplexity", "masked_accuracy", "infill") else
                  ["--output-dir", str(folder / task)])
@@ -35,6 +34,5 @@ def evaluate_checkpoint(eval_tasks: str, checkpoint: Path, folder: Path) -> dict
             continue
         record = json.loads(done.stdout)
         record = record.get("result", record)
-        scores |= {f"{task}/{name}": value for name, value in record.items()
-                   if isinstance(value, float)}
+        scores |= {f"{task}/{name}": value for name, value in record.items() if isinstance(value, float)}
     return scores

@@ -1,15 +1,15 @@
 """A trained model as a folder to publish: weights, tokenizer, generation defaults, and what made them."""
 
 import hashlib
-import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from dllm.checkpoint import load_latest, write_atomically
+from dllm.checkpoint import Checkpoint, find_damage, load_latest, read_checkpoint, write_atomically, write_json
 from dllm.errors import Failure, UserError
+from dllm.metrics import read_lines
 from dllm.model import DiffusionLM
 from dllm.tokenizer import load_tokenizer
 
@@ -38,17 +38,21 @@ def export(source: str, folder: Path, dtype: torch.dtype = torch.float32) -> Pat
     manifest = describe_run(checkpoint.state, checkpoint.folder, model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+    write_json(folder / MANIFEST, manifest)
     write_atomically(folder / "README.md", write_card(manifest, model).encode())
     return folder
 
 
-def find_checkpoint(source: Path):
-    """Of a run's output_dir the newest whole checkpoint, or the checkpoint itself."""
-    if source.name.startswith("global_step_"):
-        newest = load_latest(source.parent, only=source)
-    else:
-        newest = load_latest(source / "checkpoints")
+def find_checkpoint(source: Path) -> Checkpoint:
+    """Of a run's output_dir the newest whole checkpoint, or the checkpoint itself.
+
+    Raises: UserError if there is none, or it is damaged.
+    """
+    if (source / "manifest.json").exists():
+        if problem := find_damage(source):
+            raise UserError(f"{source} is damaged ({problem}); export another checkpoint")
+        return read_checkpoint(source)
+    newest = load_latest(source / "checkpoints")
     if newest is None:
         raise UserError(f"{source} holds no checkpoint; give the output_dir of a training run, or its folder "
                         "checkpoints/global_step_N")
@@ -57,9 +61,8 @@ def find_checkpoint(source: Path):
 
 def describe_run(state: dict, folder: Path, model: DiffusionLM) -> dict:
     """What made the weights, and what they are."""
-    metrics = folder.parents[1] / "metrics.jsonl"
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-    measured = [line for line in lines if line["step"] <= state["step"] and "validation_loss" in line]
+    lines = read_lines(folder.parents[1] / "metrics.jsonl", state["step"])
+    measured = [line for line in lines if "validation_loss" in line]
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

@@ -24,13 +24,7 @@ class Metrics:
         self._board = self._wandb = None
         if not world.main:
             return
-        for text in self.path.read_text().splitlines() if self.path.exists() else []:
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:  # cut short by the kill
-                continue
-            if line["step"] <= step:
-                self.lines.append(line)
+        self.lines = read_lines(self.path, step)
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
         if config.train.use_tensorboard:
             self._board = open_tensorboard(output / "tensorboard", step)
@@ -69,6 +63,19 @@ class Metrics:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def read_lines(path: Path, step: int) -> list[dict]:
+    """The lines of metrics.jsonl up to a step; none if there is no such file."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:  # cut short by a kill
+            continue
+        if line["step"] <= step:
+            lines.append(line)
+    return lines
 
 
 def open_tensorboard(folder: Path, step: int):

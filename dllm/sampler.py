@@ -108,7 +108,6 @@ class MDMGenerationConfig:
             raise UserError("expand_token_id commits one position a step, by an alg that has confidences: "
                             "maskgit_plus, entropy or topk_margin, without remasking, threshold and factor")
 
-
     @property
     def rewrites(self) -> bool:
         """Whether a committed token may still change."""

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dllm.checkpoint import begin, explain, final_name, seal
@@ -65,7 +66,9 @@ class Saver:
         folder = world.from_main(lambda: begin(self.checkpoints, step))
         weights, parts = get_state_dict(model, optimizers)
         parts = {"model": weights, "optimizers": parts}
-        exported = gather_weights(model, copy=background) if last or self.settings.save_hf_weights else {}
+        exported = {}
+        if last or self.settings.save_hf_weights:
+            exported = gather_weights(model, world, copy=background)
 
         def complete() -> Path:
             with explain(folder):
@@ -105,16 +108,17 @@ def load_state(folder: Path, model: DiffusionLM, optimizers: list[Optimizer], wo
     set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizers"])
 
 
-def gather_weights(model: DiffusionLM, copy: bool) -> dict[str, Tensor]:
-    """All weights by name, without adapters; sharded ones in the main process's memory, and nowhere else.
+def gather_weights(model: DiffusionLM, world: World, copy: bool) -> dict[str, Tensor]:
+    """All weights by name, without adapters, in the main process; none in the others.
 
     copy: of weights that are not sharded too, so that training may go on.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    sharded = any(isinstance(parameter, dist.tensor.DTensor) for parameter in model.parameters())
-    weights = get_model_state_dict(model, options=options) if sharded else model.state_dict()
-    if copy and not sharded:
-        weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    else:
+        weights = model.state_dict() if world.main else {}
+        if copy:
+            weights = {name: tensor.to("cpu", copy=True) for name, tensor in weights.items()}
     return merge(weights, model)
 
 

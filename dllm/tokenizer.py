@@ -3,6 +3,9 @@
 import os
 from collections.abc import Iterable
 
+import torch
+from torch import Tensor
+
 from dllm.errors import UserError
 
 MASK, END, PAD = "<|mask|>", "<|endoftext|>", "<|pad|>"
@@ -56,6 +59,25 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
     bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=PAD, mask_token=MASK,
                                    clean_up_tokenization_spaces=False)
+
+
+def encode(tokenizer, text: str) -> Tensor:
+    """int64 [N], with nothing added: documents are trained on without a beginning-of-text token."""
+    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
+
+
+def decode_after(tokenizer, before: Tensor, ids: Tensor) -> str:
+    """The text of tokens ids [N], as it reads after the tokens before it (some tokenizers drop a leading blank)."""
+    def decode(tokens: list[int]) -> str:
+        return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    return decode([*before.tolist(), *ids.tolist()])[len(decode(before.tolist())):]
+
+
+def cut_at_end(tokenizer, ids: Tensor) -> Tensor:
+    """ids up to the first end-of-text token: a model packs documents, so what follows belongs to another one."""
+    end = (ids == tokenizer.eos_token_id).nonzero()
+    return ids[:int(end[0])] if len(end) else ids
 
 
 def check_vocabulary(tokenizer, vocab_size: int) -> None:

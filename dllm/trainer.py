@@ -11,15 +11,15 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from dllm.accounting import peak_flops, step_flops
+from dllm.accounting import count_copies, peak_flops, step_flops
 from dllm.batches import (
     MicroBatch,
     Validation,
@@ -115,7 +115,9 @@ def train_in(world: World, config: Config) -> TrainResult:
         sigterm = stack.enter_context(catch_sigterm())
         progress = stack.enter_context(Progress(step, total, clock, world))
         reader = stack.enter_context(ThreadPoolExecutor(1, "reader"))
-        profiler = stack.enter_context(profile(settings, step, world))
+        profiler = profile(settings, step) if settings.enable_profiling and world.main else None
+        if profiler is not None:
+            stack.enter_context(profiler)
 
         def save(last: bool) -> None:
             state = {"step": step, "tokens": tokens_seen, "seconds": clock.seconds, "skipped": skipped,
@@ -124,15 +126,15 @@ def train_in(world: World, config: Config) -> TrainResult:
             if settings.eval_tasks and (last or settings.save_hf_weights):
                 folder = saver.wait()
                 if world.main:  # the others wait for it in the next step
-                    metrics.add_scores(step, evaluate_checkpoint(settings.eval_tasks, folder / "hf_ckpt",
+                    metrics.add_scores(step, evaluate_checkpoint(settings.eval_task_list, folder / "hf_ckpt",
                                                                  output / "evaluations" / folder.name))
 
-        upcoming = reader.submit(read_step, step)
         finished, stopped, bad = resumed is not None and (step >= total or clock.expired), False, 0
+        upcoming = None if finished else reader.submit(read_step, step)
         while not finished and not stopped:
             batches, rows = upcoming.result()
-            upcoming = reader.submit(read_step, step + 1)
-            agreed = agree(world, batches, sigterm.came, clock, settings)
+            upcoming = reader.submit(read_step, step + 1) if step + 1 < total else None
+            agreed = agree(world, batches, sigterm.is_set(), clock, settings)
             rate = set_learning_rate(optimizers, settings, max(step, agreed.share * total), total)
             sums = torch.zeros(3, device=world.device)
             for index, batch in enumerate(batches):
@@ -151,7 +153,7 @@ def train_in(world: World, config: Config) -> TrainResult:
                     optimizer.step()
             else:
                 bad, skipped = bad + 1, skipped + 1
-                if bad == settings.max_bad_steps or step + 1 >= total:
+                if bad == min(settings.max_bad_steps, total):
                     raise Failure(f"step {step + 1}: loss {loss}, gradient norm {norm}; not finite in {bad} steps in a "
                                   f"row: lower train.lr, now {settings.lr}, or lengthen the warm-up, and start again")
             for optimizer in optimizers:
@@ -159,7 +161,8 @@ def train_in(world: World, config: Config) -> TrainResult:
             step += 1
             tokens_seen += agreed.tokens
             clock.tick()
-            profiler.step()
+            if profiler is not None:
+                profiler.step()
 
             stopped = agreed.stop
             finished = step >= total or agreed.expired
@@ -172,16 +175,19 @@ def train_in(world: World, config: Config) -> TrainResult:
                     line["alignment"] = alignment
                 if skipped:
                     line["skipped"] = skipped
-                copies = 2 if settings.objective == "block_diffusion" else 1
-                line |= measure_device(world, model.config, agreed, copies, clock.step_seconds)
+                line |= measure_device(world, model.config, agreed, count_copies(settings.objective),
+                                       clock.step_seconds)
                 if measure:
                     line |= validate(shared, validation, world)
                 metrics.append(line)
                 progress.show(line, tell=bool(measure or finished or bad))
             due = stopped or agreed.save or settings.save_steps and step % settings.save_steps == 0
-            if finished or due and not bad:  # weights whose loss is not finite replace no better ones
+            if finished or due and not bad:  # weights that may have diverged replace better ones only at the end
                 save(last=finished)
         checkpoint = saver.wait()
+    if world.main and bad:
+        print(f"the last {bad} steps were skipped, for their loss or gradient was not finite: look at {metrics.path} "
+              "before you use the model", file=sys.stderr)
     if world.main and not finished:
         print(f"stopped by SIGTERM after step {step} of {total}; the same command continues", file=sys.stderr)
     if checkpoint is None and resumed is not None:
@@ -251,41 +257,23 @@ def sum_validation(shared: Shared, batches: list[MicroBatch], world: World) -> t
     return loss, [by_ratio[:4], by_ratio[4:]]
 
 
-class Sigterm:
-    came = False
-
-
 @contextmanager
-def catch_sigterm() -> Iterator[Sigterm]:
-    """Note that the signal came, instead of ending; only the main thread can."""
-    sigterm = Sigterm()
+def catch_sigterm() -> Iterator[threading.Event]:
+    """Set an event when the signal comes, instead of ending; only the main thread can."""
+    sigterm = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield sigterm
         return
-
-    def note(*_) -> None:
-        sigterm.came = True
-
-    before = signal.signal(signal.SIGTERM, note)
+    before = signal.signal(signal.SIGTERM, lambda *_: sigterm.set())
     try:
         yield sigterm
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-class NoProfiler(AbstractContextManager):
-    def step(self) -> None:
-        pass
-
-    def __exit__(self, *_) -> None:
-        pass
-
-
-def profile(settings: TrainGroup, step: int, world: World):
+def profile(settings: TrainGroup, step: int) -> torch.profiler.profile:
     """Around the steps: records those from profile_start_step to profile_end_step, counted from where the run starts
     or continues, into one file for chrome://tracing or Perfetto."""
-    if not settings.enable_profiling or not world.main:
-        return NoProfiler()
     folder = Path(settings.profile_trace_dir)
     first, count = settings.profile_start_step, settings.profile_end_step - settings.profile_start_step
 
@@ -309,8 +297,8 @@ def find_run(config: Config, output: Path) -> Checkpoint | None:
     return resumed
 
 
-def open_run(config: Config, resumed: Checkpoint | None, world: World):
-    """(tokenizer, model, data). The main process goes first, and leaves the tokens in the cache for the others."""
+def open_run(config: Config, resumed: Checkpoint | None, world: World) -> tuple[Any, DiffusionLM, TrainingData]:
+    """The tokenizer, the model and the data. The main process goes first, and leaves the others the cached tokens."""
     def open_data(tokenizer) -> TrainingData:
         return open_training_data(corpus, tokenizer, config.train.seed, config.train.rows_per_step)
 

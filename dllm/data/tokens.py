@@ -145,13 +145,12 @@ def _encode_batch(tokenizer, documents: Sequence[Document]) -> tuple[array, arra
     return ids, array("q", (len(document) + 1 for document in encoded)), array("b")
 
 
-def describe_tokenizer(tokenizer) -> str:
-    """All that decides what it makes of a document."""
-    if tokenizer.is_fast:
-        vocabulary = tokenizer.backend_tokenizer.to_str()
-    else:
-        vocabulary = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
-    return json.dumps([vocabulary, tokenizer.eos_token_id, tokenizer.chat_template])
+def describe_rules(tokenizer) -> str:
+    """All that decides what it makes of a text."""
+    if not tokenizer.is_fast:
+        return json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    return json.dumps({name: rule for name, rule in rules.items() if name not in ("truncation", "padding")})
 
 
 def load_or_encode(tokenizer, digest: str, documents: Iterable[Document], workers: int) -> Tokens:
@@ -161,7 +160,8 @@ def load_or_encode(tokenizer, digest: str, documents: Iterable[Document], worker
         digest: a hash of the documents' content.
         documents: read only where the cache has nothing.
     """
-    key = hashlib.blake2b(json.dumps([_VERSION, digest, describe_tokenizer(tokenizer)]).encode(), digest_size=20)
+    decides = [_VERSION, digest, describe_rules(tokenizer), tokenizer.eos_token_id, tokenizer.chat_template]
+    key = hashlib.blake2b(json.dumps(decides).encode(), digest_size=20)
     path = cache_folder() / "tokens" / f"{key.hexdigest()}.safetensors"
     cached = _load(path)
     if cached is None:

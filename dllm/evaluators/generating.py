@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import dllm
-from dllm.checkpoint import write_atomically
+from dllm.checkpoint import write_atomically, write_json
 from dllm.errors import UserError
 from dllm.evaluators.presets import CODE_STOPS, LENGTHS, MBPP_STOPS, PRESETS, Preset
 from dllm.evaluators.sandbox import Sandbox
@@ -35,6 +35,7 @@ from dllm.evaluators.scoring import RunningScore, check_sandbox, score_samples
 from dllm.evaluators.tasks import BENCHMARKS, Task, TaskSet
 from dllm.model import DiffusionLM
 from dllm.sampler import MDMGenerationConfig, denoise, find_mask_token
+from dllm.tokenizer import cut_at_end, decode_after, encode
 
 # What must be the same for a run to continue, by its name in the manifest.
 _SAME = ("task", "preset", "model", "weights", "tokenizer", "data", "generation", "samples", "length", "stops",
@@ -107,7 +108,7 @@ def generate_samples(model: DiffusionLM, tokenizer, tasks: TaskSet, folder: str 
     check_same_run(folder, manifest)
     folder.mkdir(parents=True, exist_ok=True)
     if rank == 0:
-        write_atomically(folder / "manifest.json", _json(manifest))
+        write_json(folder / "manifest.json", manifest)
     check_sandbox(Sandbox, scoring.get("require", "best"), lambda text: None)  # to refuse now; scoring warns
     total = sum(map(len, batches))
     done = {(row["task_id"], row["sample"]) for row in read_parts(folder)}
@@ -140,7 +141,7 @@ def generate_samples(model: DiffusionLM, tokenizer, tasks: TaskSet, folder: str 
         record["pass@1_by_length"] = {
             str(length): sum(passed[i] for i, row in enumerate(rows, 1) if row["length"] == length) / len(chosen)
             for length in LENGTHS}
-    write_atomically(folder / "results.json", _json(record))
+    write_json(folder / "results.json", record)
     return record
 
 
@@ -153,7 +154,7 @@ def make_batches(model: DiffusionLM, tokenizer, name: str, tasks: Sequence[Task]
         if not infills:
             lengths = [config.max_new_tokens]
         elif preset.length == "oracle":
-            lengths = [max(1, len(_encode(tokenizer, task.canonical)))]
+            lengths = [max(1, len(encode(tokenizer, task.canonical)))]
         elif preset.length == "auto":  # gaps that grow begin small; for the others 0: each batch chooses
             lengths = [0 if config.expand_token_id is None else min(config.infill_lengths)]
         else:
@@ -176,12 +177,12 @@ def texts_around(name: str, task: Task) -> tuple[str, str]:
 
 def frame(tokenizer, before: str, after: str, framed: bool) -> tuple[Tensor, Tensor]:
     """Tokens of both, each by itself: a joint tokenization would move the gap's edges."""
-    start, end = [], []
-    if framed:
-        start = [token for token in (tokenizer.bos_token_id,) if token is not None]
-        end = [token for token in (tokenizer.eos_token_id,) if token is not None]
-    return (torch.tensor(start + _encode(tokenizer, before), dtype=torch.long),
-            torch.tensor(_encode(tokenizer, after) + end, dtype=torch.long))
+    ids = encode(tokenizer, before), encode(tokenizer, after)
+    if not framed:
+        return ids
+    start, end = (torch.tensor([] if token is None else [token], dtype=torch.long)
+                  for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))
+    return torch.cat((start, ids[0])), torch.cat((ids[1], end))
 
 
 def fit(model: DiffusionLM, before: Tensor, after: Tensor, length: int, context: int,
@@ -223,7 +224,7 @@ def denoise_batch(model: DiffusionLM, tokenizer, batch: Sequence[Item], name: st
         answer = row[len(item.before):len(row) - len(item.after)]
         lines.append({
             "task_id": item.task.task_id, "sample": item.sample, "length": length,
-            "completion": finish_text(name, _decode_after(tokenizer, item.before, _cut(tokenizer, answer))),
+            "completion": finish_text(name, decode_after(tokenizer, item.before, cut_at_end(tokenizer, answer))),
             "tokens": len(answer), "unfilled": int((answer == mask_token_id).sum()),
             "batch": number, "rows": len(batch), "forwards": out.forwards, "seconds": round(seconds, 4)})
     return lines
@@ -298,7 +299,7 @@ def check_same_run(folder: Path, manifest: dict) -> None:
         recorded = json.loads(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path} is no manifest ({error}); take the folder away, or name another") from None
-    ours = json.loads(_json(manifest))
+    ours = json.loads(json.dumps(manifest))
     for name in _SAME:
         if recorded.get(name) != ours[name]:
             was, now = recorded.get(name), ours[name]
@@ -346,28 +347,8 @@ def wait_for_all(folder: Path, wanted: set, patience: float = 24 * 3600.0) -> No
         time.sleep(1.0)
 
 
-def _json(record: dict) -> bytes:
-    return (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
-
-
 def _line(row: dict) -> bytes:
     return (json.dumps(row) + "\n").encode()
-
-
-def _encode(tokenizer, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _cut(tokenizer, ids: Tensor) -> Tensor:
-    end = (ids == tokenizer.eos_token_id).nonzero()
-    return ids[:int(end[0])] if len(end) else ids
-
-
-def _decode_after(tokenizer, before: Tensor, ids: Tensor) -> str:
-    def decode(tokens) -> str:
-        return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    return decode([*before.tolist(), *ids.tolist()])[len(decode(before.tolist())):]
 
 
 def bar(name: str):

@@ -26,14 +26,10 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import dllm
-from dllm.checkpoint import write_atomically
+from dllm.checkpoint import write_json
 from dllm.errors import UserError
 from dllm.evaluators.generating import (
     RunSettings,
-    _cut,
-    _decode_after,
-    _encode,
-    _json,
     check_same_run,
     describe,
     hash_files,
@@ -43,6 +39,7 @@ from dllm.evaluators.presets import Preset
 from dllm.evaluators.tasks import TaskSet
 from dllm.model import DiffusionLM, find_model, load_with_tokenizer
 from dllm.sampler import MDMGenerationConfig, denoise, find_mask_token
+from dllm.tokenizer import cut_at_end, decode_after, encode
 
 TASKS = Path(__file__).with_name("lm_eval_tasks")
 LIKELIHOOD_SAMPLES = 128  # LLaDA's eval_llada.py
@@ -146,8 +143,6 @@ class HarnessLM(TemplateLM):
         except TypeError as error:  # text where a number is wanted, say
             raise UserError(f"model_args has a value of the wrong kind ({error}): {asked}") from None
 
-    # Texts
-
     @property
     def eot_token_id(self) -> int:
         return self.tokenizer.eos_token_id
@@ -158,7 +153,7 @@ class HarnessLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         """Without special tokens, whatever is asked: models are trained on texts without a first token of their own."""
-        return _encode(self.tokenizer, string)
+        return encode(self.tokenizer, string).tolist()
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if not self.tokenizer.chat_template:
@@ -173,8 +168,6 @@ class HarnessLM(TemplateLM):
             raise UserError("use_cache would give all repeats of a prompt the same sample; leave it out, or the "
                             "temperature")
         super().set_cache_hook(cache_hook)
-
-    # Generation
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """The text up to the first stop string. A request whose settings have `gap` fills the gap between its
@@ -193,7 +186,7 @@ class HarnessLM(TemplateLM):
                 for place, answer in self._fill([gap for _, gap in part], config):
                     index, gap = part[place]
                     until = requests[index].args[1].get("until") or []
-                    text = _decode_after(self.tokenizer, gap.before, _cut(self.tokenizer, answer))
+                    text = decode_after(self.tokenizer, gap.before, cut_at_end(self.tokenizer, answer))
                     for stop in [until] if isinstance(until, str) else until:
                         text = text.split(stop)[0]
                     texts[index] = text
@@ -240,8 +233,6 @@ class HarnessLM(TemplateLM):
             for i, row, real in zip(batch, out.sequences.cpu(), visible, strict=True):
                 row = row[real]
                 yield i, row[len(gaps[i].before):len(row) - len(gaps[i].after)]
-
-    # Likelihood
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
         limit = self.model.config.max_position_embeddings
@@ -360,7 +351,7 @@ def evaluate_task(lm: HarnessLM, name: str, manager, folder: str | Path, *, limi
     manifest["versions"]["lm_eval"] = lm_eval.__version__
     check_same_run(folder, manifest)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "manifest.json", _json(manifest))
+    write_json(folder / "manifest.json", manifest)
     try:
         results = lm_eval.simple_evaluate(
             lm, tasks=[name], task_manager=manager, limit=limit, num_fewshot=num_fewshot,
@@ -376,5 +367,5 @@ def evaluate_task(lm: HarnessLM, name: str, manager, folder: str | Path, *, limi
               "samples_scored": results["n-samples"], "higher_is_better": results["higher_is_better"],
               "task_versions": results["versions"], "config": results["config"], "manifest": manifest,
               "samples": results["samples"]}
-    write_atomically(folder / "results.json", _json(record))
+    write_json(folder / "results.json", record)
     return record

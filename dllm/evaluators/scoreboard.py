@@ -259,9 +259,6 @@ def _show(value) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-# Markdown
-
-
 def to_markdown(board: Board) -> str:
     text = "# Scoreboard\n"
     for group in board.groups:

@@ -111,9 +111,7 @@ def as_request_error(error: Exception) -> RequestError:
     if isinstance(error, UserError):
         return RequestError(400, str(error))
     if isinstance(error, Busy):
-        ending = "end" in str(error)
-        return RequestError(503 if ending else 429, str(error), "server_error" if ending else "rate_limit_error",
-                            code=None if ending else "queue_full")
+        return RequestError(429, str(error), "rate_limit_error", code="queue_full")
     if isinstance(error, TooLate):
         return RequestError(504, str(error), "timeout_error", code="timeout")
     if isinstance(error, Failure):
@@ -414,7 +412,6 @@ def event_line(content: dict) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
-
 class Form:
     """The shape of an endpoint's answers."""
 
@@ -548,7 +545,12 @@ class Guard:
         try:
             refused = self._refuse(scope)
             if refused is None:
-                body = await self._read(scope, receive)
+                try:
+                    async with asyncio.timeout(self.limits.max_seconds):
+                        body = await self._read(scope, receive)
+                except TimeoutError:
+                    body = RequestError(408, f"the body took more than {self.limits.max_seconds:g} seconds to come",
+                                        "timeout_error")
                 if isinstance(body, RequestError):
                     refused = body
             if refused is not None:

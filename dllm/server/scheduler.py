@@ -27,7 +27,11 @@ from dllm.sampler import Denoising, MDMGenerationConfig, find_mask_token
 
 
 class Busy(Failure):
-    """The queue is full, or the server is about to end."""
+    """The queue is full."""
+
+
+class Ending(Failure):
+    """The server takes no more."""
 
 
 class TooLate(Failure):
@@ -110,7 +114,7 @@ class Cohort:
 class Scheduler:
     """Denoises the jobs it is given, first come first served, at most `max_rows` texts at a time.
 
-    Jobs beyond that wait, `max_waiting` at most: `submit` raises Busy for more.
+    Jobs beyond that wait, `max_waiting` at most: `submit` raises Busy for more, and Ending after `drain`.
     """
 
     def __init__(self, model: DiffusionLM, max_rows: int = 32, max_waiting: int = 128):
@@ -149,7 +153,7 @@ class Scheduler:
             raise UserError(f"{job.copies} texts at a time, at most {self.max_rows} are allowed; lower n")
         with self._wake:
             if self._ending:
-                raise Busy("the server is about to end; ask another one")
+                raise Ending("the server is about to end; ask another one")
             if sum(not waiting.cancelled for waiting in self.waiting) >= self.max_waiting:
                 raise Busy(f"{len(self.waiting)} requests are waiting already; try again later")
             self.waiting.append(job)

@@ -14,6 +14,7 @@ from dllm.errors import UserError
 from dllm.model import DiffusionLM
 from dllm.sampler import MDMGenerationConfig
 from dllm.server.scheduler import Progress
+from dllm.tokenizer import decode_after, encode
 
 # Of `MDMGenerationConfig`, what a request may choose under `diffusion`; the rest is the server's, or has a field of
 # OpenAI's.
@@ -31,7 +32,7 @@ class Texts:
         self.constraint = functools.lru_cache(maxsize=32)(self._constraint)
 
     def encode(self, text: str) -> torch.Tensor:
-        return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
+        return encode(self.tokenizer, text)
 
     def render(self, messages: Sequence[dict]) -> torch.Tensor:
         """The tokens of a conversation, up to where the answer begins.
@@ -88,13 +89,9 @@ class Texts:
         return -(-config.max_new_tokens // block) * block
 
     def decode(self, before: torch.Tensor, tokens: Sequence[int]) -> str:
-        """The text of tokens as it reads after others (some tokenizers drop a leading blank)."""
-        context = before[-4:].tolist()  # a character of at most four bytes, one a token
-
-        def text(ids: list[int]) -> str:
-            return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-        return text([*context, *tokens])[len(text(context)):]
+        """The text of tokens as it reads after others."""
+        # Four are enough: a character is of at most four bytes, one a token.
+        return decode_after(self.tokenizer, before[-4:], torch.tensor(tokens, dtype=torch.long))
 
     @property
     def mask_token_id(self) -> int:

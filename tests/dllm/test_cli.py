@@ -19,7 +19,7 @@ from dllm.errors import run_command
 from dllm.evaluators import HeldOutSettings, InfillingSettings
 from dllm.lengths import choose_lengths
 from dllm.sampler import MDMGenerationConfig
-from dllm.tokenizer import load_tokenizer
+from dllm.tokenizer import cut_at_end, load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 CODE = "".join(f"def add_{i}(x, y):\n    total = x + y + {i}\n    return total\n\n\n" for i in range(30))
@@ -160,8 +160,8 @@ def test_the_page_of_a_sample_plays_in_a_browser(model_folder, chromium, tmp_pat
 def test_sample_stops_the_text_at_the_end_of_text_token(model_folder):
     tokenizer = load_tokenizer(model_folder)
     ids = torch.tensor([5, 6, tokenizer.eos_token_id, 7, tokenizer.eos_token_id])
-    assert cli.cut_at_end(tokenizer, ids).tolist() == [5, 6]
-    assert cli.cut_at_end(tokenizer, ids[:2]).tolist() == [5, 6]
+    assert cut_at_end(tokenizer, ids).tolist() == [5, 6]
+    assert cut_at_end(tokenizer, ids[:2]).tolist() == [5, 6]
 
 
 def test_sample_watch_shows_the_text_that_sample_prints(model_folder, capsys):

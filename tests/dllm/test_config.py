@@ -71,6 +71,10 @@ def test_an_unknown_key_names_the_nearest_valid_one(flag, hint):
     (["--train.global_batch_size=6", "--train.micro_batch_size=4"], ["multiple of micro_batch_size 4", "6"]),
     (["--train.objective=mlm"], ["mdm, elbo, block_diffusion, cart, expansion, ar", "mlm"]),
     (["--train.objective=expansion", "--train.expand_token_id=7", "--train.schedule=cosine"], ["linear, not cosine"]),
+    (["--train.objective=block_diffusion"], ["train.block_length=32", "need each other"]),
+    (["--train.block_length=32"], ["train.block_length", "need each other", "the objective is mdm"]),
+    (["--train.expand_token_id=7"], ["train.expand_token_id", "need each other"]),
+    (["--train.eval_tasks=humaneval '"], ["train.eval_tasks", "no closing quotation", "humaneval --limit 20"]),
     (["--train.objective=elbo", "--train.corrupt_prompt=true"], ["corrupt_prompt", "mdm", "elbo"]),
     (["--train.objective=ar", "--train.path_term=true"], ["path_term", "mdm"]),
     (["--train.objective=elbo", "--train.mask_at_least_one=true"], ["mask_at_least_one", "mdm", "bias the bound"]),
@@ -147,6 +151,7 @@ def test_open_dllms_readme_flags_work_on_our_copy_of_its_recipe(capsys):
         "--train.global_batch_size=512", "--train.output_dir=logs/Qwen2.5-Coder-0.5B_mdm", "--train.save_steps=10000"])
     assert (config.train.lr, config.train.lr_min, config.train.rows_per_step) == (3e-4, 3e-6, 512)
     assert (config.data.max_seq_len, config.data.train_size) == (4096, 10**12)
+    assert (config.train.lr_warmup_ratio, config.train.save_time_interval_minutes) == (0.001, 170)
 
 
 def test_every_shipped_configuration_loads():

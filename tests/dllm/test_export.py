@@ -1,6 +1,7 @@
 """What a run leaves for others: a folder that loads everywhere, and says what made it."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -57,6 +58,18 @@ def test_bad_input_is_one_line(run, tmp_path, capsys, arguments, message):
     assert main([argument.format(**names) for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "new").exists()
+
+
+def test_a_damaged_checkpoint_is_named_and_a_cut_line_of_metrics_left_out(run, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run.output_dir, copy)
+    with open(copy / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')  # what a kill leaves
+    assert main(["export", str(copy), "--output-dir", str(tmp_path / "out")]) == 0
+    damaged = copy / "checkpoints/global_step_2"
+    (damaged / "trainer_state.pt").write_bytes(b"half")
+    assert main(["export", str(damaged), "--output-dir", str(tmp_path / "other")]) == 2
+    assert "global_step_2 is damaged (trainer_state.pt has 4 bytes, not" in capsys.readouterr().err
 
 
 def test_push_uploads_the_folder_and_says_when_the_hub_refuses(run, tmp_path, monkeypatch, capsys):

@@ -64,6 +64,20 @@ def test_logits_equal_the_originals(shared, checkpoint, name):
     assert (padded - golden["masked_logits"])[tokens].abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("name", ["a2d_qwen2", "a2d_qwen3"])
+@torch.no_grad()
+def test_logits_of_a_noisy_copy_beside_the_clean_one_equal_the_originals(shared, checkpoint, name):
+    model = DiffusionLM.from_pretrained(checkpoint(name))
+    golden = {key: torch.from_numpy(value) for key, value
+              in np.load(shared / "golden" / "families" / name / "forward.npz").items() if key.startswith("bd_")}
+    noisy, clean = golden["bd_input_ids"].chunk(2, dim=1)
+    block_length = int(golden["bd_mask"][0, 0, 0].sum())  # the first noisy position sees its block alone
+    assert 1 < block_length < noisy.shape[1]
+    hidden = model.hidden_states(noisy, clean_ids=clean, block_length=block_length)
+    expected = golden["bd_logits"].chunk(2, dim=1)[0]
+    assert (F.linear(hidden, model.head_weight) - expected).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("name", GOLDENS)
 def test_a_folder_comes_back(checkpoint, tmp_path, name):
     source = checkpoint(name)

@@ -14,7 +14,7 @@ from dllm.errors import Failure, UserError
 from dllm.families import ModelConfig
 from dllm.model import DiffusionLM
 from dllm.sampler import MDMGenerationConfig, generate, infill
-from dllm.server.scheduler import Busy, Job, Scheduler, TooLate
+from dllm.server.scheduler import Busy, Ending, Job, Scheduler, TooLate
 
 NOTHING = torch.empty(0, dtype=torch.long)
 
@@ -189,7 +189,7 @@ def test_more_than_the_queue_holds_and_what_comes_after_the_end_are_refused(mode
     ender.start()
     assert [len(request.wait()) for request in requests[:2]] == [1, 1]  # those that were taken are answered
     ender.join()
-    with pytest.raises(Busy, match="about to end"):
+    with pytest.raises(Ending, match="about to end"):
         scheduler.submit(requests[2].job)
 
 

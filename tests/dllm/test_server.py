@@ -277,6 +277,15 @@ def test_the_page_may_load_nothing_from_elsewhere(url):
         "Access-Control-Allow-Origin") is None
 
 
+def test_a_body_that_does_not_come_is_given_up(model_folder):
+    with running(model_folder, Limits(max_seconds=0.2)) as (url, _):
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as client:
+            client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            answer = client.recv(4096)
+    assert answer.startswith(b"HTTP/1.1 408") and b"the body took more than 0.2 seconds" in answer
+
+
 def test_a_full_queue_is_429_and_a_request_that_takes_too_long_504(model_folder):
     with running(model_folder, Limits(max_rows=1, max_waiting=1, max_seconds=0.5)) as (url, _):
         slow = {"prompt": "x", "max_tokens": 200, "diffusion": {"steps": 200_000, "alg": "origin"}}

@@ -427,6 +427,38 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted_and_the_next_ones_lear
     assert math.isnan(result.history[4]["loss"]) and result.history[-1]["loss"] < result.history[0]["loss"]
 
 
+def test_a_last_step_that_is_not_finite_ends_the_run_which_says_so(make_config, monkeypatch, capsys):
+    forward_once = trainer.forward
+
+    def poisoned(model, batch, device, teacher=None):
+        poisoned.calls += 1
+        sums = forward_once(model, batch, device, teacher)
+        return sums._replace(loss=sums.loss * math.nan) if poisoned.calls == 12 else sums
+
+    poisoned.calls = 0
+    monkeypatch.setattr(trainer, "forward", poisoned)
+    config = make_config(save_steps=0)
+    result = train(replace(config, data=replace(config.data, validation_share=0.0)))
+    assert result.finished and result.history[-1]["skipped"] == 1
+    assert "the last 1 steps were skipped, for their loss or gradient was not finite" in capsys.readouterr().err
+    assert all(parameter.isfinite().all() for parameter in DiffusionLM.from_pretrained(result.checkpoint).parameters())
+
+
+def test_a_run_reads_no_rows_beyond_its_last_step(make_config, monkeypatch):
+    asked = []
+
+    def counting(source, step, *rest):
+        asked.append(step)
+        return make_batches(source, step, *rest)
+
+    monkeypatch.setattr(trainer, "make_batches", counting)
+    config = make_config(max_steps=3)
+    train(config)
+    assert asked == [0, 1, 2]
+    train(config)
+    assert asked == [0, 1, 2]
+
+
 def test_no_checkpoint_is_written_of_weights_whose_loss_is_not_finite(make_config, tmp_path):
     with pytest.raises(Failure, match="not finite in 3 steps in a row: lower train.lr"):
         train(make_config(lr=1e30, lr_decay_style="constant", lr_warmup_ratio=0, max_grad_norm=0, max_steps=50,
@@ -477,8 +509,7 @@ def test_alignment_of_micro_batches_of_any_size_is_that_of_the_whole(objective):
     dataset, model, teacher = make_dataset(longest=40), make_model(), make_model()
     alignments = []
     for size in (12, 4, 1):
-        settings = TrainGroup(output_dir="x", objective=objective, block_length=5, micro_batch_size=size,
-                              global_batch_size=12)
+        settings = TrainGroup(output_dir="x", objective=objective, micro_batch_size=size, global_batch_size=12)
         batches = make_batches(dataset, 5, range(12), 12, settings, 1, model)
         alignments.append(sum(forward(model, batch, torch.device("cpu"), teacher).alignment.item()
                               for batch in batches))
@@ -644,6 +675,11 @@ def test_a_changed_model_or_tokenizer_is_refused_naming_the_difference(make_conf
     words["a"], words["b"] = words["b"], words["a"]
     (start / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UserError, match="the tokenizer differs in 4 entries, such as 'a'"):
+        train(config)
+    words["a"], words["b"] = words["b"], words["a"]
+    tokenizer["normalizer"] = {"type": "Lowercase"}
+    (start / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="the same words, but other rules to cut a text into them"):
         train(config)
 
 
