@@ -1,9 +1,11 @@
 """Fixtures of the stack's tests."""
 
+import json
 import resource
 import shutil
 import subprocess
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,20 @@ def cache_folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DLLM_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session")
+def functions() -> list[str]:
+    """40 documents of one to five short functions."""
+    return [f"def add_{i}(x, y):\n    return x + y + {i}\n\n" * (1 + i % 5) for i in range(40)]
+
+
+@pytest.fixture(scope="session")
+def corpus(functions, tmp_path_factory) -> Path:
+    """A file of them."""
+    path = tmp_path_factory.mktemp("corpus") / "code.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in functions))
+    return path
 
 
 @pytest.fixture

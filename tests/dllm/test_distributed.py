@@ -16,17 +16,9 @@ from dllm.config import Config, DataGroup, ModelGroup, TrainGroup
 from dllm.model import DiffusionLM
 
 ROOT = Path(__file__).parents[2]
-TEXTS = [f"def add_{i}(x, y):\n    return x + y + {i}\n\n" * (1 + i % 5) for i in range(40)]
 # The last one: or else restarted processes may look for those before them (pytorch/pytorch#135712).
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("corpus") / "code.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    return path
 
 
 @pytest.fixture(scope="module")

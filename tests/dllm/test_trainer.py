@@ -25,7 +25,6 @@ from dllm.train import main
 from dllm.trainer import train
 
 ROOT = Path(__file__).parents[2]
-TEXTS = [f"def add_{i}(x, y):\n    return x + y + {i}\n\n" * (1 + i % 5) for i in range(40)]
 
 
 @pytest.fixture(autouse=True)
@@ -35,13 +34,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("corpus") / "code.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    return path
 
 
 @pytest.fixture
@@ -72,7 +64,7 @@ def read_metrics(output: Path) -> list[dict]:
     {"objective": "ar"}, {"objective": "block_diffusion", "block_length": 8},
     {"objective": "cart"}, {"objective": "expansion", "expand_token_id": 299},
     {"objective": "mdm", "precision": "bf16", "global_batch_size": 8}], ids=str)
-def test_every_objective_lowers_the_loss_and_leaves_a_checkpoint_that_loads(make_config, keys):
+def test_every_objective_lowers_the_loss_and_leaves_a_checkpoint_that_loads(make_config, functions, keys):
     result = train(make_config(max_steps=30, **keys))
     history = result.history
     assert result.steps == 30 == len(history) and history == read_metrics(result.output_dir)
@@ -85,7 +77,7 @@ def test_every_objective_lowers_the_loss_and_leaves_a_checkpoint_that_loads(make
     assert model.dtype == torch.float32 and model.mask_token_id == 2 == model.config.mask_token_id
     from transformers import AutoModelForCausalLM, AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(result.checkpoint)
-    assert tokenizer.mask_token_id == 2 and tokenizer.decode(tokenizer(TEXTS[0])["input_ids"]) == TEXTS[0]
+    assert tokenizer.mask_token_id == 2 and tokenizer.decode(tokenizer(functions[0])["input_ids"]) == functions[0]
     theirs = AutoModelForCausalLM.from_pretrained(result.checkpoint)
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in model.parameters())
     assert load_config(result.output_dir / "config.yaml") == make_config(max_steps=30, **keys)
@@ -694,12 +686,12 @@ def test_checkpoints_are_evaluated_and_what_fails_is_told(make_config, corpus, t
     assert "note: evaluation nonsense of global_step_2 failed: " in capfd.readouterr().err
 
 
-def test_other_documents_are_refused(make_config, tmp_path):
-    (tmp_path / "code.txt").write_text("".join(TEXTS))
+def test_other_documents_are_refused(make_config, functions, tmp_path):
+    (tmp_path / "code.txt").write_text("".join(functions))
     config = make_config(max_steps=2)
     config = replace(config, data=replace(config.data, train_path=str(tmp_path / "code.txt"), validation_share=0.0))
     train(config)
-    (tmp_path / "code.txt").write_text("".join(TEXTS) + "more")
+    (tmp_path / "code.txt").write_text("".join(functions) + "more")
     with pytest.raises(UserError, match="continues a run on other documents than there are now in .*code.txt"):
         train(config)
 
