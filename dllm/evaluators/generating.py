@@ -301,8 +301,11 @@ def check_same_run(folder: Path, manifest: dict) -> None:
         raise UserError(f"{path} is no manifest ({error}); take the folder away, or name another") from None
     ours = json.loads(json.dumps(manifest))
     for name in _SAME:
-        if recorded.get(name) != ours[name]:
-            was, now = recorded.get(name), ours[name]
+        was, now = recorded.get(name), ours[name]
+        if name == "data":  # wherever it lies
+            was, now = ({"sha256": data["sha256"]} if isinstance(data, dict) and "sha256" in data else data
+                        for data in (was, now))
+        if was != now:
             key = ""
             if isinstance(was, dict) and isinstance(now, dict):
                 key = next(key for key in {**was, **now} if was.get(key) != now.get(key))

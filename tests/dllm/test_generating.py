@@ -206,6 +206,8 @@ def test_another_run_in_the_folder_is_refused_by_name(loaded, tmp_path):
             evaluate(loaded, tasks, tmp_path / "run", **{"samples": 1, **changed})
     with pytest.raises(UserError, match="has a run with another data"):
         evaluate(loaded, read("humaneval", ROWS[1:3], tmp_path), tmp_path / "run", samples=1)
+    (tmp_path / "moved").mkdir()
+    evaluate(loaded, read("humaneval", ROWS[:2], tmp_path / "moved"), tmp_path / "run", samples=1)
     part = tmp_path / "run" / "part-0.jsonl"
     whole = part.read_text()
     for line in ("{", "[]", '{"task_id": "HumanEval/0"}'):
