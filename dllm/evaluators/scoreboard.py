@@ -149,7 +149,7 @@ def _read_own(record: dict, name: str) -> Run:
               **generation, "dtype": manifest["dtype"], "dllm": manifest["versions"]["dllm"]}
     told = [manifest["preset"], f"{manifest['samples']} sample{'s' * (manifest['samples'] > 1)}"]
     told += [f"length {manifest['length']}"] if manifest["length"] is not None else []
-    told += [f"{key} {generation[key]}" for key in _METHOD if generation.get(key) not in (None, 0, "none")]
+    told += _tell(generation)
     speed = record["speed"]
     return Run(
         name=name, model=_name_model(manifest), task=_ALIASES.get(record["task"], _plain(record["task"])),
@@ -179,9 +179,16 @@ def _read_harness(record: dict, name: str) -> Run:
     method = {**generation, "likelihood samples": manifest["likelihood_samples"], "dtype": manifest["dtype"],
               "dllm": manifest["versions"]["dllm"]}
     told = ["lm-eval", f"{manifest['likelihood_samples']} likelihood samples"]
-    told += [f"{key} {generation[key]}" for key in _METHOD if generation.get(key) not in (None, 0, "none")]
+    told += _tell(generation)
     return Run(name=name, model=_name_model(manifest), task=_plain(task), scores=scores, question=question,
                method=method, told=_plain(", ".join(told)), shares=False)
+
+
+def _tell(generation: dict) -> list[str]:
+    told = {key: generation.get(key) for key in _METHOD}
+    if told["remasking"] is not None:  # in the place of alg
+        del told["alg"]
+    return [f"{key} {value}" for key, value in told.items() if value not in (None, 0, "none")]
 
 
 def _name_model(manifest: dict) -> str:

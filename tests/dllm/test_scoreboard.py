@@ -50,6 +50,11 @@ def test_a_row_has_the_score_its_interval_the_speed_and_the_method(tmp_path):
     assert "tiny (aaaaaaaa)" in text and "Warning" not in text
 
 
+def test_a_row_tells_of_remasking_in_the_place_of_alg(tmp_path):
+    write_run(tmp_path / "llada", generation={"remasking": "low_confidence"})
+    assert "open_dllm, 2 samples, remasking low_confidence, steps 8 |" in to_markdown(make_scoreboard([tmp_path]))
+
+
 @pytest.mark.parametrize("other, told", [
     ({"manifest": {"data": {"sha256": "e" * 64}}}, "data (dddddddddddd, eeeeeeeeeeee)"),
     ({"passes": (1, 0, 1)}, "tasks (3, 2)"),
