@@ -2,9 +2,13 @@
 
 Ours against a rendition of Open-dLLM's step: the same model and mask ratio, attention across the documents of a row by
 PyTorch's kernel, and the loss over all positions, where installed by Liger-Kernel, which ignores those not corrupted.
+And ours with norms, rotary embedding and SwiGLU by torch.compile (`train.enable_compile`) and by Liger-Kernel, against
+ours as it is.
 """
 
+import functools
 import importlib.util
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,7 +16,7 @@ import torch.nn.functional as F
 
 from benchmarks.device import DEVICE, measure, on_device, peak_memory, pick
 from dllm.families import ModelConfig
-from dllm.model import DiffusionLM
+from dllm.model import Attention, DiffusionLM, FeedForward, Positions, RMSNorm, attend
 from dllm_kernels import linear_masked_cross_entropy
 
 LENGTH, DOCUMENT, ROWS = pick((4096, 512, [1, 4, 8]), (32, 8, [2]))
@@ -66,14 +70,74 @@ def model_flop(rows: int, corrupted: int) -> int:
     return 6 * positions * layer * layers + attention + 6 * corrupted * D * SHAPE["vocab_size"]
 
 
+def largest_micro_batch(step: Callable) -> int:
+    """Rows of a step that the GPU's memory holds, to a sixteenth; 0 on a CPU."""
+    if DEVICE == "cpu":
+        return 0
+
+    def fits(rows: int) -> bool:
+        try:
+            step(*make_case(rows))
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            torch.cuda.empty_cache()
+        return True
+
+    most, too_many = 1, 2
+    while fits(too_many):
+        most, too_many = too_many, 2 * too_many
+    while too_many - most > max(1, most // 16):
+        middle = (most + too_many) // 2
+        most, too_many = (middle, too_many) if fits(middle) else (most, middle)
+    return most
+
+
 @pytest.mark.parametrize("rows", ROWS)
 def bench_step(paired, rows):
     """Promised: 2.5 times as fast, and with 4 rows 45% of what the measured matrix product reaches."""
-    case = make_case(rows)
     memory = {}
+    if rows == ROWS[0]:
+        memory = {"largest_micro_batch": largest_micro_batch(our_step),
+                  "baseline_largest_micro_batch": largest_micro_batch(open_dllm_step)}
+    case = make_case(rows)
     for name, step in (("", our_step), ("baseline_", open_dllm_step)):
         step(*case)
         memory[f"{name}peak_memory_mib"] = round(peak_memory(lambda step=step: step(*case)) / 2**20)
     measure(paired, lambda: our_step(*case), lambda: open_dllm_step(*case), 2.5, rounds=6, positions=rows * LENGTH,
             must_multiply_flop=model_flop(rows, int(case[3].sum())), share_at_least=0.45 if rows == 4 else None,
             **memory)
+
+
+def use_liger(model: DiffusionLM) -> None:
+    from liger_kernel.transformers.functional import liger_rms_norm, liger_rope, liger_swiglu
+
+    def norm(self: RMSNorm, x):
+        return liger_rms_norm(x, self.weight, self.eps)
+
+    def feed_forward(self: FeedForward, x):
+        return self.down_proj(liger_swiglu(self.gate_proj(x), self.up_proj(x)))
+
+    def attention(self: Attention, x, at: Positions):
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = liger_rope(q.transpose(1, 2), k.transpose(1, 2), at.cos.squeeze(2), at.sin.squeeze(2))
+        return self.o_proj(attend(q.transpose(1, 2), k.transpose(1, 2), v, at).flatten(-2))
+
+    for module in model.modules():
+        for kind, forward in ((RMSNorm, norm), (FeedForward, feed_forward), (Attention, attention)):
+            if isinstance(module, kind):
+                module.forward = functools.partial(forward, module)
+
+
+@pytest.mark.parametrize("how", ["compile", "liger"])
+def bench_layers(paired, how):
+    """Nothing promised: it is to be seen which is faster."""
+    if how == "liger" and not importlib.util.find_spec("liger_kernel"):
+        pytest.skip("Liger-Kernel is not installed")
+    (plain, *case), (changed, *its_case) = make_case(ROWS[-1] // 2), make_case(ROWS[-1] // 2)
+    if how == "compile":
+        for layer in changed.model.layers:
+            layer.compile()
+    else:
+        use_liger(changed)
+    measure(paired, lambda: our_step(changed, *its_case), lambda: our_step(plain, *case), rounds=6)
