@@ -4,6 +4,7 @@ A file or record that cannot be read is skipped, counted and named on stderr.
 """
 
 import csv
+import io
 import json
 import re
 import sys
@@ -12,12 +13,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from dllm.errors import Failure, UserError
 
 _TEST_FOLDERS = {"test", "tests", "idle_test"}
 _NOT_SOURCE = {"site-packages", "dist-packages", "__pycache__"}
+_COMPRESSED = {".gz", ".bz2", ".zst", ".lz4"}
 _HUB = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.\[\]:%-]+))?")
 _PROMPTS, _ANSWERS = ("prompt", "question"), ("response", "completion", "answer")
 Row = tuple[int, Callable[[], Any]]  # number within the shard, from 1 (0: all of it), and what decodes the record
@@ -80,8 +82,8 @@ def read_documents(paths: Sequence[str | Path] | None = None,
 
     A folder is read with its subfolders (hidden ones apart). .jsonl, .csv, .parquet and .arrow files, and .json files
     of records, hold one document per record, in the first present column of `text_keys`; every other file is a
-    document. Files that are no UTF-8 text, and records that cannot be read, are skipped; one line on stderr counts and
-    names them.
+    document. All but .parquet and .arrow may be compressed, with .gz, .bz2, .zst or .lz4 after their names. Files that
+    are no UTF-8 text, and records that cannot be read, are skipped; one line on stderr counts and names them.
 
     Args:
         paths: folders, files and datasets of the hub (`find_shards`); None is the standard library of the running
@@ -211,6 +213,8 @@ class Reader:
         suffix = shard.path.suffix
         if suffix in (".parquet", ".arrow"):
             return self._find_arrow_rows(shard.path)
+        if suffix in _COMPRESSED:
+            suffix = shard.path.with_suffix("").suffix
         if suffix == ".csv":
             return _find_csv_rows(shard.path)
         if suffix == ".jsonl":
@@ -315,15 +319,27 @@ def _check(text: str) -> str:
     return text
 
 
+def _open(path: Path) -> IO[bytes]:
+    if path.suffix not in _COMPRESSED:
+        return open(path, "rb")
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression="detect"))
+
+
 def _read_text(path: Path) -> str:
     try:
-        return path.read_bytes().decode()
+        with _open(path) as file:
+            text = file.read().decode()
     except UnicodeDecodeError:
         raise BadRecord("not UTF-8") from None
+    if "\0" in text:  # of an archive, say
+        raise BadRecord("not text: it holds NUL")
+    return text
 
 
 def _find_json_lines(path: Path) -> Iterator[Row]:
-    with open(path, "rb") as file:
+    with _open(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield number, partial(_parse_json, line)
@@ -356,7 +372,7 @@ def _find_json_rows(path: Path) -> Iterator[Row]:
 def _find_csv_rows(path: Path) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)  # a document may be longer than the 128 KiB that csv allows at first
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with io.TextIOWrapper(_open(path), encoding="utf-8", newline="") as file:
             for number, record in enumerate(csv.DictReader(file, restkey=""), start=1):
                 yield number, partial(dict, record)
     except UnicodeDecodeError:

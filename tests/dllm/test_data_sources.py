@@ -1,13 +1,16 @@
 """Where documents come from: kinds of files, the hub, what cannot be read, and the cache of their tokens."""
 
 import csv
+import gzip
 import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import datasets
+import pyarrow
 import pytest
 import torch
 
@@ -27,7 +30,6 @@ def write_table(kind, path):
         for other in path.glob("*.json"):
             other.unlink()
     elif kind == "arrow file":
-        import pyarrow
         with pyarrow.ipc.new_file(path.with_suffix(".arrow"), table.data.schema) as file:
             file.write_table(table.data.table)
     elif kind == "csv":
@@ -49,6 +51,37 @@ def test_a_table_gives_one_document_per_record_and_names_its_columns(kind, tmp_p
     assert len({document.source for document in documents}) == 4
     with pytest.raises(UserError, match="has no column 'content'; it has id, text; name one of them in data.text_keys"):
         read_documents([tmp_path], "content")
+
+
+@pytest.mark.parametrize("compression", ["gz", "bz2", "zst", "lz4"])
+def test_tables_and_texts_may_be_compressed(compression, tmp_path):
+    def write(name, text):
+        with pyarrow.output_stream(tmp_path / f"{name}.{compression}", compression="detect") as file:
+            file.write(text.encode())
+
+    write("a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    write("b.csv", "text\n\"of a\ntable\"\n")
+    write("c.json", json.dumps([{"text": "a record"}]))
+    write("d.py", "import this\n")
+    texts = [document.text for document in read_documents([tmp_path])]
+    assert texts == [*TEXTS, "of a\ntable", "a record", "import this\n"]
+
+
+def test_damaged_compressed_files_and_archives_are_skipped_and_named(tmp_path, capsys):
+    lines = "".join(json.dumps({"text": f"a text with the number {i * i}"}) + "\n" for i in range(9999)).encode()
+    whole = gzip.compress(lines)
+    (tmp_path / "a.jsonl.gz").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "b.jsonl.gz").write_bytes(lines)
+    (tmp_path / "c.txt.gz").write_bytes(whole[:-9])
+    with tarfile.open(tmp_path / "d.tar.gz", "w:gz") as archive:
+        archive.add(__file__, "test.py")
+    documents = read_documents([tmp_path])
+    assert 1000 < len(documents) < 9999
+    assert {document.source.partition(":")[0] for document in documents} == {"a.jsonl.gz"}
+    error = capsys.readouterr().err
+    assert error == ("skipped 4 that could not be read as text: a.jsonl.gz (Truncated compressed stream), b.jsonl.gz "
+                     "(zlib inflate failed: incorrect header check), c.txt.gz (Truncated compressed stream) and 1 "
+                     "more\n")
 
 
 def test_json_that_is_no_table_is_text(tmp_path):
