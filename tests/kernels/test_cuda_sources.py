@@ -6,8 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -21,32 +21,36 @@ ARCHITECTURES = ["80", "90a"]
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc to compile CUDA")
 
 
+class Extension(NamedTuple):
+    library: Path
+    stand_in: Path | None  # for PyTorch's CUDA library, where torch is a build without it
+    said: dict[str, str]  # by nvcc, of each source
+
+
 @pytest.fixture(scope="module")
-def compile_for(tmp_path_factory):
-    """(architecture, source) -> what ptxas said, and the object file; all compiled at once, which takes a minute."""
-    folder = tmp_path_factory.mktemp("objects")
-    pool = ThreadPoolExecutor(os.cpu_count())
+def extension(tmp_path_factory) -> Extension:
+    """The extension as an installation with CUDA builds it, which takes two minutes."""
+    folder = tmp_path_factory.mktemp("extension")
+    stand_in, said = None, {}
 
-    def start(architecture: str, source: Path):
-        output = folder / f"{source.stem}_{architecture}.o"
-        return pool.submit(lambda: (_compile(architecture, source, output), output))
+    def run(command: list[str]) -> None:
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        said.update({Path(part).name: done.stderr for part in command if part.endswith(".cu")})
 
-    sources = sorted(SOURCES, key=lambda path: path.stat().st_size, reverse=True)
-    begun = {(architecture, source): start(architecture, source)
-             for source in sources for architecture in ARCHITECTURES}
-    yield lambda architecture, source: begun[architecture, source].result()
-    pool.shutdown(cancel_futures=True)
-
-
-def _compile(architecture: str, source: Path, output: Path) -> str:
-    """With the flags of the installation."""
-    flags = [flag for flag in library.NVCC_FLAGS if "gencode" not in flag]
-    include = f"-I{Path(torch.__file__).parent / 'include'}"
-    code = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-    done = subprocess.run(["nvcc", *flags, code, include, "-Xptxas", "-v", "-c", source, "-o", output],
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        if torch.version.cuda is None:  # the one function that is called of it
+            stand_in = folder / "libtorch_cuda.so"
+            (folder / "stream.c").write_text("int aoti_torch_get_current_cuda_stream(int i, void** s) { return 1; }")
+            subprocess.run(["gcc", "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", "-o", stand_in,
+                            folder / "stream.c"], check=True)
+            patch.setenv("LIBRARY_PATH", str(folder))
+            patch.setattr(torch.version, "cuda", "13.0")
+        patch.setattr(library, "NVCC_FLAGS", [*library.NVCC_FLAGS, "-Xptxas", "-v"])
+        patch.setattr(library, "_run", run)
+        library.compile_extension(folder / "extension.so")
+    assert said.keys() == {path.name for path in SOURCES}
+    return Extension(folder / "extension.so", stand_in, said)
 
 
 def disassembler() -> str | None:
@@ -60,24 +64,24 @@ def disassembler() -> str | None:
     return str(path) if os.access(path, os.X_OK) else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
-def test_kernels_neither_spill_nor_use_local_memory(source, architecture, compile_for):
-    said, _ = compile_for(architecture, source)
-    kernels = re.findall(r"Compiling entry function '(\w+)'", said)
-    memory = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
-    assert kernels and len(memory) >= len(kernels)
-    assert set(memory) == {("0", "0", "0")}, said
+def test_kernels_neither_spill_nor_use_local_memory(source, architecture, extension):
+    parts = re.split(r"Compiling entry function '\w+' for 'sm_(\w+)'", extension.said[source.name])
+    memory = [re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
+              for compiled_for, said in zip(parts[1::2], parts[2::2], strict=True) if compiled_for == architecture]
+    assert memory and all(memory)
+    assert {numbers for found in memory for numbers in found} == {("0", "0", "0")}, extension.said[source.name]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(disassembler() is None, reason="there is no cuobjdump, neither CUDA's nor in a Triton wheel")
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
-def test_kernels_read_16_bytes_at_once(source, compile_for):
-    _, objects = compile_for("90a", source)
-    listing = subprocess.run([disassembler(), "-sass", objects], capture_output=True, text=True,
-                             check=True).stdout
+def test_kernels_read_16_bytes_at_once(extension):
+    listing = subprocess.run([disassembler(), "-sass", "-arch", "sm_90a", extension.library], capture_output=True,
+                             text=True, check=True).stdout
     kernels = listing.split("Function : ")[1:]
-    assert kernels
+    assert len(kernels) > len(SOURCES)
     for kernel in kernels:
         name = kernel.split(None, 1)[0]
         if "find_rows" in name or "commit" in name:  # a few thousand tokens
@@ -90,19 +94,10 @@ def test_kernels_read_16_bytes_at_once(source, compile_for):
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is not None, reason="the real library is there, and other tests load it")
-def test_extension_with_cuda_loads_where_torch_has_its_cuda_library(tmp_path, monkeypatch):
-    """Here there is no CUDA build of torch: a library with the one function that is called stands in for its own."""
-    stand_in = tmp_path / "libtorch_cuda.so"
-    (tmp_path / "stream.c").write_text("int aoti_torch_get_current_cuda_stream(int device, void** s) { return 1; }")
-    subprocess.run(["gcc", "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", "-o", stand_in, tmp_path / "stream.c"],
-                   check=True)
-    monkeypatch.setenv("LIBRARY_PATH", str(tmp_path))
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert any(file.suffix == ".cu" for file in library.sources())
-    library.compile_extension(tmp_path / "extension.so")
+def test_extension_with_cuda_loads_where_torch_has_its_cuda_library(extension):
     load = ("import ctypes, sys, torch; ctypes.CDLL(sys.argv[1]); torch.ops.load_library(sys.argv[2]); "
             "print(torch.ops.dllm_kernels_native.cross_entropy_statistics_cuda, "
             "torch._C._dispatch_has_kernel_for_dispatch_key('dllm_kernels_native::decode_attention_cuda', 'CUDA'))")
-    done = subprocess.run([sys.executable, "-c", load, stand_in, tmp_path / "extension.so"], capture_output=True,
+    done = subprocess.run([sys.executable, "-c", load, extension.stand_in, extension.library], capture_output=True,
                           text=True)
     assert done.returncode == 0 and "cross_entropy_statistics_cuda True" in done.stdout, done.stderr + done.stdout
