@@ -23,7 +23,7 @@ INSTALLED = PACKAGE / "_native.so"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11
 # Without the two promises about floating-point exceptions, GCC leaves some loops scalar; values do not change.
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", STABLE_ABI]
-NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC", STABLE_ABI, "-DUSE_CUDA",
+NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC", STABLE_ABI, "-DUSE_CUDA", "--threads=0",
               *(f"-gencode=arch=compute_{one},code={other}" for one, other in (
                   ("80", "sm_80"), ("90a", "sm_90a"), ("90", "compute_90")))]
 
