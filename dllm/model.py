@@ -23,6 +23,7 @@ from dllm.cache import KeyValueCache
 from dllm.errors import UserError
 from dllm.families import ModelConfig, check_parameters, mask_token_id_of, read_config, read_json, write_config
 from dllm.published import to_ours, to_published
+from dllm.together import Group, arrange
 from dllm.ulysses import heads_to_positions, positions_to_heads
 from dllm_kernels import bidirectional_attention, bidirectional_attention_varlen, block_diffusion_attention
 
@@ -58,9 +59,7 @@ class Positions:
     queries: Tensor | None = None  # [B, Q] int64: the only positions the last layer answers for
     cache: KeyValueCache | None = None
     layer: int = 0
-    calls: list["Positions"] | None = None  # several calls, computed as one row; each is attended for itself
-    shape: tuple[int, int] = (0, 0)  # rows and positions of a call
-    wanted: tuple[int, int] = (0, 0)  # rows and queries of a call
+    groups: Sequence[Group] | None = None  # of several calls that are computed as one row
     sequence_group: ProcessGroup | None = None  # of processes that have the other positions of these rows
     two_copies: bool = False  # a noisy and a clean one, for training by block diffusion
     visible: Sequence[Tensor] | None = None  # [n, n] bool for each document of n tokens: which keys a query sees
@@ -99,18 +98,16 @@ class Attention(nn.Module):
             x = gather_positions(x, at.queries)
             cos, sin = (gather_positions(table.squeeze(2), at.queries).unsqueeze(2) for table in (cos, sin))
         q = rotate(self.q_norm(self.q_proj(x).view(*x.shape[:-1], -1, self.head_dim)), cos, sin)
-        if at.calls is None:
+        if at.groups is None:
             out = attend(q, k, v, at)
         else:
-            out, queries, keys = [], 0, 0
-            for call in at.calls:
-                (rows, length), (_, count) = call.shape, call.wanted if at.queries is not None else call.shape
-                mine, theirs = slice(queries, queries + rows * count), slice(keys, keys + rows * length)
-                call.layer, call.block_length = at.layer, None if at.queries is not None else call.block_length
-                out.append(attend(q[0, mine].unflatten(0, (rows, count)), k[0, theirs].unflatten(0, (rows, length)),
-                                  v[0, theirs].unflatten(0, (rows, length)), call).flatten(0, 1))
-                queries, keys = mine.stop, theirs.stop
-            out = torch.cat(out)
+            out = torch.empty_like(q)
+            for group in at.groups:
+                last = at.queries is not None
+                asked = group.queries if last else group.positions
+                own = Positions(at.cos, at.sin, group.key_mask, layer=at.layer, cache=group.cache,
+                                block_length=None if last else group.block_length)
+                asked.put(out[0], attend(asked.take(q[0]), *(group.positions.take(x[0]) for x in (k, v)), own))
         return self.o_proj(out.reshape(*x.shape[:-1], -1))
 
 
@@ -406,31 +403,21 @@ class DiffusionLM(nn.Module):
     def hidden_states_together(self, calls: Sequence[dict]) -> list[Tensor]:
         """What `hidden_states(**call)` gives for each call, in one pass over the weights.
 
-        Everything but attention is computed on the positions of all calls, one after the other.
+        Everything but attention is computed on the tokens of all calls, one after the other, and on no padding.
 
         calls: keyword arguments of `hidden_states`, each with position_ids and queries and without cu_seqlens.
         """
-        tokens = torch.cat([call["input_ids"].flatten() for call in calls]).unsqueeze(0)
-        positions = torch.cat([call["position_ids"].flatten() for call in calls]).unsqueeze(0)
-        x = self.model.embed_tokens(tokens)
-        cos, sin = self._rotary(positions, x.dtype)
-        queries, own, place = [], [], 0
-        for call in calls:
-            rows, length = call["input_ids"].shape
-            key_mask = call.get("attention_mask")
-            own.append(Positions(cos, sin, None if key_mask is None else key_mask.bool(), cache=call.get("cache"),
-                                 block_length=call.get("block_length"), shape=(rows, length),
-                                 wanted=call["queries"].shape))
-            starts = place + length * torch.arange(rows, device=x.device).unsqueeze(1)
-            queries.append((call["queries"] + starts).flatten())
-            place += rows * length
-        at = Positions(cos, sin, calls=own)
+        arranged = arrange(calls)
+        x = self.model.embed_tokens(arranged.tokens.unsqueeze(0))
+        cos, sin = self._rotary(arranged.position_ids.unsqueeze(0), x.dtype)
+        at = Positions(cos, sin, groups=arranged.groups)
         for at.layer, layer in enumerate(self.model.layers):
             if at.layer == len(self.model.layers) - 1:
-                at.queries = torch.cat(queries).unsqueeze(0)
+                at.queries = arranged.queries.unsqueeze(0)
             x = layer(x, at)
-        parts = self.model.norm(x)[0].split([rows * count for rows, count in (call.wanted for call in own)])
-        return [part.unflatten(0, call.wanted) for part, call in zip(parts, own, strict=True)]
+        shapes = [call["queries"].shape for call in calls]
+        parts = self.model.norm(x)[0].split([rows * count for rows, count in shapes])
+        return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def _rotary(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin [B, L, 1, rotary_dim] of the positions, computed in fp32."""

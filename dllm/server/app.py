@@ -214,9 +214,12 @@ def make_app(model: DiffusionLM, tokenizer, name: str, defaults: MDMGenerationCo
             raise RequestError(400, "stop takes up to 16 texts of 1 to 256 characters", param="stop")
         try:
             pattern = read_pattern(body.response_format)
-            config = await asyncio.to_thread(
-                texts.config, max_tokens=max_tokens, temperature=body.temperature, top_p=body.top_p, seed=seed,
-                copies=body.n, pattern=pattern, choices=choices)
+            given = {"max_tokens": max_tokens, "temperature": body.temperature, "top_p": body.top_p, "seed": seed,
+                     "copies": body.n, "pattern": pattern, "choices": choices}
+            if pattern is None:
+                config = texts.config(**given)
+            else:  # to compile it may take seconds
+                config = await asyncio.to_thread(texts.config, **given)
         except UserError as error:
             raise as_request_error(error) from None
         gap = texts.gap(config) if length is None else None if length == "auto" else length

@@ -237,7 +237,7 @@ class Scheduler:
         self.step_seconds += ended - began
 
     def _compute(self, calls: list[dict]) -> list[Tensor | Exception]:
-        if len(calls) > 1:
+        if len(calls) > 1 or calls[0].get("attention_mask") is not None:  # whose padding is then not computed
             try:
                 self.forwards += 1
                 return self.model.hidden_states_together(calls)
@@ -301,12 +301,12 @@ class Scheduler:
                 steps[row] += asked[row]
                 forwards[row] += asked[row]
                 done = final and not left[row]
-                text = gap_of(job, tokens[row], seen[row])
-                if not done and job.stops is not None and mask_token_id in text:
-                    done = job.stops(text[:text.index(mask_token_id)])
+                if not done and job.stops is not None:
+                    text = gap_of(job, tokens[row], seen[row])
+                    done = mask_token_id in text and job.stops(text[:text.index(mask_token_id)])
                 if done or job.every_step and asked[row]:
-                    self._tell(job, copy, Progress(text, gap_of(job, kept[row], seen[row]), steps[row],
-                                                   forwards[row], done))
+                    self._tell(job, copy, Progress(gap_of(job, tokens[row], seen[row]),
+                                                   gap_of(job, kept[row], seen[row]), steps[row], forwards[row], done))
                 if done and left[row]:
                     denoising.drop(row)
         out = denoising.result()

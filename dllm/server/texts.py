@@ -32,7 +32,7 @@ class Texts:
         self.constraint = functools.lru_cache(maxsize=32)(self._constraint)
 
     def encode(self, text: str) -> torch.Tensor:
-        return encode(self.tokenizer, text)
+        return encode(self.tokenizer, text) if text else torch.empty(0, dtype=torch.long)
 
     def render(self, messages: Sequence[dict]) -> torch.Tensor:
         """The tokens of a conversation, up to where the answer begins.

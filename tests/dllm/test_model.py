@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from dllm.errors import UserError
 from dllm.families import ModelConfig
 from dllm.model import DiffusionLM
+from dllm.together import arrange
 
 GOLDENS = ["tied_a", "untied_a", "tied_b", "untied_b"]
 TINY = ModelConfig(family="qwen3", vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
@@ -52,6 +53,42 @@ def test_a_golden_folder_comes_back_bit_for_bit(shared, tmp_path, name):
     assert {file.name for file in tmp_path.iterdir()} == {file.name for file in source.iterdir()}
     for file in source.iterdir():
         assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def ask(rows: int, length: int, asked: int, seed: int, lengths=None, side: str = "right") -> dict:
+    """A call of the model; lengths: of the tokens of each row, the rest is padding."""
+    drawn = torch.Generator().manual_seed(seed)
+    call = {"input_ids": torch.randint(61, (rows, length), generator=drawn),
+            "position_ids": torch.arange(length).expand(rows, length),
+            "queries": torch.stack([torch.randperm(length, generator=drawn)[:asked] for _ in range(rows)])}
+    if lengths is not None:
+        mask = torch.arange(length) < torch.tensor(lengths).unsqueeze(1)
+        mask = mask if side == "right" else mask.flip(1)
+        call |= {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+        seen = 0 if side == "right" else length - 1
+        call["queries"] = call["queries"].where(mask.gather(1, call["queries"]), torch.tensor(seen))
+    return call
+
+
+def test_calls_computed_together_give_what_each_gives_alone_and_padding_is_not_computed(monkeypatch):
+    model = tiny(num_hidden_layers=3)
+    calls = [ask(2, 9, 3, 0), ask(3, 40, 5, 1, [40, 7, 1]), ask(4, 11, 1, 2, [3, 11, 10, 2], "left"), ask(1, 300, 8, 3)]
+    with torch.no_grad():
+        alone = [model.hidden_states(**call) for call in calls]
+        seen, embed = [], model.model.embed_tokens.forward
+        monkeypatch.setattr(model.model.embed_tokens, "forward", lambda ids: seen.append(ids.shape) or embed(ids))
+        together = model.hidden_states_together(calls)
+    assert seen == [(1, 2 * 9 + 48 + 26 + 300)]
+    for ours, wanted in zip(together, alone, strict=True):
+        torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=0)
+
+
+def test_rows_of_similar_length_are_attended_together():
+    groups = arrange([ask(3, 80, 2, 0), ask(2, 300, 2, 1, [300, 150]), ask(1, 9, 4, 2), ask(2, 60, 1, 3)]).groups
+    assert [group.positions.places.shape for group in groups] == [(2, 300), (5, 80), (1, 9)]
+    assert [group.key_mask is None for group in groups] == [False, False, True]
+    lone, = arrange([ask(3, 8, 2, 0), ask(2, 64, 1, 1)]).groups
+    assert lone.queries.places.shape == (5, 2) and len(lone.queries.kept) == 3 * 2 + 2 * 1
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
