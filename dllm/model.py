@@ -101,9 +101,8 @@ class Attention(nn.Module):
         if at.groups is None:
             out = attend(q, k, v, at)
         else:
-            out = torch.empty_like(q)
+            out, last = torch.empty_like(q), at.queries is not None
             for group in at.groups:
-                last = at.queries is not None
                 asked = group.queries if last else group.positions
                 own = Positions(at.cos, at.sin, group.key_mask, layer=at.layer, cache=group.cache,
                                 block_length=None if last else group.block_length)

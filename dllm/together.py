@@ -21,7 +21,12 @@ class Ragged:
     """R rows of unequal length, in one long row."""
 
     places: Tensor  # [R, L] int64: in the long row; where a row is shorter, of any token
-    kept: Tensor | None = None  # [n] int64: which of the R * L are there; None: all
+    kept: Tensor | None  # [n] int64: which of the R * L are there; None: all
+    kept_places: Tensor  # [n] int64: places of those
+
+    @classmethod
+    def whole(cls, places: Tensor) -> "Ragged":
+        return cls(places, None, places.flatten())
 
     def take(self, x: Tensor) -> Tensor:
         """x [N, ...] -> [R, L, ...]"""
@@ -29,10 +34,8 @@ class Ragged:
 
     def put(self, onto: Tensor, values: Tensor) -> None:
         """values [R, L, ...], in their places of `onto` [N, ...]"""
-        places, values = self.places.flatten(), values.flatten(0, 1)
-        if self.kept is not None:
-            places, values = places[self.kept], values[self.kept]
-        onto[places] = values
+        values = values.flatten(0, 1)
+        onto[self.kept_places] = values if self.kept is None else values[self.kept]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,20 +76,20 @@ def arrange(calls: Sequence[dict]) -> Arrangement:
         own = cache is not None or call.get("block_length") is not None
         count, asked = len(ids), call["queries"].shape[1]
         mask = None if mask is None else mask.bool()
-        if own or mask is None or bool(mask.all()):
-            lengths = [ids.shape[1]] * count
+        lengths = [ids.shape[1]] * count if own or mask is None else mask.sum(1).tolist()
+        if sum(lengths) == ids.numel():
             places = first + torch.arange(ids.numel(), device=ids.device).view(ids.shape)
             tokens.append(ids.flatten())
             position_ids.append(call["position_ids"].flatten())
         else:
-            lengths = mask.sum(1).tolist()
             places = first + (mask.flatten().cumsum(0) - 1).clamp(min=0).view(ids.shape)
-            tokens.append(ids[mask])
-            position_ids.append(call["position_ids"][mask])
+            there = mask.flatten().nonzero().squeeze(1)
+            tokens.append(ids.flatten()[there])
+            position_ids.append(call["position_ids"].flatten()[there])
         queries.append(places.gather(1, call["queries"]).flatten())
         if own:
             of_queries = first_query + torch.arange(count * asked, device=ids.device).view(count, asked)
-            groups.append(Group(Ragged(places), Ragged(of_queries), mask, call.get("block_length"), cache))
+            groups.append(Group(Ragged.whole(places), Ragged.whole(of_queries), mask, call.get("block_length"), cache))
             first += ids.numel()
         else:
             for row, length in enumerate(lengths):
@@ -109,17 +112,19 @@ def _of_similar_length(rows: list[Row]) -> list[list[Row]]:
 
 
 def _group(rows: list[Row], device: torch.device) -> Group:
-    lengths, starts, asked, first_queries = torch.tensor(rows, device=device).unbind(1)
-    positions, mask = _ragged(starts, lengths, rows[0].length)
-    queries, _ = _ragged(first_queries, asked, max(row.asked for row in rows))
+    lengths, starts, asked, first_queries = torch.tensor(rows).unbind(1)
+    positions, mask = _ragged(starts, lengths, device)
+    queries, _ = _ragged(first_queries, asked, device)
     return Group(positions, queries, mask)
 
 
-def _ragged(starts: Tensor, lengths: Tensor, longest: int) -> tuple[Ragged, Tensor | None]:
-    """Rows [R] of consecutive places; and which of [R, longest] are there, None if all are."""
-    column = torch.arange(longest, device=starts.device)
+def _ragged(starts: Tensor, lengths: Tensor, device: torch.device) -> tuple[Ragged, Tensor | None]:
+    """Rows [R] of consecutive places; and which of [R, L] are there, None if all are. Found on the CPU, where starts
+    and lengths are, so that a GPU need not be waited for."""
+    column = torch.arange(int(lengths.max()))
     there = column < lengths.unsqueeze(1)
     places = starts.unsqueeze(1) + torch.minimum(column, (lengths - 1).clamp(min=0).unsqueeze(1))
     if bool(there.all()):
-        return Ragged(places), None
-    return Ragged(places, there.flatten().nonzero().squeeze(1)), there
+        return Ragged.whole(places.to(device)), None
+    kept = there.flatten().nonzero().squeeze(1)
+    return Ragged(places.to(device), kept.to(device), places.flatten()[kept].to(device)), there.to(device)
