@@ -30,6 +30,6 @@ def choose(op: str, backends: Sequence[Backend], name: str | None, tensor: Tenso
     raise ValueError(f"{op}: {wanted} cannot run on {tensor.device.type} {tensor.dtype} ({reasons})")
 
 
-def runnable(backends: Sequence[Backend]) -> list[str]:
-    """The names of the backends that this machine has."""
-    return [backend.name for backend in backends if backend.missing() is None]
+def runnable(backends: Sequence[Backend], tensor: Tensor) -> list[str]:
+    """The names of the backends that can run on such a tensor on this machine."""
+    return [backend.name for backend in backends if backend.missing() is None and backend.refuses(tensor) is None]

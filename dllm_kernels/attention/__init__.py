@@ -38,11 +38,13 @@ def _on_triton(function: str) -> Backend:
 DENSE_BACKENDS = (Backend("sdpa", sdpa.bidirectional_attention), _on_triton("bidirectional_attention"),
                   Backend("cuda", cuda.bidirectional_attention, cuda.missing, cuda.refuses),
                   Backend("reference", reference.bidirectional_attention))
-VARLEN_BACKENDS = (Backend("sdpa", sdpa.bidirectional_attention_varlen), _on_triton("bidirectional_attention_varlen"),
-                   Backend("flash_attn", flash.bidirectional_attention_varlen, flash.missing, flash.refuses),
+VARLEN_BACKENDS = (Backend("torch_varlen", flash.varlen_by_torch, flash.missing_in_torch, flash.refuses),
+                   Backend("sdpa", sdpa.bidirectional_attention_varlen), _on_triton("bidirectional_attention_varlen"),
+                   Backend("flash_attn", flash.varlen_by_flash_attn, flash.missing, flash.refuses),
                    Backend("reference", reference.bidirectional_attention_varlen))
 BLOCK_DIFFUSION_BACKENDS = (Backend("sdpa", sdpa.block_diffusion_attention), _on_triton("block_diffusion_attention"),
                             Backend("reference", reference.block_diffusion_attention))
+FLASH = ("torch_varlen", "flash_attn")
 BACKENDS = {"bidirectional_attention": DENSE_BACKENDS, "bidirectional_attention_varlen": VARLEN_BACKENDS,
             "block_diffusion_attention": BLOCK_DIFFUSION_BACKENDS}
 
@@ -93,7 +95,8 @@ def bidirectional_attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: 
         cu_seqlens: [S + 1] int32, from 0 to T: document s holds the positions cu_seqlens[s] to cu_seqlens[s + 1].
         max_seqlen: positions of the longest document.
         block_length, scale: as `bidirectional_attention`; blocks are counted within each document.
-        backend: "sdpa", "triton", "flash_attn" (where installed; block_length None or 1) or "reference", else as there.
+        backend: "torch_varlen" (PyTorch's FlashAttention) and "flash_attn" (where installed), both on a GPU, for
+            block_length None or 1; "sdpa", "triton" or "reference"; else as there.
     Returns: [T, Hq, E] in q's dtype.
     Raises: ValueError as `bidirectional_attention`. The values of cu_seqlens are checked on the CPU only: on a GPU that
         would be to wait.
@@ -190,7 +193,7 @@ def _in_order(op: str, kind: str, device: torch.device, blocks: bool = False) ->
     """The backends of an operation, those first that choices.py prefers there."""
     backends = BACKENDS[op]
     if blocks:
-        backends = (b._replace(refuses=flash.refuses_blocks) if b.name == "flash_attn" else b for b in backends)
+        backends = (b._replace(refuses=flash.refuses_blocks) if b.name in FLASH else b for b in backends)
     return tuple(sorted(backends, key=preferred(kind, device)))
 
 

@@ -21,6 +21,8 @@ class Choice(NamedTuple):
 ON_CPU = ("python -m benchmarks.attention_choices, AMD EPYC with AVX-512 (family 26), one thread, torch 2.13.0+cpu: "
           "in fp32 sdpa is 1.4 to 23 times as fast as reference")
 UNMEASURED = "not measured: PyTorch's own first"
+PACKED_UNMEASURED = ("not measured: PyTorch's own first, above all its FlashAttention, one launch; sdpa waits to know "
+                     "the lengths and launches once for each")
 CHOICES = {  # by machine ("cpu", "sm_90" and so on, or any "cuda") and kind
     ("cpu", "dense"): Choice(("sdpa", "reference"), ON_CPU),
     ("cpu", "decoding"): Choice(("sdpa", "reference"), ON_CPU),
@@ -28,7 +30,7 @@ CHOICES = {  # by machine ("cpu", "sm_90" and so on, or any "cuda") and kind
     ("cpu", "block_diffusion"): Choice(("sdpa", "reference"), ON_CPU),
     ("cuda", "dense"): Choice(("sdpa", "triton", "reference"), UNMEASURED),
     ("cuda", "decoding"): Choice(("sdpa", "triton", "cuda", "reference"), UNMEASURED),
-    ("cuda", "packed"): Choice(("sdpa", "triton", "flash_attn", "reference"), UNMEASURED),
+    ("cuda", "packed"): Choice(("torch_varlen", "sdpa", "triton", "flash_attn", "reference"), PACKED_UNMEASURED),
     ("cuda", "block_diffusion"): Choice(("sdpa", "triton", "reference"), UNMEASURED),
 }
 

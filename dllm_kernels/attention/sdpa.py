@@ -105,15 +105,15 @@ def _whole_blocks(block_length: int) -> int:
 
 def _by_length(attend_documents, cu_seqlens: Tensor, *packed: Tensor) -> Tensor:
     """`attend_documents` of packed [T, ...] tensors, documents of one length together as [documents, length, ...]."""
-    lengths = cu_seqlens.diff().tolist()
-    if len(set(lengths)) == 1:
-        return attend_documents(*(x.unflatten(0, (len(lengths), lengths[0])) for x in packed)).flatten(0, 1)
-    by_length: dict[int, list[int]] = {}
-    for document, length in enumerate(lengths):
-        by_length.setdefault(length, []).append(document)
-    starts, outputs, places = cu_seqlens.long(), [], []
-    for length, members in by_length.items():
-        place = (starts[members].unsqueeze(1) + torch.arange(length, device=starts.device)).flatten()
-        outputs.append(attend_documents(*(x[place].unflatten(0, (len(members), length)) for x in packed)).flatten(0, 1))
-        places.append(place)
-    return torch.cat(outputs)[torch.cat(places).argsort()]
+    ends = cu_seqlens.cpu().long()
+    starts, lengths = ends[:-1], ends.diff()
+    distinct = lengths.unique().tolist()
+    if len(distinct) == 1:
+        return attend_documents(*(x.unflatten(0, (len(lengths), distinct[0])) for x in packed)).flatten(0, 1)
+    distinct = [length for length in distinct if length]
+    places = [(starts[lengths == length].unsqueeze(1) + torch.arange(length)).flatten() for length in distinct]
+    order, counts = torch.cat(places), [len(place) for place in places]
+    there = order.to(cu_seqlens.device)
+    outputs = [attend_documents(*(x.unflatten(0, (-1, length)) for x in documents)).flatten(0, 1)
+               for length, *documents in zip(distinct, *(x[there].split(counts) for x in packed), strict=True)]
+    return torch.cat(outputs)[order.argsort().to(cu_seqlens.device)]

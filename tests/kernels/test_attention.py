@@ -16,6 +16,7 @@ from dllm_kernels.attention import (
     BACKENDS,
     BLOCK_DIFFUSION_BACKENDS,
     DENSE_BACKENDS,
+    FLASH,
     VARLEN_BACKENDS,
     choices,
     flash,
@@ -24,7 +25,9 @@ from dllm_kernels.attention import (
 )
 from dllm_kernels.dispatch import runnable
 
-dense_backends = pytest.mark.parametrize("backend", runnable(DENSE_BACKENDS))
+ON_CPU = torch.zeros(1)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+dense_backends = pytest.mark.parametrize("backend", runnable(DENSE_BACKENDS, ON_CPU))
 SHAPES = [(1, 1, 1, 1, 1, 8), (2, 7, 7, 4, 2, 16), (3, 5, 13, 6, 1, 24), (1, 33, 65, 4, 4, 40)]  # B, Lq, Lk, Hq, Hkv, E
 
 
@@ -194,7 +197,7 @@ def test_rows_of_a_cache_as_if_they_were_taken_out(backend):
             assert (run(k[:, :9], v[:, :9], cache_rows=rows) - apart).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("backend", runnable(VARLEN_BACKENDS))
+@pytest.mark.parametrize("backend", runnable(VARLEN_BACKENDS, ON_CPU))
 @pytest.mark.parametrize("lengths", [[4, 4, 4], [3, 1, 7, 3, 1], [12], [5, 0, 7]])
 @pytest.mark.parametrize("block_length", [None, 1, 2])
 def test_packed_documents_are_as_if_alone(lengths, block_length, backend):
@@ -226,7 +229,7 @@ def block_diffusion_sees(L, n, document):
     return sees
 
 
-@pytest.mark.parametrize("backend", runnable(BLOCK_DIFFUSION_BACKENDS))
+@pytest.mark.parametrize("backend", runnable(BLOCK_DIFFUSION_BACKENDS, ON_CPU))
 @pytest.mark.parametrize("block_length", [1, 3, 4, 20])
 def test_block_diffusion_mask(block_length, backend):
     q, k, v = make(2, 18, 18, 4, 2, 16)
@@ -259,7 +262,7 @@ def test_tiles_of_queries_give_what_the_whole_mask_gives(length, block_length, t
         torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", runnable(BLOCK_DIFFUSION_BACKENDS))
+@pytest.mark.parametrize("backend", runnable(BLOCK_DIFFUSION_BACKENDS, ON_CPU))
 @pytest.mark.parametrize("length, block_length", [(8, 4), (12, 4), (16, 16), (10, 4), (6, 1)])
 def test_block_diffusion_equals_the_mask_of_bd3lms(length, block_length, backend, shared):
     masks = np.load(shared / "golden/families/functions/bd3lm_masks.npz")
@@ -269,7 +272,7 @@ def test_block_diffusion_equals_the_mask_of_bd3lms(length, block_length, backend
     assert (block_diffusion_attention(q, k, v, block_length, backend=backend) - truth).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("backend", runnable(BLOCK_DIFFUSION_BACKENDS))
+@pytest.mark.parametrize("backend", runnable(BLOCK_DIFFUSION_BACKENDS, ON_CPU))
 def test_uninitialised_memory_is_never_read(backend):
     q, k, v = make(2, 6, 6, 4, 2, 16)
     key_mask = torch.tensor([[True, True, False, True, True, True], [False] * 6])
@@ -389,25 +392,81 @@ def test_flash_attn_gets_packed_documents_as_it_names_them(monkeypatch):
     ends = torch.tensor([0, 4, 9], dtype=torch.int32)
     for block_length in (None, 1):
         arguments = ends, 5, block_length, 0.3
-        ours = flash.bidirectional_attention_varlen(q, k, v, *arguments)
+        ours = flash.varlen_by_flash_attn(q, k, v, *arguments)
         assert torch.equal(ours, reference.bidirectional_attention_varlen(q, k, v, *arguments))
     assert seen == {"longest": (5, 5), "deterministic": False}
     torch.use_deterministic_algorithms(True)
     try:
-        flash.bidirectional_attention_varlen(q, k, v, ends, 5, None, 0.3)
+        flash.varlen_by_flash_attn(q, k, v, ends, 5, None, 0.3)
     finally:
         torch.use_deterministic_algorithms(False)
     assert seen["deterministic"]
 
 
-@pytest.mark.parametrize("block_length, reason", [(None, "flash_attn: needs "), (4, "flash_attn: needs ")])
-def test_flash_attn_says_why_it_cannot_run(block_length, reason):
+@pytest.mark.parametrize("grouped", [True, False], ids=["grouped", "heads_repeated"])
+def test_torch_varlen_gets_packed_documents_as_it_names_them(monkeypatch, grouped):
+    """It needs a GPU: a function in its place computes the same. That of torch 2.11 has no enable_gqa."""
+    def compute(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size, enable_gqa):
+        assert cu_seq_q is cu_seq_k and (max_q, max_k) == (5, 5)
+        assert all(x.stride(-1) == 1 for x in (q, k, v)) and enable_gqa == (q.shape[1] != k.shape[1])
+        return reference.bidirectional_attention_varlen(q, k, v, cu_seq_q, max_q,
+                                                        {(-1, -1): None, (-1, 0): 1}[window_size], scale)
+
+    def newer(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+        return compute(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size, enable_gqa)
+
+    def older(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
+        return compute(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size, False)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", newer if grouped else older)
+    ends = torch.tensor([0, 4, 9], dtype=torch.int32)
+    for heads in (2, 4):
+        q, k, v = (x[0].mT.contiguous().mT.requires_grad_() for x in make(1, 9, 9, 4, heads, 16))
+        for block_length in (None, 1):
+            arguments = ends, 5, block_length, 0.3
+            outputs = [attend(q, k, v, *arguments)
+                       for attend in (flash.varlen_by_torch, reference.bidirectional_attention_varlen)]
+            gradients = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in outputs]
+            for ours, theirs in (outputs, *zip(*gradients, strict=True)):
+                torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", ["torch_varlen", "flash_attn"])
+@pytest.mark.parametrize("block_length", [None, 4])
+def test_flash_attention_says_why_it_cannot_run(block_length, backend):
     q, k, v = (x[0] for x in make(1, 9, 9, 4, 2, 16))
     with pytest.raises(ValueError) as error:
         bidirectional_attention_varlen(q, k, v, torch.tensor([0, 9]).int(), 9, block_length=block_length,
-                                       backend="flash_attn")
-    assert reason in str(error.value)
+                                       backend=backend)
+    assert f"{backend}: needs " in str(error.value)
     assert flash.refuses(q) == "needs a CUDA tensor" and flash.refuses_blocks(q) == "has no block_length but 1"
+
+
+@needs_gpu
+@pytest.mark.parametrize("backend", [b.name for b in VARLEN_BACKENDS])
+@pytest.mark.parametrize("block_length", [None, 1, 3])
+def test_packed_documents_on_a_gpu(block_length, backend):
+    """As exact as eager, with grouped heads, documents of many lengths (none, too), and heads that are not adjacent."""
+    q, k, v = (x[0].to("cuda", torch.bfloat16).transpose(0, 1).contiguous().transpose(0, 1)
+               for x in make(1, 300, 300, 4, 2, 64))
+    ends = torch.tensor([0, 1, 1, 64, 193, 300], dtype=torch.int32, device="cuda")
+    backends = VARLEN_BACKENDS if block_length != 3 else [b for b in VARLEN_BACKENDS if b.name not in FLASH]
+    if backend not in runnable(backends, q):
+        pytest.skip(f"{backend} cannot run here")
+
+    def outcome(attend, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out = attend(*leaves)
+        return [out, *torch.autograd.grad(out, leaves, torch.linspace(-1, 1, out.numel(), device="cuda").view_as(out)
+                                          .bfloat16().to(dtype))]
+
+    mask = reference.varlen_mask(ends, 300, block_length)
+    ours = outcome(lambda *x: bidirectional_attention_varlen(*x, ends, 129, block_length=block_length,
+                                                             backend=backend), torch.bfloat16)
+    truth, theirs = (outcome(lambda *x: eager(*(y[None] for y in x), mask)[0], dtype)
+                     for dtype in (torch.double, torch.bfloat16))
+    for mine, true, its in zip(ours, truth, theirs, strict=True):
+        assert_as_exact_as_eager(mine, true, its)
 
 
 class SaysGpu(torch.Tensor):
@@ -435,15 +494,15 @@ def test_cudnn_never_gets_a_mask(monkeypatch):
     assert sum(source.count(" F.scaled_dot_product_attention(") for source in sources) == 1  # the one in `attend`
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("backend", runnable(DENSE_BACKENDS))
+@needs_gpu
+@pytest.mark.parametrize("backend", [b.name for b in DENSE_BACKENDS])
 def test_gradients_stay_finite_where_cudnn_gave_nan(backend):
     """pytorch issue 196678: L % 128 == 64, a mask, and rows whose log-sum-exp is under -88.7."""
     q, k, v = (x.to("cuda", torch.bfloat16) for x in make(2, 704, 704, 14, 2, 64))
     q, k = q.abs() * 8, -k.abs() * 8
     key_mask = torch.arange(704, device="cuda") < torch.tensor([[704], [600]], device="cuda")
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    if any(b.name == backend and b.refuses(q) for b in DENSE_BACKENDS):
+    if backend not in runnable(DENSE_BACKENDS, q):
         pytest.skip(f"{backend} does not take this")
     out = bidirectional_attention(*leaves, key_mask=key_mask, backend=backend)
     assert all(x.isfinite().all() for x in (out, *torch.autograd.grad(out.float().square().sum(), leaves)))

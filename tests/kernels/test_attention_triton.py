@@ -194,7 +194,7 @@ def test_block_diffusion_of_packed_documents(block_length, dtype, small_tiles, p
 
 
 @dtypes
-@pytest.mark.parametrize("shape", [(1, 1, 200, 1, 1, 40), (1, 5, 150, 7, 1, 64), (2, 9, 100, 4, 2, 32)])
+@pytest.mark.parametrize("shape", [(1, 1, 200, 1, 1, 40), (1, 5, 150, 7, 1, 64), (2, 9, 200, 4, 2, 32)])
 @pytest.mark.parametrize("block_length", [None, 3])
 def test_few_queries_share_the_keys_among_programs(shape, block_length, dtype, small_tiles, poisoned, monkeypatch):
     launched = []

@@ -17,7 +17,8 @@ def test_the_first_that_can_run_is_taken():
     assert choose("op", TABLE, None, torch.zeros(1)).name == "reference"
     assert choose("op", TABLE, None, torch.zeros(1, dtype=torch.float16)).name == "half"
     assert choose("op", TABLE, "reference", torch.zeros(1, dtype=torch.float16)).name == "reference"
-    assert runnable(TABLE) == ["half", "reference"]
+    assert runnable(TABLE, torch.zeros(1)) == ["reference"]
+    assert runnable(TABLE, torch.zeros(1, dtype=torch.float16)) == ["half", "reference"]
 
 
 @pytest.mark.parametrize("name, message", [

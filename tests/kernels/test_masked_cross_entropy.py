@@ -11,14 +11,10 @@ from dllm_kernels import library, linear_masked_cross_entropy, masked_cross_entr
 from dllm_kernels.dispatch import runnable
 from dllm_kernels.masked_cross_entropy import LINEAR_BACKENDS, LOGITS_BACKENDS, reference
 
-
-def on_the_cpu(backends):
-    names = [b.name for b in backends if b.missing() is None and b.refuses(torch.zeros(1)) is None]
-    return pytest.mark.parametrize("backend", names)
-
-
-linear_backends, logits_backends = on_the_cpu(LINEAR_BACKENDS), on_the_cpu(LOGITS_BACKENDS)
-needs_cpu_backend = pytest.mark.skipif("cpu" not in runnable(LINEAR_BACKENDS), reason="no compiled extension")
+ON_CPU = torch.zeros(1)
+linear_backends = pytest.mark.parametrize("backend", runnable(LINEAR_BACKENDS, ON_CPU))
+logits_backends = pytest.mark.parametrize("backend", runnable(LOGITS_BACKENDS, ON_CPU))
+needs_cpu_backend = pytest.mark.skipif("cpu" not in runnable(LINEAR_BACKENDS, ON_CPU), reason="no compiled extension")
 reductions = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 3, 2), (7, 5, 41), (33, 16, 1001), (500, 50, 260)]  # N, D, V

@@ -11,7 +11,7 @@ from dllm_kernels.dispatch import runnable
 from dllm_kernels.topk_unmask import LOGITS_BACKENDS
 from dllm_kernels.topk_unmask.random import philox
 
-BACKENDS = runnable(LOGITS_BACKENDS)
+BACKENDS = runnable(LOGITS_BACKENDS, torch.zeros(1))
 MASK = 0
 FILTERS = [
     {},
