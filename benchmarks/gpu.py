@@ -1,9 +1,9 @@
 """python -m benchmarks.gpu [--device cpu --small]: all that the GPU can prove, with one command, in under nine minutes.
 
 In this order: what machine and packages there are; the ceilings, copy and matrix product, and a control of a call
-against itself; the tests of the operations; compute-sanitizer on a small call of every CUDA C++ kernel, where it is
-installed; the benchmarks. Prints a table and writes benchmarks/results/<gpu>.json. Exit status 1 if a test, a control
-or a promise fails.
+against itself; the tests of the operations, of training and of sampling; compute-sanitizer on a small call of every
+CUDA C++ kernel, where it is installed; the benchmarks. Prints a table and writes benchmarks/results/<gpu>.json. Exit
+status 1 if a test, a control or a promise fails.
 On a CPU, small, it proves the command and nothing else.
 """
 
@@ -32,6 +32,7 @@ SHARES = {"tests": 0.35, "sanitizer": 0.1}  # of the seconds, at most
 PACKAGES = ["torch", "triton", "liger-kernel", "cut-cross-entropy", "flash-attn", "transformers"]
 OPERATIONS = ["attention", "masked_cross_entropy", "topk_unmask"]
 TESTS = [f"tests/kernels/test_{name}{part}.py" for name in OPERATIONS for part in ("", "_cuda", "_triton")]
+TESTS.append("tests/dllm/test_on_gpu.py")
 
 
 def environment(device: str) -> dict:

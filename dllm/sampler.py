@@ -220,7 +220,8 @@ class Denoising:
         sequence: [B] int64 below 2**32, the number by which a row draws its random numbers; by default a prompt's
             copies are numbered from 0. With numbers of their own, num_return_sequences is 1.
         seeds: [B] int64, a seed for each row in the place of the config's; the same conditions.
-    A model may predict the mask token itself (the originals allow it); such positions can be left masked at the end.
+    A model may predict the mask token itself (the originals allow it); such positions can be left masked at the end. On
+    a GPU, steps that commit by count learn of them only at the end of a block: tokens can differ from those of a CPU.
     Raises: UserError if settings, canvas and model do not go together.
     """
 
