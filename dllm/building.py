@@ -1,14 +1,14 @@
 """The tokenizer and the model that a run trains: new ones, those it starts from, or those of its checkpoint."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dllm.checkpoint import Checkpoint
-from dllm.config import Config
+from dllm.config import Config, TrainGroup
 from dllm.data import Corpus
 from dllm.data.tokens import describe_rules
 from dllm.distributed import World, use_bf16
@@ -94,8 +94,9 @@ def describe_model(config: Config, corpus: Corpus,
     path = group.model_path or group.config_path
     if resumed is not None:
         tokenizer, model_config = read_described(resumed.hf_folder, None)
+        model_config = as_trained(model_config, tokenizer, config.train)
         if path and Path(path).is_dir():
-            check_unchanged(tokenizer, model_config, path, group.tokenizer_path, resumed)
+            check_unchanged(tokenizer, model_config, config, resumed)
         return tokenizer, model_config, resumed.hf_folder
     folder = find_model(path) if path else None
     if folder is not None:
@@ -121,7 +122,7 @@ def describe_model(config: Config, corpus: Corpus,
     if config.data.max_seq_len > model_config.max_position_embeddings:
         raise UserError(f"data.max_seq_len {config.data.max_seq_len} is more than the model's "
                         f"{model_config.max_position_embeddings} positions; lower it")
-    return tokenizer, with_token_ids(model_config, tokenizer), folder
+    return tokenizer, as_trained(model_config, tokenizer, config.train), folder
 
 
 def read_described(folder: Path, tokenizer_path: str | None) -> tuple[Any, ModelConfig]:
@@ -129,21 +130,25 @@ def read_described(folder: Path, tokenizer_path: str | None) -> tuple[Any, Model
     return load_tokenizer(tokenizer_path or folder, model_config.mask_token_id), model_config
 
 
-def with_token_ids(model_config: ModelConfig, tokenizer) -> ModelConfig:
-    """With the tokenizer's mask token, and its end-of-text and padding tokens where there are none."""
+def as_trained(model_config: ModelConfig, tokenizer, settings: TrainGroup) -> ModelConfig:
+    """With the tokenizer's mask token, its end-of-text and padding tokens where there are none, and the blocks that
+    the model learns to decode by."""
+    blocks = {}
+    if settings.objective == "block_diffusion":
+        blocks = {"block_causal": True, "block_length": settings.block_length}
     return replace(model_config, mask_token_id=tokenizer.mask_token_id, eos_token_id=model_config.eos_token_id
                    if model_config.eos_token_id is not None else tokenizer.eos_token_id,
                    pad_token_id=model_config.pad_token_id if model_config.pad_token_id is not None
-                   else tokenizer.pad_token_id)
+                   else tokenizer.pad_token_id, **blocks)
 
 
-def check_unchanged(tokenizer, model_config: ModelConfig, path: str, tokenizer_path: str | None,
-                    resumed: Checkpoint) -> None:
+def check_unchanged(tokenizer, model_config: ModelConfig, config: Config, resumed: Checkpoint) -> None:
     """Raises: UserError naming what of a model or tokenizer has changed since the run began."""
-    now_tokenizer, now_config = read_described(Path(path), tokenizer_path)
-    now_config = with_token_ids(now_config, now_tokenizer)
-    before, now = asdict(model_config), asdict(now_config)
-    change = next((f"{key} was {before[key]!r} and is {now[key]!r}" for key in now if before[key] != now[key]), None)
+    path = config.model.model_path or config.model.config_path
+    now_tokenizer, now_config = read_described(Path(path), config.model.tokenizer_path)
+    now_config = as_trained(now_config, now_tokenizer, config.train)
+    change = next((f"{field.name} was {before!r} and is {now!r}" for field in fields(ModelConfig) if field.compare
+                   and (before := getattr(model_config, field.name)) != (now := getattr(now_config, field.name))), None)
     if change is None and tokenizer.get_vocab() != now_tokenizer.get_vocab():
         words = set(tokenizer.get_vocab().items()) ^ set(now_tokenizer.get_vocab().items())
         change = f"the tokenizer differs in {len(words)} entries, such as {min(words)[0]!r}"

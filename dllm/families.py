@@ -70,6 +70,9 @@ class ModelConfig:
             raise UserError(f"model configuration: the rotary embedding turns {self.rotary_dim} numbers of each head "
                             f"(head_dim {self.head_dim}); it must be an even number, at most all")
         self._check_experts()
+        if self.block_length is not None and (not isinstance(self.block_length, int) or self.block_length < 1):
+            raise UserError(f"model configuration: block_length must be a positive whole number, not "
+                            f"{self.block_length!r}")
         if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
             raise UserError(f"model configuration: mask_token_id {self.mask_token_id} is outside the vocabulary of "
                             f"{self.vocab_size}; enlarge vocab_size or choose an id below it")
@@ -123,10 +126,11 @@ IGNORED = frozenset("""
     unsloth_version unsloth_fixed cross_attention_hidden_size add_cross_attention is_decoder finetuning_task
 """.split())
 
-_COMMON = {name: name for name in (
+# A block_size, as SDAR calls it, says that the model is block-causal.
+_COMMON = {"block_size": "block_length", **{name: name for name in (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "max_position_embeddings", "rope_theta", "rope_scaling", "rms_norm_eps", "tie_word_embeddings",
-    "initializer_range", "shift_logits", "mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id")}
+    "initializer_range", "shift_logits", "mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id")}}
 _ONLY = {"hidden_act": ("silu",), "use_sliding_window": (False,)}
 
 # Other names that checkpoints give the same architecture.
@@ -147,7 +151,7 @@ FAMILIES: Mapping[str, Family] = {
     "a2d-qwen3": Family(architecture="A2DQwen3LMHeadModel", keys=_COMMON, only={**_ONLY, "attention_bias": (False,)},
                         fixed={"qk_norm": True, "shift_logits": False}),
     # SDAR (arXiv:2510.06303)
-    "sdar": Family(architecture="SDARForCausalLM", keys={**_COMMON, "block_size": "block_length"},
+    "sdar": Family(architecture="SDARForCausalLM", keys=_COMMON,
                    only={**_ONLY, "attention_bias": (False,)}, ignored=frozenset({"fuse_cross_entropy"}),
                    fixed={"qk_norm": True, "shift_logits": False, "block_causal": True, "block_length": 4}),
     # LLaDA, LLaDA 1.5 (arXiv:2502.09992)
@@ -157,7 +161,8 @@ FAMILIES: Mapping[str, Family] = {
               "mlp_hidden_size": "intermediate_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
               "n_kv_heads": "num_key_value_heads", "max_sequence_length": "max_position_embeddings",
               "rope_theta": "rope_theta", "rms_norm_eps": "rms_norm_eps", "weight_tying": "tie_word_embeddings",
-              "include_qkv_bias": "qkv_bias", "init_std": "initializer_range", "mask_token_id": "mask_token_id",
+              "include_qkv_bias": "qkv_bias", "init_std": "initializer_range", "block_size": "block_length",
+              "mask_token_id": "mask_token_id",
               "pad_token_id": "pad_token_id", "bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id"},
         required=("vocab_size", "d_model", "mlp_hidden_size", "n_layers", "n_heads"),
         only={"block_type": ("llama",), "activation_type": ("silu",), "layer_norm_type": ("rms",), "rope": (True,),
@@ -241,7 +246,7 @@ def read_config(raw: Mapping, where: str = "config.json") -> ModelConfig:
     if sliding := [kind for kind in raw_keys.get("layer_types") or [] if kind != "full_attention"]:
         raise UserError(f"{where}: layer_types {sliding[0]!r} is not supported; supported: 'full_attention'")
     values = {target: raw_keys[key] for key, target in family.keys.items() if raw_keys.get(key) is not None}
-    values = {**family.fixed, **values}
+    values = {"block_causal": "block_length" in values, **family.fixed, **values}
     if (layers := values.get("first_k_dense_replace")) is not None and not isinstance(layers, int):
         values["first_k_dense_replace"] = _dense_layers(layers, where)
     values.setdefault("intermediate_size", values.get("moe_intermediate_size"))  # where no layer has a feed-forward

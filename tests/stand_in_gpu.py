@@ -138,7 +138,8 @@ def pytest_configure() -> None:
             "synchronize": lambda *device: None, "device_of": lambda tensor: nullcontext(),
             "get_device_name": lambda *device: PROPERTIES.name, "get_device_capability": lambda *device: (9, 0),
             "get_device_properties": lambda *device: PROPERTIES, "is_bf16_supported": lambda *including: True,
-            "max_memory_allocated": lambda *device: 0, "set_sync_debug_mode": set_sync_debug_mode}.items():
+            "max_memory_allocated": lambda *device: 0, "memory_allocated": lambda *device: 0,
+            "reset_peak_memory_stats": lambda *device: None, "set_sync_debug_mode": set_sync_debug_mode}.items():
         setattr(torch.cuda, name, value)
     replace_what_no_mode_sees()
     checkpoint_files._OverlappingCpuLoader = lambda resolve, **_: checkpoint_files._SerialCpuLoader(resolve)
@@ -172,7 +173,11 @@ def replace_what_no_mode_sees() -> None:
             return tuple(as_indices(x, part) for part in index)
         return tensor(index, device=x.device) if isinstance(index, list) else index
 
-    torch.tensor, Tensor.new_tensor = tensor, new_tensor
+    class Generator(torch.Generator):
+        def __new__(cls, device="cpu"):
+            return super().__new__(cls, "cpu")
+
+    torch.tensor, torch.Generator, Tensor.new_tensor = tensor, Generator, new_tensor
     Tensor.tolist = lambda self: tolist(self.cpu())
     Tensor.__getitem__ = lambda self, index: getitem(self, as_indices(self, index))
     Tensor.pin_memory = lambda self: self

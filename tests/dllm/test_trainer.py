@@ -21,6 +21,7 @@ from dllm.errors import Failure, UserError
 from dllm.families import ModelConfig
 from dllm.model import DiffusionLM
 from dllm.optimizer import Muon, build_optimizers, learning_rate, orthogonalize
+from dllm.sampler import MDMGenerationConfig
 from dllm.train import main
 from dllm.trainer import train
 
@@ -75,6 +76,10 @@ def test_every_objective_lowers_the_loss_and_leaves_a_checkpoint_that_loads(make
     assert measured == ([*range(4, 30, 4), 30] if "eval_every" in keys else [30])
     model = DiffusionLM.from_pretrained(result.checkpoint)
     assert model.dtype == torch.float32 and model.mask_token_id == 2 == model.config.mask_token_id
+    blocks = keys["objective"] == "block_diffusion"  # then it is sampled block by block, unasked
+    assert (model.config.block_causal, model.config.block_length) == ((True, 8) if blocks else (False, None))
+    settings = MDMGenerationConfig(steps=2, max_new_tokens=8)
+    assert model.diffusion_generate(torch.tensor([[5, 6, 7]]), generation_config=settings).sequences.shape == (1, 11)
     from transformers import AutoModelForCausalLM, AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(result.checkpoint)
     assert tokenizer.mask_token_id == 2 and tokenizer.decode(tokenizer(functions[0])["input_ids"]) == functions[0]
@@ -125,6 +130,7 @@ def write_half_and_die(state, file):
         os.kill(os.getpid(), signal.SIGKILL)
     write(state, file)
 torch.save = write_half_and_die
+from dllm.sampler import MDMGenerationConfig
 from dllm.train import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -328,6 +334,18 @@ def test_training_starts_from_given_weights_and_keeps_their_tokenizer(make_confi
     fresh = DiffusionLM.from_pretrained(third.checkpoint).state_dict()
     assert fresh["model.norm.weight"].eq(1).all()
     assert not torch.allclose(fresh["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+
+
+def test_blocks_learnt_by_a_given_model_go_into_its_configuration_and_the_run_continues(make_config, tmp_path):
+    begun = train(make_config(max_steps=1, output_dir=str(tmp_path / "begun"))).checkpoint
+    config = make_config(objective="block_diffusion", block_length=4, max_steps=3, save_steps=2)
+    config = replace(config, model=ModelGroup(model_path=str(begun)))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer, "make_batches", interrupt_at(2))
+        train(config)
+    result = train(config)
+    assert json.loads((result.checkpoint / "config.json").read_text())["block_size"] == 4
+    assert "block_size" not in json.loads((begun / "config.json").read_text())
 
 
 def test_only_the_last_checkpoints_are_kept_when_asked(make_config, tmp_path):
