@@ -458,7 +458,8 @@ def split_into_blocks(editable: Tensor, place: Tensor, config: MDMGenerationConf
 
     Args:
         place: [B, L] int64, by which the positions are counted off into blocks: among those to fill, or in the row.
-        even: whether block_length must divide the positions to fill.
+        even: whether block_length must divide the positions to fill, and their number the steps, as in LLaDA. Else how
+            many blocks there are is for the prompt to say, and each gets an equal whole number of the steps.
     Raises: UserError if block_length does not divide the positions of a row, or the number of blocks the steps.
     """
     longest = int(place[editable].max()) + 1 if editable.any() else 0
@@ -472,9 +473,12 @@ def split_into_blocks(editable: Tensor, place: Tensor, config: MDMGenerationConf
         steps = length + config.max_post_steps
     elif config.remasking != "low_confidence_dynamic" and (config.threshold, config.factor) != (None, None):
         steps = length  # as many as it takes
-    elif config.steps % max(len(numbers), 1):
+    elif even and config.steps % max(len(numbers), 1):
         raise UserError(f"steps must be a multiple of the {len(numbers)} blocks of {length} positions, not "
                         f"{config.steps}; {-(-config.steps // len(numbers)) * len(numbers)} would be")
+    elif config.steps < len(numbers):
+        raise UserError(f"steps must be at least 1 for each of the {len(numbers)} blocks of {length} positions, not "
+                        f"{config.steps} in all")
     else:
         steps = config.steps // max(len(numbers), 1)
     blocks = []

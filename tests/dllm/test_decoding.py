@@ -225,6 +225,16 @@ def test_a_block_causal_row_gets_the_same_tokens_alone_and_in_a_batch():
         assert torch.equal(alone.sequences[0], together.sequences[row, -prompt - 11:])
 
 
+def test_blocks_of_the_text_share_any_number_of_steps_alike():
+    """How many they are depends on the prompt: here 3, of which the first has one position to fill."""
+    config = MDMGenerationConfig(block_length=4, block_causal=True, mask_token_id=MASK)
+    canvas = canvas_of(1, 12)
+    expected = denoise(tiny("llada", head_dim=6), canvas, replace(config, steps=6))
+    for steps in (7, 8):
+        out = denoise(tiny("llada", head_dim=6), canvas, replace(config, steps=steps))
+        assert torch.equal(out.sequences, expected.sequences) and out.steps == expected.steps == 6
+
+
 def test_history_and_steps_of_a_block_causal_model_are_of_the_canvas_given():
     model = tiny("a2d-qwen3", block_causal=True)
     canvas, mask = pad_left([[1, 2, 3, *[MASK] * 6], [4, *[MASK] * 6]])
@@ -408,6 +418,7 @@ def test_guidance_of_zero_is_none_and_moves_away_from_the_unconditional():
 @pytest.mark.parametrize("settings, message", [
     ({"block_length": 5}, "block_length 5 does not divide the 8 positions to fill; choose one that does"),
     ({"block_length": 4, "steps": 3}, "steps must be a multiple of the 2 blocks of 4 positions, not 3; 4 would be"),
+    ({"block_length": 4, "steps": 2, "block_causal": True}, "steps must be at least 1 for each of the 3 blocks of 4"),
     ({"block_length": 0}, "block_length must be at least 1, not 0"),
     ({"remasking": "high"}, "remasking must be none or one of low_confidence, random, .*, not 'high'"),
     ({"cfg_scale": -1.0}, "cfg_scale must be 0 or more, not -1.0"),
