@@ -64,12 +64,13 @@ def peak_flops(device: torch.device) -> float | None:
     return PEAK_FLOPS[max(known, key=len)] if known else None
 
 
-def estimate_memory(config: ModelConfig, parameters: int, trainable: int, settings: TrainGroup, tokens: int,
-                    processes: int, bf16: bool) -> dict[str, float]:
+def estimate_memory(config: ModelConfig, parameters: int, trainable: int, states: int, settings: TrainGroup,
+                    tokens: int, processes: int, bf16: bool) -> dict[str, float]:
     """Bytes that a device needs while training, by what for.
 
     Args:
         parameters, trainable: of the whole model.
+        states: numbers that the optimizers keep (`count_states`).
         tokens: of a micro-batch.
     """
     shards = processes if settings.data_parallel_mode == "fsdp2" else 1
@@ -85,6 +86,6 @@ def estimate_memory(config: ModelConfig, parameters: int, trainable: int, settin
     kept = D * number if settings.enable_gradient_checkpointing else layer
     own_tokens = count_copies(settings.objective) * tokens / settings.ulysses_parallel_size
     return {"weights": 4 * parameters / shards, "gradients": 4 * trainable / shards,
-            "teacher": number * parameters if settings.repr_align_wt else 0, "optimizer": 8 * trainable / shards,
+            "teacher": number * parameters if settings.repr_align_wt else 0, "optimizer": 4 * states / shards,
             "weights in bf16": 2 * parameters / (config.num_hidden_layers if shards > 1 else 1) if bf16 else 0,
             "activations": own_tokens * (config.num_hidden_layers * kept + layer + 6 * D * number)}

@@ -77,8 +77,8 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-def build_optimizers(model: nn.Module, config: TrainGroup) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the matrices inside the layers and AdamW for the rest. Only matrices decay."""
+def group_parameters(model: nn.Module, config: TrainGroup) -> tuple[list, list, list]:
+    """What is trained: by Muon, and by AdamW matrices, which decay, and vectors, which do not."""
     hidden, matrices, vectors = [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -86,6 +86,19 @@ def build_optimizers(model: nn.Module, config: TrainGroup) -> list[torch.optim.O
         inside = ".layers." in name and parameter.ndim == 2
         kind = hidden if inside and config.optimizer == "muon" else matrices if parameter.ndim >= 2 else vectors
         kind.append(parameter)
+    return hidden, matrices, vectors
+
+
+def count_states(model: nn.Module, config: TrainGroup) -> int:
+    """Numbers that the optimizers keep: Muon one for each of a parameter's, AdamW two."""
+    hidden, matrices, vectors = (sum(parameter.numel() for parameter in kind)
+                                 for kind in group_parameters(model, config))
+    return hidden + 2 * (matrices + vectors)
+
+
+def build_optimizers(model: nn.Module, config: TrainGroup) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the matrices inside the layers and AdamW for the rest. Only matrices decay."""
+    hidden, matrices, vectors = group_parameters(model, config)
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizers: list[torch.optim.Optimizer]
     optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)]

@@ -11,6 +11,7 @@ from dllm.data import open_training_data, read_corpus
 from dllm.distributed import choose_device, use_bf16
 from dllm.lora import add_adapters
 from dllm.model import DiffusionLM
+from dllm.optimizer import count_states
 from dllm.trainer import count_steps
 
 
@@ -30,7 +31,7 @@ def plan(config: Config) -> str:
     parameters, trainable = model.count_parameters(), model.count_parameters(trainable=True)
     data = open_training_data(corpus, tokenizer, settings.seed, settings.rows_per_step)
     bf16 = use_bf16(settings, choose_device(settings))
-    memory = estimate_memory(model_config, parameters, trainable, settings,
+    memory = estimate_memory(model_config, parameters, trainable, count_states(model, settings), settings,
                              settings.micro_batch_size * config.data.max_seq_len, processes, bf16)
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items() if size)
     rows, trained = settings.rows_per_step, f", {trainable:,} of them trained" if trainable < parameters else ""

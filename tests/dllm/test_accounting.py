@@ -10,6 +10,7 @@ from dllm.accounting import count_pairs, estimate_memory, layer_matrices, step_f
 from dllm.config import TrainGroup
 from dllm.families import ModelConfig
 from dllm.model import DiffusionLM
+from dllm.optimizer import build_optimizers, count_states
 
 CONFIG = ModelConfig(family="qwen2", vocab_size=700, hidden_size=96, intermediate_size=256, num_hidden_layers=3,
                      num_attention_heads=6, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, qkv_bias=True,
@@ -60,10 +61,10 @@ def test_the_memory_estimate_is_near_what_autograd_keeps(checkpointing):
     measured = sum(size for place, size in kept.items() if place not in owned)
     settings = TrainGroup(output_dir="x", enable_gradient_checkpointing=checkpointing)
     count = model.count_parameters()
-    estimate = estimate_memory(CONFIG, count, count, settings, tokens.numel(), 1, bf16=False)
+    estimate = estimate_memory(CONFIG, count, count, 2 * count, settings, tokens.numel(), 1, bf16=False)
     assert hidden.shape[-1] == 96
     if checkpointing:  # the layer that is computed again is in the estimate, and not among what was kept
-        whole = estimate_memory(CONFIG, count, count, replace(settings, enable_gradient_checkpointing=False),
+        whole = estimate_memory(CONFIG, count, count, 2 * count, replace(settings, enable_gradient_checkpointing=False),
                                 tokens.numel(), 1, bf16=False)
         assert measured < estimate["activations"] < whole["activations"]
     else:
@@ -73,13 +74,25 @@ def test_the_memory_estimate_is_near_what_autograd_keeps(checkpointing):
 
 def test_sharding_divides_what_is_sharded():
     settings = TrainGroup(output_dir="x", data_parallel_mode="fsdp2")
-    one, eight = (estimate_memory(CONFIG, 1000, 1000, settings, 64, n, bf16=True) for n in (1, 8))
+    one, eight = (estimate_memory(CONFIG, 1000, 1000, 2000, settings, 64, n, bf16=True) for n in (1, 8))
     for name in ("weights", "gradients", "optimizer"):
         assert eight[name] == one[name] / 8
     assert eight["activations"] == one["activations"]
 
 
 def test_block_diffusion_keeps_the_activations_of_two_copies():
-    one, two = (estimate_memory(CONFIG, 1000, 1000, TrainGroup(output_dir="x", **keys), 64, 1, bf16=False)
+    one, two = (estimate_memory(CONFIG, 1000, 1000, 2000, TrainGroup(output_dir="x", **keys), 64, 1, bf16=False)
                 for keys in ({}, {"objective": "block_diffusion", "block_length": 8}))
     assert two == {**one, "activations": 2 * one["activations"]}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_optimizers_keep_as_many_numbers_as_counted(optimizer):
+    model, settings = DiffusionLM(CONFIG), TrainGroup(output_dir="x", optimizer=optimizer)
+    optimizers = build_optimizers(model, settings)
+    model(torch.arange(8).unsqueeze(0)).logits.sum().backward()
+    for one in optimizers:
+        one.step()
+    kept = sum(state.numel() for one in optimizers for states in one.state.values() for state in states.values()
+               if state.ndim > 0)
+    assert kept == count_states(model, settings)
