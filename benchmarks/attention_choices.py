@@ -1,8 +1,8 @@
 """python -m benchmarks.attention_choices [--device cuda]: time every backend of attention that runs on this machine.
 
 Prints, for each kind of call, the times and a line for dllm_kernels/attention/choices.py. Heads of Qwen2.5-0.5B and 7B;
-bf16 on a GPU, fp32 and one thread on a CPU; forward and backward, but for decoding, which has none. Backends take
-turns; each counts with its fastest call.
+bf16 on a GPU, fp32 and one thread on a CPU; forward and backward, but for decoding, which has none. Packed documents
+are of many lengths. Backends take turns; each counts with its fastest call.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import cpuinfo
 import torch
 
+from benchmarks.device import mixed_ends
 from dllm_kernels import bidirectional_attention, bidirectional_attention_varlen, block_diffusion_attention
 from dllm_kernels.attention import BACKENDS
 
@@ -27,12 +28,12 @@ def cases(device: str, B: int, L: int, dtype: torch.dtype) -> Iterator[tuple[str
 
         q, k, v = heads(B, L)
         padded = torch.arange(L, device=device) < torch.linspace(L // 2, L, B, device=device).unsqueeze(1)
-        ends = torch.arange(0, B * L + 1, L // 8, device=device, dtype=torch.int32)
+        ends = mixed_ends(B * L, L // 4, device)
 
         def mask(q, k, v, backend, padded=padded):
             return bidirectional_attention(q, k, v, key_mask=padded, backend=backend)
 
-        def pack(q, k, v, backend, ends=ends, longest=L // 8):
+        def pack(q, k, v, backend, ends=ends, longest=L // 4):
             return bidirectional_attention_varlen(q, k, v, ends, longest, backend=backend)
 
         def diffuse(q, k, v, backend):

@@ -1,6 +1,6 @@
 """Attention on a GPU, bf16, heads of Qwen2.5-0.5B and 7B: against what PyTorch has, and flash_attn where installed.
 
-Dense and block diffusion: 8 rows of 4,096 positions; packed: as many positions in documents of 512; decoding: 32
+Dense and block diffusion: 8 rows of 4,096 positions; packed: as many positions in documents; decoding: 32
 queries against 2,048 cached keys in 32 rows, replayed from a CUDA graph, so that launching does not count.
 """
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from benchmarks.device import DEVICE, captured, measure, on_device, pick, skip_where_missing
+from benchmarks.device import DEVICE, captured, measure, mixed_ends, on_device, pick, skip_where_missing
 from dllm_kernels import bidirectional_attention, bidirectional_attention_varlen, block_diffusion_attention
 from dllm_kernels.attention import DENSE_BACKENDS
 
@@ -135,9 +135,11 @@ def bench_dense(paired, backend, library, shape, backward):
 @each_shape
 @pytest.mark.parametrize("backend", [None, "triton"], ids=["auto", "triton"])
 @pytest.mark.parametrize("baseline", ["torch_varlen", "flash_attn"])
-def bench_packed_documents(paired, baseline, backend, shape, backward):
-    """Documents of 512. Promised over PyTorch's varlen_attn: 1.25 forward, 1.05 with the backward."""
-    heads, cu_seqlens = make_heads(B * L, B * L, heads=SHAPES[shape]), document_ends(B * L, DOCUMENT)
+@pytest.mark.parametrize("longest", [DOCUMENT, 2 * DOCUMENT], ids=["equal", "mixed"])
+def bench_packed_documents(paired, longest, baseline, backend, shape, backward):
+    """Documents of 512, or of 1 to 1,024. Promised over PyTorch's varlen_attn: 1.25 forward, 1.05 with the backward."""
+    heads = make_heads(B * L, B * L, heads=SHAPES[shape])
+    cu_seqlens = document_ends(B * L, DOCUMENT) if longest == DOCUMENT else mixed_ends(B * L, longest)
     skip_where_missing(DENSE_BACKENDS, backend, heads[0])
     if DEVICE == "cpu":
         pytest.skip(f"{baseline} needs a GPU")
@@ -149,10 +151,10 @@ def bench_packed_documents(paired, baseline, backend, shape, backward):
         if importlib.util.find_spec("flash_attn") is None:
             pytest.skip("flash_attn is not installed")
         theirs, function, promise = heads, flash_attn_varlen, None
-    attend = functools.partial(bidirectional_attention_varlen, cu_seqlens=cu_seqlens, max_seqlen=DOCUMENT,
+    attend = functools.partial(bidirectional_attention_varlen, cu_seqlens=cu_seqlens, max_seqlen=longest,
                                backend=backend)
     measure(paired, call(attend, heads, backward),
-            call(functools.partial(function, cu_seqlens=cu_seqlens, longest=DOCUMENT), theirs, backward), promise)
+            call(functools.partial(function, cu_seqlens=cu_seqlens, longest=longest), theirs, backward), promise)
 
 
 @each_direction

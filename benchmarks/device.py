@@ -26,6 +26,13 @@ def skip_where_missing(backends: Sequence[Backend], name: str | None, tensor: to
             pytest.skip(f"{name}: {reason}")
 
 
+def mixed_ends(T: int, longest: int, device: str = DEVICE) -> torch.Tensor:
+    """cu_seqlens of T positions in documents of 1 to `longest`, as they are in packed text."""
+    lengths = torch.randint(1, longest + 1, (T,), generator=torch.Generator().manual_seed(0))
+    ends = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
+    return torch.cat((ends[ends < T], torch.tensor([T]))).to(device, torch.int32)
+
+
 def finish() -> None:
     """Wait until the device has done all."""
     if DEVICE == "cuda":

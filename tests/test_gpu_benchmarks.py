@@ -46,7 +46,7 @@ def bench(ratio=1.0, at_least=None, exactly=None, **extra):
     return {"fullname": "benchmarks/bench_gpu_x.py::bench_y", "extra_info": info, "stats": {"data": [1e-3, 3e-3, 2e-3]}}
 
 
-LIMITS = {"copy_bytes_per_s": 4e12, "product_flop_per_s": 8e14}
+LIMITS = {"copy_bytes_per_s": 4e12, "product_flop_per_s": 8e14, "data_sheet_flop_per_s": 1e15}
 
 
 def test_the_floor_is_the_larger_of_bytes_and_operations():
@@ -59,7 +59,7 @@ def test_the_floor_is_the_larger_of_bytes_and_operations():
 @pytest.mark.parametrize("given, wrong", [
     (bench(0.8, 1.0), "ratio 0.80 is under 0.85 x 1"), (bench(0.9, 1.0), None),
     (bench(exactly={"launches": (6, 5)}), "launches is 6, not 5"),
-    (bench(must_multiply_flop=2e11, share_at_least=0.45), "25% of the product's rate, not 45%")])
+    (bench(must_multiply_flop=2e11, mfu_at_least=0.45), "20% of the data sheet's rate, not 45%")])
 def test_what_misses_its_promise_says_so(given, wrong):
     assert gpu.summarise(given, LIMITS)["wrong"] == ([wrong] if wrong else [])
 
