@@ -244,7 +244,7 @@ class Denoising:
         self.causal = model.config.block_causal if config.block_causal is None else config.block_causal
         from_text = config.blocks_from == "text" or (self.causal and config.blocks_from is None)
         if self.causal:
-            config = replace(config, block_length=config.block_length or model.config.block_length or BLOCK_LENGTH)
+            config = replace(config, block_length=config.block_length or block_length_of(model))
             self.layout = WholeBlocks(canvas, key_mask, config.block_length, self.mask_token_id, not from_text)
             canvas, key_mask = self.layout.canvas, self.layout.key_mask
         self.config = config
@@ -491,6 +491,11 @@ def split_into_blocks(editable: Tensor, place: Tensor, config: MDMGenerationConf
                             "after the other; pad prompts on the left")
         blocks.append((number, block, steps, (start, end)))
     return blocks
+
+
+def block_length_of(model: DiffusionLM) -> int:
+    """Positions of a block of a block-causal model."""
+    return model.config.block_length or BLOCK_LENGTH
 
 
 def find_mask_token(model: DiffusionLM, config: MDMGenerationConfig) -> int:

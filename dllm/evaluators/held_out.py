@@ -84,20 +84,16 @@ def cut_windows(tokenizer, documents: Sequence[Document], settings: HeldOutSetti
     return windows
 
 
-def corrupt_exactly(windows: Sequence[Window], counts: Sequence[int], generator: torch.Generator) -> list[Tensor]:
-    """For each window [L] bool with counts[i] corrupted positions, every set of that size equally likely."""
-    corrupted = []
-    for window, count in zip(windows, counts, strict=True):
+def corrupt_share(windows: Sequence[Window], share: float, seed: int) -> list[Tensor]:
+    """For each window [L] bool with max(1, round(share * (L - 1))) corrupted, every such set equally likely, a function
+    of the arguments alone."""
+    generator, corrupted = torch.Generator().manual_seed(seed), []
+    for window in windows:
         chosen = torch.zeros(len(window.tokens), dtype=torch.bool)
+        count = max(1, round(share * window.scored))
         chosen[1 + torch.randperm(window.scored, generator=generator)[:count]] = True
         corrupted.append(chosen)
     return corrupted
-
-
-def corrupt_share(windows: Sequence[Window], share: float, seed: int) -> list[Tensor]:
-    """For each window [L] bool with max(1, round(share * (L - 1))) corrupted, a function of the arguments alone."""
-    counts = [max(1, round(share * window.scored)) for window in windows]
-    return corrupt_exactly(windows, counts, torch.Generator().manual_seed(seed))
 
 
 def ratio_with_error(amounts: Sequence[float], sizes: Sequence[float],

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -14,12 +15,12 @@ from dllm.errors import UserError
 from dllm.evaluators.held_out import (
     HeldOutSettings,
     Window,
-    corrupt_exactly,
     corrupt_share,
     cut_windows,
     ratio_with_error,
 )
 from dllm.model import DiffusionLM
+from dllm.sampler import block_length_of
 from dllm_kernels import linear_masked_cross_entropy, linear_token_scores
 
 
@@ -65,23 +66,25 @@ def perplexity_bound(model: DiffusionLM, tokenizer, documents: Sequence[Document
     on 1..L and S a uniform set of n of L positions, -log p <= E[L / n * sum over S of -log p(token | what is visible)]
     (arXiv:2110.02037, arXiv:2406.03736; LLaDA evaluates so, arXiv:2502.09992). It varies less than drawing a time and
     corrupting each position by chance. n is stratified twice: evenly over the windows in every sample, and evenly over
-    the samples of every window.
+    the samples of every window. Of a block-causal model it is the sum of the bounds of the blocks, each given the
+    blocks before it (BD3-LM, arXiv:2503.09573): L, n and S are then of a block, counted from the window's beginning.
 
     Raises: UserError if there is no text, or windows are longer than the model's positions.
     """
     settings = settings or HeldOutSettings()
     windows = cut_windows(tokenizer, documents, settings)
     generator = torch.Generator().manual_seed(settings.seed)
-    count = len(windows)
+    parts = [(i, places) for i, window in enumerate(windows)
+             for places in split_by_block(model, torch.arange(1, len(window.tokens)))]
     offset = torch.rand((), generator=generator, dtype=torch.float64)
-    strata = (torch.randperm(count, generator=generator) + offset) / count
-    nats = torch.zeros(settings.samples, count, dtype=torch.float64)
+    strata = (torch.randperm(len(parts), generator=generator) + offset) / len(parts)
+    nats = torch.zeros(settings.samples, len(windows), dtype=torch.float64)
     for sample in range(settings.samples):
         times = ((strata + sample / settings.samples) % 1).tolist()
-        counts = [int(t * window.scored) + 1 for t, window in zip(times, windows, strict=True)]
-        corrupted = corrupt_exactly(windows, counts, generator)
-        for i, (scored, _) in enumerate(score_positions(model, windows, corrupted, settings.batch_tokens)):
-            nats[sample, i] = scored.mean() * windows[i].scored
+        weights = [torch.zeros(len(window.tokens), dtype=torch.float64) for window in windows]
+        for (i, places), t in zip(parts, times, strict=True):
+            corrupt_some(weights[i], places, t, generator)
+        nats[sample] = bound_once(model, windows, weights, settings.batch_tokens)
 
     per_window, of_document = nats.mean(0).tolist(), [window.document for window in windows]
     lengths, sizes = [window.scored for window in windows], [window.bytes for window in windows]
@@ -94,7 +97,8 @@ def perplexity_bound(model: DiffusionLM, tokenizer, documents: Sequence[Document
         nats_per_token=per_token, nats_per_token_stderr=per_token_error, monte_carlo_stderr=monte_carlo,
         bits_per_byte=per_byte / math.log(2),
         bits_per_byte_stderr=None if per_byte_error is None else per_byte_error / math.log(2),
-        documents=len(set(of_document)), windows=count, tokens=sum(lengths), bytes=sum(sizes), samples=settings.samples)
+        documents=len(set(of_document)), windows=len(windows), tokens=sum(lengths), bytes=sum(sizes),
+        samples=settings.samples)
 
 
 class Likelihood(NamedTuple):
@@ -114,7 +118,8 @@ def bound_likelihood(model: DiffusionLM, input_ids: Tensor, attention_mask: Tens
                      scored: Tensor | None = None, samples: int = 128, seed: int = 0,
                      batch_tokens: int = 16384) -> Likelihood:
     """The bound of `perplexity_bound` for given sequences, as LLaDA and Dream score the answers of a multiple choice:
-    `samples` times n of the scored tokens are corrupted, n spread evenly over 1 to all of them.
+    `samples` times n of the scored tokens (of each block, if the model is block-causal) are corrupted, n spread evenly
+    over 1 to all of them.
 
     Args:
         input_ids: [B, L] or [L] int64.
@@ -137,26 +142,45 @@ def bound_likelihood(model: DiffusionLM, input_ids: Tensor, attention_mask: Tens
     if shifted and (scored & first).any():
         raise UserError("a model with shifted logits cannot predict the first token; leave it out of `scored`")
     generator = torch.Generator().manual_seed(seed)
-    windows, corrupted = [], []
+    windows, weights = [], []
     for tokens, visible, wanted in zip(input_ids.cpu(), real.cpu(), scored.cpu(), strict=True):
-        places = wanted[visible].nonzero().flatten()
-        offset = float(torch.rand((), generator=generator, dtype=torch.float64))
+        parts = split_by_block(model, wanted[visible].nonzero().flatten())
+        offsets = [float(torch.rand((), generator=generator, dtype=torch.float64)) for _ in parts]
         for sample in range(samples):
-            count = int((sample + offset) / samples * len(places)) + 1
-            chosen = torch.zeros(int(visible.sum()), dtype=torch.bool)
-            chosen[places[torch.randperm(len(places), generator=generator)[:count]]] = True
             windows.append(Window(tokens[visible], len(windows), 0))
-            corrupted.append(chosen)
-    nats = score_positions(model, windows, corrupted, batch_tokens)
+            weights.append(torch.zeros(len(windows[-1].tokens), dtype=torch.float64))
+            for places, offset in zip(parts, offsets, strict=True):
+                corrupt_some(weights[-1], places, (sample + offset) / samples, generator)
+    drawn = bound_once(model, windows, weights, batch_tokens).view(len(input_ids), samples)
     sizes = scored.sum(1).cpu()
-    drawn = torch.stack([values.mean() for values, _ in nats]).view(len(input_ids), samples) * sizes.unsqueeze(1)
     return Likelihood(drawn.mean(1), drawn.std(1) / math.sqrt(samples), sizes)
+
+
+def split_by_block(model: DiffusionLM, places: Tensor) -> list[Tensor]:
+    """Places [N] of a window, rising: all together, or those of each block if the model is block-causal."""
+    if not model.config.block_causal:
+        return [places]
+    _, counts = (places // block_length_of(model)).unique_consecutive(return_counts=True)
+    return list(places.split(counts.tolist()))
+
+
+def corrupt_some(weights: Tensor, places: Tensor, time: float, generator: torch.Generator) -> None:
+    """Give some of N places, as many as a time in [0, 1) says, a weight that makes their sum one of all N."""
+    count = int(time * len(places)) + 1
+    weights[places[torch.randperm(len(places), generator=generator)[:count]]] = len(places) / count
+
+
+def bound_once(model: DiffusionLM, windows: Sequence[Window], weights: Sequence[Tensor], batch_tokens: int) -> Tensor:
+    """[windows] float64: the negative log-likelihoods where the weights [L] are above 0, times these, summed."""
+    results = score_positions(model, windows, [weight > 0 for weight in weights], batch_tokens)
+    return torch.stack([(nats * weight[weight > 0]).sum() for (nats, _), weight in zip(results, weights, strict=True)])
 
 
 def masked_accuracy(model: DiffusionLM, tokenizer, documents: Sequence[Document],
                     settings: HeldOutSettings | None = None) -> tuple[MaskedResult, ...]:
     """Accuracy and negative log-likelihood at each of `settings.shares`, one result per share.
 
+    A block-causal model sees the blocks before a corrupted token whole.
     Raises: as `perplexity_bound`.
     """
     settings = settings or HeldOutSettings()
@@ -185,7 +209,10 @@ def summarize_share(share: float, windows: Sequence[Window], right: Sequence[Ten
 def score_positions(model: DiffusionLM, windows: Sequence[Window], corrupted: Sequence[Tensor], batch_tokens: int,
                     *, predict: bool = False) -> list[tuple[Tensor, Tensor | None]]:
     """Per window, at its n corrupted positions in order: negative log-likelihoods [n] float64 and, with `predict`, the
-    most likely tokens [n] int64. The head is multiplied at these positions alone."""
+    most likely tokens [n] int64. The head is multiplied at these positions alone.
+
+    A block-causal model sees a corrupted block as it is, and those before it whole, as in training.
+    """
     mask_token_id = model.mask_token_id
     if mask_token_id is None:
         raise UserError("neither the checkpoint's config.json nor its tokenizer names a mask token; "
@@ -196,19 +223,26 @@ def score_positions(model: DiffusionLM, windows: Sequence[Window], corrupted: Se
                         "positions; lower max_seq_len")
     results: list[tuple[Tensor, Tensor | None] | None] = [None] * len(windows)
     for batch in batches_of_similar_length([len(window.tokens) for window in windows], batch_tokens):
-        tokens = pad_sequence([windows[i].tokens for i in batch], batch_first=True).to(model.device)
-        where = pad_sequence([corrupted[i] for i in batch], batch_first=True).to(model.device)
-        lengths = torch.tensor([len(windows[i].tokens) for i in batch], device=model.device)
-        real = torch.arange(tokens.shape[1], device=model.device) < lengths.unsqueeze(1)
-        noisy = tokens.masked_fill(where, mask_token_id)
-        hidden = model.hidden_states(noisy, attention_mask=None if real.all() else real)
+        tokens, where = [windows[i].tokens for i in batch], [corrupted[i] for i in batch]
+        lengths = torch.tensor([len(row) for row in tokens])
+        sizes = [int(row.sum()) for row in where]
+        if model.config.block_causal:
+            tokens, where = (torch.cat(rows).unsqueeze(0).to(model.device) for rows in (tokens, where))
+            ends = F.pad(lengths.cumsum(0), (1, 0)).int().to(model.device)
+            hidden = model.hidden_states(
+                tokens.masked_fill(where, mask_token_id), clean_ids=tokens, block_length=block_length_of(model),
+                cu_seqlens=ends, max_seqlen=int(lengths.max()))
+        else:
+            tokens, where = (pad_sequence(rows, batch_first=True).to(model.device) for rows in (tokens, where))
+            real = (torch.arange(tokens.shape[1]) < lengths.unsqueeze(1)).to(model.device)
+            hidden = model.hidden_states(tokens.masked_fill(where, mask_token_id),
+                                         attention_mask=None if real.all() else real)
         rows, places = where.nonzero(as_tuple=True)
         if model.config.shift_logits:
             places = places - 1  # padding is on the right, and the first token is not corrupted
         hidden, targets = hidden[rows, places], tokens[where]
         scored = torch.ones_like(targets, dtype=torch.bool)
         nats = linear_masked_cross_entropy(hidden, model.head_weight, targets, scored, reduction="none").double().cpu()
-        sizes = where.sum(1).tolist()
         best = [None] * len(batch)
         if predict:
             everywhere = torch.arange(len(hidden), device=model.device)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -139,6 +140,58 @@ def test_scores_are_those_of_the_logits_whatever_the_batch(model, tokenizer, shi
         expected = F.cross_entropy(rows, window.tokens[where], reduction="none")
         torch.testing.assert_close(nats, expected, atol=1e-4, rtol=0)
         assert torch.equal(predicted, rows.argmax(1))
+
+
+def block_causal(model, shift: bool, length: int):
+    """The same weights, said to be block-causal."""
+    other = deepcopy(model)
+    other.config = replace(model.config, shift_logits=shift, block_causal=True, block_length=length)
+    return other
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_a_block_of_the_whole_window_is_bounded_as_by_attention_in_both_directions(model, tokenizer, shift):
+    model.config = replace(model.config, shift_logits=shift)
+    settings = HeldOutSettings(max_seq_len=37, samples=2)
+    ours = perplexity_bound(block_causal(model, shift, 40), tokenizer, DOCUMENTS, settings)
+    assert ours.nats_per_token == pytest.approx(perplexity_bound(model, tokenizer, DOCUMENTS, settings).nats_per_token,
+                                                rel=1e-5)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_blocks_of_one_token_give_the_likelihood_from_left_to_right(model, tokenizer, shift):
+    causal = block_causal(model, shift, 1)
+    windows = cut_windows(tokenizer, DOCUMENTS, HeldOutSettings(max_seq_len=20))
+    expected = []
+    for window in windows:
+        tokens = window.tokens
+        for i in range(1, len(tokens)):
+            seen = tokens[:i] if shift else torch.cat((tokens[:i], torch.tensor([model.mask_token_id])))
+            hidden = causal.hidden_states(seen.unsqueeze(0), block_length=1)[0, -1]
+            expected.append(-F.linear(hidden, causal.head_weight).log_softmax(-1)[tokens[i]].item())
+    result = perplexity_bound(causal, tokenizer, DOCUMENTS, HeldOutSettings(max_seq_len=20, samples=2))
+    assert result.nats_per_token == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert result.monte_carlo_stderr == pytest.approx(0, abs=1e-6)
+    first = causal.perplexity_bound(windows[0].tokens, scored=torch.arange(len(windows[0].tokens)) >= 5, samples=2)
+    assert first.nats.item() == pytest.approx(sum(expected[4:len(windows[0].tokens) - 1]), rel=1e-5)
+
+
+def test_a_block_is_bounded_given_those_before_it_alone(model, tokenizer):
+    """By all its sets of corrupted tokens, counted out; what comes after the block changes nothing."""
+    causal, tokens = block_causal(model, False, 3), torch.arange(50, 58)
+    expected = 0.0
+    for block in ([1, 2], [3, 4, 5], [6, 7]):
+        sets = [some for n in range(1, len(block) + 1) for some in itertools.combinations(block, n)]
+        for some in sets:
+            noisy = tokens[:block[-1] + 1].clone()
+            noisy[list(some)] = model.mask_token_id
+            logits = F.linear(causal.hidden_states(noisy.unsqueeze(0), block_length=3)[0], causal.head_weight)
+            nats = F.cross_entropy(logits[list(some)], tokens[list(some)])
+            expected += nats.item() / math.comb(len(block), len(some))  # n is uniform, and then the set
+    window = torch.ones(1, 8, dtype=torch.bool)
+    window[0, 0] = False
+    ours = causal.perplexity_bound(tokens, scored=window, samples=600)
+    assert abs(ours.nats.item() - expected) < 4 * ours.stderr.item() < 0.2 * expected
 
 
 def test_windows_hold_every_token_once_and_their_bytes_add_up(tokenizer):
