@@ -83,12 +83,13 @@ def read_documents(paths: Sequence[str | Path] | None = None,
     A folder is read with its subfolders (hidden ones apart). .jsonl, .csv, .parquet and .arrow files, and .json files
     of records, hold one document per record, in the first present column of `text_keys`; every other file is a
     document. All but .parquet and .arrow may be compressed, with .gz, .bz2, .zst or .lz4 after their names. Files that
-    are no UTF-8 text, and records that cannot be read, are skipped; one line on stderr counts and names them.
+    are no UTF-8 text, tables without the columns, and records that cannot be read, are skipped; one line on stderr
+    counts and names them.
 
     Args:
         paths: folders, files and datasets of the hub (`find_shards`); None is the standard library of the running
             Python, without its tests.
-    Raises: UserError if a path does not exist, a table lacks the columns, or there is no text at all.
+    Raises: UserError if a path does not exist, or there is no text at all.
     """
     reader = Reader([text_keys] if isinstance(text_keys, str) else list(text_keys))
     documents = [document for shard in find_shards(paths) for _, document in reader.read(shard)]
@@ -178,11 +179,12 @@ class Reader:
         self.keys = list(keys)
         self.conversations = conversations
         self.skipped = Skipped()
+        self.missing: str | None = None  # of the first table without the columns, which it has instead
 
     def read(self, shard: Shard, start: int = 0, share: int = 0, of: int = 1) -> Iterator[tuple[int, Document]]:
         """(number, document) of the records numbered at least `start` whose number modulo `of` is `share`.
 
-        Raises: UserError if a table lacks the columns; Failure if the hub stops to answer.
+        Raises: Failure if the hub stops to answer.
         """
         number = None
         try:
@@ -202,6 +204,8 @@ class Reader:
     def finish(self, paths: Sequence[str | Path] | None, found: bool) -> None:
         """Tell what was skipped. Raises: UserError if nothing was found."""
         self.skipped.tell()
+        if not found and self.missing is not None:
+            raise UserError(self.missing)
         if not found:
             where = "the standard library" if paths is None else ", ".join(map(str, paths))
             raise UserError(f"no text in {where} ({len(self.skipped)} skipped); give a folder of text files, or .jsonl "
@@ -215,13 +219,22 @@ class Reader:
             return self._find_arrow_rows(shard.path)
         if suffix in _COMPRESSED:
             suffix = shard.path.with_suffix("").suffix
-        if suffix == ".csv":
-            return _find_csv_rows(shard.path)
-        if suffix == ".jsonl":
-            return _find_json_lines(shard.path)
-        if suffix == ".json":
-            return _find_json_rows(shard.path)
+        kinds = {".csv": _find_csv_rows, ".jsonl": _find_json_lines, ".json": _find_json_rows}
+        if suffix in kinds:
+            return self._check_columns(kinds[suffix](shard.path), shard.path)
         return iter([(0, partial(_read_text, shard.path))])
+
+    def _check_columns(self, rows: Iterator[Row], path: Path) -> Iterator[Row]:
+        """The rows, unless the first has not the columns: then none."""
+        for index, (number, decode) in enumerate(rows):
+            if index == 0 and number > 0:
+                try:
+                    record = decode()
+                except BadRecord:  # named when its turn comes
+                    record = None
+                if isinstance(record, dict):
+                    self._find_columns(record, f"{path} line {number}")
+            yield number, decode
 
     def _find_hub_rows(self, shard: Shard) -> Iterator[Row]:
         try:
@@ -229,7 +242,7 @@ class Reader:
             columns = self._find_columns(names, shard.name)
             for number, row in enumerate(shard.table.select_columns(columns), start=1):
                 yield number, partial(dict, row)
-        except UserError:
+        except BadRecord:
             raise
         except Exception as error:  # of the network or of the file, of many types
             raise Failure(f"cannot read on in {shard.name} ({first_line(error)}); start again to go on") from error
@@ -283,15 +296,17 @@ class Reader:
             return None
 
     def _find_columns(self, present: Iterable[str], where: str) -> list[str]:
-        """One of the keys; of conversations else a prompt and its answer."""
+        """One of the keys; of conversations else a prompt and its answer. Raises: BadRecord if there is none."""
         present = list(present)
         found = [key for key in self.keys if key in present][:1]
         if self.conversations and not found:
             pairs = [[prompt, answer] for prompt in _PROMPTS for answer in _ANSWERS if {prompt, answer} <= set(present)]
             found = next(iter(pairs), [])
         if not found:
-            raise UserError(f"{where} has no column {' or '.join(map(repr, self.keys))}; it has "
-                            f"{', '.join(present) or 'none'}; name one of them in data.text_keys (--text-keys)")
+            wanted = f"no column {' or '.join(map(repr, self.keys))}"
+            self.missing = self.missing or (f"{where} has {wanted}; it has {', '.join(present) or 'none'}; name one of "
+                                            "them in data.text_keys (--text-keys)")
+            raise BadRecord(wanted)
         return found
 
 

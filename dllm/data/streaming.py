@@ -73,8 +73,8 @@ class _Lane:
             self.block = self._load()
             if self.rows_before + len(self.block) == 0 and self.next[0] > 0:  # an epoch without a row
                 if self.reads_all:
-                    raise UserError("the documents in data.train_path have nothing to train on; give others, or lower "
-                                    "data.validation_share")
+                    raise UserError(self.reader.missing or "the documents in data.train_path have nothing to train on; "
+                                    "give others, or lower data.validation_share")
                 self.restore([0, 1, 0, 0, 0])
         if number < self.rows_before:
             raise ValueError(f"row {number} of lane {self.lane} is before row {self.rows_before}; read places in order")

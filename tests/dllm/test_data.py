@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -49,6 +51,19 @@ def test_the_first_present_text_key_is_taken_and_a_missing_one_refused_with_thos
     assert read_documents([tmp_path / "a.jsonl"], ["text", "content"])[0].text == "yes"
     with pytest.raises(UserError, match="a.jsonl line 1 has no column 'text'; it has content, id; name one of "):
         read_documents([tmp_path / "a.jsonl"])
+
+
+def test_a_table_without_the_columns_among_texts_is_skipped_and_named(tmp_path, capsys):
+    """As a list of settings in JSON in a folder of code."""
+    (tmp_path / "a.py").write_text("x = 1\n")
+    (tmp_path / "b.json").write_text(json.dumps([{"op": "add"}, {"op": "remove"}]))
+    (tmp_path / "c.jsonl").write_text('{"text": "one"}\n{"other": "two"}\n{"text": "three"}\n')
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2]}), tmp_path / "d.parquet")
+    assert [document.text for document in read_documents([tmp_path])] == ["x = 1\n", "one", "three"]
+    said = capsys.readouterr().err
+    assert "skipped 3" in said
+    for skipped in ("b.json (no column 'text')", "c.jsonl line 2 (no column 'text')", "d.parquet (no column 'text')"):
+        assert skipped in said
 
 
 def test_a_missing_folder_and_an_empty_corpus_are_refused(tmp_path):
