@@ -234,9 +234,9 @@ def score_positions(model: DiffusionLM, windows: Sequence[Window], corrupted: Se
                 cu_seqlens=ends, max_seqlen=int(lengths.max()))
         else:
             tokens, where = (pad_sequence(rows, batch_first=True).to(model.device) for rows in (tokens, where))
-            real = (torch.arange(tokens.shape[1]) < lengths.unsqueeze(1)).to(model.device)
+            real = torch.arange(tokens.shape[1]) < lengths.unsqueeze(1)
             hidden = model.hidden_states(tokens.masked_fill(where, mask_token_id),
-                                         attention_mask=None if real.all() else real)
+                                         attention_mask=None if real.all() else real.to(model.device))
         rows, places = where.nonzero(as_tuple=True)
         if model.config.shift_logits:
             places = places - 1  # padding is on the right, and the first token is not corrupted

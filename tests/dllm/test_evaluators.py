@@ -176,7 +176,7 @@ def test_blocks_of_one_token_give_the_likelihood_from_left_to_right(model, token
     assert first.nats.item() == pytest.approx(sum(expected[4:len(windows[0].tokens) - 1]), rel=1e-5)
 
 
-def test_a_block_is_bounded_given_those_before_it_alone(model, tokenizer):
+def test_a_block_is_bounded_given_those_before_it_alone(model):
     """By all its sets of corrupted tokens, counted out; what comes after the block changes nothing."""
     causal, tokens = block_causal(model, False, 3), torch.arange(50, 58)
     expected = 0.0

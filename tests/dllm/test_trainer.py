@@ -130,7 +130,6 @@ def write_half_and_die(state, file):
         os.kill(os.getpid(), signal.SIGKILL)
     write(state, file)
 torch.save = write_half_and_die
-from dllm.sampler import MDMGenerationConfig
 from dllm.train import main
 sys.exit(main(sys.argv[1:]))
 """
