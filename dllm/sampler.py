@@ -477,8 +477,8 @@ def split_into_blocks(editable: Tensor, place: Tensor, config: MDMGenerationConf
         raise UserError(f"steps must be a multiple of the {len(numbers)} blocks of {length} positions, not "
                         f"{config.steps}; {-(-config.steps // len(numbers)) * len(numbers)} would be")
     elif config.steps < len(numbers):
-        raise UserError(f"steps must be at least 1 for each of the {len(numbers)} blocks of {length} positions, not "
-                        f"{config.steps} in all")
+        raise UserError(f"steps must be at least {len(numbers)}, one for each of the blocks of {length} positions, not "
+                        f"{config.steps}")
     else:
         steps = config.steps // max(len(numbers), 1)
     blocks = []

@@ -418,7 +418,7 @@ def test_guidance_of_zero_is_none_and_moves_away_from_the_unconditional():
 @pytest.mark.parametrize("settings, message", [
     ({"block_length": 5}, "block_length 5 does not divide the 8 positions to fill; choose one that does"),
     ({"block_length": 4, "steps": 3}, "steps must be a multiple of the 2 blocks of 4 positions, not 3; 4 would be"),
-    ({"block_length": 4, "steps": 2, "block_causal": True}, "steps must be at least 1 for each of the 3 blocks of 4"),
+    ({"block_length": 4, "steps": 2, "block_causal": True}, "steps must be at least 3, one for each"),
     ({"block_length": 0}, "block_length must be at least 1, not 0"),
     ({"remasking": "high"}, "remasking must be none or one of low_confidence, random, .*, not 'high'"),
     ({"cfg_scale": -1.0}, "cfg_scale must be 0 or more, not -1.0"),

@@ -24,7 +24,7 @@ from dllm.evaluators import (
 from dllm.evaluators.estimates import wilson_interval
 from dllm.evaluators.held_out import Window, corrupt_share, cut_windows, decode, ratio_with_error
 from dllm.evaluators.infilling import draw_gaps, find_blocks
-from dllm.evaluators.perplexity import score_positions
+from dllm.evaluators.perplexity import bound_likelihood, score_positions
 
 TEXT = "".join(f"def function_{i}(a, b):\n    '''Say é.'''\n    c = a * b + {i}\n    return c\n\n\n" for i in range(12))
 DOCUMENTS = [Document(TEXT, "a.py"), Document(TEXT[40:900], "b.py"), Document("x = 1\n", "c.py")]
@@ -176,22 +176,25 @@ def test_blocks_of_one_token_give_the_likelihood_from_left_to_right(model, token
     assert first.nats.item() == pytest.approx(sum(expected[4:len(windows[0].tokens) - 1]), rel=1e-5)
 
 
-def test_a_block_is_bounded_given_those_before_it_alone(model):
-    """By all its sets of corrupted tokens, counted out; what comes after the block changes nothing."""
-    causal, tokens = block_causal(model, False, 3), torch.arange(50, 58)
+def test_how_many_tokens_are_corrupted_is_even_in_each_block():
+    """Of a model that is the less sure the more of a block is masked, the bound is the mean over these numbers."""
+    V, length, block, tokens = 20, 8, 3, torch.arange(8)
+    model = KnownModel(None, V, V - 1)
+    model.config = type("Config", (model.config,), {"block_causal": True, "block_length": block})
+
+    def hidden_states(noisy, clean_ids, **packed):
+        masked = (noisy == V - 1).view(-1, length)
+        many = torch.cat([part.sum(1, keepdim=True).expand_as(part) for part in masked.split(block, 1)], 1)
+        return F.one_hot(clean_ids, V) * (9.0 / many.clamp(min=1)).view(*noisy.shape, 1)
+
+    model.hidden_states = hidden_states
     expected = 0.0
-    for block in ([1, 2], [3, 4, 5], [6, 7]):
-        sets = [some for n in range(1, len(block) + 1) for some in itertools.combinations(block, n)]
-        for some in sets:
-            noisy = tokens[:block[-1] + 1].clone()
-            noisy[list(some)] = model.mask_token_id
-            logits = F.linear(causal.hidden_states(noisy.unsqueeze(0), block_length=3)[0], causal.head_weight)
-            nats = F.cross_entropy(logits[list(some)], tokens[list(some)])
-            expected += nats.item() / math.comb(len(block), len(some))  # n is uniform, and then the set
-    window = torch.ones(1, 8, dtype=torch.bool)
-    window[0, 0] = False
-    ours = causal.perplexity_bound(tokens, scored=window, samples=600)
-    assert abs(ours.nats.item() - expected) < 4 * ours.stderr.item() < 0.2 * expected
+    for size in (2, 3, 2):  # the first token is given
+        for n in range(1, size + 1):
+            expected += math.log1p((V - 1) * math.exp(-9 / n))  # size / n tokens of n, each with a chance of 1 / size
+    scored = torch.arange(length).unsqueeze(0) > 0
+    ours = bound_likelihood(model, tokens, scored=scored, samples=600)
+    assert ours.nats.item() == pytest.approx(expected, rel=0.01)
 
 
 def test_windows_hold_every_token_once_and_their_bytes_add_up(tokenizer):
