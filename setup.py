@@ -1,7 +1,7 @@
 """Builds the C++ extension where it can; the metadata is in pyproject.toml.
 
 A build without torch or a compiler (an isolated one, say) still installs: csrc goes into the wheel, and
-dllm_kernels/library.py builds it at first use. What was lost is printed.
+dllm_kernels/native_extension.py builds it at first use. What was lost is printed.
 """
 
 import importlib.util
@@ -17,9 +17,10 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 
 
-def load_library_module():
-    """dllm_kernels/library.py by its path: importing the package would import every operation."""
-    spec = importlib.util.spec_from_file_location("dllm_kernels_library", ROOT / "dllm_kernels" / "library.py")
+def load_native_extension():
+    """dllm_kernels/native_extension.py by its path: importing the package would import every operation."""
+    path = ROOT / "dllm_kernels" / "native_extension.py"
+    spec = importlib.util.spec_from_file_location("dllm_kernels_native_extension", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -27,8 +28,8 @@ def load_library_module():
 
 def find_extensions() -> list[Extension]:
     try:
-        library = load_library_module()
-        reason = library.why_unbuildable()
+        native = load_native_extension()
+        reason = native.why_unbuildable()
     except ImportError:
         reason = "the build environment has no torch (pip install --no-build-isolation uses yours)"
     if reason:
@@ -37,7 +38,7 @@ def find_extensions() -> list[Extension]:
             file=sys.stderr,
         )
         return []
-    files = [str(file.relative_to(ROOT)) for file in library.sources()]
+    files = [str(file.relative_to(ROOT)) for file in native.sources()]
     # optional: an error while building it is a warning
     return [Extension("dllm_kernels._native", files, optional=True)]
 
@@ -45,7 +46,7 @@ def find_extensions() -> list[Extension]:
 class BuildExtension(build_ext):
     def build_extension(self, ext: Extension) -> None:
         try:
-            load_library_module().compile_extension(Path(self.get_ext_fullpath(ext.name)).resolve())
+            load_native_extension().build(Path(self.get_ext_fullpath(ext.name)).resolve())
         except (RuntimeError, OSError) as error:
             print(
                 f"dllm_kernels: the C++ extension was not built: {error}; it will be tried at first use",

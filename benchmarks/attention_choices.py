@@ -1,8 +1,8 @@
 """python -m benchmarks.attention_choices [--device cuda]: time every backend of attention that runs on this machine.
 
-Prints, for each kind of call, the times and a line for dllm_kernels/attention/choices.py. Heads of Qwen2.5-0.5B and 7B;
-bf16 on a GPU, fp32 and one thread on a CPU; forward and backward, but for decoding, which has none. Packed documents
-are of many lengths. Backends take turns; each counts with its fastest call.
+Prints the times of each kind of call, and a line for dllm_kernels/attention/choices.py. Heads of Qwen2.5-0.5B and 7B;
+bf16 on a GPU, fp32 on one thread on a CPU; forward and backward, except for decoding, which has no backward. Packed
+documents have many lengths. Backends run in turns; the fastest call of each counts.
 """
 
 import argparse
@@ -21,7 +21,7 @@ HEADS = [(14, 2, 64), (28, 4, 128)]  # Hq, Hkv, E
 
 
 def cases(device: str, B: int, L: int, dtype: torch.dtype) -> Iterator[tuple[str, str, Callable, list]]:
-    """Kind, operation, a call of it that takes q, k, v and backend=, and q, k and v."""
+    """Yields kind, operation, a call of it that takes (q, k, v, backend=), and [q, k, v]."""
     for Hq, Hkv, E in HEADS:
         def heads(*shape, Hq=Hq, Hkv=Hkv, E=E):
             return [torch.randn(*shape, H, E, device=device, dtype=dtype) for H in (Hq, Hkv, Hkv)]
@@ -56,9 +56,9 @@ def step(attend: Callable, heads: list, name: str, backward: bool) -> Callable[[
 
 
 def fastest(calls: dict[str, Callable], rounds: int, finish: Callable[[], None]) -> dict[str, float]:
-    """Seconds of the fastest call of each, in turn."""
+    """Seconds of the fastest call of each; the calls run in turns."""
     best = dict.fromkeys(calls, math.inf)
-    for _ in range(rounds + 1):  # the first one compiles
+    for _ in range(rounds + 1):  # the first round compiles
         for name, call in calls.items():
             finish()
             start = time.perf_counter()
@@ -87,7 +87,7 @@ def main() -> None:
         heads = [x.detach().requires_grad_(kind != "decoding") for x in heads]
         calls = {backend.name: step(attend, heads, backend.name, kind != "decoding") for backend in BACKENDS[op]
                  if backend.missing() is None and backend.refuses(heads[0]) is None
-                 and not (gpu and backend.name == "reference")}  # whose scores do not fit
+                 and not (gpu and backend.name == "reference")}  # the reference's scores do not fit into the memory
         times = fastest(calls, options.rounds, finish)
         print(f"# {kind}, heads {heads[0].shape[-2]}, {heads[1].shape[-2]} of {heads[0].shape[-1]}: "
               + ", ".join(f"{backend} {1e3 * seconds:.3f} ms" for backend, seconds in times.items()), flush=True)

@@ -1,4 +1,4 @@
-"""Attention on a CPU, one thread, against scaled_dot_product_attention with the mask as a tensor, made beforehand.
+"""Attention on a CPU against scaled_dot_product_attention with a mask tensor that was made beforehand.
 
 Heads of Qwen2.5-0.5B: 14 query heads, 2 key heads of 64.
 """
@@ -17,7 +17,7 @@ def make_heads(*shape):
 
 
 def sdpa(q, k, v, mask=None):
-    """With a mask [1, 1, L, L], which its flash kernel takes; with [1, L, L] it would be 2.7 times as slow."""
+    """The mask is [1, 1, L, L], which its flash kernel takes; [1, L, L] would be 2.7 times as slow."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
 
@@ -57,7 +57,7 @@ def bench_block_diffusion(paired, backward):
 
 @pytest.mark.parametrize("queries", [1024, 32])
 def bench_dense(paired, queries):
-    """32 queries: those of one block, against cached keys."""
+    """32 queries are those of one block against cached keys."""
     heads = make_heads(1, 1024)
     heads[0] = heads[0][:, :queries]
     paired(ours=lambda: bidirectional_attention(*heads), baseline=lambda: sdpa(*heads), at_least=0.95)

@@ -1,4 +1,4 @@
-"""Attention on a GPU, bf16, heads of Qwen2.5-0.5B and 7B: against what PyTorch has, and flash_attn where installed.
+"""Attention on a GPU, bf16, heads of Qwen2.5-0.5B and 7B, against PyTorch's kernels, and flash_attn where installed.
 
 Dense and block diffusion: 8 rows of 4,096 positions; packed: as many positions in documents; decoding: 32
 queries against 2,048 cached keys in 32 rows, replayed from a CUDA graph, so that launching does not count.
@@ -60,7 +60,7 @@ def why_not(library: SDPBackend, heads) -> str | None:
 
 
 def torch_varlen(q, k, v, cu_seqlens, longest: int):
-    """Where this torch's takes no grouped heads, they are repeated before the measurement (see `for_torch_varlen`)."""
+    """`for_torch_varlen` repeats the heads before the measurement if this torch takes no grouped heads."""
     from torch.nn.attention.varlen import varlen_attn
 
     grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
@@ -107,7 +107,7 @@ def flex_mask(sees, length: int, device: str = DEVICE, create=create_block_mask)
 
 
 def call(attend, heads, backward: bool):
-    """Of one step, as a function without arguments."""
+    """One step as a function without arguments."""
     if backward:
         return lambda: torch.autograd.grad(out := attend(*heads), heads, out.detach())
     return lambda: attend(*(x.detach() for x in heads))
@@ -162,8 +162,10 @@ def bench_packed_documents(paired, longest, baseline, backend, shape, backward):
 @pytest.mark.parametrize("rebuilt", [True, False], ids=["mask_per_batch", "mask_made_before"])
 @pytest.mark.parametrize("backend", [None, "triton"], ids=["auto", "triton"])
 def bench_block_diffusion(paired, backend, rebuilt, shape, backward):
-    """Training mask, blocks of 32, 2 x 4,096 positions in a row. Promised over compiled FlexAttention: 1.5 where its
-    mask is built per batch, 1.15 where it is not."""
+    """Training mask, blocks of 32, 2 x 4,096 positions in a row.
+
+    Promised over compiled FlexAttention: 1.5 where its mask is built per batch, 1.15 where it is not.
+    """
     heads, sees = make_heads(2 * L, B, 2 * L, heads=SHAPES[shape]), block_diffusion_of(L, BLOCK)
     skip_where_missing(DENSE_BACKENDS, backend, heads[0])
     if backward and DEVICE == "cpu":
@@ -197,7 +199,7 @@ def bench_decoding(paired, backend, library, shape):
 @each_shape
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def bench_rows_of_a_cache(paired, backend, shape):
-    """Half of the rows, read where they are, against PyTorch's attention of a copy of them."""
+    """Half of the rows, read in place, against PyTorch's attention on a copy of them."""
     rows, queries, keys = CACHED
     q, k, v = (x.detach() for x in make_heads(queries, rows, keys, heads=SHAPES[shape]))
     taken = torch.arange(0, rows, 2, device=q.device)
@@ -210,7 +212,7 @@ def bench_rows_of_a_cache(paired, backend, shape):
 @each_shape
 @pytest.mark.parametrize("backend", [None, "triton", "cuda"], ids=["auto", "triton", "cuda"])
 def bench_new_length(paired, backend, shape):
-    """A length of keys never seen before, against one seen before: at most twice its time."""
+    """A new length of keys takes at most twice as long as one seen before."""
     skip_where_missing(DENSE_BACKENDS, backend, make_heads(BLOCK, 1, BLOCK, heads=SHAPES[shape])[0].detach())
     step = new_length(SHAPES[shape], backend, *pick((1024, 4096), (32, 512)))
     measure(paired, lambda: step(True), lambda: step(False), 0.5)
@@ -218,7 +220,7 @@ def bench_new_length(paired, backend, shape):
 
 def new_length(heads, backend, first: int = 1024, longest: int = 4096, rows: int = 4, queries: int = 32,
                dtype=torch.bfloat16, device: str = DEVICE):
-    """A function that attends to `first` cached keys or, if its argument is true, to a number it never has before."""
+    """A function that attends to `first` cached keys or, if its argument is true, to a number that is new to it."""
     q, k, v = (x.detach() for x in make_heads(queries, rows, longest, heads=heads, dtype=dtype, device=device))
     lengths = count(first + 1, 7)
 

@@ -1,5 +1,6 @@
-"""Head and loss on a GPU, forward and backward, at the vocabulary of Qwen2.5 and the hidden sizes of its 0.5B and 7B,
-bf16, half corrupted, weights 1/t: against the products alone, and against what else computes the same, where installed.
+"""Head and loss on a GPU, forward and backward, at the vocabulary of Qwen2.5 and the hidden sizes of its 0.5B and 7B.
+
+bf16, half corrupted, weights 1/t. Baselines: the products alone, and other implementations of the loss where installed.
 """
 
 import importlib.util
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.device import DEVICE, measure, on_device, peak_memory, pick, without_waiting
+from benchmarks.inputs import make_head
 from dllm_kernels import linear_masked_cross_entropy
 
 V = pick(151_936, 1_000)
@@ -17,9 +19,8 @@ pytestmark = on_device
 
 
 def make_case(N: int, D: int, words: int = V, device: str = DEVICE):
-    g = torch.Generator(device).manual_seed(0)
-    hidden, weight = (torch.randn(*shape, generator=g, device=device).bfloat16() for shape in ((N, D), (words, D)))
-    hidden, weight = hidden.requires_grad_(), (weight * D**-0.5).detach().requires_grad_()
+    hidden, weight = (x.requires_grad_() for x in make_head(N, D, words, torch.bfloat16, device))
+    g = torch.Generator(device).manual_seed(1)
     corrupted = torch.rand(N, generator=g, device=device) < 0.5
     targets = torch.randint(words, (N,), generator=g, device=device)
     return hidden, weight, targets, corrupted, 1 / (0.1 + torch.rand(N, generator=g, device=device))
@@ -41,7 +42,7 @@ def _compiled(hidden, weight, targets):
 
 
 def liger_on_all(hidden, weight, targets, corrupted, weights):
-    """What its users call: one weight for all, as it takes none per position."""
+    """Its users' call: all positions have one weight, because it takes none per position."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     return LigerFusedLinearCrossEntropyLoss()(weight, hidden, targets.masked_fill(~corrupted, -100))
@@ -72,7 +73,7 @@ def train(function, case) -> None:
 
 
 def multiply(case) -> None:
-    """The three products of the corrupted rows, in chunks whose logits take 2 GiB, by the library alone."""
+    """The library's three products of the corrupted rows, in chunks whose logits take 2 GiB."""
     hidden, weight, _, corrupted, _ = case
     rows, chunk = int(corrupted.sum()), max(1, 2**30 // len(weight))
     logits = torch.empty(chunk, len(weight), dtype=hidden.dtype, device=hidden.device)
@@ -84,7 +85,7 @@ def multiply(case) -> None:
 
 
 def extra_memory_mib(function, case) -> float:
-    """Peak of a training step besides what there was and the two gradients."""
+    """Peak memory of a training step besides its inputs and the two gradients."""
     return (peak_memory(lambda: train(function, case)) - sum(x.nbytes for x in case[:2])) / 2**20
 
 
@@ -125,4 +126,4 @@ def bench_host_synchronisations(paired):
     case = make_case(*pick((4096, 896), (32, 16)))
     train(ours, case)
     without_waiting(lambda: train(ours, case))
-    measure(paired, lambda: train(ours, case), lambda: train(ours, case), control="ours against ours: 1 but for noise")
+    measure(paired, lambda: train(ours, case), lambda: train(ours, case), control="ours against ours: 1 up to noise")

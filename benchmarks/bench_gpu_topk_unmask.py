@@ -1,13 +1,13 @@
 """A denoising step on a GPU, bf16, vocabulary of Qwen2.5: 32 sequences with 128 or 512 masked positions each.
 
-Calls are replayed from a CUDA graph, so that launching does not count, and what is read is larger than the L2 cache or
-taken from several copies in turn. Half of the logits copied moves as many bytes as all of them read: the measure of the
-memory's speed.
+Calls are replayed from a CUDA graph, so that launching does not count. Inputs exceed the L2 cache or come from several
+copies in turn. The memory's speed is that of copying half of the logits, which moves as many bytes as reading all.
 """
 
 import pytest
 import torch
 
+from benchmarks import inputs
 from benchmarks.device import (
     DEVICE,
     captured,
@@ -29,14 +29,12 @@ pytestmark = on_device
 
 
 def make_logits(rows: int, words: int = V, device: str = DEVICE):
-    g = torch.Generator(device).manual_seed(0)
-    return (3 * torch.randn(rows, words, generator=g, device=device)).bfloat16()
+    return inputs.make_logits(rows, words, torch.bfloat16, device)
 
 
 def make_head(rows: int, D: int, words: int = V, device: str = DEVICE):
-    g = torch.Generator(device).manual_seed(0)
-    hidden, weight = (torch.randn(*shape, generator=g, device=device) for shape in ((1, rows, D), (words, D)))
-    return hidden.bfloat16(), (weight * D**-0.5).bfloat16(), torch.arange(rows, device=device)
+    hidden, weight = inputs.make_head(rows, D, words, torch.bfloat16, device)
+    return hidden.unsqueeze(0), weight, torch.arange(rows, device=device)
 
 
 def make_uniforms(rows: int, device: str = DEVICE):
@@ -44,7 +42,7 @@ def make_uniforms(rows: int, device: str = DEVICE):
 
 
 def softmax_and_sample(logits, temperature):
-    """What one would write; compiled below."""
+    """The obvious implementation; compiled below."""
     p = (logits.float() / (temperature or 1)).softmax(-1)
     if temperature:
         noise = torch.empty_like(p).exponential_()
@@ -54,7 +52,7 @@ def softmax_and_sample(logits, temperature):
 
 
 def llada_step(logits, temperature):
-    """LLaDA's own (generate.py): Gumbel noise and softmax in float64, whatever the temperature of the softmax."""
+    """LLaDA's own (generate.py): Gumbel noise in float64, then an untempered softmax in float64."""
     noisy = logits
     if temperature:
         z = logits.to(torch.float64)
@@ -102,7 +100,7 @@ def bench_head_against_product_then_logits(paired, D, at_least, rows):
 
 @pytest.mark.parametrize("D", SIZES)
 def bench_head_of_one_block(paired, D):
-    """32 masked positions of one sequence: within 1.3 times the time that reading the head takes."""
+    """32 masked positions of one sequence take at most 1.3 times as long as reading the head."""
     cases = [make_head(32, D) for _ in range(3)]
     halves = [weight[:V // 2] for _, weight, _ in cases]
     to = torch.empty_like(halves[0])
@@ -111,7 +109,7 @@ def bench_head_of_one_block(paired, D):
 
 
 def bench_launches_bytes_and_synchronisations(paired):
-    """Of a whole step from hidden states at temperature 0. PyTorch raises at the first host synchronisation."""
+    """A whole step from hidden states at temperature 0. PyTorch raises at the first host synchronisation."""
     hidden, weight, _ = make_head(B * PER_ROW, SIZES[0])
     hidden, tokens = hidden.view(B, PER_ROW, SIZES[0]), torch.full((B, PER_ROW), MASK, device=DEVICE)
     k = torch.full((B,), 4, device=DEVICE)

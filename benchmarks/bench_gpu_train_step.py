@@ -1,10 +1,8 @@
-"""A training step on a GPU: Qwen2.5-0.5B's shape with random weights, bf16, rows of 4,096 positions, packed documents
-of 1 to 1,024.
+"""A training step on a GPU: Qwen2.5-0.5B's shape with random weights, bf16, documents packed in rows of 4,096.
 
-Ours against a rendition of Open-dLLM's step: the same model and mask ratio, attention across the documents of a row by
-PyTorch's kernel, and the loss over all positions, where installed by Liger-Kernel, which ignores those not corrupted.
-And ours with norms, rotary embedding and SwiGLU by torch.compile (`train.enable_compile`) and by Liger-Kernel, against
-ours as it is.
+The baseline renders Open-dLLM's step: the same model and mask ratio, PyTorch's attention across the documents of a
+row, and the loss over all positions, by Liger-Kernel where installed. A second comparison replaces our norms, rotary
+embedding and SwiGLU by torch.compile (`train.enable_compile`) and by Liger-Kernel.
 """
 
 import functools
@@ -16,8 +14,12 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.device import DEVICE, measure, mixed_ends, on_device, peak_memory, pick
-from dllm.families import ModelConfig
-from dllm.model import Attention, DiffusionLM, FeedForward, Positions, RMSNorm, attend
+from benchmarks.inputs import scale_logits
+from dllm.diffusion_lm import DiffusionLM
+from dllm.model.experts import FeedForward
+from dllm.model.families import ModelConfig
+from dllm.model.layouts import Layout, Packed
+from dllm.model.transformer import Attention, RMSNorm
 from dllm_kernels import linear_masked_cross_entropy
 
 LENGTH, LONGEST, ROWS = pick((4096, 1024, [1, 4, 8]), (32, 16, [2]))
@@ -37,12 +39,13 @@ def make_case(rows: int, device: str = DEVICE, dtype: torch.dtype = torch.bfloat
         corrupted = torch.rand(rows, LENGTH) < 0.5
         weights = 1 / (0.1 + torch.rand(rows, LENGTH))
         ends = mixed_ends(rows * LENGTH, LONGEST, device)
+    scale_logits(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device == "cuda")
     return model, optimizer, clean, corrupted, clean.masked_fill(corrupted, SHAPE["vocab_size"] - 1), weights, ends
 
 
 def our_step(model, optimizer, clean, corrupted, noisy, weights, ends):
-    hidden = model.hidden_states(noisy, cu_seqlens=ends, max_seqlen=LONGEST)
+    hidden = model.hidden_states(noisy, Packed(ends, LONGEST))
     linear_masked_cross_entropy(hidden, model.head_weight, clean, corrupted, weights=weights).backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -62,7 +65,7 @@ def open_dllm_step(model, optimizer, clean, corrupted, noisy, weights, ends):
 
 
 def model_flop(rows: int, corrupted: int, pairs: int) -> int:
-    """Of a step: six per weight and position, of the head per corrupted one, and of attention per (query, key) pair."""
+    """Operations of a step: six per weight and position, the head's per corrupted position, attention's per pair."""
     D, kept = SHAPE["hidden_size"], SHAPE["head_dim"]
     q, kv = SHAPE["num_attention_heads"] * kept, SHAPE["num_key_value_heads"] * kept
     layer = D * (2 * q + 2 * kv) + 3 * D * SHAPE["intermediate_size"]
@@ -72,7 +75,7 @@ def model_flop(rows: int, corrupted: int, pairs: int) -> int:
 
 
 def largest_micro_batch(step: Callable) -> int:
-    """Rows of a step that the GPU's memory holds, to a sixteenth; 0 on a CPU."""
+    """Most rows of a step that fit into the GPU's memory, within a sixteenth; 0 on a CPU."""
     if DEVICE == "cpu":
         return 0
 
@@ -96,7 +99,7 @@ def largest_micro_batch(step: Callable) -> int:
 
 @pytest.mark.parametrize("rows", ROWS)
 def bench_step(paired, rows):
-    """Promised: 2.5 times as fast, and with 4 rows 45% of the operations that the GPU's data sheet names."""
+    """Promised: 2.5 times as fast, and with 4 rows 45% of the operations per second of the GPU's data sheet."""
     memory = {}
     if rows == ROWS[0]:
         memory = {"largest_micro_batch": largest_micro_batch(our_step),
@@ -119,10 +122,10 @@ def use_liger(model: DiffusionLM) -> None:
     def feed_forward(self: FeedForward, x):
         return self.down_proj(liger_swiglu(self.gate_proj(x), self.up_proj(x)))
 
-    def attention(self: Attention, x, at: Positions):
+    def attention(self: Attention, x, rotary, layout: Layout, layer: int):
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = liger_rope(q.transpose(1, 2), k.transpose(1, 2), at.cos.squeeze(2), at.sin.squeeze(2))
-        return self.o_proj(attend(q.transpose(1, 2), k.transpose(1, 2), v, at).flatten(-2))
+        q, k = liger_rope(q.transpose(1, 2), k.transpose(1, 2), *(table.squeeze(2) for table in rotary))
+        return self.o_proj(layout.attend(q.transpose(1, 2), k.transpose(1, 2), v, layer).flatten(-2))
 
     for module in model.modules():
         for kind, forward in ((RMSNorm, norm), (FeedForward, feed_forward), (Attention, attention)):
@@ -132,7 +135,7 @@ def use_liger(model: DiffusionLM) -> None:
 
 @pytest.mark.parametrize("how", ["compile", "liger"])
 def bench_layers(paired, how):
-    """Nothing promised: it is to be seen which is faster."""
+    """Nothing is promised: the first run decides which is faster."""
     if how == "liger" and not importlib.util.find_spec("liger_kernel"):
         pytest.skip("Liger-Kernel is not installed")
     (plain, *case), (changed, *its_case) = make_case(ROWS[-1] // 2), make_case(ROWS[-1] // 2)

@@ -5,20 +5,21 @@ from pathlib import Path
 
 import torch
 
-import dllm.trainer as trainer
-from dllm.batches import forward, make_batches
-from dllm.building import describe_model
-from dllm.config import Config, load_config
+import dllm.training.trainer as trainer
+from dllm.config.reading import load_config
+from dllm.config.schema import Config
 from dllm.data import open_training_data, read_corpus
-from dllm.metrics import Clock
-from dllm.model import DiffusionLM
-from dllm.optimizer import build_optimizers
+from dllm.diffusion_lm import DiffusionLM
+from dllm.training.batches import forward, make_batches
+from dllm.training.build import choose_model
+from dllm.training.metrics import Clock
+from dllm.training.optimizer import build_optimizers
 
-STEPS = 10  # of a call
+STEPS = 3  # of a call
 
 
 class SteppedRun:
-    """A training run in a thread, that goes on for as many steps as it is told."""
+    """A training run in a thread; `advance` lets it take STEPS steps."""
 
     def __init__(self, config: Config, monkeypatch):
         self.allowed, self.done = threading.Semaphore(0), threading.Semaphore(0)
@@ -32,7 +33,7 @@ class SteppedRun:
         monkeypatch.setattr(Clock, "tick", wait)
         self.thread = threading.Thread(target=trainer.train, args=(config,))
         self.thread.start()
-        self.done.acquire()  # the first step, and all that comes before it
+        self.done.acquire()  # the first step, and the preparation before it
 
     def advance(self) -> None:
         for _ in range(STEPS):
@@ -57,7 +58,7 @@ def bench_trainer_step(paired, tmp_path, monkeypatch):
     settings = config.train
     assert run.thread.is_alive(), "the run has ended"
     corpus = read_corpus(config.data)
-    tokenizer, model_config, _ = describe_model(config, corpus, None)
+    tokenizer, model_config, _ = choose_model(config, lambda: corpus, None)
     model = DiffusionLM(model_config)
     rows = open_training_data(corpus, tokenizer, settings.seed, settings.rows_per_step).rows
     optimizers = build_optimizers(model, settings)
@@ -77,6 +78,6 @@ def bench_trainer_step(paired, tmp_path, monkeypatch):
                 optimizer.zero_grad(set_to_none=True)
 
     try:
-        paired(ours=run.advance, baseline=bare_steps, rounds=rounds, at_least=1 / 1.05, steps=STEPS)
+        paired(ours=run.advance, baseline=bare_steps, rounds=rounds, seconds=None, at_least=1 / 1.05, steps=STEPS)
     finally:
         run.finish()

@@ -1,6 +1,6 @@
-"""Where the GPU benchmarks run, and how large: on a GPU or, to prove the command without one, small on a CPU.
+"""Device and sizes of the GPU benchmarks: a GPU, or small shapes on a CPU to try the command without one.
 
-BENCH_DEVICE=cpu and BENCH_SMALL=1 in the environment choose the second; `benchmarks.gpu` sets them.
+`benchmarks.gpu` sets BENCH_DEVICE=cpu and BENCH_SMALL=1 in the environment for the latter.
 """
 
 import os
@@ -27,14 +27,14 @@ def skip_where_missing(backends: Sequence[Backend], name: str | None, tensor: to
 
 
 def mixed_ends(T: int, longest: int, device: str = DEVICE) -> torch.Tensor:
-    """cu_seqlens of T positions in documents of 1 to `longest`, as they are in packed text."""
+    """cu_seqlens of T positions in documents of 1 to `longest` positions, like packed text."""
     lengths = torch.randint(1, longest + 1, (T,), generator=torch.Generator().manual_seed(0))
     ends = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
     return torch.cat((ends[ends < T], torch.tensor([T]))).to(device, torch.int32)
 
 
 def finish() -> None:
-    """Wait until the device has done all."""
+    """Wait until the device has finished all its work."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
 
@@ -44,7 +44,7 @@ def device_name() -> str:
 
 
 def captured(*calls: Callable[[], object]) -> Callable[[], object]:
-    """The calls, one after the other, as one replay of a CUDA graph, so that launching does not count."""
+    """One replay of a CUDA graph of these calls in order, so that launching does not count."""
     if DEVICE == "cpu":
         return lambda: [call() for call in calls]
     stream = torch.cuda.Stream()
@@ -61,15 +61,15 @@ def captured(*calls: Callable[[], object]) -> Callable[[], object]:
 
 def measure(paired: Callable[..., float], ours: Callable[[], object], baseline: Callable[[], object],
             at_least: float | None = None, *, rounds: int = 20, **extra) -> float:
-    """`paired` on the device. What is promised of a GPU is not asked of a CPU."""
+    """`paired` on the device, without a limit of time. A CPU is not held to a GPU's promises."""
     if DEVICE == "cpu":
         at_least, extra["exactly"] = None, {}
-    return paired(ours=ours, baseline=baseline, finish=finish, rounds=pick(rounds, 2), threads=None, at_least=at_least,
-                  gpu=device_name(), **extra)
+    return paired(ours=ours, baseline=baseline, finish=finish, rounds=pick(rounds, 2), seconds=None, threads=None,
+                  at_least=at_least, gpu=device_name(), **extra)
 
 
 def peak_memory(call: Callable[[], object]) -> int:
-    """Bytes allocated during the call beside those before it; 0 on a CPU, where nobody counts."""
+    """Peak of the bytes that the call allocates; 0 on a CPU, where they are not counted."""
     if DEVICE == "cpu":
         return 0
     torch.cuda.synchronize()
@@ -80,7 +80,7 @@ def peak_memory(call: Callable[[], object]) -> int:
 
 
 def without_waiting(call: Callable[[], object]) -> None:
-    """PyTorch raises at the first host synchronisation."""
+    """Run the call; on a GPU, PyTorch raises at the first host synchronisation."""
     if DEVICE == "cpu":
         call()
         return

@@ -1,4 +1,4 @@
-"""A small call of every CUDA C++ kernel, for compute-sanitizer: odd sizes, rows that begin anywhere, and masks."""
+"""A small call of every CUDA C++ kernel, for compute-sanitizer: odd sizes, unaligned rows, and masks."""
 
 import torch
 

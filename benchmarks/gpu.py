@@ -1,10 +1,9 @@
-"""python -m benchmarks.gpu [--device cpu --small]: all that the GPU can prove, with one command, in under nine minutes.
+"""python -m benchmarks.gpu [--device cpu --small]: every check and benchmark of a GPU, in under nine minutes.
 
-In this order: what machine and packages there are; the ceilings, copy and matrix product, and a control of a call
-against itself; the tests of the operations, of training and of sampling; compute-sanitizer on a small call of every
-CUDA C++ kernel, where it is installed; the benchmarks. Prints a table and writes benchmarks/results/<gpu>.json. Exit
-status 1 if a test, a control or a promise fails.
-On a CPU, small, it proves the command and nothing else.
+In this order: the machine and its packages; the ceilings (copy, matrix product) and a control of a call against itself;
+the tests of the operations, of training and of sampling; compute-sanitizer on a small call of every CUDA C++ kernel,
+where it is installed; the benchmarks. Prints a table and writes benchmarks/results/<gpu>.json. The exit status is 1 if
+a test, the control or a promise fails. A small run on a CPU tries the command and measures nothing.
 """
 
 import argparse
@@ -24,12 +23,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.gate import judge
-from dllm.accounting import peak_flops
+from dllm.training.cost import peak_flops
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SECONDS = 8.5 * 60
-SHARES = {"tests": 0.35, "sanitizer": 0.1}  # of the seconds, at most
+SHARES = {"tests": 0.35, "sanitizer": 0.1}  # at most, of the seconds
 PACKAGES = ["torch", "triton", "liger-kernel", "cut-cross-entropy", "flash-attn", "transformers"]
 OPERATIONS = ["attention", "masked_cross_entropy", "topk_unmask"]
 TESTS = [f"tests/kernels/test_{name}{part}.py" for name in OPERATIONS for part in ("", "_cuda", "_triton")]
@@ -60,7 +59,7 @@ def environment(device: str) -> dict:
 
 
 def seconds_of(call, device: str, calls: int) -> list[float]:
-    """Of each call, by CUDA events where there is a GPU."""
+    """Seconds of each call, by CUDA events on a GPU."""
     taken = []
     for _ in range(calls):
         if device == "cuda":
@@ -78,8 +77,11 @@ def seconds_of(call, device: str, calls: int) -> list[float]:
 
 
 def ceilings(device: str, small: bool) -> dict:
-    """Bytes per second of a copy, read and written; operations per second of a bf16 product, and by the GPU's data
-    sheet, if known; and the ratio of the minima of one and the same copy, timed in turns."""
+    """Limits of the machine.
+
+    Returns: bytes per second of a copy, read and written; operations per second of a bf16 product, and by the GPU's
+    data sheet if known; the ratio of the minima of one copy timed against itself.
+    """
     size, n = (1 << 20, 64) if small else (1 << 31, 8192)
     source, to = torch.randint(256, (2, size), dtype=torch.uint8, device=device)
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -100,7 +102,7 @@ def ceilings(device: str, small: bool) -> dict:
 
 
 def run(command: list[str], seconds: float, **variables: str) -> tuple[int | None, str]:
-    """Exit status, None if it took longer, and what it printed."""
+    """Exit status, None after `seconds`, and the output."""
     try:
         done = subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, timeout=max(seconds, 1), text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -119,7 +121,7 @@ def tests(small: bool, seconds: float) -> dict:
 
 
 def sanitize(device: str, seconds: float) -> dict[str, str]:
-    """Tool of compute-sanitizer -> "clean", what it found, or why it did not run."""
+    """Tool of compute-sanitizer -> "clean", its findings, or the reason why it did not run."""
     tool = shutil.which("compute-sanitizer")
     absent = "needs a GPU" if device == "cpu" else None if tool else "compute-sanitizer is not installed"
     found = {}
@@ -136,7 +138,7 @@ def sanitize(device: str, seconds: float) -> dict[str, str]:
 
 
 def benchmarks(device: str, small: bool, deadline: float, only: str | None) -> tuple[list[dict], list[str], str | None]:
-    """The results, why the others were skipped, and what went wrong."""
+    """The results, the reasons why others were skipped, and the problem, if any."""
     files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "benchmarks").glob("bench_gpu_*.py"))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "benchmarks.json")
@@ -151,7 +153,7 @@ def benchmarks(device: str, small: bool, deadline: float, only: str | None) -> t
 
 
 def summarise(bench: dict, limits: dict) -> dict:
-    """One benchmark's line: times of ours and of the baseline in seconds, with all their samples."""
+    """One benchmark's line: seconds of ours and of the baseline, with all samples."""
     info, samples = dict(bench["extra_info"]), bench["stats"]["data"]
     theirs = info.pop("baseline_seconds")
     floor = max(info.get("must_read_bytes", 0) / limits["copy_bytes_per_s"],
@@ -192,7 +194,7 @@ def print_table(lines: list[dict]) -> None:
 
 
 def write(results: dict, path: Path) -> None:
-    """In one move: a killed run leaves what was there."""
+    """Replaces the file in one move, so that a killed run leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
         json.dump(results, file, indent=1)
@@ -206,10 +208,10 @@ def write(results: dict, path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--small", action="store_true", help="small shapes, a few tests: the command itself is tried")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="in all; what has not begun by then is skipped")
-    parser.add_argument("--only", metavar="NAMES", help="pytest's -k for the benchmarks; without tests and sanitizer")
-    parser.add_argument("--results", type=Path, help="the file to write; benchmarks/results/<gpu>.json")
+    parser.add_argument("--small", action="store_true", help="small shapes and few tests, to try the command")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="limit of the run; later benchmarks are skipped")
+    parser.add_argument("--only", metavar="NAMES", help="pytest's -k for the benchmarks; skips tests and sanitizer")
+    parser.add_argument("--results", type=Path, help="the file to write (default: benchmarks/results/<gpu>.json)")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU here; --device cpu --small tries the command without one")

@@ -1,15 +1,15 @@
-"""Peak memory of one call in a process of its own."""
+"""Peak memory of one call in its own process."""
 
 import subprocess
 import sys
 
 
 def peak_memory_mib(module: str, call: str, **variables) -> float:
-    """Peak resident memory of `function(*case)` above what the process held before it, in MiB, on one thread.
+    """MiB by which `call(*make_case(**variables))` raises the peak of resident memory, on one thread.
 
     Args:
-        module: of benchmarks; its `make_case(**variables)` makes the case.
-        call: the name of the function there.
+        module: name of the module in benchmarks that has `make_case` and `call`.
+        call: name of the function to measure.
     """
     code = (f"import torch; from benchmarks import {module} as bench, memory; torch.set_num_threads(1); "
             f"case = bench.make_case(**{variables!r}); before = memory.resident_peak_mib(); bench.{call}(*case); "
@@ -18,6 +18,6 @@ def peak_memory_mib(module: str, call: str, **variables) -> float:
 
 
 def resident_peak_mib() -> float:
-    """Of this process so far; ru_maxrss of getrusage would begin with the peak of the process that started this one."""
+    """Peak of this process so far. getrusage's ru_maxrss would include the peak of the parent process."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) / 1024 for line in file if line.startswith("VmHWM:"))

@@ -1,15 +1,16 @@
-"""The baselines of bench_sampler.py: denoising as Open-dLLM, LLaDA and Fast-dLLM do it, written from their behaviour.
+"""Baselines of bench_sampler.py: denoising as Open-dLLM, LLaDA and Fast-dLLM do it, written from their behaviour.
 
-In Open-dLLM every step runs the model on the whole canvas, multiplies the head at every position, shifts a copy of the
-logits, and, per strategy, filters by sorting the vocabulary and takes the softmax of all rows in fp32. Steps whose
-schedule commits nothing run all the same. Randomness is torch's global generator.
+Every step of Open-dLLM runs the model on the whole canvas, multiplies the head at every position, shifts a copy of the
+logits, filters by sorting the vocabulary, and takes the softmax of all rows in fp32. A step that commits nothing runs
+too. Random numbers come from torch's global generator.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllm.cache import KeyValueCache
+from dllm.model.cache import KeyValueCache
+from dllm.model.layouts import Cached
 
 
 def filter_and_score(logits: Tensor, temperature: float, top_p: float | None, top_k: int | None, confidence: str):
@@ -76,7 +77,10 @@ def naive_denoise(model, canvas: Tensor, *, steps: int, alg: str = "entropy", te
 
 @torch.no_grad()
 def naive_llada(model, canvas: Tensor, *, steps: int, block_length: int) -> tuple[Tensor, int]:
-    """LLaDA's generate at temperature 0: argmax and softmax of all positions in every step; and forward passes."""
+    """LLaDA's generate at temperature 0: argmax and softmax of all positions in every step.
+
+    Returns: the tokens and the number of forward passes.
+    """
     x = canvas.clone()
     first = int((x[0] == model.mask_token_id).nonzero()[0])
     blocks = (x.shape[1] - first) // block_length
@@ -98,21 +102,19 @@ def naive_llada(model, canvas: Tensor, *, steps: int, block_length: int) -> tupl
 
 @torch.no_grad()
 def naive_fast_dllm(model, canvas: Tensor, *, block_length: int, threshold: float, dual: bool) -> tuple[Tensor, int]:
-    """Fast-dLLM's generate for LLaDA with its prefix or dual cache at temperature 0, one sequence; and forward passes.
+    """Fast-dLLM's generate for LLaDA, one sequence at temperature 0 with its prefix or dual cache.
 
-    All positions that are fed get logits, and a softmax in float64, as there. The cache keeps rotated keys; the
-    original rotates all of them in every step.
+    As in the original, every position of the input gets logits and a softmax in float64. The cache keeps rotated keys;
+    the original rotates all of them in every step. Returns: the tokens and the number of forward passes.
     """
     x, forwards = canvas.clone(), 0
-    cache = KeyValueCache(model.config, *x.shape, like=model.head_weight, grows=False)
+    cache = KeyValueCache(model.config, *x.shape, like=model.head_weight)
     first = int((x[0] == model.mask_token_id).nonzero()[0])
     for start in range(first, x.shape[1], block_length):
         end = start + block_length
         for index in range(block_length + 1):
             window = slice(0, x.shape[1]) if index == 0 else slice(start, end if dual else x.shape[1])
-            cache.start = window.start
-            positions = torch.arange(window.start, window.stop, device=x.device).unsqueeze(0)
-            hidden = model.hidden_states(x[:, window], cache=cache, position_ids=positions)
+            hidden = model.hidden_states(x[:, window], Cached(cache, window.start))
             logits = F.linear(hidden, model.head_weight)
             forwards += 1
             tokens = logits.argmax(-1)

@@ -1,8 +1,7 @@
-"""python benchmarks/reference_executor.py TASKS.jsonl.gz SAMPLES.jsonl WORKERS: how HumanEval's samples usually run.
+"""python benchmarks/reference_executor.py TASKS.jsonl.gz SAMPLES.jsonl WORKERS: the usual executor of HumanEval.
 
-For each sample a manager process for the result and a process for the program, forked from this one: a timer of 3 s,
-the program's output thrown away, a temporary folder, and the functions that do harm set to None. It prints how many
-pass.
+Forks two processes for each sample, a manager for the result and one for the program, with a timer of 3 s, discarded
+output, a temporary folder, and harmful functions set to None. Prints the number of samples that pass.
 """
 
 import builtins

@@ -1,8 +1,8 @@
 """python -m benchmarks.tune [OPERATION ...]: find the fastest tiles of the Triton kernels on this GPU.
 
-One kernel after the other, each candidate in the whole operation, forward and backward, at the shapes of the GPU
-benchmarks; what is at least 2% faster than the best before it, with results as near to those of the first as rounding
-allows, goes into dllm_kernels/tuned.py. What does not compile or fit is left out and named. Minutes per operation.
+Each candidate is timed in the whole operation, forward and backward, at the shapes of the GPU benchmarks, one kernel
+after the other. A candidate at least 2% faster than the best so far, whose results are equal up to rounding, goes into
+dllm_kernels/tuned.py. Candidates that do not compile or fit are named and skipped. Takes minutes per operation.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.device import DEVICE, SMALL, device_name, finish, pick
 from benchmarks.gpu import seconds_of
-from dllm_kernels import tuned
+from dllm_kernels import bidirectional_attention, linear_masked_cross_entropy, linear_token_scores, tuned
 
 CANDIDATES = {"num_warps": (4, 8), "num_stages": (2, 3, 4, 5), "ROWS": (64, 128, 256), "WORDS": (64, 128, 256),
               "COLUMNS": (64, 128, 256), "INNER": (32, 64, 128)}
@@ -26,9 +26,9 @@ GAIN = 0.98
 class Case(NamedTuple):
     operation: str
     shape: object  # class of the table
-    tiles: dict  # of the module, changed while tuning: shape class -> kernel -> settings
+    tiles: dict  # the module's own table, changed while tuning: shape class -> kernel -> settings
     kernels: list[str]
-    call: Callable[[], list[torch.Tensor]]  # the operation; its results
+    call: Callable[[], list[torch.Tensor]]  # runs the operation and returns its results
 
 
 def loss_case() -> Case:
@@ -40,7 +40,7 @@ def loss_case() -> Case:
     hidden, weight = (x.detach().to(dtype).requires_grad_() for x in case[:2])
 
     def call():
-        loss = triton_kernels.linear_masked_cross_entropy(hidden, weight, case[2], case[3], None, case[4], "mean")
+        loss = linear_masked_cross_entropy(hidden, weight, case[2], case[3], weights=case[4], backend="triton")
         return [loss, *torch.autograd.grad(loss, (hidden, weight))]
 
     return Case("masked_cross_entropy", 2, triton_kernels.TILES, list(triton_kernels.TILES[2]), call)
@@ -55,9 +55,7 @@ def unmask_case() -> Case:
         hidden, weight = hidden.half(), weight.half()
 
     def call():
-        token, confidence = triton_kernels.linear_score_rows(
-            hidden[0], weight, None, rows, None, None, "prob", 0.0, None, None, False)
-        return [confidence]
+        return [linear_token_scores(hidden, weight, rows, backend="triton").confidence]
 
     return Case("topk_unmask", 2, triton_kernels.TILES, ["linear"], call)
 
@@ -73,7 +71,7 @@ def attention_case(heads: tuple[int, int, int], few: bool) -> Case:
 
     def call():
         with torch.set_grad_enabled(not few):
-            out = triton_kernels.bidirectional_attention(q, k, v, None, None, heads[2] ** -0.5)
+            out = bidirectional_attention(q, k, v, backend="triton")
         return [out] if few else [out, *torch.autograd.grad(out, (q, k, v), out.detach())]
 
     kernels = [name for name in triton_kernels.TILES[shape] if (name == "few") == few]
@@ -89,7 +87,7 @@ def cases() -> Iterator[Callable[[], Case]]:
 
 
 def neighbours(settings: dict[str, int]) -> Iterator[dict[str, int]]:
-    """The settings with one or two of them changed."""
+    """The settings with one or two values changed."""
     names = [name for name in settings if name in CANDIDATES]
     for count in (1, 2):
         for chosen in itertools.combinations(names, count):
@@ -100,7 +98,7 @@ def neighbours(settings: dict[str, int]) -> Iterator[dict[str, int]]:
 
 
 def tune(case: Case, limit: int | None) -> Iterator[tuple[str, dict[str, int], float]]:
-    """Kernel, settings, and how many times as fast the operation is with them, where it is."""
+    """Yields each kernel that becomes faster, its settings, and how many times as fast the operation is."""
     truth = case.call()
     for kernel in case.kernels:
         before = best = case.tiles[case.shape][kernel]
@@ -129,7 +127,7 @@ def same(result: torch.Tensor, truth: torch.Tensor) -> bool:
 
 
 def rewrite(path: Path, found: dict) -> None:
-    """Put the table into tuned.py, in one move."""
+    """Replace the table in tuned.py, in one move."""
     text = path.read_text()
     head, rest = text.split("TILES: dict[tuple, tuple[dict[str, int], str]] = {\n")
     tail = rest.split("}\n", 1)[1] if rest.startswith("}") else rest.split("\n}\n", 1)[1]
@@ -144,7 +142,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("operations", nargs="*", metavar="OPERATION",
                         help="masked_cross_entropy, topk_unmask, attention; all by default")
-    parser.add_argument("--limit", type=int, help="candidates of a kernel, at most")
+    parser.add_argument("--limit", type=int, help="most candidates of a kernel")
     parser.add_argument("--table", type=Path, default=Path(tuned.__file__), help="the file to rewrite")
     options = parser.parse_args()
     if unknown := set(options.operations) - {name for name, _ in cases()}:

@@ -22,8 +22,8 @@ STABLE_TORCH_LIBRARY(dllm_kernels_native, m) {
       "float temperature, float? threshold, Tensor(a!) filled, Tensor(b!) committed) -> ()");
   // linear.cpp. logits [M, V] = hidden [M, D] fp32 times weight [V, D], for few rows.
   m.def("linear_rows_cpu(Tensor hidden, Tensor weight, Tensor? bias, Tensor(a!) logits) -> ()");
-  // masked_cross_entropy.cpp. Rows [M] int64 of logits [N, V]; the rest [M] fp32; softcap 0: none. grad [N, V] of the
-  // logits' dtype, of which only these rows are written.
+  // masked_cross_entropy.cpp. Rows [M] int64 of logits [N, V]: targets [N] int64, the other numbers [N] fp32, and grad
+  // [N, V] of the logits' dtype are read and written there only. softcap 0: none.
   m.def(
       "cross_entropy_statistics_cpu(Tensor logits, Tensor rows, Tensor targets, float softcap, Tensor(a!) top, "
       "Tensor(b!) total, Tensor(c!) target_logit) -> ()");
@@ -43,14 +43,14 @@ STABLE_TORCH_LIBRARY(dllm_kernels_native, m) {
   m.def(
       "decode_attention_cuda(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? cache_rows, int block_length, "
       "float scale, Tensor(a!) out) -> ()");
-  // masked_cross_entropy.cpp. x [M, D] fp32, weight [V, D], the rest [M] fp32; softcap 0: none. The gradients are fp32;
-  // those of weight and bias are added to what is there, or (add false) that of weight replaces it. limit: rows whose logits
-  // in a tile of words are all below it are left out of the gradients, if their targets are elsewhere.
+  // masked_cross_entropy.cpp. x [M, D] fp32 and rows [M] int64, the places of x in targets [N] and the numbers [N] fp32;
+  // weight [V, D]; softcap 0: none. The gradients are fp32; those of weight and bias are added to what is there, or (add
+  // false) that of weight replaces it.
   m.def(
-      "linear_cross_entropy_statistics_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor targets, float softcap, "
-      "Tensor(a!) top, Tensor(b!) total, Tensor(c!) target_logit) -> ()");
+      "linear_cross_entropy_statistics_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor rows, Tensor targets, "
+      "float softcap, Tensor(a!) top, Tensor(b!) total, Tensor(c!) target_logit) -> ()");
   m.def(
-      "linear_cross_entropy_gradients_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor targets, float softcap, "
-      "Tensor top, Tensor probability_scale, Tensor target_scale, Tensor? limit, Tensor(a!)? grad_x, "
+      "linear_cross_entropy_gradients_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor rows, Tensor targets, "
+      "float softcap, Tensor top, Tensor probability_scale, Tensor target_scale, Tensor(a!)? grad_x, "
       "Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, bool add) -> ()");
 }

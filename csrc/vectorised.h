@@ -1,4 +1,4 @@
-// Functions compiled once per instruction set; the loader picks the best for the machine it runs on.
+// Functions compiled once per instruction set; the loader picks the best one for the machine.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -7,8 +7,9 @@
 #define DLLM_VECTORISED
 #endif
 
-// name(arguments) for the widest vectors of this machine, out of a template <int width> void name_of_width(parameters)
-// of always inlined code: 16, 8 or 4 floats. DLLM_WIDTH=8, say, takes that width everywhere (a test compiles it so).
+// Defines name(parameters), which calls name_of_width<width>(arguments) with the machine's vector width: 16, 8 or 4
+// floats. The template's code must be always inlined. DLLM_WIDTH=8, for example, fixes the width everywhere (a test
+// does so).
 #if defined(DLLM_WIDTH)
 #define DLLM_BY_WIDTH(name, parameters, arguments)                                                        \
   __attribute__((target("arch=x86-64-v3"))) inline void name parameters { name##_of_width<DLLM_WIDTH> arguments; }
@@ -30,5 +31,5 @@
   inline void name parameters { name##_of_width<4> arguments; }
 #endif
 
-// Inlined into each of the versions; a function called from them would be compiled for the oldest machine only.
+// Inlined into each version, because a function that they call would be compiled for the oldest machine only.
 #define DLLM_INLINE inline __attribute__((always_inline))

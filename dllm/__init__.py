@@ -8,11 +8,10 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOME = {
-    "Config": "config", "load_config": "config",
-    "DiffusionLM": "model", "ModelConfig": "families",
-    "GenerationOutput": "sampler", "MDMGenerationConfig": "sampler",
-    "load_tokenizer": "tokenizer",
-    "Failure": "errors", "UserError": "errors",
+    "DiffusionLM": "diffusion_lm", "ModelConfig": "model.families",
+    "GenerationOutput": "generation.sampler", "MDMGenerationConfig": "generation.config",
+    "load_tokenizer": "model.tokenizer",
+    "UserError": "errors",
 }
 __all__ = sorted(_HOME)
 

@@ -12,6 +12,8 @@ import torch
 import dllm
 import dllm_kernels
 from dllm.errors import Failure
+from dllm.files import name_processor
+from dllm.training.precision import probe
 
 _REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "pyarrow")
 _OPTIONAL = ("triton", "flash-attn", "liger-kernel")
@@ -37,7 +39,9 @@ def report() -> None:
             if name in _REQUIRED:
                 hints.append(f"pip install {name}")
     print()
-    _line("cpu", f"{_cpu_name()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
+    _line("cpu", f"{name_processor()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
+    found = probe()
+    _line("", "no units for bf16 (AMX, AVX512-BF16): training in fp32" if found is None else found.describe())
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         _line(f"cuda:{index}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}")
@@ -66,7 +70,7 @@ def report() -> None:
 
 def _describe_sandbox() -> None:
     """The layers that programs run in when samples are scored, and what is not protected without the others."""
-    from dllm.evaluators.sandbox import PROTECTS, Sandbox
+    from dllm.evaluators.sandbox.host import PROTECTS, Sandbox
 
     try:
         with Sandbox() as sandbox:
@@ -84,14 +88,6 @@ def _describe_sandbox() -> None:
 
 def _line(name: str, text: str) -> None:
     print(f"{name:<16} {text}")
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _program_version(path: str) -> str:

@@ -1,8 +1,11 @@
 """How a program runs and ends, and the two errors users meet: what was wanted, what came, what to do, in one line."""
 
+import difflib
 import os
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -11,6 +14,49 @@ class UserError(ValueError):
 
 class Failure(RuntimeError):
     """Good input, but the machine could not do it (a full disk, say). The command line exits with 1."""
+
+
+class Notice(UserWarning):
+    """Something that was done otherwise than the user may expect. The command line shows it as one line on stderr."""
+
+
+def warn(text: str) -> None:
+    """Warn of something; the same text is shown once."""
+    warnings.warn(text, Notice, stacklevel=2)
+
+
+@contextmanager
+def notices_in_a_line() -> Iterator[None]:
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def show_warning(message, category, *place, **more):
+            if issubclass(category, Notice):
+                print(f"dllm: warning: {message}", file=sys.stderr)
+            else:
+                show(message, category, *place, **more)
+
+        warnings.showwarning = show_warning
+        yield
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def did_you_mean(word: str, valid: Iterable[str]) -> str:
+    """The end of a message that names the valid word nearest to `word`; empty where none is near."""
+    near = difflib.get_close_matches(word, list(valid), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def silence(*descriptors: int) -> None:
+    """Let what is written to the open files go nowhere, because nobody reads it and writing fails."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in descriptors:
+        os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def run_command(command: Callable[[], int], debug: bool = False) -> int:
@@ -25,14 +71,15 @@ def run_command(command: Callable[[], int], debug: bool = False) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     debug = debug or os.environ.get("DLLM_DEBUG", "0") not in ("", "0")
     try:
-        code = command()
+        with notices_in_a_line():
+            code = command()
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         print("dllm: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has seen enough; Python would complain again when it flushes
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout.fileno())
         return 1
     except Exception as error:
         if debug:

@@ -7,24 +7,24 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dllm.config import load_config
+from dllm.config.reading import load_config
 from dllm.errors import run_command
 
 
 def run(arguments: Sequence[str]) -> int:
-    """The first argument, unless it is a flag, is a YAML file; see `dllm.config` for the keys."""
+    """The first argument, unless it is a flag, is a YAML file; see `dllm.config.schema` for the keys."""
     dry = "--dry-run" in arguments
     arguments = [argument for argument in arguments if argument != "--dry-run"]
     path = arguments.pop(0) if arguments and not arguments[0].startswith("--") else None
     config = load_config(path, arguments)
     main_process = os.environ.get("RANK", "0") == "0"
     if dry:
-        from dllm.plan import plan
+        from dllm.training.dry_run import plan
 
         if main_process:
             print(plan(config))
         return 0
-    from dllm.trainer import train  # after the configuration is known to be good: it imports torch
+    from dllm.training.trainer import train  # after the configuration is known to be good: it imports torch
 
     result = train(config)
     if main_process and result.finished:

@@ -1,7 +1,7 @@
 """Fused operations for masked diffusion language models, usable on their own as drop-in replacements.
 
 Every operation takes `backend=None` (the fastest that can run on the inputs) or a backend's name; `describe_backends()`
-says what runs on this machine. Nothing here imports Transformers, Triton or the compiled extension at import time.
+prints the backends that run on this machine. Transformers, Triton and the compiled extension are loaded when needed.
 """
 
 from dllm_kernels import attention as _attention
@@ -42,7 +42,7 @@ def describe_backends() -> str:
 
 
 def __getattr__(name: str):
-    if name in __all__:  # the patches, which need Transformers when called
+    if name in __all__:  # the patches, which need Transformers
         from dllm_kernels import patch
 
         return getattr(patch, name)

@@ -1,18 +1,35 @@
-"""Which backend runs an operation: the first of its table that can run here on these inputs, or the one asked for."""
+"""The choice of a backend: the first of an operation's table that can run here on these inputs, or the one named."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 class Backend(NamedTuple):
     """One way to compute an operation."""
 
     name: str
-    run: Callable  # the arguments of the operation's reference, in its order
+    run: Any  # a function, or functions: what the operation's reference has in this place
     missing: Callable[[], str | None] = lambda: None  # why it cannot run on this machine; None: it can
     refuses: Callable[[Tensor], str | None] = lambda tensor: None  # why it cannot run on such a tensor; None: it can
+
+
+def takes(device: str, dtypes: Sequence[torch.dtype] = tuple(DTYPES)) -> Callable[[Tensor], str | None]:
+    """The `refuses` of a backend for tensors on one type of device, "cpu" or "cuda", and of some dtypes."""
+    *names, last = (DTYPES[dtype] for dtype in dtypes)
+
+    def refuses(tensor: Tensor) -> str | None:
+        if not getattr(tensor, f"is_{device}"):
+            return f"needs a {device.upper()} tensor"
+        if tensor.dtype not in dtypes:
+            return f"takes {', '.join(names)} and {last}, not {tensor.dtype}"
+        return None
+
+    return refuses
 
 
 def choose(op: str, backends: Sequence[Backend], name: str | None, tensor: Tensor) -> Backend:

@@ -1,19 +1,19 @@
 """Drop-in use in Hugging Face Transformers: an attention implementation, and patches of model classes or instances.
 
     dllm_kernels.register_attention()
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="dllm")   # attention in both directions
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="dllm")   # bidirectional attention
 
     undo = dllm_kernels.apply_dllm_kernels_to_qwen2(model=model)                       # and the loss without logits
     undo()
 
-Without `model=` the classes are patched, for the models made afterwards. Transformers is imported when one of these is
-called.
+Transformers is imported when one of these functions is called.
 """
 
 import functools
 import importlib
 import inspect
 import sys
+import types
 import weakref
 from collections.abc import Callable
 
@@ -31,13 +31,12 @@ Undo = Callable[[], None]
 
 
 def register_attention() -> None:
-    """Register "dllm" with Transformers, so that ``attn_implementation="dllm"`` gives attention in both directions.
+    """Register "dllm" with Transformers, so that ``attn_implementation="dllm"`` gives bidirectional attention.
 
-    Padding is handled: no query sees a key whose attention_mask is 0, and a query that sees none gives zeros. Padded
-    queries give numbers that mean nothing, as everywhere in Transformers. Calling it twice does no harm.
+    No query sees a key whose attention_mask is 0; a query that sees no key gives zeros. Repeated calls do no harm.
 
-    Raises: ImportError without Transformers 5. At the model's call, ValueError for what this attention does
-        not have: dropout, sliding windows, soft capping, sinks, packed position_ids, 4-D masks.
+    Raises: ImportError without Transformers 5. When the model is called, ValueError for what this attention does not
+        have: dropout, sliding windows, soft capping, sinks, packed position_ids, 4-D masks.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -47,16 +46,16 @@ def register_attention() -> None:
 
 def apply_dllm_kernels_to_qwen2(*, attention: bool = True, fused_linear_cross_entropy: bool = True,
                                 model: nn.Module | None = None) -> Undo:
-    """Patch Qwen2: attention in both directions, and a loss that never stores the logits.
+    """Patch Qwen2: bidirectional attention, and a loss that never stores the logits.
 
     Args:
         attention: set the attention implementation to "dllm" (see `register_attention`).
         fused_linear_cross_entropy: in training mode, ``model(..., labels=labels).loss`` comes from
             `linear_masked_cross_entropy` of the positions whose label is not ignore_index, and ``.logits`` is None. The
             value is that of Transformers: labels are shifted (position i predicts label i + 1) unless they come as
-            `shift_labels`. So for models that predict the masked position itself, give the labels as both.
+            `shift_labels`. A model that predicts the masked position itself needs its labels as both.
         model: patch this model alone; None patches the classes, for models made afterwards.
-    Returns: a function that undoes the patch, on the models it reached too.
+    Returns: a function that undoes the patch, also on models made meanwhile.
     Raises: ValueError if `model` is not such a model; ImportError without Transformers.
     """
     return _apply("qwen2", "Qwen2", attention, fused_linear_cross_entropy, model)
@@ -77,35 +76,34 @@ def apply_dllm_kernels_to_llama(*, attention: bool = True, fused_linear_cross_en
 def apply_dllm_kernels_to_llada(*, model: nn.Module) -> Undo:
     """Patch the attention of a LLaDA model, whose code comes with its checkpoint (trust_remote_code).
 
-    A call with a mask, with dropout, or that asks for causality is left to the model's own code. The loss of LLaDA is
-    computed outside of the model: take the hidden states and `linear_masked_cross_entropy` there.
+    Calls with a mask or dropout, and causal ones, are left to the model's own code. The loss of LLaDA is computed
+    outside of the model: take its hidden states and `linear_masked_cross_entropy` there.
 
-    Args:
-        model: the model; its code is not a class of Transformers that could be patched beforehand.
     Returns: a function that undoes the patch.
     Raises: ValueError if no layer of `model` has the attention method of LLaDA's published code.
     """
-    wanted = ["q", "k", "v", "attn_mask", "dropout_p", "is_causal"]
+    name, wanted = "_scaled_dot_product_attention", ["q", "k", "v", "attn_mask", "dropout_p", "is_causal"]
     layers = [layer for layer in _modules("llada", model)
-              if _parameters(getattr(layer, "_scaled_dot_product_attention", None)) == wanted]
+              if hasattr(layer, name) and list(inspect.signature(getattr(layer, name)).parameters) == wanted]
     if not layers:
         raise ValueError(f"apply_dllm_kernels_to_llada: no layer of {type(model).__name__} has a method "
-                         f"_scaled_dot_product_attention({', '.join(wanted)}); give a model of LLaDA's published code")
+                         f"{name}({', '.join(wanted)}); give a model of LLaDA's published code")
 
-    def patched(original, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
+    def patched(original, layer, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
         if attn_mask is not None or dropout_p or is_causal:
-            return original(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal)
+            return original(layer, q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal)
         return bidirectional_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
-    return _replace([(layer, "_scaled_dot_product_attention", patched) for layer in layers])
+    return _replace([(layer, name, patched) for layer in layers])
 
 
 def apply_dllm_kernels_to_dream(*, model: nn.Module) -> Undo:
     """Patch the attention of a Dream model, whose code comes with its checkpoint (trust_remote_code).
 
-    A call with a mask, a cache or dropout, or that asks for the attention weights, is left to the model's own code.
+    Calls with a mask, a cache or dropout, and those that ask for the attention weights, are left to the model's own
+    code.
 
-    Args, returns: as `apply_dllm_kernels_to_llada`.
+    Returns: a function that undoes the patch.
     Raises: ValueError if no layer of `model` is a DreamSdpaAttention of Dream's published code.
     """
     layers = [layer for layer in _modules("dream", model) if type(layer).__name__ == "DreamSdpaAttention"]
@@ -113,24 +111,22 @@ def apply_dllm_kernels_to_dream(*, model: nn.Module) -> Undo:
         raise ValueError(f"apply_dllm_kernels_to_dream: {type(model).__name__} has no layer DreamSdpaAttention; give a "
                          f"model of Dream's published code, loaded with attn_implementation='sdpa'")
 
-    def patch(layer):
-        rotate = sys.modules[type(layer).__module__].apply_rotary_pos_emb
+    rotate = sys.modules[type(layers[0]).__module__].apply_rotary_pos_emb
 
-        def patched(original, hidden_states, attention_mask=None, *args, position_embeddings=None, **others):
-            known = {name: value for name, value in others.items() if name not in ("position_ids", "cache_position")}
-            if (args or isinstance(attention_mask, Tensor) or position_embeddings is None
-                    or any(value is not None and value is not False for value in known.values())
-                    or (layer.training and layer.attention_dropout)):
-                return original(hidden_states, attention_mask, *args, position_embeddings=position_embeddings, **others)
-            heads = (*hidden_states.shape[:2], -1, layer.head_dim)
-            q, k, v = (project(hidden_states).view(heads) for project in (layer.q_proj, layer.k_proj, layer.v_proj))
-            q, k = rotate(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
-            out = bidirectional_attention(q.transpose(1, 2), k.transpose(1, 2), v)
-            return layer.o_proj(out.flatten(2)), None, None
+    def patched(original, layer, hidden_states, attention_mask=None, *args, position_embeddings=None, **others):
+        known = {name: value for name, value in others.items() if name not in ("position_ids", "cache_position")}
+        if (args or isinstance(attention_mask, Tensor) or position_embeddings is None
+                or any(value is not None and value is not False for value in known.values())
+                or (layer.training and layer.attention_dropout)):
+            return original(layer, hidden_states, attention_mask, *args, position_embeddings=position_embeddings,
+                            **others)
+        heads = (*hidden_states.shape[:2], -1, layer.head_dim)
+        q, k, v = (project(hidden_states).view(heads) for project in (layer.q_proj, layer.k_proj, layer.v_proj))
+        q, k = rotate(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
+        out = bidirectional_attention(q.transpose(1, 2), k.transpose(1, 2), v)
+        return layer.o_proj(out.flatten(2)), None, None
 
-        return patched
-
-    return _replace([(layer, "forward", patch(layer)) for layer in layers])
+    return _replace([(layer, "forward", patched) for layer in layers])
 
 
 def _attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
@@ -162,8 +158,7 @@ def _key_mask(batch_size: int, *, kv_length: int, kv_offset: int = 0, mask_funct
             "query sees every key of its row that is not padding. Under torch.compile give an attention_mask, because "
             "without one Transformers takes all position_ids for packed; else load the model with 'sdpa' or 'eager'")
     if attention_mask is None:
-        # Keys that a static cache has not been given yet must not be seen. Transformers 5.0 says it by
-        # cache_position.
+        # No query may see the keys that a static cache has not been given yet; Transformers 5.0 has cache_position.
         where = others.get("cache_position")
         seen = others["q_offset"] + others["q_length"] if where is None else where[-1] + 1
         if isinstance(seen, int) and seen >= kv_length + kv_offset:
@@ -219,14 +214,12 @@ def _apply(module: str, prefix: str, attention: bool, loss: bool, model: nn.Modu
     return undo
 
 
-def _forward_with_loss(original, *args, labels=None, logits_to_keep=0, return_dict=None, **kwargs):
-    """The forward of a causal model of Transformers; in training with labels, the loss comes without the logits."""
-    bound = getattr(original, "__self__", None)
-    self, inputs = (args[0], args[1:]) if bound is None else (bound, args)
+def _forward_with_loss(original, self, *inputs, labels=None, logits_to_keep=0, return_dict=None, **kwargs):
+    """The forward of a causal model; in training with labels, the loss comes without the logits."""
     head = self.lm_head
     if (labels is None or not self.training or return_dict is False or type(head) is not nn.Linear
             or not isinstance(logits_to_keep, int) or logits_to_keep):
-        return original(*args, labels=labels, logits_to_keep=logits_to_keep, return_dict=return_dict, **kwargs)
+        return original(self, *inputs, labels=labels, logits_to_keep=logits_to_keep, return_dict=return_dict, **kwargs)
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     names = ("shift_labels", "num_items_in_batch", "ignore_index")
@@ -248,38 +241,48 @@ def _shifted_loss(hidden: Tensor, head: nn.Linear, labels: Tensor, shift_labels:
 
 
 def _replace(replacements: list[tuple[object, str, Callable]]) -> Undo:
-    """Set method `name` of each class or instance to `patched(original, ...)`; returns what restores them."""
+    """Set method `name` of each class or instance to `patched(original, self, ...)`; returns what restores them.
+
+    An instance gets a bound method, and neither it nor `original` holds on to the instance, so that copies of a patched
+    model (copy.deepcopy, AveragedModel) compute with their own weights. torch.save keeps weights, not this patch.
+    """
     restores = []
-    for owner, name, patched in replacements:
-        original, own = getattr(owner, name), name in vars(owner)
-        setattr(owner, name, _bind(patched, original))
-        restores.append((owner, name, original if own else None))
+
+    def replace(owner, name, patched):
+        before = vars(owner).get(name)
+        original = getattr(owner, name)
+        if isinstance(original, types.MethodType) and original.__self__ is owner:
+            original = original.__func__
+        elif not isinstance(owner, type):  # something callable was set on the instance
+            original = functools.partial(_call_without_self, original)
+
+        @functools.wraps(getattr(owner, name))  # Transformers' Trainer reads the signature: which columns does it take?
+        def method(self, *args, **kwargs):
+            return patched(original, self, *args, **kwargs)
+
+        restores.append((owner, name, before))
+        setattr(owner, name, method if isinstance(owner, type) else types.MethodType(method, owner))
+
+    for replacement in replacements:
+        replace(*replacement)
 
     def undo() -> None:
         while restores:
-            owner, name, original = restores.pop()
-            if original is None:
+            owner, name, before = restores.pop()
+            if before is None:
                 delattr(owner, name)
             else:
-                setattr(owner, name, original)
+                setattr(owner, name, before)
 
     return undo
 
 
-def _bind(patched: Callable, original: Callable) -> Callable:
-    @functools.wraps(original)  # Transformers' Trainer reads the signature to know which columns the model takes
-    def method(*args, **kwargs):
-        return patched(original, *args, **kwargs)
-
-    return method
+def _call_without_self(function: Callable, self, *args, **kwargs):
+    return function(*args, **kwargs)
 
 
 def _modules(family: str, model: nn.Module):
     if not isinstance(model, nn.Module):
-        raise ValueError(f"apply_dllm_kernels_to_{family} takes model=, a loaded model, not {type(model).__name__}: "
-                         f"its code comes with its checkpoint, so there is no class to patch beforehand")
+        raise ValueError(f"apply_dllm_kernels_to_{family} takes model=, a loaded model, not {type(model).__name__}; "
+                         "its code comes with its checkpoint, so there is no class to patch beforehand")
     return model.modules()
-
-
-def _parameters(method: Callable | None) -> list[str]:
-    return [] if method is None else list(inspect.signature(method).parameters)

@@ -1,9 +1,13 @@
-"""Where Triton's kernels can run: on a CUDA GPU, or in Triton's interpreter, which the tests use."""
+"""Availability of Triton's kernels: on a CUDA GPU, or in Triton's interpreter, which the tests use."""
 
+import importlib
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from dllm_kernels.dispatch import takes
 
 
 def interpreted() -> bool:
@@ -23,12 +27,18 @@ def missing() -> str | None:
 
 def refuses(tensor: Tensor) -> str | None:
     """Why they cannot run on such a tensor, None if they can."""
-    if interpreted():
-        if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.float16):
-            return "under TRITON_INTERPRET=1 takes fp32 and fp16 on the CPU (the interpreter is wrong on bf16)"
+    if not interpreted():
+        return takes("cuda")(tensor)
+    if tensor.is_cpu and tensor.dtype in (torch.float32, torch.float16):
         return None
-    if not tensor.is_cuda:
-        return "needs a CUDA tensor"
-    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"takes fp32, fp16 and bf16, not {tensor.dtype}"
-    return None
+    return "under TRITON_INTERPRET=1 takes fp32 and fp16 on the CPU (the interpreter is wrong on bf16)"
+
+
+def kernels(operation: str):
+    """The module of an operation's kernels. It imports Triton, so it is loaded only when they run."""
+    return importlib.import_module(f"dllm_kernels.{operation}.triton_kernels")
+
+
+def on_triton(operation: str, function: str) -> Callable:
+    """A function of that module, which is loaded at the first call."""
+    return lambda *arguments: getattr(kernels(operation), function)(*arguments)

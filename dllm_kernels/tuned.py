@@ -1,18 +1,18 @@
-"""Tiles of the Triton kernels that have been measured to be faster on an architecture than those in their modules.
+"""Tiles of the Triton kernels that measured faster on an architecture than those in their modules.
 
-Data: nothing is tried out when a kernel runs. `python -m benchmarks.tune` measures on the GPU at hand and rewrites it.
+Data: no kernel is tuned when it runs. `python -m benchmarks.tune` measures on the GPU at hand and rewrites this file.
 """
 
 import torch
 
-# (architecture, operation, shape class, kernel) -> settings, and where they were measured. Shape classes: bytes per
-# number and, of attention, the head size.
+# (architecture, operation, shape class, kernel) -> settings, and the machine that measured them. A shape class is the
+# bytes per number and, for attention, the head size.
 TILES: dict[tuple, tuple[dict[str, int], str]] = {
 }
 
 
 def architecture() -> str | None:
-    """That of the current GPU, as "sm_90" or "gfx942"; None without one."""
+    """The current GPU's, such as "sm_90" or "gfx942"; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     if torch.version.hip:
@@ -21,7 +21,7 @@ def architecture() -> str | None:
 
 
 def apply(operation: str, tiles: dict) -> dict:
-    """`tiles`, shape class -> kernel -> settings, with what was measured on this architecture."""
+    """`tiles`, shape class -> kernel -> settings, updated by the measurements on this architecture."""
     here = architecture()
     for (where, name, shape, kernel), (settings, _) in TILES.items():
         if (where, name) == (here, operation):

@@ -1,10 +1,23 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests, and how tests are shared out among processes."""
 
+import os
 from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: `make test` runs one process for each core
+
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+def pytest_configure() -> None:
+    os.environ.pop("PYTEST_XDIST_WORKER", None)  # with it pytest-benchmark writes nothing in processes that tests start
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that no process is left alone with a long one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
@@ -20,9 +33,9 @@ def model_folder(tmp_path_factory) -> Path:
     """A folder with a random tiny model (400 tokens, 256 positions) and a tokenizer of its own. Do not change it."""
     import torch
 
-    from dllm.families import ModelConfig
-    from dllm.model import DiffusionLM
-    from dllm.tokenizer import train_tokenizer
+    from dllm.diffusion_lm import DiffusionLM
+    from dllm.model.families import ModelConfig
+    from dllm.model.tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("model") / "tiny"
     tokenizer = train_tokenizer([Path(__file__).read_text()], 400)

@@ -7,8 +7,6 @@ streams, no graphs and no libraries of a GPU, and nothing is fast.
 
 import ctypes
 import os
-import subprocess
-import tempfile
 import threading
 import warnings
 from contextlib import nullcontext
@@ -30,6 +28,9 @@ from torch.utils._python_dispatch import (  # noqa: E402
     return_and_correct_aliasing,
 )
 from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
+
+from tests import interpreter  # noqa: E402
+from tests.compiled import shared_library  # noqa: E402
 
 COPIES = ("aten::_to_copy", "aten::copy_")
 WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim",
@@ -120,17 +121,16 @@ def set_sync_debug_mode(mode: str) -> None:
 
 def load_device() -> None:
     home = Path(torch.__file__).parent
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder, "stand_in_gpu.so")
-        subprocess.run([*os.environ.get("CXX", "g++").split(), "-std=c++20", "-fPIC", "-shared",
-                        str(Path(__file__).with_suffix(".cpp")), f"-I{home / 'include'}", "-o", str(library),
-                        f"-L{home / 'lib'}", "-lc10", "-ltorch_cpu"], check=True)
-        ctypes.CDLL(str(library))
+    library = shared_library(Path(__file__).with_suffix(".cpp"), f"-I{home / 'include'}", f"-L{home / 'lib'}", "-lc10",
+                             "-ltorch_cpu", compiler=tuple(os.environ.get("CXX", "g++").split()),
+                             depends=(torch.__version__,))
+    ctypes.CDLL(str(library))
 
 
 def pytest_configure() -> None:
     """Until the process ends."""
     load_device()
+    interpreter.pytest_configure()
     torch.__future__.set_swap_module_params_on_conversion(True)
     for name, value in {
             "_lazy_init": lambda: None, "is_available": lambda: True, "device_count": lambda: 1,

@@ -1,31 +1,33 @@
-"""The code blocks of the README, run as they stand in a temporary folder with a tiny model and a little code.
+"""The code blocks of the README and of docs/, run as they stand in a temporary folder with a tiny model and some code.
 
 A block after `<!-- network -->` names a model of the hub; the tiny model takes its place. Training stops after 2 steps.
 """
 
+import importlib
 import json
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
-import time
+import tomllib
 from pathlib import Path
-from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
 
+import dllm
 from dllm import cli
-from dllm.config import load_config
+from dllm.config.reading import load_config
+from tests.processes import end, find_free_port, start, wait_until
 
 ROOT = Path(__file__).parents[1]
 HUB = ("fredzzp/open-dcoder-0.5B", "Qwen/Qwen2.5-Coder-0.5B")
 BRIEF = ["--train.max_steps=2", "--train.max_minutes=", "--train.micro_batch_size=2", "--train.global_batch_size=2",
          "--train.save_time_interval_minutes=0"]
 BLOCK = re.compile(r"^(?P<mark><!-- network -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
-BLOCKS = list(BLOCK.finditer((ROOT / "README.md").read_text()))
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+BLOCKS = [(page, block) for page in PAGES for block in BLOCK.finditer(page.read_text())]
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +63,11 @@ def inside(place, monkeypatch):
 
 
 def blocks(language: str):
-    found = [block for block in BLOCKS if block["language"] == language]
-    return [pytest.param(block, id=f"line {block.string[:block.start()].count(chr(10)) + 2}") for block in found]
+    def line(block) -> int:
+        return block.string[:block.start()].count("\n") + 2
+
+    return [pytest.param(block, id=f"{page.name}:{line(block)}") for page, block in BLOCKS
+            if block["language"] == language]
 
 
 def make_local(text: str) -> str:
@@ -72,18 +77,38 @@ def make_local(text: str) -> str:
 
 
 def test_every_block_is_in_a_language_that_is_run():
-    assert {block["language"] for block in BLOCKS} == {"bash", "python"} and len(BLOCKS) >= 8
-    assert (ROOT / "README.md").read_text().count("```") == 2 * len(BLOCKS)
+    assert {block["language"] for _, block in BLOCKS} == {"bash", "python"} and len(BLOCKS) >= 20
+    for page in PAGES:
+        assert page.read_text().count("```") == 2 * sum(page == its for its, _ in BLOCKS), page.name
+
+
+def test_the_readme_fits_on_a_page():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_the_readme_lists_all_public_names():
+    listed = re.search(r"`from dllm import ([^`]*)`", (ROOT / "README.md").read_text())
+    exec(listed[0].strip("`"), {})
+    assert set(listed[1].split(", ")) == set(dllm.__all__)
+    assert all(hasattr(dllm, name) for name in dllm.__all__)
+    assert {"Regex", "json_schema", "AllowedTokens"} <= set(dir(importlib.import_module("dllm.constraints")))
+
+
+def test_the_readme_lists_all_extras():
+    listed = re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text(), re.M)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert sorted(listed) == sorted(extras.keys() - {"dev"})
 
 
 @pytest.mark.parametrize("block", blocks("python"))
 def test_python_blocks(block, capsys):
     code = make_local(block["code"]) if block["mark"] else block["code"]
     assert block["mark"] or not any(name in code for name in HUB), "this block needs the mark <!-- network -->"
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code, "<docs>", "exec"), {})
     assert capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", blocks("bash"))
 def test_commands(block, place, capsys, request):
     free_port = find_free_port()
@@ -105,38 +130,25 @@ def test_commands(block, place, capsys, request):
                 answer = json.loads(subprocess.run(words, capture_output=True, check=True).stdout)
                 assert answer["choices"][0]["finish_reason"] in ("stop", "length"), answer
         else:
-            assert words[0] == "dllm", f"the README runs {words[0]}, which this test does not"
+            assert words[0] == "dllm", f"the docs run {words[0]}, which this test does not"
             assert cli.main([*words[1:], *(BRIEF if words[1] == "train" else [])]) == 0, capsys.readouterr().err
 
 
-def find_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture
-def serving():
+def serving(tmp_path):
     """A function that starts a server by its command line, and waits until it answers; the test's end stops it."""
     started = []
 
-    def start(words: list[str]) -> None:
-        process = subprocess.Popen([sys.executable, "-m", *words])
-        started.append(process)
-        url = f"http://127.0.0.1:{words[words.index('--port') + 1]}/health"
-        for _ in range(600):
-            assert process.poll() is None, "the server has ended"
-            try:
-                urlopen(url).close()
-                return
-            except URLError:
-                time.sleep(0.1)
-        raise AssertionError("the server does not answer after a minute")
+    def serve(words: list[str]) -> None:
+        told = tmp_path / f"told{len(started)}"
+        started.append(start(cli.main, words[1:], told))
+        wait_until(lambda: "serving on" in told.read_text(), started[-1])
+        urlopen(f"http://127.0.0.1:{words[words.index('--port') + 1]}/health").close()
 
-    yield start
+    yield serve
     for process in started:
         process.terminate()
-        assert process.wait(30) == 0
+        assert end(process) == 0
 
 
 def check_recipe(place: Path, arguments: list[str]) -> None:
@@ -150,18 +162,23 @@ def check_recipe(place: Path, arguments: list[str]) -> None:
 
 
 def test_links_lead_to_files_that_exist():
-    for page in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
-        for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
-            assert (ROOT / target).exists(), f"{page} links to {target}"
+    for page in (*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"):
+        for target, _, anchor in re.findall(r"\]\(([^)#:]*)(#([^)]+))?\)", page.read_text()):
+            there = page.parent / target if target else page
+            assert there.exists(), f"{page.name} links to {target}"
+            heads = re.findall(r"^#+ (.+)$", there.read_text(), re.M) if anchor else []
+            assert not anchor or anchor in [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads]
 
 
-def test_the_map_of_the_tree_names_what_is_there_and_all_of_it():
-    text = (ROOT / "README.md").read_text().split("## The tree")[1].split("\n## ")[0]
+@pytest.mark.slow
+def test_the_map_names_every_module_and_nothing_else():
+    text = (ROOT / "docs/architecture.md").read_text().split("## The map")[1]
     for package in ("dllm", "dllm_kernels"):
-        for path in (ROOT / package).iterdir():
-            if not path.name.startswith(("_", ".")) and (path.suffix == ".py" or path.is_dir()):
-                if path.name not in ("errors.py", "train.py", "operators.py"):
-                    assert path.name in text, f"the README's map lacks {package}/{path.name}"
-    names = re.findall(r"\b[a-z_]+\.(?:py|yaml|cpp)\b", text)
-    for name in names:
-        assert list(ROOT.glob(f"*/{name}")) or list(ROOT.glob(f"*/*/{name}")), f"there is no {name}"
+        for path in (ROOT / package).rglob("*.py"):
+            operation = package == "dllm_kernels" and path.parent.name != "dllm_kernels"  # a file a backend, named so
+            if not path.name.startswith("_") and not operation:
+                assert path.name in text, f"docs/architecture.md lacks {path.relative_to(ROOT)}"
+        for path in (ROOT / package).rglob("__init__.py"):
+            assert f"{path.parent.name}/" in text, f"docs/architecture.md lacks {path.parent.relative_to(ROOT)}"
+    for name in re.findall(r"\b[a-z_]+\.(?:py|yaml|cpp)\b", text):
+        assert list(ROOT.glob(f"[!.]*/**/{name}")), f"there is no {name}"

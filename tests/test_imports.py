@@ -101,16 +101,59 @@ def test_dllm_uses_only_public_names_of_dllm_kernels(imports):
         assert names <= public, f"{i.file} uses {names - public}"
 
 
-def test_the_trainer_imports_no_sampler_evaluator_or_server(imports):
-    training = ("train", "trainer", "batches", "loss", "data", "corruption", "optimizer", "checkpoint", "tokenizer",
-                "config")
-    for module in ("dllm.sampler", "dllm.strategies", "dllm.evaluators", "dllm.server"):
-        assert not [i for i in imports if Path(i.file).stem in training and i.touches(module)]
-    run("import dllm.trainer, sys; assert not {'dllm.sampler', 'dllm.evaluators', 'dllm.server'} & {*sys.modules}")
+# Each floor may import those before it, and itself. Folders of one floor never import one another.
+FLOORS = [
+    {"errors", "files"}, {"config"}, {"model", "data"}, {"diffusion", "constraints"}, {"training", "generation"},
+    {"evaluators"}, {"diffusion_lm", "pages"}, {"demo", "doctor", "train", "server"}, {"cli"}, {"__main__"},
+]
+
+
+def rooms_of(i: Import) -> set[str]:
+    """The folders and flat modules of `dllm` that an import names."""
+    below = [i.module, *(f"{i.module}.{name}" for name in i.names)] if i.module == "dllm" else [i.module]
+    return {name.split(".")[1] for name in below if name.startswith("dllm.")} & set().union(*FLOORS)
+
+
+def test_folders_are_imported_in_one_order(imports):
+    floor_of = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+    there = {path.relative_to(ROOT / "dllm").parts[0].removesuffix(".py") for path in (ROOT / "dllm").rglob("*.py")}
+    assert there - {"__init__"} == floor_of.keys(), "a folder or module has no floor, or a floor has no module"
+    for i in (i for i in imports if i.file.startswith("dllm/") and i.file != "dllm/__init__.py"):
+        own = Path(i.file).parts[1].removesuffix(".py")
+        for room in rooms_of(i) - {own}:
+            allowed = floor_of[room] < floor_of[own] or {own, room} == {"errors", "files"}
+            assert allowed, f"{i.file} imports dllm.{room}, which is not on a floor below dllm.{own}"
+
+
+def test_no_circle_of_imports_lazy_ones_included(imports):
+    modules = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"): path
+               for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
+    arrows: dict[str, set[str]] = {name: set() for name in modules}
+    for i in imports:
+        importer = i.file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+        named = {f"{i.module}.{name}" for name in i.names} & modules.keys()
+        arrows[importer] |= (named or {i.module} & modules.keys()) - {importer}
+    circles = []
+    while ends := [name for name, others in arrows.items() if not others & arrows.keys()]:
+        for name in ends:
+            del arrows[name]
+    circles = sorted(arrows)  # only modules on a circle, or that import one, are left
+    assert not circles, f"a circle of imports among {circles}"
+
+
+def test_at_most_twelve_modules_lie_flat():
+    assert len(list((ROOT / "dllm").glob("*.py"))) <= 12
+
+
+@pytest.mark.slow
+def test_the_trainer_starts_without_sampler_evaluators_and_server():
+    run("import dllm.training.trainer, sys; "
+        "assert not {'dllm.generation', 'dllm.evaluators', 'dllm.server'} & {*sys.modules}")
 
 
 def test_nothing_imports_the_command_line(imports):
-    assert {i.file for i in imports if i.touches("dllm.cli")} == {"dllm/__main__.py"}
+    importers = {i.file for i in imports if i.touches("dllm.cli") and not i.file.startswith("dllm/cli/")}
+    assert importers == {"dllm/__main__.py"}
 
 
 def test_packages_never_import_tests_or_benchmarks(imports):
@@ -125,6 +168,7 @@ def run(code: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_both_import_and_run_with_triton_transformers_and_the_extension_missing():
     run("""
 import sys
@@ -154,11 +198,13 @@ dllm.DiffusionLM, dllm.MDMGenerationConfig
 
 
 def test_importing_dllm_and_its_help_import_nothing_heavy():
-    heavy = "assert not {'torch', 'numpy', 'transformers', 'rich', 'yaml', 'dllm_kernels'} & {*sys.modules}"
+    heavy = ("assert not {'torch', 'numpy', 'transformers', 'rich', 'yaml', 'jinja2', 'matplotlib', 'dllm_kernels'}"
+             " & {*sys.modules}")
     run(f"import sys, dllm; {heavy}; dir(dllm); {heavy}")
     run(f"import sys; from dllm.cli import main; assert main(['--help']) == 0 == main(['sample', '--help']); {heavy}")
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("code, seconds", [
     ("import dllm", 2.5),
     ("import sys; from dllm.cli import main; sys.exit(main(['--help']))", 0.5),

@@ -41,7 +41,8 @@ def test_a_wheel_holds_every_file_and_works_from_another_folder(tmp_path):
     assert relative_files("dllm", "*.py") | relative_files("dllm_kernels", "*.py") <= names
     assert {f"dllm_kernels/{name}" for name in relative_files("csrc", "*.*")} <= names
     assert {f"dllm/{name}" for name in relative_files("configs", "*.yaml")} <= names
-    assert relative_files("dllm/evaluators/lm_eval_tasks", "*.*") <= names
+    assert relative_files("dllm/evaluators/harness/lm_eval_tasks", "*.*") <= names
+    assert relative_files("dllm/pages/templates", "*.*") <= names
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "csrc", "configs"))]
     code = """
 import os, dllm, dllm_kernels
@@ -53,8 +54,8 @@ for file in site.rglob("*.py"):
     parts = file.relative_to(site).with_suffix("").parts
     if "triton" not in parts[-1] and parts[-1] != "__main__":
         import_module(".".join(parts).removesuffix(".__init__"))
-from dllm_kernels import library
-print(library.why_missing())
+from dllm_kernels import native_extension
+print(native_extension.why_missing())
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(tmp_path / "site"), "DLLM_BUILD": "0"})

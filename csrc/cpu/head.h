@@ -1,4 +1,4 @@
-// The head on the CPU: the logits of a tile of words and some rows of hidden states, held in the cache.
+// The head on the CPU: logits of a tile of words and some rows of hidden states, held in the cache.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -18,13 +18,14 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 
-constexpr int64_t kWords = 128;  // of a tile
+constexpr int64_t kWords = 128;  // words of a tile
 constexpr int64_t kBlock = 192;  // rows whose logits are held at once: whole panels for every vector width
 
-// Memory aligned to vectors and cache lines.
+// Memory aligned to cache lines.
 class Buffer {
  public:
-  explicit Buffer(int64_t size) : data_(static_cast<float*>(std::aligned_alloc(64, round_up(size, 16) * sizeof(float) + 64))) {
+  explicit Buffer(int64_t size)
+      : data_(static_cast<float*>(std::aligned_alloc(64, round_up(size, 16) * sizeof(float) + 64))) {
     STD_TORCH_CHECK(data_ != nullptr, "out of memory: ", size, " floats");
   }
   float* get() const { return data_.get(); }
@@ -44,7 +45,7 @@ struct Head {
   float softcap;      // 0: none
 };
 
-// The weights of a tile, fp32 [kWords, D], rows past the vocabulary zero.
+// The weights of a tile, fp32 [kWords, D], zero past the vocabulary; `row` becomes the distance of its rows.
 DLLM_INLINE const float* read_words(const Head& head, int64_t first, int64_t words, float* buffer, int64_t* row) {
   if (head.dtype == ScalarType::Float && words == kWords) {
     *row = head.stride;
@@ -66,7 +67,8 @@ DLLM_INLINE const float* read_words(const Head& head, int64_t first, int64_t wor
   return buffer;
 }
 
-// z [kWords, kBlock], of `rows` rows from row `first_row` on: words first..first + words, bias and soft cap included.
+// z [kWords, kBlock]: logits of the words first..first + words and of `rows` rows from `first_row` on, with bias and
+// soft cap.
 template <int width>
 DLLM_INLINE void logits_of_tile(const Head& head, const float* w, int64_t w_row, int64_t first, int64_t words,
                                 const float* x_turned, int64_t first_row, int64_t rows, float* z) {
@@ -79,7 +81,7 @@ DLLM_INLINE void logits_of_tile(const Head& head, const float* w, int64_t w_row,
     for (int64_t v = 0; v < words; ++v) cap(z + v * kBlock, rows, head.softcap, z + v * kBlock);
 }
 
-// The rows turned (a panel holds rows side by side, [D x rows]) or as they are ([rows x D]).
+// Panels of the rows, transposed ([D x rows], rows side by side) or as they are ([rows x D]).
 template <int width>
 DLLM_INLINE void pack_rows_of_width(const float* x, int64_t M, int64_t D, bool turned, float* panels) {
   const int64_t padded = round_up(M, width), wide_D = round_up(D, width);
@@ -105,7 +107,8 @@ inline int vector_width() {
   return out;
 }
 
-inline Head describe_head(const torch::stable::Tensor& weight, const std::optional<torch::stable::Tensor>& bias, double softcap) {
+inline Head describe_head(const torch::stable::Tensor& weight, const std::optional<torch::stable::Tensor>& bias,
+                          double softcap) {
   check_rows(weight, 2, "weight");
   const auto dtype = weight.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,

@@ -2,7 +2,8 @@
 #include "linear.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
+
+#include "parallel.h"
 
 namespace {
 
@@ -22,7 +23,7 @@ void linear_rows(const Tensor& hidden, const Tensor& weight, std::optional<Tenso
   for (int64_t row = 0; row < hidden.size(0); row += dllm::kBlock) {
     const dllm::Product product(head, x + row * head.D, std::min(dllm::kBlock, hidden.size(0) - row));
     const int64_t tasks = (head.V + kWordsPerTask - 1) / kWordsPerTask, stride = logits.stride(0);
-    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    dllm::parallel_for(0, tasks, [&](int64_t begin, int64_t end) {
       dllm::Product::Workspace work(product);
       for (int64_t first = begin * kWordsPerTask; first < std::min(end * kWordsPerTask, head.V); first += kWordsPerTask)
         product.logits(first, std::min(first + kWordsPerTask, head.V), work, out + row * stride + first, stride);

@@ -1,10 +1,10 @@
-// The logits hidden [M, D] weight[V, D]^T + bias of some words, for the rows of a denoising step.
+// Logits hidden [M, D] weight[V, D]^T + bias of some words, for the rows of a denoising step.
 //
-// A library's matrix product repacks the weights for every call, which for M of a few dozen costs as much as the product.
-// Here the weights are read once, in order, as they are. From some rows on they are turned, so that a vector holds
-// as many rows and a weight multiplies them all (products.h); fewer would leave it half empty, so then every number is a
-// dot product along D, in tiles of 3 rows by 4 words whose twelve accumulators stay in registers. While some words are
-// worked on, the next ones come from memory. bf16 weights are widened on the way.
+// A library's matrix product repacks the weights in every call, which costs as much as the product when M is a few
+// dozen. Here the weights are read once, in order. With many rows, a vector holds one number of each row and a weight
+// multiplies them all (products.h). Few rows would leave that vector half empty; then every logit is a dot product
+// along D, in tiles of 3 rows by 4 words whose twelve accumulators stay in registers. Prefetching loads the next words
+// meanwhile. bf16 weights are widened when they are read.
 #pragma once
 
 #include <algorithm>
@@ -32,7 +32,7 @@ DLLM_INLINE void load(const BFloat16* from, Vector& to) {
   std::memcpy(&to, &bits, sizeof(to));
 }
 
-// The sums of four vectors, together: adding neighbours of pairs of vectors takes half the steps of one after the other.
+// The sums of four vectors at once: adding neighbours of pairs of vectors takes half the steps.
 DLLM_INLINE void sum_four(const Vector (&v)[4], float* out) {
   const Vector ab = __builtin_shufflevector(v[0], v[1], 0, 8, 2, 10, 4, 12, 6, 14) +
                     __builtin_shufflevector(v[0], v[1], 1, 9, 3, 11, 5, 13, 7, 15);
@@ -41,15 +41,17 @@ DLLM_INLINE void sum_four(const Vector (&v)[4], float* out) {
   const Vector abcd = __builtin_shufflevector(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) +
                       __builtin_shufflevector(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
   typedef float Quarter __attribute__((vector_size(4 * sizeof(float))));
-  const Quarter sums = __builtin_shufflevector(abcd, abcd, 0, 1, 2, 3) + __builtin_shufflevector(abcd, abcd, 4, 5, 6, 7);
+  const Quarter sums =
+      __builtin_shufflevector(abcd, abcd, 0, 1, 2, 3) + __builtin_shufflevector(abcd, abcd, 4, 5, 6, 7);
   std::memcpy(out, &sums, sizeof(sums));
 }
 
 DLLM_INLINE float sum(const Vector& v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 
-// out[r * out_stride + c] = x[r] . w[c], for rows <= kRows and words <= kWords, both known to the compiler.
+// out[r * out_stride + c] = x[r] . w[c]; the compiler knows rows <= kRows and words <= kWords.
 template <int rows, int words, typename T>
-DLLM_INLINE void tile(const float* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t D, float* out, int64_t out_stride) {
+DLLM_INLINE void tile(const float* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t D, float* out,
+                      int64_t out_stride) {
   Vector sums[rows][words] = {};
   int64_t d = 0;
   for (; d + kWidth <= D; d += kWidth) {
@@ -73,9 +75,10 @@ DLLM_INLINE void tile(const float* x, int64_t x_stride, const T* w, int64_t w_st
   }
 }
 
-// While these words meet the rows, the next ones come from memory, a share of them with each tile of rows.
+// Multiplies these words with all rows; each tile of rows prefetches a share of the next words.
 template <int words, typename T>
-DLLM_INLINE void all_rows(const float* x, int64_t M, const T* w, int64_t w_stride, int64_t D, float* out, int64_t out_stride) {
+DLLM_INLINE void all_rows(const float* x, int64_t M, const T* w, int64_t w_stride, int64_t D, float* out,
+                          int64_t out_stride) {
   constexpr int64_t kLine = 64;
   const char* next = reinterpret_cast<const char*>(w + words * w_stride);
   const int64_t bytes = words * w_stride * static_cast<int64_t>(sizeof(T)), tiles = (M + kRows - 1) / kRows;
@@ -93,20 +96,21 @@ DLLM_INLINE void all_rows(const float* x, int64_t M, const T* w, int64_t w_strid
 }
 
 template <typename T>
-DLLM_INLINE void words_of(const float* x, int64_t M, const T* w, int64_t w_stride, int64_t D, int64_t begin, int64_t end,
-                          float* out, int64_t out_stride) {
+DLLM_INLINE void words_of(const float* x, int64_t M, const T* w, int64_t w_stride, int64_t D, int64_t begin,
+                          int64_t end, float* out, int64_t out_stride) {
   int64_t v = begin;
-  for (; v + kWords <= end; v += kWords) all_rows<kWords>(x, M, w + v * w_stride, w_stride, D, out + v - begin, out_stride);
+  for (; v + kWords <= end; v += kWords)
+    all_rows<kWords>(x, M, w + v * w_stride, w_stride, D, out + v - begin, out_stride);
   for (; v < end; ++v) all_rows<1>(x, M, w + v * w_stride, w_stride, D, out + v - begin, out_stride);
 }
 
-DLLM_VECTORISED static void multiply(const float* x, int64_t M, const float* w, int64_t w_stride, int64_t D, int64_t begin, int64_t end,
-                              float* out, int64_t out_stride) {
+DLLM_VECTORISED static void multiply(const float* x, int64_t M, const float* w, int64_t w_stride, int64_t D,
+                                     int64_t begin, int64_t end, float* out, int64_t out_stride) {
   words_of(x, M, w, w_stride, D, begin, end, out, out_stride);
 }
 
-DLLM_VECTORISED static void multiply(const float* x, int64_t M, const BFloat16* w, int64_t w_stride, int64_t D, int64_t begin, int64_t end,
-                              float* out, int64_t out_stride) {
+DLLM_VECTORISED static void multiply(const float* x, int64_t M, const BFloat16* w, int64_t w_stride, int64_t D,
+                                     int64_t begin, int64_t end, float* out, int64_t out_stride) {
   words_of(x, M, w, w_stride, D, begin, end, out, out_stride);
 }
 
@@ -114,10 +118,10 @@ DLLM_VECTORISED static void multiply(const float* x, int64_t M, const BFloat16* 
 
 namespace dllm {
 
-// Words first..end of M <= kBlock rows, a tile of words at a time.
+// Logits of the words first..end and M <= kBlock rows, a tile of words at a time.
 template <int width>
-DLLM_INLINE void multiply_turned_of_width(const Head& head, int64_t M, const float* x_turned, int64_t first, int64_t end,
-                                          float* staged, float* z, float* out, int64_t out_stride) {
+DLLM_INLINE void multiply_turned_of_width(const Head& head, int64_t M, const float* x_turned, int64_t first,
+                                          int64_t end, float* staged, float* z, float* out, int64_t out_stride) {
   for (; first < end; first += kWords, out += kWords) {
     const int64_t words = std::min(kWords, end - first);
     int64_t w_row;
@@ -132,7 +136,7 @@ DLLM_BY_WIDTH(multiply_turned, (const Head& head, int64_t M, const float* x_turn
                                 float* staged, float* z, float* out, int64_t out_stride),
               (head, M, x_turned, first, end, staged, z, out, out_stride))
 
-// The logits of M <= kBlock rows x [M, D], in whatever form is faster for so many.
+// Logits of M <= kBlock rows x [M, D], in the form that is fastest for this M.
 class Product {
  public:
   Product(const Head& head, const float* x, int64_t M) : head_(head), x_(x), M_(M) {
@@ -147,23 +151,27 @@ class Product {
     }
   }
 
-  // What a thread needs besides.
+  // Memory of one thread.
   struct Workspace {
     explicit Workspace(const Product& product)
-        : staged(product.form_ == kTurned ? kWords * product.head_.D : 0), tile(product.form_ == kDots ? 0 : kWords * kBlock) {}
+        : staged(product.form_ == kTurned ? kWords * product.head_.D : 0),
+          tile(product.form_ == kDots ? 0 : kWords * kBlock) {}
     Buffer staged, tile;
   };
 
-  // out[m * out_stride + v - first] for all rows m and words v in first..end, `first` a multiple of kWords.
+  // out[m * out_stride + v - first] for all rows m and the words v in first..end; kWords divides `first`.
   void logits(int64_t first, int64_t end, Workspace& work, float* out, int64_t out_stride) const {
     if (form_ == kTurned)
-      return multiply_turned(head_, M_, packed_->get(), first, end, work.staged.get(), work.tile.get(), out, out_stride);
+      return multiply_turned(head_, M_, packed_->get(), first, end, work.staged.get(), work.tile.get(), out,
+                             out_stride);
     if (form_ == kPairs) {
       multiply_pairs(first, end, work.tile.get(), out, out_stride);
     } else if (head_.dtype == ScalarType::Float) {
-      dot::multiply(x_, M_, static_cast<const float*>(head_.weight), head_.stride, head_.D, first, end, out, out_stride);
+      dot::multiply(x_, M_, static_cast<const float*>(head_.weight), head_.stride, head_.D, first, end, out,
+                    out_stride);
     } else {
-      dot::multiply(x_, M_, static_cast<const BFloat16*>(head_.weight), head_.stride, head_.D, first, end, out, out_stride);
+      dot::multiply(x_, M_, static_cast<const BFloat16*>(head_.weight), head_.stride, head_.D, first, end, out,
+                    out_stride);
     }
     if (head_.bias)
       for (int64_t m = 0; m < M_; ++m)

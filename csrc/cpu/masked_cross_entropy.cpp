@@ -1,15 +1,14 @@
-// Cross-entropy of M rows and its gradients (see dllm_kernels/masked_cross_entropy): from logits, in one pass over them
-// forward and one backward; and from hidden states, without the logits.
+// Cross-entropy of M rows and its gradients (see dllm_kernels/masked_cross_entropy): from logits, with one pass over
+// them forward and one backward; and from hidden states, without stored logits.
 //
-// From hidden states: the vocabulary is cut into tiles of 128 words. The logits of a tile and some rows lie in the cache, words by rows, so
-// that a vector holds as many rows: maximum, exponentials and gradient need no sums across a vector.
+// From hidden states, the vocabulary is cut into tiles of 128 words. The logits of a tile and some rows lie in the
+// cache, words by rows. A vector holds one number of each row, so maximum, exponentials and gradient need no sum across
+// it.
 //     statistics   z = w x;  top = max z, total = sum exp(z - top), and z at the target, kept per row
 //     gradients    z again;  g = probability_scale exp(z - top) - target_scale [target];  grad_x += g w, grad_w = g x
-// so a training step takes four products, and no more memory than the gradients. Threads share out the words; what they
-// find of a row is put together in their order, so results do not vary from run to run. Where limits are given, 16 rows
-// whose z are below them in the whole tile, and whose targets are not in it, are left out of both gradients.
+// A training step takes four products, and no more memory than the gradients. Threads divide the words; their parts of
+// a row are combined in order, so results do not vary from run to run.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <cmath>
 #include <limits>
@@ -18,6 +17,7 @@
 #include <vector>
 
 #include "head.h"
+#include "parallel.h"
 
 namespace {
 
@@ -34,11 +34,12 @@ constexpr float kLowest = std::numeric_limits<float>::lowest();
 
 struct Rows {
   int64_t M;
-  const float* x;  // [M, D]
-  const int64_t* targets;
+  const float* x;          // [M, D]
+  const int64_t* at;       // [M], their positions in what has one number for each position
+  const int64_t* targets;  // [N]
 };
 
-// What is known of some rows after the words seen so far.
+// Statistics of some rows over the words read so far.
 struct Statistics {
   explicit Statistics(int64_t M) : top(M, kLowest), total(M, 0.0), target_logit(M, kLowest) {}
   std::vector<float> top;
@@ -71,7 +72,7 @@ DLLM_INLINE void find_statistics_of_width(const Head& head, const Rows& rows, co
         if (stats.top[row + n] != top[n]) total *= std::exp(static_cast<double>(stats.top[row + n]) - top[n]);
         total += sum[n];
         stats.top[row + n] = top[n];
-        const int64_t place = rows.targets[row + n] - first;
+        const int64_t place = rows.targets[rows.at[row + n]] - first;
         if (place >= 0 && place < words) stats.target_logit[row + n] = z[place * kBlock + n];
       }
     }
@@ -82,104 +83,77 @@ DLLM_BY_WIDTH(find_statistics, (const Head& head, const Rows& rows, const float*
                                 Statistics& stats),
               (head, rows, x_turned, begin, end, stats))
 
-constexpr int64_t kGroup = 16;  // rows left out together: whole vectors, and whole tiles of a product
-
 struct Scales {
-  const float *top, *probability, *target;  // [M] each
-  const float* limit = nullptr;             // [M]: below it a logit's gradient may be left out
+  const float *top, *probability, *target;  // [N] each
 };
 
 struct Gradients {
   float* x;         // [M, D padded] sums of one thread, or nullptr
   float* weight;    // [V, D] or nullptr
   float* bias;      // [V] or nullptr
-  bool add_weight;  // to what is there
+  bool add_weight;  // add to the weight's gradient instead of replacing it
 };
 
-// Whether, of each group of `count` rows, a z [words, kBlock] reaches its row's limit, or a target lies in the tile.
-DLLM_INLINE void find_live_groups(const float* z, int64_t words, int64_t count, const float* limit, const int64_t* place,
-                                  bool* live) {
-  int32_t reached[kBlock];
-  for (int64_t n = 0; n < kBlock; ++n) reached[n] = n < count && place[n] >= 0 && place[n] < words;
-  for (int64_t v = 0; v < words; ++v)
-    for (int64_t n = 0; n < count; ++n) reached[n] |= !(z[v * kBlock + n] < limit[n]);  // a NaN is to be seen too
-  for (int64_t group = 0; group * kGroup < kBlock; ++group)
-    live[group] = std::any_of(reached + group * kGroup, reached + (group + 1) * kGroup, [](int32_t r) { return r != 0; });
-}
-
 template <int width>
-DLLM_INLINE void find_gradients_of_width(const Head& head, const Rows& rows, const Scales& scales, const float* x_turned,
-                                         const float* x_panels, int64_t begin, int64_t end, const Gradients& out) {
+DLLM_INLINE void find_gradients_of_width(const Head& head, const Rows& rows, const Scales& scales,
+                                         const float* x_turned, const float* x_panels, int64_t begin,
+                                         int64_t end, const Gradients& out) {
   const int64_t D = head.D, wide_D = round_up(D, width), padded = round_up(rows.M, width);
   const Buffer staged(kWords * D), w_panels(kWords * wide_D), w_gradient(kWords * wide_D), logits(kWords * kBlock);
   float* z = logits.get();
   float top[kBlock], scale[kBlock], target_scale[kBlock];
   int64_t place[kBlock];  // of the target in the tile
-  bool live[kBlock / kGroup];
-  std::fill(live, live + kBlock / kGroup, true);
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t first = tile * kWords, words = std::min(kWords, head.V - first);
     int64_t w_row;
     const float* w = dllm::read_words(head, first, words, staged.get(), &w_row);
-    bool packed = false, multiplied = false;
+    if (out.x) dllm::pack<width>(w, w_row, 1, kWords, D, kWords, wide_D, w_panels.get());
     for (int64_t row = 0; row < rows.M; row += kBlock) {
       const int64_t count = std::min(kBlock, rows.M - row), wide = std::min(kBlock, padded - row);
       dllm::logits_of_tile<width>(head, w, w_row, first, words, x_turned, row, wide, z);
       for (int64_t n = 0; n < wide; ++n) {
-        top[n] = n < count ? scales.top[row + n] : 0;
-        scale[n] = n < count ? scales.probability[row + n] : 0;
+        const int64_t at = n < count ? rows.at[row + n] : 0;
+        top[n] = n < count ? scales.top[at] : 0;
+        scale[n] = n < count ? scales.probability[at] : 0;
         target_scale[n] = 0;
-        place[n] = n < count ? rows.targets[row + n] - first : -1;
+        place[n] = n < count ? rows.targets[at] - first : -1;
         if (place[n] < 0 || place[n] >= words) continue;
         const float capped = head.softcap > 0 ? z[place[n] * kBlock + n] / head.softcap : 0;
-        target_scale[n] = scales.target[row + n] * (1.0f - capped * capped);
+        target_scale[n] = scales.target[at] * (1.0f - capped * capped);
       }
-      if (scales.limit) find_live_groups(z, words, count, scales.limit + row, place, live);
-      for (int64_t from = 0, end; from < wide; from = end + kGroup) {  // runs of live groups
-        end = from;
-        while (end < wide && live[end / kGroup]) end += kGroup;
-        if (end == from) continue;
-        const int64_t to = std::min(end, wide), there = std::min(count, to);
+      for (int64_t v = 0; v < words; ++v) {
+        float* here = z + v * kBlock;
+        if (head.softcap > 0) {
+          for (int64_t n = 0; n < wide; ++n) {
+            const float value = here[n] / head.softcap;
+            here[n] = scale[n] * exp_nonpositive(here[n] - top[n]) * (1.0f - value * value);
+          }
+        } else {
+          for (int64_t n = 0; n < wide; ++n) here[n] = scale[n] * exp_nonpositive(here[n] - top[n]);
+        }
+        std::fill(here + count, here + wide, 0.0f);
+      }
+      for (int64_t v = words; v < kWords; ++v) std::fill(z + v * kBlock, z + v * kBlock + wide, 0.0f);
+      for (int64_t n = 0; n < count; ++n)
+        if (place[n] >= 0 && place[n] < words) z[place[n] * kBlock + n] -= target_scale[n];
+      if (out.bias)
         for (int64_t v = 0; v < words; ++v) {
-          float* here = z + v * kBlock;
-          if (head.softcap > 0) {
-            for (int64_t n = from; n < to; ++n) {
-              const float value = here[n] / head.softcap;
-              here[n] = scale[n] * exp_nonpositive(here[n] - top[n]) * (1.0f - value * value);
-            }
-          } else {
-            for (int64_t n = from; n < to; ++n) here[n] = scale[n] * exp_nonpositive(here[n] - top[n]);
-          }
-          if (there < to) std::fill(here + there, here + to, 0.0f);
+          float sum = 0;
+          for (int64_t n = 0; n < count; ++n) sum += z[v * kBlock + n];
+          out.bias[first + v] += sum;
         }
-        for (int64_t v = words; v < kWords; ++v) std::fill(z + v * kBlock + from, z + v * kBlock + to, 0.0f);
-        for (int64_t n = from; n < there; ++n)
-          if (place[n] >= 0 && place[n] < words) z[place[n] * kBlock + n] -= target_scale[n];
-        if (out.bias)
-          for (int64_t v = 0; v < words; ++v) {
-            float sum = 0;
-            for (int64_t n = from; n < there; ++n) sum += z[v * kBlock + n];
-            out.bias[first + v] += sum;
-          }
-        if (out.x) {
-          if (!packed) dllm::pack<width>(w, w_row, 1, kWords, D, kWords, wide_D, w_panels.get());
-          packed = true;
-          dllm::multiply<width>(z + from, 1, kBlock, to - from, w_panels.get(), kWords, 0, kWords, wide_D,
-                                out.x + (row + from) * wide_D, wide_D, true);
-        }
-        if (out.weight)
-          dllm::multiply<width>(z + from, kBlock, 1, kWords, x_panels, padded, row + from, to - from, wide_D, w_gradient.get(),
-                                wide_D, multiplied);
-        multiplied = true;
-      }
+      if (out.x)
+        dllm::multiply<width>(z, 1, kBlock, wide, w_panels.get(), kWords, 0, kWords, wide_D, out.x + row * wide_D,
+                              wide_D, true);
+      if (out.weight)
+        dllm::multiply<width>(z, kBlock, 1, kWords, x_panels, padded, row, wide, wide_D, w_gradient.get(), wide_D,
+                              row > 0);
     }
-    if (!out.weight || (!multiplied && out.add_weight)) continue;
+    if (!out.weight || rows.M == 0) continue;
     for (int64_t v = 0; v < words; ++v) {
       const float* from = w_gradient.get() + v * wide_D;
       float* to = out.weight + (first + v) * D;
-      if (!multiplied) {
-        std::fill(to, to + D, 0.0f);
-      } else if (out.add_weight) {
+      if (out.add_weight) {
         for (int64_t d = 0; d < D; ++d) to[d] += from[d];
       } else {
         std::memcpy(to, from, D * sizeof(float));
@@ -192,20 +166,22 @@ DLLM_BY_WIDTH(find_gradients, (const Head& head, const Rows& rows, const Scales&
                                const float* x_panels, int64_t begin, int64_t end, const Gradients& out),
               (head, rows, scales, x_turned, x_panels, begin, end, out))
 
-Rows describe_rows(const Tensor& x, const Tensor& targets, const Head& head) {
+Rows describe_rows(const Tensor& x, const Tensor& at, const Tensor& targets, const Head& head) {
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == ScalarType::Float && x.size(1) == head.D &&
-                      targets.size(0) == x.size(0),
-                  "masked cross-entropy on the CPU takes fp32 rows, as long as those of the weight, and a target for each");
-  return {x.size(0), static_cast<const float*>(x.const_data_ptr()), static_cast<const int64_t*>(targets.const_data_ptr())};
+                      at.size(0) == x.size(0),
+                  "masked cross-entropy on the CPU takes fp32 rows as long as the weight's, and a position for each");
+  return {x.size(0), static_cast<const float*>(x.const_data_ptr()), static_cast<const int64_t*>(at.const_data_ptr()),
+          static_cast<const int64_t*>(targets.const_data_ptr())};
 }
 
-// Parts of the work, in order, whoever did them.
+// Parts of the work in the order of their beginnings, whichever thread did them.
 template <typename Part>
 class Parts {
  public:
   void add(int64_t begin, Part part) {
     const std::lock_guard<std::mutex> guard(lock_);
-    const auto place = std::find_if(parts_.begin(), parts_.end(), [&](const auto& other) { return other.first > begin; });
+    const auto place =
+        std::find_if(parts_.begin(), parts_.end(), [&](const auto& other) { return other.first > begin; });
     parts_.insert(place, {begin, std::move(part)});
   }
   const std::vector<std::pair<int64_t, Part>>& in_order() const { return parts_; }
@@ -215,14 +191,14 @@ class Parts {
   std::vector<std::pair<int64_t, Part>> parts_;
 };
 
-void linear_statistics(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, const Tensor& targets,
-                       double softcap, Tensor top, Tensor total, Tensor target_logit) {
+void linear_statistics(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, const Tensor& at,
+                       const Tensor& targets, double softcap, Tensor top, Tensor total, Tensor target_logit) {
   const Head head = dllm::describe_head(weight, bias, softcap);
-  const Rows rows = describe_rows(x, targets, head);
+  const Rows rows = describe_rows(x, at, targets, head);
   const Buffer x_turned(round_up(rows.M, dllm::vector_width()) * head.D);
   dllm::pack_rows(rows.x, rows.M, head.D, true, x_turned.get());
   Parts<Statistics> parts;
-  torch::stable::parallel_for(0, (head.V + kWords - 1) / kWords, 1, [&](int64_t begin, int64_t end) {
+  dllm::parallel_for(0, (head.V + kWords - 1) / kWords, [&](int64_t begin, int64_t end) {
     Statistics mine(rows.M);
     find_statistics(head, rows, x_turned.get(), begin, end, mine);
     parts.add(begin, std::move(mine));
@@ -233,22 +209,22 @@ void linear_statistics(const Tensor& x, const Tensor& weight, std::optional<Tens
     float highest = kLowest, logit = kLowest;
     for (const auto& [_, part] : parts.in_order()) {
       highest = std::max(highest, part.top[n]);
-      // Only the thread that has the target's word has found it; a NaN is to be seen too.
+      // Only the thread that has the target's word sets its logit, possibly to NaN.
       if (part.target_logit[n] != kLowest) logit = part.target_logit[n];
     }
     double sum = 0;
     for (const auto& [_, part] : parts.in_order())
       sum += part.total[n] * std::exp(static_cast<double>(part.top[n]) - highest);
-    tops[n] = highest, totals[n] = static_cast<float>(sum), logits[n] = logit;
+    tops[rows.at[n]] = highest, totals[rows.at[n]] = static_cast<float>(sum), logits[rows.at[n]] = logit;
   }
 }
 
-void linear_gradients(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, const Tensor& targets,
-                      double softcap, const Tensor& top, const Tensor& probability_scale, const Tensor& target_scale,
-                      std::optional<Tensor> limit, std::optional<Tensor> grad_x, std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias,
-                      bool add) {
+void linear_gradients(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, const Tensor& at,
+                      const Tensor& targets, double softcap, const Tensor& top, const Tensor& probability_scale,
+                      const Tensor& target_scale, std::optional<Tensor> grad_x, std::optional<Tensor> grad_weight,
+                      std::optional<Tensor> grad_bias, bool add) {
   const Head head = dllm::describe_head(weight, bias, softcap);
-  const Rows rows = describe_rows(x, targets, head);
+  const Rows rows = describe_rows(x, at, targets, head);
   const int64_t padded = round_up(rows.M, dllm::vector_width()), wide_D = round_up(head.D, dllm::vector_width());
   const Buffer x_turned(padded * head.D), x_panels(grad_weight ? padded * wide_D : 0);
   dllm::pack_rows(rows.x, rows.M, head.D, true, x_turned.get());
@@ -257,9 +233,9 @@ void linear_gradients(const Tensor& x, const Tensor& weight, std::optional<Tenso
   const auto out = [](std::optional<Tensor>& tensor) {
     return tensor ? static_cast<float*>(tensor->mutable_data_ptr()) : nullptr;
   };
-  const Scales scales{pointer(top), pointer(probability_scale), pointer(target_scale), limit ? pointer(*limit) : nullptr};
+  const Scales scales{pointer(top), pointer(probability_scale), pointer(target_scale)};
   Parts<Buffer> parts;
-  torch::stable::parallel_for(0, (head.V + kWords - 1) / kWords, 1, [&](int64_t begin, int64_t end) {
+  dllm::parallel_for(0, (head.V + kWords - 1) / kWords, [&](int64_t begin, int64_t end) {
     Buffer mine(grad_x ? padded * wide_D : 0);
     if (grad_x) std::fill(mine.get(), mine.get() + padded * wide_D, 0.0f);
     find_gradients(head, rows, scales, x_turned.get(), x_panels.get(), begin, end,
@@ -267,6 +243,7 @@ void linear_gradients(const Tensor& x, const Tensor& weight, std::optional<Tenso
     if (grad_x) parts.add(begin, std::move(mine));
   });
   if (!grad_x) return;
+  const dllm::FlushDenormals flush;
   float* to = out(grad_x);
   for (int64_t n = 0; n < rows.M; ++n)
     for (int64_t d = 0; d < head.D; ++d) {
@@ -281,12 +258,12 @@ struct Logits {
   ScalarType dtype;
   int64_t V, stride;
   float softcap;  // 0: none
-  const int64_t *rows, *targets;
+  const int64_t *rows, *targets;  // [M] and [N]
 };
 
-constexpr int64_t kPart = 1024;  // logits of a row worked on at once, in the cache
+constexpr int64_t kPart = 1024;  // logits of a row processed at once, in the cache
 
-// So many logits of row `row` from word `first` on, fp32, capped; `buffer` where they have to be written.
+// fp32 logits first..first + count of a row, capped; in `buffer` unless they can be read in place.
 DLLM_INLINE const float* read_part(const Logits& logits, int64_t row, int64_t first, int64_t count, float* buffer) {
   const int64_t at = row * logits.stride + first;
   const float* x = buffer;
@@ -325,7 +302,7 @@ DLLM_INLINE void statistics_of_row_of_width(const Logits& logits, int64_t m, flo
       for (int j = 0; j < lanes; ++j) sums[j] += exp_nonpositive(x[i + j] - top);
     for (int j = 0; i + j < count; ++j) sums[j] += exp_nonpositive(x[i + j] - top);
     for (int j = 0; j < lanes; ++j) total += sums[j];
-    const int64_t place = logits.targets[m] - first;
+    const int64_t place = logits.targets[logits.rows[m]] - first;
     if (place >= 0 && place < count) *target_logit = x[place];
   }
   *top_out = top;
@@ -339,14 +316,15 @@ template <int width>
 DLLM_INLINE void gradients_of_row_of_width(const Logits& logits, int64_t m, const Scales& scales, void* out,
                                            int64_t out_stride) {
   alignas(64) float buffer[kPart], gradient[kPart];
-  const float top = scales.top[m], scale = scales.probability[m];
+  const int64_t row = logits.rows[m];
+  const float top = scales.top[row], scale = scales.probability[row];
   for (int64_t first = 0; first < logits.V; first += kPart) {
-    const int64_t count = std::min(kPart, logits.V - first), at = logits.rows[m] * out_stride + first;
-    const float* x = read_part(logits, logits.rows[m], first, count, buffer);
+    const int64_t count = std::min(kPart, logits.V - first), at = row * out_stride + first;
+    const float* x = read_part(logits, row, first, count, buffer);
     float* g = logits.dtype == ScalarType::Float ? static_cast<float*>(out) + at : gradient;
     for (int64_t i = 0; i < count; ++i) g[i] = scale * exp_nonpositive(x[i] - top);
-    const int64_t place = logits.targets[m] - first;
-    if (place >= 0 && place < count) g[place] -= scales.target[m];
+    const int64_t place = logits.targets[row] - first;
+    if (place >= 0 && place < count) g[place] -= scales.target[row];
     if (logits.softcap > 0)
       for (int64_t i = 0; i < count; ++i) g[i] *= 1.0f - (x[i] / logits.softcap) * (x[i] / logits.softcap);
     if (logits.dtype == ScalarType::BFloat16) dllm::narrow(g, count, static_cast<dllm::BFloat16*>(out) + at);
@@ -362,18 +340,20 @@ Logits describe_logits(const Tensor& logits, const Tensor& rows, const Tensor& t
   const auto dtype = logits.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
                   "masked cross-entropy on the CPU takes fp32, bf16 and fp16 logits");
-  STD_TORCH_CHECK(rows.size(0) == targets.size(0), "one target per row");
   return {logits.const_data_ptr(), dtype, logits.size(1), logits.stride(0), static_cast<float>(softcap),
           static_cast<const int64_t*>(rows.const_data_ptr()), static_cast<const int64_t*>(targets.const_data_ptr())};
 }
 
-void statistics(const Tensor& logits, const Tensor& rows, const Tensor& targets, double softcap, Tensor top, Tensor total,
-                Tensor target_logit) {
+void statistics(const Tensor& logits, const Tensor& rows, const Tensor& targets, double softcap, Tensor top,
+                Tensor total, Tensor target_logit) {
   const Logits from = describe_logits(logits, rows, targets, softcap);
   auto *tops = static_cast<float*>(top.mutable_data_ptr()), *totals = static_cast<float*>(total.mutable_data_ptr());
   auto* target_logits = static_cast<float*>(target_logit.mutable_data_ptr());
-  torch::stable::parallel_for(0, rows.size(0), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; ++m) statistics_of_row(from, m, tops + m, totals + m, target_logits + m);
+  dllm::parallel_for(0, rows.size(0), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      const int64_t row = from.rows[m];
+      statistics_of_row(from, m, tops + row, totals + row, target_logits + row);
+    }
   });
 }
 
@@ -383,7 +363,7 @@ void gradients(const Tensor& logits, const Tensor& rows, const Tensor& targets, 
   const auto pointer = [](const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); };
   const Scales scales{pointer(top), pointer(probability_scale), pointer(target_scale)};
   dllm::check_rows(grad, 2, "grad");
-  torch::stable::parallel_for(0, rows.size(0), 1, [&](int64_t begin, int64_t end) {
+  dllm::parallel_for(0, rows.size(0), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) gradients_of_row(from, m, scales, grad.mutable_data_ptr(), grad.stride(0));
   });
 }

@@ -1,4 +1,4 @@
-// Arithmetic on single numbers, written so that loops over it are vectorised.
+// Arithmetic on single numbers; the compiler vectorises loops over it.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -13,9 +13,11 @@
 
 namespace dllm {
 
-// exp(x) for x <= 0, relative error below 2e-7: 2^n times a polynomial on [-ln2/2, ln2/2]. 0 below -87.
+// exp(x) for x <= 0, relative error below 2e-7: 2^n times a polynomial on [-ln2/2, ln2/2]. 0 below -69, where exp(x) <
+// 2^-99: beside the largest word's 1 that is nothing, and its products with weights could be denormal.
 DLLM_INLINE float exp_nonpositive(float x) {
-  const float clamped = x < -87.0f ? -87.0f : x;
+  constexpr float kSmallest = -69.0f;
+  const float clamped = x < kSmallest ? kSmallest : x;
   const float rounded = clamped * 1.44269504088896341f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
   const float n = rounded - 12582912.0f;
   const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -28,7 +30,7 @@ DLLM_INLINE float exp_nonpositive(float x) {
   p = (p * r) * r + r + 1.0f;
   const int32_t exponent = (std::bit_cast<int32_t>(rounded) - 0x4b400000 + 127) << 23;
   const float value = p * std::bit_cast<float>(exponent);
-  return x < -87.0f ? 0.0f : value;
+  return x < kSmallest ? 0.0f : value;
 }
 
 // to = by * tanh(from / by)
@@ -51,9 +53,10 @@ DLLM_INLINE void convert(const torch::headeronly::Half* from, int64_t n, float* 
   const auto* halves = reinterpret_cast<const uint16_t*>(from);
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t half = halves[i], magnitude = half & 0x7fff;
-    // The bits of a half, moved to those of a float, read 2^112 too small, subnormal ones too.
-    const float value = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
-    const uint32_t bits = magnitude >= 0x7c00 ? magnitude << 13 | 0x7f800000 : std::bit_cast<uint32_t>(value);
+    // Below 2^-14 a half is a multiple of 2^-24. The others have fp32's bits, and an exponent that is 112 too small.
+    const float small = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
+    const uint32_t large = (magnitude << 13) + (magnitude >= 0x7c00 ? 0x70000000 : 0x38000000);
+    const uint32_t bits = magnitude < 0x0400 ? std::bit_cast<uint32_t>(small) : large;
     to[i] = std::bit_cast<float>(bits | (half & 0x8000) << 16);
   }
 }

@@ -1,6 +1,6 @@
-// Products of small dense matrices on one core: one factor in panels, the sums in registers.
+// Products of small dense matrices on one core: one factor lies in panels, the sums stay in registers.
 //
-// A panel is some 3 vectors wide and holds its columns row by row, so that the inner loop reads it in order:
+// A panel is up to 3 vectors wide and holds its columns row by row, so that the inner loop reads it in order:
 //     matrix [K x N], N a multiple of the vector width -> panels of [K x kPanel], the last one narrower.
 #pragma once
 
@@ -12,7 +12,7 @@
 
 namespace dllm {
 
-// Of `width` floats a vector. The sums take 24 of AVX-512's 32 registers, 12 of the 16 of AVX2 and SSE.
+// Vectors hold `width` floats. The sums take 24 of AVX-512's 32 registers, and 12 of the 16 of AVX2 and SSE.
 template <int width>
 struct Tile {
   static constexpr int kRows = width == 16 ? 8 : 6, kColumns = width == 16 ? 3 : 2, kPanel = kColumns * width;
@@ -21,12 +21,13 @@ struct Tile {
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// c[i][j] = (add ? c[i][j] : 0) + sum over k < K of a(i, k) panel[k][j], for so many rows i and all columns j of the panel.
+// c[i][j] = (add ? c[i][j] : 0) + sum over k < K of a(i, k) panel[k][j], for `rows` rows i and all columns j of the
+// panel.
 template <int width, int rows, int columns>
 DLLM_INLINE void multiply_tile(const float* a, int64_t a_row, int64_t a_step, const float* panel, int64_t K, float* c,
                                int64_t c_row, bool add) {
   using Vector = typename Tile<width>::Vector;
-  Vector sums[rows][columns] = {};  // copied vector by vector: as a whole, the compiler would keep them in memory
+  Vector sums[rows][columns] = {};  // copied vector by vector, because the compiler would keep a whole array in memory
   if (add)
     for (int i = 0; i < rows; ++i)
       for (int j = 0; j < columns; ++j) std::memcpy(&sums[i][j], c + i * c_row + j * width, sizeof(Vector));
@@ -43,9 +44,9 @@ DLLM_INLINE void multiply_tile(const float* a, int64_t a_row, int64_t a_step, co
     for (int j = 0; j < columns; ++j) std::memcpy(c + i * c_row + j * width, &sums[i][j], sizeof(Vector));
 }
 
-// c [M x N] = (add ? c : 0) + a [M x K] b [K x N], M even and with width 16 a multiple of 8; a(i, k) = a[i * a_row + k * a_step]; b is the
-// rows first..first + K of a matrix of `height` rows in panels. While some rows of a meet the first panel, so many floats
-// of each row after them as `ahead` says are fetched from memory.
+// c [M x N] = (add ? c : 0) + a [M x K] b [K x N], where a(i, k) = a[i * a_row + k * a_step], and M is even, a multiple
+// of 8 with width 16. b is the rows first..first + K of a matrix of `height` rows in panels. With the first panel,
+// `ahead` floats of each of the next rows of a are prefetched.
 template <int width>
 DLLM_INLINE void multiply(const float* a, int64_t a_row, int64_t a_step, int64_t M, const float* panels, int64_t height,
                           int64_t first, int64_t K, int64_t N, float* c, int64_t c_row, bool add, int64_t ahead = 0) {
@@ -74,12 +75,14 @@ DLLM_INLINE void multiply(const float* a, int64_t a_row, int64_t a_step, int64_t
   }
 }
 
-// The panels of from [K x columns], from(k, j) = from[k * row + j * step], with zeros up to N columns and K_padded rows.
+// Panels of a matrix [K x columns], from(k, j) = from[k * row + j * step], with zeros up to N columns and K_padded
+// rows.
 template <int width>
-DLLM_INLINE void pack(const float* from, int64_t row, int64_t step, int64_t K, int64_t columns, int64_t K_padded, int64_t N,
-                      float* panels) {
+DLLM_INLINE void pack(const float* from, int64_t row, int64_t step, int64_t K, int64_t columns, int64_t K_padded,
+                      int64_t N, float* panels) {
   for (int64_t n = 0; n < N; n += Tile<width>::kPanel) {
-    const int64_t wide = std::min<int64_t>(Tile<width>::kPanel, N - n), there = std::clamp<int64_t>(columns - n, 0, wide);
+    const int64_t wide = std::min<int64_t>(Tile<width>::kPanel, N - n);
+    const int64_t there = std::clamp<int64_t>(columns - n, 0, wide);
     float* panel = panels + n * K_padded;
     for (int64_t k = 0; k < K_padded; ++k, panel += wide) {
       const float* source = from + k * row + n * step;

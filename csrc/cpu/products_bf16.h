@@ -1,5 +1,5 @@
-// Products of bf16 numbers with fp32 sums, for processors that have the instruction (AVX512-BF16): twice the numbers of an
-// fp32 product at once. One factor is in panels as in products.h, but of pairs: what an instruction multiplies and adds.
+// Products of bf16 numbers with fp32 sums, for processors with AVX512-BF16: twice as many numbers at once as in fp32.
+// One factor lies in panels as in products.h, but of pairs of numbers, which one instruction multiplies and adds.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -34,7 +34,8 @@ inline bool exact(const float* x, int64_t n) {
   return low == 0;
 }
 
-// x [M, D], D even and all numbers exact in bf16, turned: panels of [D / 2 x rows] pairs, with zeros up to whole vectors.
+// x [M, D] transposed: panels of [D / 2 x rows] pairs, zero up to whole vectors. D is even, all numbers are exact in
+// bf16.
 inline void pack(const float* x, int64_t M, int64_t D, uint32_t* panels) {
   const int64_t padded = (M + kWidth - 1) / kWidth * kWidth;
   for (int64_t first = 0; first < padded; first += kPanel) {
@@ -42,7 +43,8 @@ inline void pack(const float* x, int64_t M, int64_t D, uint32_t* panels) {
     for (int64_t k = 0; k < D / 2; ++k)
       for (int64_t m = first; m < first + wide; ++m) {
         const float* pair = x + m * D + 2 * k;
-        *panels++ = m < M ? std::bit_cast<uint32_t>(pair[0]) >> 16 | (std::bit_cast<uint32_t>(pair[1]) & 0xffff0000) : 0;
+        *panels++ =
+            m < M ? std::bit_cast<uint32_t>(pair[0]) >> 16 | (std::bit_cast<uint32_t>(pair[1]) & 0xffff0000) : 0;
       }
   }
 }
@@ -69,9 +71,9 @@ DLLM_FOR_BF16 inline void multiply_tile(const torch::headeronly::BFloat16* w, in
     for (int j = 0; j < columns; ++j) _mm512_storeu_ps(z + i * z_stride + j * kWidth, sums[i][j]);
 }
 
-// z[v * z_stride + m] of so many words w [.., D] and the M rows in panels; the words after them come from memory meanwhile.
-DLLM_FOR_BF16 inline void multiply(const torch::headeronly::BFloat16* w, int64_t w_stride, int64_t words, const uint32_t* panels,
-                                   int64_t M, int64_t D, float* z, int64_t z_stride) {
+// z[v * z_stride + m] of `words` words w [words, D] and the M rows in panels; prefetches the words after them.
+DLLM_FOR_BF16 inline void multiply(const torch::headeronly::BFloat16* w, int64_t w_stride, int64_t words,
+                                   const uint32_t* panels, int64_t M, int64_t D, float* z, int64_t z_stride) {
   const int64_t padded = (M + kWidth - 1) / kWidth * kWidth;
   for (int64_t first = 0; first < padded; first += kPanel) {
     const int64_t columns = std::min<int64_t>(kPanel, padded - first) / kWidth;

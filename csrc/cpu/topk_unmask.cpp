@@ -1,14 +1,13 @@
-// Token and confidence of rows of logits, stored ones or those of a head (see dllm_kernels/topk_unmask).
+// Token and confidence of rows of logits, which are stored or come from a head (see dllm_kernels/topk_unmask).
 //
-// A row of V logits is scanned block by block, once: maximum, runner-up and the sums relative to the largest so far, m,
+// One loop scans a row of V logits block by block: maximum, runner-up and the sums relative to the largest so far, m,
 //     s = sum exp(x - m),   t = sum exp(x - m) (x - m),   entropy: sum p log p = t / s - log s
-// in one loop; where a block raises m, which happens some log V times, its sums are taken again. Of a head, the logits of
-// a block and some rows are multiplied into the cache and scanned there. Sampling at u takes the first token whose
-// cumulative sum passes u * s: the sums per block tell the block, and only that one is read, or multiplied, again.
+// Where a block raises m, which happens about log V times, its sums are computed again. With a head, the logits of a
+// block and some rows are multiplied into the cache and scanned there. Sampling at u takes the first token whose
+// cumulative sum passes u * s: the sums per block locate its block, and only that block is read, or multiplied, again.
 // top-p and top-k need no sort of the row: a histogram over m - x (1,024 bins) locates the bin where each bound falls,
 // and only the elements of that bin are sorted. A NaN makes s, and so the confidence, NaN.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -24,6 +23,7 @@
 
 #include "linear.h"
 #include "numbers.h"
+#include "parallel.h"
 
 namespace {
 
@@ -32,11 +32,11 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 using torch::stable::Tensor;
 
-constexpr int64_t kBlock = 1024; // words scanned at once, a multiple of a tile of the head's
+constexpr int64_t kBlock = 1024;  // words scanned at once, a multiple of the head's tile
 constexpr int kLanes = 32;       // independent accumulators: two to four vectors, so that additions overlap
-constexpr int64_t kAhead = 8192;  // bytes
+constexpr int64_t kAhead = 8192;  // bytes prefetched
 constexpr int kBins = 1024;
-constexpr float kBinsPerUnit = 32.0f;  // bins span 32 units of logit; what is smaller than exp(-32) shares the last bin
+constexpr float kBinsPerUnit = 32.0f;  // bins span 32 units of logit; probabilities below exp(-32) share the last bin
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
@@ -60,13 +60,13 @@ struct BlockSum {
   float m;
 };
 
-// What is known of a row.
+// Statistics of a row over the words read so far.
 struct Statistics {
   float top = -kInfinity, second = -kInfinity;  // the two largest, which may be equal; second only if asked for
   int64_t argmax = 0;                           // the lowest id among equals
   double s = 0, t = 0;                          // t only if asked for
 
-  // Of the words after these.
+  // Adds the statistics of the words that follow.
   void add(const Statistics& more) {
     if (more.top == -kInfinity) {
       s += more.s;  // 0, or NaN
@@ -86,7 +86,7 @@ struct Statistics {
   }
 };
 
-// The words of a row seen so far; lane j saw every kLanes-th of them.
+// Scan over the words of a row; lane j reads every kLanes-th of them.
 struct Scan {
   float m = -kInfinity;
   int64_t argmax = 0;
@@ -114,8 +114,8 @@ struct Scan {
 DLLM_INLINE float as_float(float x) { return x; }
 DLLM_INLINE float as_float(BFloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.x) << 16); }
 
-// exp(x) for -86 <= x <= 0 as 2^n times a polynomial, relative error below 2e-7 near 0 and 6e-7 at -30: in sums over
-// exp(x) the second has no weight. Of an x > 0 anything; of NaN NaN.
+// exp(x) for -86 <= x <= 0 as 2^n times a polynomial, relative error below 2e-7 near 0 and 6e-7 at -30, which has no
+// weight in sums over exp(x). Undefined for x > 0; NaN gives NaN.
 DLLM_INLINE float exp_in_sum(float x) {
   // Adding 1.5 * 2^23 + 127 rounds to an integer whose low bits are the exponent of a float.
   const float rounded = x * 1.44269504088896341f + 12583039.0f;
@@ -144,13 +144,13 @@ DLLM_INLINE void scan_lanes(const T* x, float m, float* top, float* next, float*
   }
 }
 
-// The sums relative to m, and on the first reading the maxima.
+// The sums relative to m, and in the first pass the maxima.
 template <bool first, bool second, bool entropy, typename T>
 DLLM_INLINE void scan_values(const T* x, int64_t n, float m, float* top, float* next, float* s, float* t) {
   for (int j = 0; j < kLanes; ++j) s[j] = t[j] = 0;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    // What is scanned next but one comes from memory meanwhile; the processor's own prefetching ends with the page.
+    // Prefetch beyond the current page, where the processor's own prefetching ends.
     if constexpr (first)
       for (int64_t byte = 0; byte < kLanes * static_cast<int64_t>(sizeof(T)); byte += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(x + i) + kAhead + byte);
@@ -183,7 +183,7 @@ DLLM_INLINE void scan_block(const T* x, int64_t n, int64_t first_word, Scan& sca
     }
     scan.m = m, scan.argmax = first_word + place;
     scan_values<false, second, entropy>(x, n, m, top, next, s, t);
-  } else if (scan.m == -kInfinity) {  // nothing but -infinity so far, or NaN, which is larger than nothing
+  } else if (scan.m == -kInfinity) {  // only -infinity so far, or NaN, for which every comparison is false
     bool nan = false;
     for (int64_t i = 0; i < n; ++i) nan |= as_float(x[i]) != as_float(x[i]);
     for (int j = 0; j < kLanes; ++j) s[j] = nan ? std::numeric_limits<float>::quiet_NaN() : 0.0f, t[j] = 0;
@@ -206,11 +206,13 @@ DLLM_INLINE void scan_for(Confidence confidence, const T* x, int64_t n, int64_t 
   scan_block<false, false>(x, n, first_word, scan, sum);
 }
 
-DLLM_VECTORISED void scan_words(Confidence confidence, const float* x, int64_t n, int64_t first_word, Scan& scan, BlockSum* sum) {
+DLLM_VECTORISED void scan_words(Confidence confidence, const float* x, int64_t n, int64_t first_word, Scan& scan,
+                                BlockSum* sum) {
   scan_for(confidence, x, n, first_word, scan, sum);
 }
 
-DLLM_VECTORISED void scan_words(Confidence confidence, const BFloat16* x, int64_t n, int64_t first_word, Scan& scan, BlockSum* sum) {
+DLLM_VECTORISED void scan_words(Confidence confidence, const BFloat16* x, int64_t n, int64_t first_word, Scan& scan,
+                                BlockSum* sum) {
   scan_for(confidence, x, n, first_word, scan, sum);
 }
 
@@ -218,7 +220,7 @@ DLLM_VECTORISED void block_exp(const float* x, int64_t n, float m, float* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = exp_nonpositive(x[i] - m);
 }
 
-// Returns whether there is a NaN, which falls into the last bin.
+// Returns whether there is a NaN; NaNs fall into the last bin.
 DLLM_VECTORISED bool block_bins(const float* x, int64_t n, float m, int32_t* out) {
   int32_t nans = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -250,15 +252,15 @@ DLLM_VECTORISED void forbid(const float* from, int64_t n, const uint32_t* bits, 
       to[i + j] = bits[i / 32] >> j & 1 ? from[i + j] : -kInfinity;
 }
 
-// What becomes of logits before they are scored: divided by the temperature (as the reference does), and -infinity where
-// the word is not allowed.
+// Applied to logits before they are scored: division by the temperature (as in the reference), and -infinity for words
+// that are not allowed.
 struct Tempering {
-  float temperature;     // 0: as they are
-  const uint32_t* bits;  // of this row, or nullptr
+  float temperature;     // 0: no division
+  const uint32_t* bits;  // allowed words of this row, or nullptr
 
   bool none() const { return temperature == 0 && !bits; }
 
-  // `buffer` may be where the logits are.
+  // `buffer` may equal `logits`.
   const float* apply(const float* logits, int64_t first_word, int64_t n, float* buffer) const {
     if (temperature > 0) divide(logits, n, temperature, buffer), logits = buffer;
     if (bits) forbid(logits, n, bits + first_word / 32, buffer), logits = buffer;
@@ -266,7 +268,7 @@ struct Tempering {
   }
 };
 
-// A row of stored logits in blocks of fp32.
+// A row of stored logits, read in blocks of fp32.
 template <typename T>
 class Row {
  public:
@@ -290,7 +292,8 @@ class Row {
 
   void scan_block(int64_t block, Confidence confidence, Scan& scan, BlockSum* sum) const {
     if constexpr (!std::is_same_v<T, Half>)
-      if (tempering_.none()) return scan_words(confidence, data_ + block * kBlock, length(block), block * kBlock, scan, sum);
+      if (tempering_.none())
+        return scan_words(confidence, data_ + block * kBlock, length(block), block * kBlock, scan, sum);
     alignas(64) float buffer[kBlock];
     scan_words(confidence, read(block, buffer), length(block), block * kBlock, scan, sum);
   }
@@ -331,11 +334,11 @@ Statistics summarise(const Row<T>& row, Confidence confidence, std::vector<Block
   return scan.statistics();
 }
 
-// What the filters keep: tokens above `value`, and those equal to it whose id is at most `last_equal`.
+// The filters keep tokens above `value`, and tokens equal to it whose id is at most `last_equal`.
 struct Cut {
   float value = -kInfinity;
   int64_t last_equal = std::numeric_limits<int64_t>::max();
-  bool nan = false;  // the row has one
+  bool nan = false;  // the row has a NaN
 
   bool keeps(float x, int64_t id) const { return x > value || (x == value && id <= last_equal); }
 };
@@ -362,7 +365,7 @@ std::vector<Element> elements_of_bin(const Row<T>& row, float m, int32_t bin) {
   return found;
 }
 
-// top-p, then top-k. `s` is the sum over the whole row relative to its maximum `m`.
+// The cut of top-p, then of top-k; m is the maximum of the row.
 template <typename T>
 Cut find_cut(const Row<T>& row, float m, const Settings& settings, std::vector<double>& mass,
              std::vector<int64_t>& count) {
@@ -392,7 +395,7 @@ Cut find_cut(const Row<T>& row, float m, const Settings& settings, std::vector<d
   if (by_mass) {
     double total = 0;
     for (double bin : mass) total += bin;
-    // A token is dropped if the mass before it is above the bound, so the last one kept is where the mass passes it.
+    // A token is dropped if the mass before it is above the bound, so the mass passes the bound at the last token kept.
     const double bound = settings.top_p * total;
     double before = 0;
     int32_t bin = 0;
@@ -415,7 +418,7 @@ Cut find_cut(const Row<T>& row, float m, const Settings& settings, std::vector<d
   return cut;
 }
 
-// Statistics of the tokens that the cut keeps; the maximum and its place do not change.
+// Statistics of the tokens that the cut keeps; the maximum and its position do not change.
 template <typename T>
 Statistics summarise_kept(const Row<T>& row, const Statistics& all, const Cut& cut, std::vector<BlockSum>& block_sums) {
   Statistics kept = all;
@@ -446,7 +449,7 @@ Statistics summarise_kept(const Row<T>& row, const Statistics& all, const Cut& c
   return kept;
 }
 
-// The first kept token whose cumulative sum passes u times the whole.
+// The first kept token whose cumulative sum passes u times the total.
 template <typename Row>
 int64_t sample(Row& row, const Statistics& stats, const BlockSum* block_sums, const Cut& cut, double u) {
   auto mass = [&](int64_t block) {
@@ -474,7 +477,7 @@ int64_t sample(Row& row, const Statistics& stats, const BlockSum* block_sums, co
   return token;
 }
 
-// The confidence of a token whose logit is `chosen`, relative to which `stats` are.
+// The confidence of the token whose logit is `chosen`, from the statistics of its row.
 float confidence_of(Confidence confidence, const Statistics& stats, double chosen) {
   if (confidence == kProb) return static_cast<float>(std::exp(chosen - stats.top) / stats.s);
   if (confidence == kMargin)
@@ -507,11 +510,12 @@ void score_row(const T* data, int64_t V, const double* uniform, const uint32_t* 
     const bool untouched = !settings.tempered() && !bits && !settings.filtered(V);
     if (settings.raw && !untouched) stats = summarise(Row<T>(data, V, {0, nullptr}), settings.confidence, nullptr);
     const float x = static_cast<float>(data[*token]);
-    *score = confidence_of(settings.confidence, stats, settings.raw || !settings.tempered() ? x : x / settings.temperature);
+    const bool as_it_is = settings.raw || !settings.tempered();
+    *score = confidence_of(settings.confidence, stats, as_it_is ? x : x / settings.temperature);
   }
 }
 
-// What a call is given besides the logits or the head: numbers for each row, or nullptr.
+// Inputs and outputs of a call for each row, besides the logits or the head; optional ones are nullptr.
 struct Rows {
   const double* uniform;  // [n, 2]
   const uint32_t* bits;   // [n, ceil(V / 32)]
@@ -527,7 +531,7 @@ template <typename T>
 void score_all(const Tensor& logits, const int64_t* index, const Rows& rows, int64_t count, const Settings& settings) {
   const int64_t V = logits.size(1), stride = logits.stride(0);
   const T* data = static_cast<const T*>(logits.const_data_ptr());
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+  dllm::parallel_for(0, count, [&](int64_t begin, int64_t end) {
     Workspace work{std::vector<BlockSum>((V + kBlock - 1) / kBlock), std::vector<double>(kBins),
                    std::vector<int64_t>(kBins)};
     for (int64_t row = begin; row < end; ++row)
@@ -536,11 +540,12 @@ void score_all(const Tensor& logits, const int64_t* index, const Rows& rows, int
   });
 }
 
-Rows check_and_describe(int64_t V, const std::optional<Tensor>& uniform, const std::optional<Tensor>& allowed, Tensor& token,
-                        Tensor& score, const Settings& settings) {
+Rows check_and_describe(int64_t V, const std::optional<Tensor>& uniform, const std::optional<Tensor>& allowed,
+                        Tensor& token, Tensor& score, const Settings& settings) {
   const int64_t n = token.size(0);
   STD_TORCH_CHECK(score.size(0) == n && token.is_contiguous() && score.is_contiguous(), "one token and score per row");
-  STD_TORCH_CHECK(uniform.has_value() || (!settings.sampled() && settings.confidence != kRandom), "randomness needs uniforms");
+  STD_TORCH_CHECK(uniform.has_value() || (!settings.sampled() && settings.confidence != kRandom),
+                  "randomness needs uniforms");
   STD_TORCH_CHECK(!uniform || (uniform->is_contiguous() && uniform->size(0) == n), "two uniforms per row");
   STD_TORCH_CHECK(!allowed || (allowed->size(0) == n && allowed->size(1) == (V + 31) / 32 && allowed->stride(1) == 1),
                   "the bits of the allowed words, per row");
@@ -570,10 +575,10 @@ void score_rows(const Tensor& logits, std::optional<Tensor> index, std::optional
   }
 }
 
-// What one thread finds of the words from block `begin` on.
+// One thread's scans of the words from block `begin` on.
 struct Part {
   int64_t begin;
-  std::vector<Scan> tempered, raw;  // per row; raw only where it differs
+  std::vector<Scan> tempered, raw;  // one a row; raw is empty where it equals tempered
 };
 
 void linear_score_block(const dllm::Head& head, const float* x, int64_t first_row, int64_t M, const Rows& rows,
@@ -586,7 +591,7 @@ void linear_score_block(const dllm::Head& head, const float* x, int64_t first_ro
   std::vector<BlockSum> sums(settings.sampled() ? M * blocks : 0);
   std::vector<Part> parts;
   std::mutex mutex;
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+  dllm::parallel_for(0, blocks, [&](int64_t begin, int64_t end) {
     dllm::Product::Workspace work(product);
     const dllm::Buffer logits(M * kBlock);
     Part part{begin, std::vector<Scan>(M), std::vector<Scan>(raw ? M : 0)};
@@ -604,7 +609,7 @@ void linear_score_block(const dllm::Head& head, const float* x, int64_t first_ro
     parts.push_back(std::move(part));
   });
   std::sort(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.begin < b.begin; });
-  torch::stable::parallel_for(0, M, 1, [&](int64_t begin, int64_t end) {
+  dllm::parallel_for(0, M, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) {
       Statistics tempered, untouched;
       for (const Part& part : parts) {
@@ -630,9 +635,9 @@ void linear_score_block(const dllm::Head& head, const float* x, int64_t first_ro
   });
 }
 
-void linear_score_rows(const Tensor& hidden, const Tensor& weight, std::optional<Tensor> bias, std::optional<Tensor> uniform,
-                       std::optional<Tensor> allowed, Tensor token, Tensor score, int64_t confidence, double temperature,
-                       bool raw) {
+void linear_score_rows(const Tensor& hidden, const Tensor& weight, std::optional<Tensor> bias,
+                       std::optional<Tensor> uniform, std::optional<Tensor> allowed, Tensor token, Tensor score,
+                       int64_t confidence, double temperature, bool raw) {
   const dllm::Head head = dllm::describe_head(weight, bias, 0);
   STD_TORCH_CHECK(hidden.is_contiguous() && hidden.size(1) == head.D && hidden.size(0) == token.size(0),
                   "linear_score_rows_cpu: shapes disagree");

@@ -1,8 +1,8 @@
 """Text to rows of tokens: find it, hold some out, tokenise, cut, pack, shuffle, mix. `open_training_data` does it all.
 
-Every row is a function of the corpus, the seed and its place in the run, whoever reads it: a run goes on after a kill,
-on any number of processes. (A loader that saves the state of each of its workers, as torchdata's StatefulDataLoader,
-goes on with as many as before only.)
+Every row is a function of the corpus, the seed and its place in the run, whichever process reads it. So a killed run
+continues on any number of processes. (A loader that saves the state of each worker, as torchdata's StatefulDataLoader,
+continues only with the same number.)
 """
 
 from dllm.data.corpus import Corpus, TrainingData, open_training_data, read_corpus

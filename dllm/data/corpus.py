@@ -1,4 +1,4 @@
-"""From data.* to rows of tokens and held-out documents; in two steps, for a tokenizer may need the texts."""
+"""Read `data.*`, then tokenise and pack; two steps, because a new tokenizer trains on the texts."""
 
 import hashlib
 import json
@@ -10,31 +10,32 @@ from dataclasses import dataclass
 
 import torch
 
-from dllm.config import DataGroup
+from dllm.config.schema import DataGroup
 from dllm.data.conversations import set_chat_template
+from dllm.data.finding import Shard, find_shards
 from dllm.data.packing import MixedDataset, PackedDataset, RowSource, mix
-from dllm.data.sources import Document, Reader, Shard, find_shards
+from dllm.data.sources import Document, Reader
 from dllm.data.splitting import choose_held_out, is_held_out, place_document
 from dllm.data.streaming import StreamedRows
-from dllm.data.tokens import Tokens, encode, join, load_or_encode, select
+from dllm.data.tokens import Tokens, encode_documents, join, load_or_encode, select
 from dllm.errors import UserError
 
-# Of a stream, in characters:
-_HELD_OUT = 2**20  # held-out text to measure on
-_READ_FOR_HELD_OUT = 2**26  # at most, to find it
-_FOR_TOKENIZER = 10**8  # text that a new tokenizer is trained on
+# Characters of a stream:
+_HELD_OUT = 2**20  # held out to measure on
+_READ_FOR_HELD_OUT = 2**26  # read at most to find these
+_FOR_TOKENIZER = 10**8  # read to train a new tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingData:
     rows: RowSource
-    rows_per_epoch: int | None  # None: a stream, whose end is not known
+    rows_per_epoch: int | None  # None: a stream, whose end is unknown
     documents: int | None  # to train on
     tokens: int | None  # to train on
     held_out: PackedDataset | None  # documents to validate on
     held_out_documents: int
-    held_out_bytes: int  # of these documents' text as UTF-8; of conversations, of the messages' contents
-    fingerprint: str  # changes with the documents, or of a stream with its files' names and sizes
+    held_out_bytes: int  # UTF-8 bytes of the held-out texts, or of the contents of held-out messages
+    fingerprint: str  # changes with the documents; for a stream, with the names and sizes of its files
 
     def describe(self) -> str:
         """One line for a person."""
@@ -45,14 +46,14 @@ class TrainingData:
 
 
 class _Source:
-    """The paths that share a weight. Read once, unless it is streamed, to hash, count and divide its documents."""
+    """The paths that share a weight. Unless streamed, they are read once, to hash, count and divide the documents."""
 
     def __init__(self, paths: Sequence[str] | None, weight: float, group: DataGroup):
         self.paths, self.weight = paths, weight
         self.share = group.validation_share
         self.streamed = group.datasets_type == "iterable"
-        self.shards: list[Shard] = find_shards(paths, self.streamed)
         self.reader = Reader(group.key_list, group.data_type == "conversation")
+        self.shards: list[Shard] = find_shards(paths, self.streamed, self.reader.skipped)
         if self.streamed:
             names = [f"{shard.name} {shard.size}" for shard in self.shards]
             self.fingerprint = hashlib.blake2b("\n".join(names).encode("utf-8", "surrogatepass")).hexdigest()
@@ -79,7 +80,7 @@ class _Source:
         return (document for document, out in zip(self.read(), held_out, strict=True) if not out)
 
     def find_held_out(self) -> list[Document]:
-        """Of a stream, the first ones."""
+        """The first held-out documents of a stream."""
         found, held_out, read = [], 0, 0
         for document in self.read() if self.share else ():
             read += len(document.text)
@@ -99,7 +100,7 @@ class Corpus:
         self.sources = [_Source(paths, weight, group) for paths, weight in group.sources]
 
     def texts(self) -> Iterator[str]:
-        """Of the training documents: each one, or of a stream the first 100 million characters of every source."""
+        """The training texts; from each source of a stream, its first 100 million characters."""
         for source in self.sources:
             characters = 0
             for document in source.read_training():
@@ -110,7 +111,7 @@ class Corpus:
 
     @property
     def num_bytes(self) -> int:
-        """Of all documents' text as UTF-8. Not of a stream."""
+        """UTF-8 bytes of all texts. A stream has no such number."""
         return sum(int(source.bytes.sum()) for source in self.sources)
 
     @property
@@ -120,7 +121,7 @@ class Corpus:
 
 
 def read_corpus(group: DataGroup) -> Corpus:
-    """Find the files, and unless they are streamed read them once. What is skipped is told on stderr.
+    """Find the files and, unless they are streamed, read them once. A line on stderr names those that are skipped.
 
     Raises: UserError if a path does not exist, a table lacks the columns, or a source has no text at all.
     """
@@ -128,20 +129,20 @@ def read_corpus(group: DataGroup) -> Corpus:
 
 
 def choose_lanes(rows_per_step: int) -> int:
-    """Between 8, to mix several files, and 64, to hold few blocks, such that a slot of a step has lanes of its own."""
+    """A number of lanes from 8, to mix several files, to 64, to hold few blocks; each slot of a step has its own."""
     if rows_per_step <= 64:
         return rows_per_step * math.ceil(8 / rows_per_step)
     return max(lanes for lanes in range(1, 65) if rows_per_step % lanes == 0)
 
 
 def open_training_data(corpus: Corpus, tokenizer, seed: int, rows_per_step: int = 1) -> TrainingData:
-    """Tokenise the corpus, or take the tokens from the cache, and cut it into rows.
+    """Tokenise the corpus, or read the tokens from the cache, and cut them into rows.
 
-    Several processes may call it at once; the first that is done fills the cache. Conversations give the tokenizer the
+    Several processes may call it at once; the first to finish fills the cache. Conversations give the tokenizer the
     chat template that data.chat_template names.
 
     Args:
-        rows_per_step: over all processes. A stream has lanes for them, so that a process reads what its rows need only.
+        rows_per_step: over all processes. A stream has lanes for them, so that a process reads only what it needs.
     Raises: UserError if there is nothing to train on, or the chat template cannot be used.
     """
     group = corpus.group
@@ -157,7 +158,7 @@ def open_training_data(corpus: Corpus, tokenizer, seed: int, rows_per_step: int 
                                      max_seq_len=group.max_seq_len, seed=source_seed, workers=group.num_workers,
                                      lanes=choose_lanes(rows_per_step)))
             found = source.find_held_out()
-            held_out.append(encode(tokenizer, found, group.num_workers))
+            held_out.append(encode_documents(tokenizer, found, group.num_workers))
             sizes = torch.tensor([len(document.text.encode()) for document in found], dtype=torch.int64)
         else:
             tokens = load_or_encode(tokenizer, source.content, source.read(), group.num_workers)
@@ -174,7 +175,7 @@ def open_training_data(corpus: Corpus, tokenizer, seed: int, rows_per_step: int 
         held_out_bytes += int(sizes[held_out[-1].lengths > 0].sum())
     streamed = group.datasets_type == "iterable"
     together = join(held_out)
-    validation = PackedDataset.of(together, torch.arange(len(together.lengths)), group.max_seq_len, seed)
+    validation = PackedDataset.of(together, torch.arange(len(together.lengths)), group.max_seq_len, seed, tails=False)
     return TrainingData(
         rows=rows[0] if len(rows) == 1 else MixedDataset(rows, [source.weight for source in corpus.sources], seed),
         rows_per_epoch=None if streamed else sum(map(len, rows)), documents=None if streamed else documents,

@@ -3,6 +3,11 @@
 Nothing is dropped: a document is cut into consecutive chunks of max_seq_len. A full chunk is a row; the shorter last
 chunks share rows. A chunk never sees another one. The order of the rows is a function of the seed, so a run resumes
 from the number of its step alone, on any number of processes.
+
+A conversation that ends with an answer goes on with a tail of end-of-text tokens, which are learnt as the answer is,
+because a model is asked for answers on canvases that are longer than they are (LLaDA, arXiv:2502.09992, pads a batch to
+one length). The length of a tail is drawn anew whenever the row is read: it takes a random part, short ones more often,
+of what the row has left. Packing leaves about as much in each row as its tails need.
 """
 
 import hashlib
@@ -24,9 +29,9 @@ class Packed(NamedTuple):
     tokens: Tensor  # [T] int64
     cu_seqlens: Tensor  # [S + 1] int32: where the chunks begin, and T
     max_seqlen: int  # tokens of the longest chunk
-    row: Tensor  # [T] int64: which of the rows asked for
+    row: Tensor  # [T] int64: index among the rows that were asked for
     column: Tensor  # [T] int64: position within that row
-    trainable: Tensor | None = None  # [T] bool: tokens to learn to write (of a conversation, the answers); None: all
+    trainable: Tensor | None = None  # [T] bool: tokens to learn (the answers of a conversation); None: all
 
 
 class RowSource(Protocol):
@@ -36,10 +41,10 @@ class RowSource(Protocol):
         """The rows at consecutive places, counted over the whole run; later calls ask for later places."""
 
     def state(self) -> dict:
-        """What `restore` needs besides the place, to go on without reading again what came before: plain values."""
+        """Plain values from which `restore` continues at a place without reading everything before it again."""
 
     def restore(self, states: list[dict]) -> None:
-        """Go on from the states of every process of the run that wrote them, however many; none: from the start."""
+        """Continue from the states of all processes of a run, however many they were; from the start without any."""
 
 
 class PackedDataset:
@@ -52,34 +57,41 @@ class PackedDataset:
         self._pack(Tokens(tokens, lengths, None), torch.arange(len(lengths)), max_seq_len, seed)
 
     @classmethod
-    def of(cls, tokens: Tokens, documents: Tensor, max_seq_len: int, seed: int = 0) -> "PackedDataset":
-        """Of some documents [D'] (int64, their numbers), whose tokens stay where they are."""
+    def of(cls, tokens: Tokens, documents: Tensor, max_seq_len: int, seed: int = 0,
+           tails: bool = True) -> "PackedDataset":
+        """The dataset of some documents, [D'] int64 indices; their tokens are not copied.
+
+        tails: append end-of-text tokens to conversations.
+        """
         self = cls.__new__(cls)
-        self._pack(tokens, documents, max_seq_len, seed)
+        self._pack(tokens, documents, max_seq_len, seed, tails)
         return self
 
-    def _pack(self, tokens: Tokens, documents: Tensor, max_seq_len: int, seed: int) -> None:
+    def _pack(self, tokens: Tokens, documents: Tensor, max_seq_len: int, seed: int, tails: bool = True) -> None:
         self.tokens, self._trainable = tokens.tokens, tokens.trainable
         self.max_seq_len = max_seq_len
         self.seed = seed
         lengths = tokens.lengths[documents]
         pieces = (lengths + max_seq_len - 1) // max_seq_len
         document = torch.repeat_interleave(torch.arange(len(lengths)), pieces)
-        index = torch.arange(len(document)) - (pieces.cumsum(0) - pieces)[document]  # of the chunk within its document
+        index = torch.arange(len(document)) - (pieces.cumsum(0) - pieces)[document]  # of a chunk within its document
         start = (tokens.lengths.cumsum(0) - tokens.lengths)[documents][document] + index * max_seq_len
         length = torch.minimum(lengths[document] - index * max_seq_len, torch.tensor(max_seq_len))
+        grows = torch.zeros_like(length, dtype=torch.bool)
         if tokens.trainable is not None:
             before = torch.cat((torch.zeros(1, dtype=torch.int64), tokens.trainable.cumsum(0)))
             learnt = before[start + length] > before[start]
-            start, length = start[learnt], length[learnt]
-        rows = pack(length.tolist(), max_seq_len)
+            if tails:
+                grows = (index == pieces[document] - 1) & tokens.trainable[start + length - 1]
+            start, length, grows = start[learnt], length[learnt], grows[learnt]
+        reserved = draw_lengths(max_seq_len - length, torch.rand(len(length), generator=seeded(seed, "tails"))) * grows
+        rows = pack((length + reserved).tolist(), max_seq_len)
         order = torch.tensor([chunk for row in rows for chunk in row], dtype=torch.int64)
-        self._start, self._length = start[order], length[order]
-        self._offset = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)  # of each row's first chunk
+        self._start, self._length, self._grows = start[order], length[order], grows[order]
+        self._offset = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)  # index of the first chunk of each row
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def __len__(self) -> int:
-        """Rows."""
         return len(self._offset) - 1
 
     @property
@@ -90,26 +102,31 @@ class PackedDataset:
         return {}
 
     def restore(self, states: list[dict]) -> None:
-        """A place is all it needs."""
+        """There is no state besides the place."""
 
     def read(self, places: range) -> Packed:
-        """Of the endless sequence of shuffled epochs."""
+        """Rows of the endless sequence of shuffled epochs."""
         places = torch.arange(places.start, places.stop)
         epochs = range(int(places[0]) // len(self), int(places[-1]) // len(self) + 1)
-        return self.gather(torch.cat([self._shuffled(epoch)[places[places // len(self) == epoch] % len(self)]
-                                      for epoch in epochs]))
+        mine = [(places // len(self) == epoch).nonzero().squeeze(1) for epoch in epochs]
+        parts = [self.gather(self._shuffled(epoch)[places[where] % len(self)], epoch)
+                 for epoch, where in zip(epochs, mine, strict=True)]
+        return parts[0] if len(parts) == 1 else merge(parts, mine)
 
     def _shuffled(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
             self._epoch, self._order = epoch, shuffle(len(self), self.seed, epoch)
         return self._order
 
-    def gather(self, rows: Tensor) -> Packed:
-        """The tokens of the rows [R]."""
+    def gather(self, rows: Tensor, epoch: int = 0) -> Packed:
+        """The tokens of the rows [R], with the tails of that epoch."""
         counts = self._offset[rows + 1] - self._offset[rows]
         chunk = ranges(self._offset[rows], counts)
-        lengths = self._length[chunk]
+        own = self._length[chunk]
+        lengths = own + self._draw_tails(rows, epoch)
+        # A tail repeats the last token of its chunk, end-of-text, and its mark.
         index = ranges(self._start[chunk], lengths)
+        index = index.minimum(torch.repeat_interleave(self._start[chunk] + own - 1, lengths))
         row_of_chunk = torch.repeat_interleave(torch.arange(len(rows)), counts)
         row = torch.repeat_interleave(row_of_chunk, lengths)
         tokens_in_row = row.bincount(minlength=len(rows))
@@ -119,11 +136,28 @@ class PackedDataset:
                       None if self._trainable is None else self._trainable[index])
 
 
-class MixedDataset:
-    """Sources that take turns so that each gives its share of the rows.
+    def _draw_tails(self, rows: Tensor, epoch: int) -> Tensor:
+        """Tokens [C] to append to each chunk of the rows: in a random order, each takes of what its row has left."""
+        tails = []
+        for row in rows.tolist():
+            first, last = int(self._offset[row]), int(self._offset[row + 1])
+            mine = torch.zeros(last - first, dtype=torch.int64)
+            if self._grows[first:last].any():
+                generator = seeded(self.seed, "tail", epoch, row)
+                left = self.max_seq_len - self._length[first:last].sum()
+                for chunk in torch.randperm(last - first, generator=generator).tolist():
+                    if self._grows[first + chunk]:
+                        mine[chunk] = draw_lengths(left, torch.rand((), generator=generator))
+                        left = left - mine[chunk]
+            tails.append(mine)
+        return torch.cat(tails)
 
-    Every 10,000 rows each source has its share of places, to the row, in an order of their own; a source's rows come
-    one after the other.
+
+class MixedDataset:
+    """Sources that take turns, so that each gives its share of the rows.
+
+    In every 10,000 rows each source has exactly its share of the places, shuffled anew; the rows of a source keep their
+    order.
     """
 
     CYCLE = 10_000  # rows
@@ -147,7 +181,7 @@ class MixedDataset:
         chosen, numbers = self._assign(asked)
         for index, source in enumerate(self.sources):
             mine = (chosen == index).nonzero().squeeze(1)
-            if len(mine):  # its numbers are consecutive, for places are
+            if len(mine):  # its numbers are consecutive, because places are
                 parts.append(source.read(range(int(numbers[mine[0]]), int(numbers[mine[-1]]) + 1)))
                 rows.append(mine)
         return merge(parts, rows)
@@ -174,7 +208,7 @@ class MixedDataset:
 
 
 def merge(parts: Sequence[Packed], rows: Sequence[Tensor]) -> Packed:
-    """The rows of all parts in one order. rows: for each part where its rows [R] go; together 0, 1, ..."""
+    """The rows of all parts in one order. rows: for each part the places [R] of its rows; together 0, 1, ..."""
     placed = [where[part.row] for part, where in zip(parts, rows, strict=True)]
     row = torch.cat(placed)
     order = row.argsort(stable=True)
@@ -187,6 +221,11 @@ def merge(parts: Sequence[Packed], rows: Sequence[Tensor]) -> Packed:
         trainable=None if parts[0].trainable is None else torch.cat([part.trainable for part in parts])[order])
 
 
+def draw_lengths(at_most: Tensor, uniform: Tensor) -> Tensor:
+    """Lengths 0 to at_most, int64, each about half as likely as one half as long; uniform in [0, 1)."""
+    return ((at_most + 1).double() ** uniform.double()).long() - 1
+
+
 def mix(*parts: object) -> int:
     """A number below 2**56 that depends on every part."""
     return int.from_bytes(hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=7).digest(), "big")
@@ -194,7 +233,11 @@ def mix(*parts: object) -> int:
 
 def shuffle(count: int, *seeds: object) -> Tensor:
     """A permutation [count] that depends on the seeds alone."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(mix(*seeds)))
+    return torch.randperm(count, generator=seeded(*seeds))
+
+
+def seeded(*seeds: object) -> torch.Generator:
+    return torch.Generator().manual_seed(mix(*seeds))
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -1,33 +1,35 @@
-"""Rows packed on the fly, of a corpus that is never in memory as a whole.
+"""Rows packed on the fly, from a corpus that is never in memory as a whole.
 
-A fixed number of lanes each read their own share of the corpus without end, its files in a new order every epoch; the
-row at place p is the next one of lane p % lanes. A lane reads a block of about a mebibyte of text, cuts and packs it as
-`PackedDataset` does, and hands out its rows in a shuffled order. So a row is a function of corpus, seed and place,
-whoever computes it, and where a lane stands is four numbers: a run goes on from there on any number of processes.
+Each of a fixed number of lanes reads its own share of the corpus without end, with the files in a new order every
+epoch; the row at place p is the next one of lane p % lanes. A lane reads a block of about a mebibyte of text, cuts and
+packs it as `PackedDataset` does, and gives its rows in a shuffled order. So a row is a function of corpus, seed and
+place, whichever process computes it. The state of a lane is five numbers, from which any number of processes continues.
 """
 
 from collections.abc import Iterator, Sequence
 
 import torch
 
+from dllm.data.finding import Shard
 from dllm.data.packing import Packed, PackedDataset, merge, mix, shuffle
-from dllm.data.sources import Document, Reader, Shard
+from dllm.data.sources import Document, Reader
 from dllm.data.splitting import is_held_out
-from dllm.data.tokens import encode
+from dllm.data.tokens import encode_documents
 from dllm.errors import UserError
 
 _BLOCK = 2**20  # characters
-_START = [0, 0, 0, 0, 0]  # the state of a lane at first
+_START = [0, 0, 0, 0, 0]  # the first state of a lane
 
 
 class StreamedRows:
-    """An endless stream of rows. Places are read in increasing order; a lane pays for the rows left out."""
+    """An endless stream of rows. Places are read in increasing order; a lane also computes the rows it skips."""
 
     def __init__(self, shards: Sequence[Shard], reader: Reader, tokenizer, *, max_seq_len: int, seed: int = 0,
                  validation_share: float = 0.0, workers: int = 1, lanes: int = 8):
-        """validation_share: of the documents, left out. workers: of `encode`. lanes: best some per row of a step."""
+        """validation_share: the share of documents left out. lanes: best some for each row of a step."""
         def pack(documents: Sequence[Document], *seeds: object) -> PackedDataset:
-            tokens = encode(tokenizer, documents, 1 if reader.conversations or not tokenizer.is_fast else workers)
+            in_python = reader.conversations or not tokenizer.is_fast
+            tokens = encode_documents(tokenizer, documents, 1 if in_python else workers)
             reader.skipped.tell()
             return PackedDataset.of(tokens, torch.arange(len(documents)), max_seq_len, mix(seed, *seeds))
 
@@ -43,11 +45,11 @@ class StreamedRows:
 
     def restore(self, states: list[dict]) -> None:
         for index, lane in enumerate(self._lanes):
-            lane.restore(max((state["lanes"][index] for state in states), default=_START))  # of the most rows
+            lane.restore(max((state["lanes"][index] for state in states), default=_START))  # the latest
 
 
 class _Lane:
-    """Every `of`-th record of each shard; of many shards, every `of`-th shard; of too few records, all of them."""
+    """Reads every `of`-th record of each shard, or every `of`-th of many shards, or all records if they are few."""
 
     def __init__(self, lane: int, of: int, shards: Sequence[Shard], reader: Reader, pack, validation_share: float,
                  seed: int):
@@ -94,17 +96,17 @@ class _Lane:
         return self.pack(documents, self.lane, *self.start)
 
     def _walk(self, epoch: int, index: int, record: int) -> Iterator[tuple[Document | None, tuple[int, int, int]]]:
-        """The documents from there on, without end, each with the position after it; None ends an epoch."""
+        """The documents from a position on, without end, each with the position after it; None ends an epoch."""
         mine, of = range(len(self.shards)), self.of
         if self.reads_all:
             of = 1
-        elif len(self.shards) >= 8 * self.of:  # opening only its own saves a lane the reading of the others' records
+        elif len(self.shards) >= 8 * self.of:  # a lane then reads no records of the others
             mine, of = mine[self.lane::self.of], 1
         while True:
             order = shuffle(len(mine), self.seed, self.lane, epoch).tolist()
             for position in range(index, len(mine)):
                 shard = mine[order[position]]
-                share = (self.lane - shard) % of  # single documents, all of number 0, are spread too
+                share = (self.lane - shard) % of  # spreads single documents too, which all have number 0
                 for number, document in self.reader.read(self.shards[shard], record, share, of):
                     if not is_held_out(document.source, self.validation_share):
                         yield document, (epoch, position, number + 1)

@@ -1,7 +1,7 @@
-"""Documents to tokens, kept in a cache: a file per corpus, tokenizer and way of reading, that later runs map to memory.
+"""Documents to tokens, cached: a file for each corpus, tokenizer and way of reading, which later runs map to memory.
 
-The cache lies in $DLLM_CACHE (default: ~/.cache/dllm). A file is written aside and renamed, so that processes may build
-the same one at once; one that is damaged is built again.
+The cache is $DLLM_CACHE (default: ~/.cache/dllm). A file is written aside and renamed, so that several processes may
+build the same one; a damaged file is built again.
 """
 
 import ctypes
@@ -28,10 +28,11 @@ from torch import Tensor
 from dllm.data.conversations import encode_conversation
 from dllm.data.sources import Document
 from dllm.errors import Failure
+from dllm.files import cache_folder
 
-_VERSION = 1  # of what a cache file holds
+_VERSION = 2  # of the format of a cache file
 _BATCH = 64  # documents that a worker gets at a time
-_FEW = 2048  # documents done before a process has started
+_FEW = 2048  # documents that this process encodes before another has started
 
 
 class Tokens(NamedTuple):
@@ -62,20 +63,23 @@ def ranges(starts: Tensor, counts: Tensor) -> Tensor:
 
 
 def tokenize(tokenizer, documents: Sequence[Document]) -> list[Tensor]:
-    """Per document its tokens and the end-of-text token, int32; no beginning-of-text token."""
-    encoded = encode(tokenizer, documents)
+    """Per document its tokens and the end-of-text token, int32; no beginning-of-text token.
+
+    A special token that a text mentions is text.
+    """
+    encoded = encode_documents(tokenizer, documents)
     return list(encoded.tokens.split(encoded.lengths.tolist()))
 
 
-def encode(tokenizer, documents: Iterable[Document], workers: int = 1) -> Tokens:
-    """The tokens of texts as `tokenize`, of conversations as `encode_conversation`.
+def encode_documents(tokenizer, documents: Iterable[Document], workers: int = 1) -> Tokens:
+    """Encode texts as `tokenize` does, and conversations as `encode_conversation` does.
 
-    Conversations without a token to learn become no tokens at all.
+    A conversation without a token to learn becomes no tokens at all.
 
     Args:
-        workers: processes (spawned) for conversations and for a tokenizer in Python, of which few are done without;
-            threads for texts and a fast one, which has threads of its own besides: two of ours are up to a tenth faster
-            than one, two processes a fifth slower and a second later.
+        workers: spawned processes, for conversations and for a tokenizer in Python, unless there are few documents.
+            Threads, for texts and a fast tokenizer, which has its own threads: two workers are up to a tenth faster
+            than one, two processes would be a fifth slower and start a second later.
     Raises: Failure if a process dies.
     """
     ids, lengths, trainable = array("i"), array("q"), array("b")
@@ -118,26 +122,27 @@ def _encode_batches(tokenizer, documents: Iterable[Document], workers: int) -> I
 
 
 def _keep(tokenizer) -> None:
-    """Of a worker process, once."""
+    """Keep the tokenizer of a worker process."""
     global _kept
     _kept = tokenizer
 
 
 def _encode_batch(tokenizer, documents: Sequence[Document]) -> tuple[array, array, array]:
-    """(tokens, lengths, which tokens to learn or nothing). tokenizer: None for the one that this process keeps."""
+    """(tokens, lengths, marks of the tokens to learn or nothing). tokenizer: None takes the one that `_keep` kept."""
     tokenizer = _kept if tokenizer is None else tokenizer
     if documents[0].messages is not None:
-        pairs = [encode_conversation(tokenizer, json.loads(document.messages)) for document in documents]
+        pairs = [encode_conversation(tokenizer, **json.loads(document.messages)) for document in documents]
         pairs = [(ids, learnt) if any(learnt) else ([], []) for ids, learnt in pairs]
         return (array("i", chain.from_iterable(ids for ids, _ in pairs)), array("q", (len(ids) for ids, _ in pairs)),
                 array("b", chain.from_iterable(learnt for _, learnt in pairs)))
     texts = [document.text for document in documents]
-    if tokenizer.is_fast:  # a third faster than calling the tokenizer, which makes more than the ids
+    if tokenizer.is_fast:  # a third faster than calling the tokenizer, which computes more than the ids
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend_tokenizer.encode_special_tokens = True  # as text, where a text mentions them
         encoded = [e.ids for e in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     else:
-        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     ids = array("i")
     for document in encoded:
         ids.extend(document)
@@ -146,7 +151,7 @@ def _encode_batch(tokenizer, documents: Sequence[Document]) -> tuple[array, arra
 
 
 def describe_rules(tokenizer) -> str:
-    """All that decides what it makes of a text."""
+    """Everything that decides how the tokenizer cuts a text, as JSON."""
     if not tokenizer.is_fast:
         return json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -154,28 +159,24 @@ def describe_rules(tokenizer) -> str:
 
 
 def load_or_encode(tokenizer, digest: str, documents: Iterable[Document], workers: int) -> Tokens:
-    """`encode`, or what it gave before.
+    """`encode_documents`, or the cached tokens.
 
     Args:
         digest: a hash of the documents' content.
-        documents: read only where the cache has nothing.
+        documents: read only if the cache lacks them.
     """
     decides = [_VERSION, digest, describe_rules(tokenizer), tokenizer.eos_token_id, tokenizer.chat_template]
     key = hashlib.blake2b(json.dumps(decides).encode(), digest_size=20)
     path = cache_folder() / "tokens" / f"{key.hexdigest()}.safetensors"
     cached = _load(path)
     if cached is None:
-        cached = encode(tokenizer, documents, workers)
+        cached = encode_documents(tokenizer, documents, workers)
         _save(path, cached)
     return cached
 
 
-def cache_folder() -> Path:
-    return Path(os.environ.get("DLLM_CACHE") or Path.home() / ".cache" / "dllm")
-
-
 def _load(path: Path) -> Tokens | None:
-    """The tokens, mapped to memory; None if there are none that are whole."""
+    """The tokens, mapped to memory; None if the file is missing or damaged."""
     from safetensors import SafetensorError, safe_open
 
     if not path.exists():
@@ -192,7 +193,7 @@ def _load(path: Path) -> Tokens | None:
 
 
 def _save(path: Path, tokens: Tokens) -> None:
-    """A cache that cannot be written costs time, not the run: a line on stderr says so."""
+    """Write the cache. A failure costs time, not the run, so it is only a line on stderr."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

@@ -8,8 +8,8 @@ to say `expand`: at inference, one masked position that becomes two.
 import torch
 from torch import Tensor
 
-from dllm.corruption import Corruption
 from dllm.data import Packed
+from dllm.diffusion.corruption import Corruption
 from dllm_kernels import philox_uniform
 
 MERGE_CHANCE = 0.5

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllm.corruption import Corruption
+from dllm.diffusion.corruption import Corruption
 from dllm_kernels import linear_masked_cross_entropy
 
 BOUNDS = ("elbo", "block_diffusion")  # objectives that bound the negative log-likelihood

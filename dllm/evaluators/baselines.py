@@ -1,4 +1,4 @@
-"""What counting alone predicts: unigram and bigram baselines, scored on the positions that the model is scored on.
+"""Unigram and bigram baselines, scored on the same positions as the model.
 
 unigram: p(w) = (c(w) + 1/2) / (N + V/2) over the training tokens.
 bigram: where the left neighbour v is visible, interpolated modified Kneser-Ney (Chen and Goodman 1999):
@@ -8,23 +8,20 @@ and the unigram elsewhere. The discounts d(1), d(2), d(3+) are estimated from th
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dllm.data import Document
 from dllm.evaluators.held_out import HeldOutSettings, corrupt_share, cut_windows
-from dllm.evaluators.perplexity import MaskedResult, summarize_share
+from dllm.evaluators.likelihood import MaskedResult, summarize_share
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BaselineResult:
     unigram: MaskedResult
     bigram: MaskedResult
-
-    def to_dict(self) -> dict:
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +70,10 @@ def count_ngrams(sequences: Iterable[Tensor], vocab_size: int) -> NgramCounts:
 
 
 def _discounted(counts: Tensor, context: Tensor, contexts: int) -> tuple[Tensor, Tensor]:
-    """Modified Kneser-Ney: (count - discount) / total of its context, per count, and the mass so freed, per context."""
+    """Modified Kneser-Ney: (count - discount) / total of the context, for each count; freed mass of each context."""
     n1, n2, n3, n4 = ((counts == n).sum().item() for n in (1, 2, 3, 4))
     y = n1 / (n1 + 2 * n2) if n1 else 0.5
-    # Too few data can make an estimate senseless (none of its counts, or out of order); the plain discount then serves.
+    # With too few data an estimate can be senseless (no counts, or out of order); the plain discount replaces it.
     d1, d2, d3 = (n - (n + 1) * y * more / some if some else y
                   for n, some, more in ((1, n1, n2), (2, n2, n3), (3, n3, n4)))
     if not 0 < d1 <= d2 <= d3 < 3 or d1 >= 1 or d2 >= 2:
@@ -90,7 +87,7 @@ def _discounted(counts: Tensor, context: Tensor, contexts: int) -> tuple[Tensor,
 
 def baseline_accuracy(counts: NgramCounts, tokenizer, documents: Sequence[Document],
                       settings: HeldOutSettings | None = None) -> tuple[BaselineResult, ...]:
-    """Both baselines at each of `settings.shares`, on the very positions `masked_accuracy` scores with these arguments.
+    """Both baselines at each of `settings.shares`, on the positions that `masked_accuracy` scores with these arguments.
 
     Raises: UserError if there is no text.
     """

@@ -4,7 +4,7 @@ import math
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
-    """Probability that one of k samples, drawn from n without putting back, passes: 1 - C(n - c, k) / C(n, k).
+    """Probability that one of k samples, drawn from n without replacement, passes: 1 - C(n - c, k) / C(n, k).
 
     Unbiased (Chen et al. 2021, arXiv:2107.03374). Raises: ValueError unless 1 <= k <= samples and passed <= samples.
     """
@@ -16,10 +16,11 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
 def wilson_interval(hits: float, trials: int) -> tuple[float, float]:
     """The 95% confidence interval of a share (Wilson 1927), which stays inside 0..1 and works for 0 hits.
 
-    Of a mean of `trials` values in 0..1 that add up to `hits`, it is an interval at least as wide as need be.
+    For the mean of `trials` values in 0..1 with the sum `hits`, the interval is at least wide enough.
     """
     z = 1.959963984540054
     share, spread = hits / trials, z * z / trials
     middle = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # Rounding must not leave the share outside: middle + half of 164 hits in 164 trials is 1 - 1e-16.
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))

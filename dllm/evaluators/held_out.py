@@ -1,6 +1,6 @@
-"""What the likelihood evaluators share: windows of held-out documents, their corrupted positions, standard errors.
+"""Windows of held-out documents, their corrupted positions, and standard errors, for the likelihood evaluators.
 
-The first token of a window is given and never scored: models with right shift cannot predict it.
+The first token of a window is given and never scored, because models with right shift cannot predict it.
 """
 
 import math
@@ -12,33 +12,14 @@ from torch import Tensor
 
 from dllm.data import Document
 from dllm.errors import UserError
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeldOutSettings:
-    """Which part of the held-out documents is scored, and how often."""
-
-    max_seq_len: int = 512  # tokens of a window; a document is cut into windows that do not see each other
-    windows: int | None = 256  # at most so many, drawn evenly from all; None takes all
-    samples: int = 4  # corrupted copies of each window for the perplexity bound
-    shares: tuple[float, ...] = (0.15, 0.5)  # of a window's scored positions corrupted, for the accuracies
-    batch_tokens: int = 16384  # positions of one forward pass; changes nothing but speed and memory
-    seed: int = 0
-
-    def __post_init__(self):
-        for name, lowest in (("max_seq_len", 2), ("windows", 1), ("samples", 1), ("batch_tokens", 1)):
-            value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise UserError(f"{name} must be at least {lowest}, not {value}")
-        if not all(0 < share <= 1 for share in self.shares):
-            raise UserError(f"shares must be in (0, 1], not {self.shares}")
+from dllm.evaluators.settings import HeldOutSettings
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
     tokens: Tensor  # [L] int64
     document: int  # index of the document it is cut from
-    bytes: int  # of UTF-8 text that its tokens after the first stand for
+    bytes: int  # UTF-8 bytes of the text of its tokens after the first
 
     @property
     def scored(self) -> int:
@@ -46,15 +27,16 @@ class Window:
         return len(self.tokens) - 1
 
 
-def encode(tokenizer, text: str) -> tuple[Tensor, list[int]]:
-    """Tokens [N] int64 of the text, nothing added, and N + 1 offsets: the character where each begins, and the end."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+def encode_with_offsets(tokenizer, text: str) -> tuple[Tensor, list[int]]:
+    """Tokens [N] int64 of the text, none of them special, and N + 1 offsets: their first characters, and the end."""
+    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True,
+                        verbose=False)
     offsets = [start for start, _ in encoded["offset_mapping"]]
     return torch.tensor(encoded["input_ids"], dtype=torch.long), [*offsets, len(text)]
 
 
 def decode(tokenizer, tokens: Tensor) -> str:
-    """The text of tokens [N], with nothing tidied up."""
+    """The exact text of tokens [N], without clean-up."""
     return tokenizer.decode(tokens.tolist(), clean_up_tokenization_spaces=False)
 
 
@@ -65,7 +47,7 @@ def cut_windows(tokenizer, documents: Sequence[Document], settings: HeldOutSetti
     """
     windows = []
     for index, document in enumerate(documents):
-        tokens, offsets = encode(tokenizer, document.text)
+        tokens, offsets = encode_with_offsets(tokenizer, document.text)
         if tokenizer.eos_token_id is not None and len(tokens):
             tokens = torch.cat((tokens, torch.tensor([tokenizer.eos_token_id])))
             offsets.append(offsets[-1])
@@ -85,8 +67,7 @@ def cut_windows(tokenizer, documents: Sequence[Document], settings: HeldOutSetti
 
 
 def corrupt_share(windows: Sequence[Window], share: float, seed: int) -> list[Tensor]:
-    """For each window [L] bool with max(1, round(share * (L - 1))) corrupted, every such set equally likely, a function
-    of the arguments alone."""
+    """For each window [L] bool, max(1, round(share * (L - 1))) corrupted positions, all such sets equally likely."""
     generator, corrupted = torch.Generator().manual_seed(seed), []
     for window in windows:
         chosen = torch.zeros(len(window.tokens), dtype=torch.bool)
@@ -98,9 +79,9 @@ def corrupt_share(windows: Sequence[Window], share: float, seed: int) -> list[Te
 
 def ratio_with_error(amounts: Sequence[float], sizes: Sequence[float],
                      documents: Sequence[int]) -> tuple[float, float | None]:
-    """sum(amounts) / sum(sizes), and its standard error were other documents drawn (None for a single document).
+    """sum(amounts) / sum(sizes), and its standard error across documents (None for a single document).
 
-    Windows of one document are alike, so documents are the independent units: the error is that of a ratio estimator
+    Windows of one document are alike, so documents are the independent units. The error is that of a ratio estimator
     with clusters, sqrt(G / (G - 1) * sum over G documents of (amount - ratio * size)**2) / sum(sizes).
     """
     amount, size = math.fsum(amounts), math.fsum(sizes)

@@ -1,8 +1,8 @@
-"""How well a masked diffusion model predicts held-out text: a bound on its perplexity, accuracy at fixed shares."""
+"""Prediction of held-out text by a masked diffusion model: a bound on its perplexity, accuracy at fixed shares."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -12,15 +12,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dllm.data import Document
 from dllm.errors import UserError
-from dllm.evaluators.held_out import (
-    HeldOutSettings,
-    Window,
-    corrupt_share,
-    cut_windows,
-    ratio_with_error,
-)
-from dllm.model import DiffusionLM
-from dllm.sampler import block_length_of
+from dllm.evaluators.held_out import HeldOutSettings, Window, corrupt_share, cut_windows, ratio_with_error
+from dllm.generation.inputs import read_mask
+from dllm.generation.sampler import block_length_of
+from dllm.model.layouts import Packed, Padded, TwoCopies
+from dllm.model.transformer import Transformer
 from dllm_kernels import linear_masked_cross_entropy, linear_token_scores
 
 
@@ -28,19 +24,17 @@ from dllm_kernels import linear_masked_cross_entropy, linear_token_scores
 class PerplexityResult:
     """An upper bound on the negative log-likelihood of the held-out windows, given the first token of each."""
 
+    perplexity_bound: float  # exp of nats_per_token
     nats_per_token: float
-    nats_per_token_stderr: float | None  # were other documents drawn; None for a single document
-    monte_carlo_stderr: float | None  # of nats_per_token, were other positions corrupted; None for a single sample
+    nats_per_token_stderr: float | None  # across documents; None for a single document
+    monte_carlo_stderr: float | None  # of nats_per_token, across corruptions; None for a single sample
     bits_per_byte: float
-    bits_per_byte_stderr: float | None  # were other documents drawn
+    bits_per_byte_stderr: float | None  # across documents
     documents: int
     windows: int
     tokens: int  # scored
-    bytes: int  # that these tokens stand for
+    bytes: int  # of the text of these tokens
     samples: int  # corrupted copies of each window
-
-    def to_dict(self) -> dict:
-        return {"perplexity_bound": math.exp(self.nats_per_token), **asdict(self)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,26 +42,23 @@ class MaskedResult:
     """Prediction of the corrupted tokens at a fixed share of corrupted positions."""
 
     share: float
-    accuracy: float  # share of the corrupted positions whose most likely token is the true one
-    accuracy_stderr: float | None  # were other documents drawn; None for a single document
+    accuracy: float  # share of the corrupted positions where the most likely token is right
+    accuracy_stderr: float | None  # across documents; None for a single document
     nats: float  # mean negative log-likelihood of a corrupted token
     nats_stderr: float | None
     positions: int  # corrupted positions scored
 
-    def to_dict(self) -> dict:
-        return asdict(self)
 
-
-def perplexity_bound(model: DiffusionLM, tokenizer, documents: Sequence[Document],
+def perplexity_bound(model: Transformer, tokenizer, documents: Sequence[Document],
                      settings: HeldOutSettings | None = None) -> PerplexityResult:
-    """Monte Carlo estimate of the model's bound on -log p(window | its first token), over the windows' sizes.
+    """Monte Carlo estimate of the model's bound on -log p(window | its first token), per token and per byte.
 
-    The bound is the ELBO with its integral over time done exactly, which is the same for every schedule: with n uniform
-    on 1..L and S a uniform set of n of L positions, -log p <= E[L / n * sum over S of -log p(token | what is visible)]
-    (arXiv:2110.02037, arXiv:2406.03736; LLaDA evaluates so, arXiv:2502.09992). It varies less than drawing a time and
-    corrupting each position by chance. n is stratified twice: evenly over the windows in every sample, and evenly over
-    the samples of every window. Of a block-causal model it is the sum of the bounds of the blocks, each given the
-    blocks before it (BD3-LM, arXiv:2503.09573): L, n and S are then of a block, counted from the window's beginning.
+    The bound is the ELBO with an exact integral over time, which is the same for every schedule: with n uniform on 1..L
+    and S a uniform set of n of L positions, -log p <= E[L / n * sum over S of -log p(token | visible tokens)]
+    (arXiv:2110.02037, arXiv:2406.03736; also LLaDA's evaluation, arXiv:2502.09992). It varies less than drawing a time
+    and corrupting each position independently. n is stratified twice: evenly over the windows in every sample, and
+    evenly over the samples of every window. For a block-causal model the bound is the sum over blocks, each given the
+    blocks before it (BD3-LM, arXiv:2503.09573); L, n and S then belong to a block, counted from the window's beginning.
 
     Raises: UserError if there is no text, or windows are longer than the model's positions.
     """
@@ -75,13 +66,13 @@ def perplexity_bound(model: DiffusionLM, tokenizer, documents: Sequence[Document
     windows = cut_windows(tokenizer, documents, settings)
     generator = torch.Generator().manual_seed(settings.seed)
     parts = [(i, places) for i, window in enumerate(windows)
-             for places in split_by_block(model, torch.arange(1, len(window.tokens)))]
-    offset = torch.rand((), generator=generator, dtype=torch.float64)
-    strata = (torch.randperm(len(parts), generator=generator) + offset) / len(parts)
-    nats = torch.zeros(settings.samples, len(windows), dtype=torch.float64)
+             for places in split_by_block(model, torch.arange(1, len(window.tokens), device="cpu"))]
+    offset = torch.rand((), generator=generator, dtype=torch.float64, device="cpu")
+    strata = (torch.randperm(len(parts), generator=generator, device="cpu") + offset) / len(parts)
+    nats = torch.zeros(settings.samples, len(windows), dtype=torch.float64, device="cpu")
     for sample in range(settings.samples):
         times = ((strata + sample / settings.samples) % 1).tolist()
-        weights = [torch.zeros(len(window.tokens), dtype=torch.float64) for window in windows]
+        weights = [torch.zeros(len(window.tokens), dtype=torch.float64, device="cpu") for window in windows]
         for (i, places), t in zip(parts, times, strict=True):
             corrupt_some(weights[i], places, t, generator)
         nats[sample] = bound_once(model, windows, weights, settings.batch_tokens)
@@ -94,7 +85,8 @@ def perplexity_bound(model: DiffusionLM, tokenizer, documents: Sequence[Document
     if settings.samples > 1:
         monte_carlo = float((nats.sum(1) / sum(lengths)).std() / math.sqrt(settings.samples))
     return PerplexityResult(
-        nats_per_token=per_token, nats_per_token_stderr=per_token_error, monte_carlo_stderr=monte_carlo,
+        perplexity_bound=math.exp(per_token), nats_per_token=per_token, nats_per_token_stderr=per_token_error,
+        monte_carlo_stderr=monte_carlo,
         bits_per_byte=per_byte / math.log(2),
         bits_per_byte_stderr=None if per_byte_error is None else per_byte_error / math.log(2),
         documents=len(set(of_document)), windows=len(windows), tokens=sum(lengths), bytes=sum(sizes),
@@ -102,11 +94,11 @@ def perplexity_bound(model: DiffusionLM, tokenizer, documents: Sequence[Document
 
 
 class Likelihood(NamedTuple):
-    """Of each of B sequences an upper bound on -log p(scored tokens | the others), by Monte Carlo."""
+    """Upper bounds on -log p(scored tokens | the others) of B sequences, by Monte Carlo."""
 
     nats: Tensor  # [B] float64
-    stderr: Tensor  # [B] float64: of nats, were other positions corrupted; a little too large, as counts are stratified
-    tokens: Tensor  # [B] int64, how many are scored
+    stderr: Tensor  # [B] float64: of nats, across corruptions; a little too large, because counts are stratified
+    tokens: Tensor  # [B] int64: scored tokens
 
     @property
     def perplexity(self) -> Tensor:
@@ -114,41 +106,46 @@ class Likelihood(NamedTuple):
         return (self.nats / self.tokens).exp()
 
 
-def bound_likelihood(model: DiffusionLM, input_ids: Tensor, attention_mask: Tensor | None = None, *,
+def bound_likelihood(model: Transformer, input_ids: Tensor, attention_mask: Tensor | None = None, *,
                      scored: Tensor | None = None, samples: int = 128, seed: int = 0,
                      batch_tokens: int = 16384) -> Likelihood:
-    """The bound of `perplexity_bound` for given sequences, as LLaDA and Dream score the answers of a multiple choice:
-    `samples` times n of the scored tokens (of each block, if the model is block-causal) are corrupted, n spread evenly
-    over 1 to all of them.
+    """The bound of `perplexity_bound` for given sequences; LLaDA and Dream score the answers of multiple choices so.
+
+    Each of `samples` copies has n of the scored tokens (of each block, if the model is block-causal) corrupted, with n
+    spread evenly over 1 to all of them.
 
     Args:
         input_ids: [B, L] or [L] int64.
         attention_mask: [B, L], nonzero where there is a token; padding may be on either side.
-        scored: [B, L] bool, the tokens whose probability is bounded, given all others (False for a prompt); by default
-            all, but for the first where the model's logits are shifted.
+        scored: [B, L] bool, or [L] for one sequence: the tokens whose probability given all others is bounded (False
+            for a prompt); the default is all tokens, except the first where the model's logits are shifted.
         samples: corrupted copies of each sequence.
-        batch_tokens: positions of one forward pass; changes nothing but speed and memory.
+        batch_tokens: positions of one forward pass; only speed and memory depend on it.
     Raises: UserError if nothing of a sequence is scored, or the first token of one whose model's logits are shifted.
     """
     input_ids = input_ids.reshape(1, -1) if input_ids.ndim == 1 else input_ids
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     first = real & (real.cumsum(1) == 1)
     shifted = model.config.shift_logits
-    scored = real & ~first if scored is None and shifted else real if scored is None else scored.bool() & real
+    if scored is None:
+        scored = real & ~first if shifted else real
+    else:
+        scored = read_mask(scored, input_ids, "input_ids", "scored", "where a token counts, else zero")
+        scored = scored.to(real.device) & real
     if samples < 2:
         raise UserError(f"samples must be at least 2, for a standard error, not {samples}")
     if not scored.any(1).all():
         raise UserError(f"sequence {int((~scored.any(1)).nonzero()[0])} has no token to score; mark some in `scored`")
     if shifted and (scored & first).any():
         raise UserError("a model with shifted logits cannot predict the first token; leave it out of `scored`")
-    generator = torch.Generator().manual_seed(seed)
     windows, weights = [], []
     for tokens, visible, wanted in zip(input_ids.cpu(), real.cpu(), scored.cpu(), strict=True):
+        generator = torch.Generator().manual_seed(seed)  # anew, so that a row's bound does not depend on the others
         parts = split_by_block(model, wanted[visible].nonzero().flatten())
-        offsets = [float(torch.rand((), generator=generator, dtype=torch.float64)) for _ in parts]
+        offsets = [float(torch.rand((), generator=generator, dtype=torch.float64, device="cpu")) for _ in parts]
         for sample in range(samples):
             windows.append(Window(tokens[visible], len(windows), 0))
-            weights.append(torch.zeros(len(windows[-1].tokens), dtype=torch.float64))
+            weights.append(torch.zeros(len(windows[-1].tokens), dtype=torch.float64, device="cpu"))
             for places, offset in zip(parts, offsets, strict=True):
                 corrupt_some(weights[-1], places, (sample + offset) / samples, generator)
     drawn = bound_once(model, windows, weights, batch_tokens).view(len(input_ids), samples)
@@ -156,8 +153,8 @@ def bound_likelihood(model: DiffusionLM, input_ids: Tensor, attention_mask: Tens
     return Likelihood(drawn.mean(1), drawn.std(1) / math.sqrt(samples), sizes)
 
 
-def split_by_block(model: DiffusionLM, places: Tensor) -> list[Tensor]:
-    """Places [N] of a window, rising: all together, or those of each block if the model is block-causal."""
+def split_by_block(model: Transformer, places: Tensor) -> list[Tensor]:
+    """Ascending places [N] of a window, divided by block if the model is block-causal."""
     if not model.config.block_causal:
         return [places]
     _, counts = (places // block_length_of(model)).unique_consecutive(return_counts=True)
@@ -165,22 +162,22 @@ def split_by_block(model: DiffusionLM, places: Tensor) -> list[Tensor]:
 
 
 def corrupt_some(weights: Tensor, places: Tensor, time: float, generator: torch.Generator) -> None:
-    """Give some of N places, as many as a time in [0, 1) says, a weight that makes their sum one of all N."""
+    """Draw n of the N places, int(time * N) + 1 for a time in [0, 1), and give each the weight N / n."""
     count = int(time * len(places)) + 1
-    weights[places[torch.randperm(len(places), generator=generator)[:count]]] = len(places) / count
+    weights[places[torch.randperm(len(places), generator=generator, device="cpu")[:count]]] = len(places) / count
 
 
-def bound_once(model: DiffusionLM, windows: Sequence[Window], weights: Sequence[Tensor], batch_tokens: int) -> Tensor:
-    """[windows] float64: the negative log-likelihoods where the weights [L] are above 0, times these, summed."""
+def bound_once(model: Transformer, windows: Sequence[Window], weights: Sequence[Tensor], batch_tokens: int) -> Tensor:
+    """[windows] float64: the sum of negative log-likelihoods times weights [L], over positions of weight above 0."""
     results = score_positions(model, windows, [weight > 0 for weight in weights], batch_tokens)
     return torch.stack([(nats * weight[weight > 0]).sum() for (nats, _), weight in zip(results, weights, strict=True)])
 
 
-def masked_accuracy(model: DiffusionLM, tokenizer, documents: Sequence[Document],
+def masked_accuracy(model: Transformer, tokenizer, documents: Sequence[Document],
                     settings: HeldOutSettings | None = None) -> tuple[MaskedResult, ...]:
     """Accuracy and negative log-likelihood at each of `settings.shares`, one result per share.
 
-    A block-causal model sees the blocks before a corrupted token whole.
+    A block-causal model sees the blocks before that of a corrupted token uncorrupted.
     Raises: as `perplexity_bound`.
     """
     settings = settings or HeldOutSettings()
@@ -197,7 +194,7 @@ def masked_accuracy(model: DiffusionLM, tokenizer, documents: Sequence[Document]
 
 def summarize_share(share: float, windows: Sequence[Window], right: Sequence[Tensor],
                     nats: Sequence[Tensor]) -> MaskedResult:
-    """From bool and float64 values per corrupted position of each window to the result for this share."""
+    """The result for a share. right: bool, nats: float64, both per corrupted position of each window."""
     sizes, of_document = [len(hits) for hits in right], [window.document for window in windows]
     accuracy, accuracy_error = ratio_with_error([float(hits.sum()) for hits in right], sizes, of_document)
     mean, error = ratio_with_error([float(values.sum()) for values in nats], sizes, of_document)
@@ -206,12 +203,12 @@ def summarize_share(share: float, windows: Sequence[Window], right: Sequence[Ten
 
 
 @torch.no_grad()
-def score_positions(model: DiffusionLM, windows: Sequence[Window], corrupted: Sequence[Tensor], batch_tokens: int,
+def score_positions(model: Transformer, windows: Sequence[Window], corrupted: Sequence[Tensor], batch_tokens: int,
                     *, predict: bool = False) -> list[tuple[Tensor, Tensor | None]]:
     """Per window, at its n corrupted positions in order: negative log-likelihoods [n] float64 and, with `predict`, the
     most likely tokens [n] int64. The head is multiplied at these positions alone.
 
-    A block-causal model sees a corrupted block as it is, and those before it whole, as in training.
+    A block-causal model sees a corrupted block as it is, and the blocks before it uncorrupted, as in training.
     """
     mask_token_id = model.mask_token_id
     if mask_token_id is None:
@@ -224,19 +221,17 @@ def score_positions(model: DiffusionLM, windows: Sequence[Window], corrupted: Se
     results: list[tuple[Tensor, Tensor | None] | None] = [None] * len(windows)
     for batch in batches_of_similar_length([len(window.tokens) for window in windows], batch_tokens):
         tokens, where = [windows[i].tokens for i in batch], [corrupted[i] for i in batch]
-        lengths = torch.tensor([len(row) for row in tokens])
+        lengths = torch.tensor([len(row) for row in tokens], device="cpu")
         sizes = [int(row.sum()) for row in where]
         if model.config.block_causal:
             tokens, where = (torch.cat(rows).unsqueeze(0).to(model.device) for rows in (tokens, where))
             ends = F.pad(lengths.cumsum(0), (1, 0)).int().to(model.device)
-            hidden = model.hidden_states(
-                tokens.masked_fill(where, mask_token_id), clean_ids=tokens, block_length=block_length_of(model),
-                cu_seqlens=ends, max_seqlen=int(lengths.max()))
+            layout = TwoCopies(tokens, block_length_of(model), Packed(ends, int(lengths.max())))
         else:
             tokens, where = (pad_sequence(rows, batch_first=True).to(model.device) for rows in (tokens, where))
-            real = torch.arange(tokens.shape[1]) < lengths.unsqueeze(1)
-            hidden = model.hidden_states(tokens.masked_fill(where, mask_token_id),
-                                         attention_mask=None if real.all() else real.to(model.device))
+            real = torch.arange(tokens.shape[1], device="cpu") < lengths.unsqueeze(1)
+            layout = Padded(None if real.all() else real.to(model.device))
+        hidden = model.hidden_states(tokens.masked_fill(where, mask_token_id), layout)
         rows, places = where.nonzero(as_tuple=True)
         if model.config.shift_logits:
             places = places - 1  # padding is on the right, and the first token is not corrupted

@@ -1,7 +1,7 @@
 """A scoreboard of finished runs of `dllm eval`, beside published results: Markdown, and a page.
 
-Rows stand in one table only if they answer one question: the same task, data, tasks of it, rules of the verdict and
-cutting of answers. Where rows of a table were answered in different ways, the table says in which.
+Rows share a table only if they answer one question: the same benchmark, data, subset of tasks, rules of the verdict and
+cutting of answers. Where the rows of a table were generated with different settings, the table names these.
 """
 
 import json
@@ -12,17 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from dllm.checkpoint import write_atomically
 from dllm.errors import UserError
 from dllm.evaluators.estimates import pass_at_k
 
 _ALIASES = {"humaneval_infill": "humaneval_infill_single_line"}
 _METHOD = ("alg", "remasking", "steps", "max_new_tokens", "block_length", "temperature", "top_p", "top_k", "threshold",
-           "factor", "cache")  # of the generation's settings, those that a row tells
+           "factor", "cache")  # settings of the generation that a row shows
 
 
 class Score(NamedTuple):
-    value: float  # a share in 0..1, or of lm-eval's tasks whatever they measure
+    value: float  # a share in 0..1; for tasks of lm-eval, in their own unit
     low: float | None = None  # the 95% interval
     high: float | None = None
 
@@ -35,11 +34,11 @@ class Run:
     model: str
     task: str
     scores: dict[str, Score]  # by metric; the first is the headline
-    question: dict  # what must agree for scores to be compared
-    method: dict  # how it was answered; the scores tell of this too
+    question: dict  # settings that must agree before scores are compared
+    method: dict  # settings of the generation, which influence scores too
     told: str  # the method in words
     curve: tuple[float, ...] = ()  # pass@1, pass@2, ...
-    tokens_per_forward: float | None = None  # of one sequence
+    tokens_per_forward: float | None = None  # per sequence
     tokens_per_second: float | None = None
     shares: bool = True  # scores are shares, to be shown in percent
 
@@ -53,7 +52,7 @@ class Published:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Group:
+class Comparison:
     """Runs that answer one question, the best first."""
 
     title: str
@@ -66,10 +65,14 @@ class Group:
     def metrics(self) -> list[str]:
         return list(dict.fromkeys(name for row in (*self.runs, *self.published) for name in row.scores))
 
+    @property
+    def columns(self) -> list[str]:
+        return ["", "run", "model", *self.metrics, "tokens per forward", "tokens/s", "method"]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Board:
-    groups: list[Group]
+    comparisons: list[Comparison]
     problems: list[str]  # runs that are not shown, and why
 
 
@@ -101,11 +104,11 @@ def make_scoreboard(folders: Sequence[str | Path]) -> Board:
     if not runs:
         raise UserError(f"there is no finished run of dllm eval in {', '.join(map(str, folders))}"
                         + (f" ({'; '.join(problems[:3])})" if problems else "") + "; give folders that it wrote")
-    return Board(groups=_group(runs), problems=problems)
+    return Board(comparisons=_compare(runs), problems=problems)
 
 
 def _count_samples(folder: Path) -> int | None:
-    """Of an unfinished run; None if the manifest is not that of a run."""
+    """Samples of an unfinished run; None if the manifest is not that of a run."""
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
         if not isinstance(manifest, dict) or not {"task", "generation"} <= manifest.keys():
@@ -127,7 +130,7 @@ def read_run(path: Path, name: str) -> Run:
 
 
 def _read_own(record: dict, name: str) -> Run:
-    """Of a benchmark that we score ourselves."""
+    """A run of a benchmark that we score ourselves."""
     manifest, settings = record["manifest"], record["settings"]
     scores = {}
     for metric, interval in record["intervals_95"].items():
@@ -141,6 +144,7 @@ def _read_own(record: dict, name: str) -> Run:
     question = {
         "data": manifest["data"]["sha256"][:12], "tasks": int(_number(record["attempted_tasks"])),
         "lines left out": len(record["skipped_lines"]), "seconds of a program": settings["timeout"],
+        "clock of the limit": settings.get("timeout_counts", "wall-clock seconds"),
         **{f"limit of {key}": value for key, value in settings["limits"].items()},
         "layers that the sandbox lacks": missing, "Python": ".".join(record["python"].split(".")[:2]),
         "stop strings": manifest["stops"]}
@@ -159,7 +163,7 @@ def _read_own(record: dict, name: str) -> Run:
 
 
 def _read_harness(record: dict, name: str) -> Run:
-    """Of a task of lm-eval's. The interval is 1.96 standard errors."""
+    """A run of a task of lm-eval's. The interval is 1.96 standard errors."""
     manifest, task = record["manifest"], record["task"]
     scores = {}
     for metric, value in (record["groups"].get(task) or record["results"][task]).items():
@@ -186,7 +190,7 @@ def _read_harness(record: dict, name: str) -> Run:
 
 def _tell(generation: dict) -> list[str]:
     told = {key: generation.get(key) for key in _METHOD}
-    if told["remasking"] is not None:  # in the place of alg
+    if told["remasking"] is not None:  # which replaces alg
         del told["alg"]
     return [f"{key} {value}" for key, value in told.items() if value not in (None, 0, "none")]
 
@@ -197,7 +201,7 @@ def _name_model(manifest: dict) -> str:
 
 
 def _curve(results: list[dict]) -> tuple[float, ...]:
-    """pass@1 to pass@n, for the fewest samples n of a task."""
+    """pass@1 to pass@n, where n is the smallest number of samples of a task."""
     samples, passed = Counter(), Counter()
     for result in results:
         samples[result["task_id"]] += 1
@@ -214,16 +218,16 @@ def _number(value) -> float:
 
 
 def _plain(text: str) -> str:
-    """On one line, without what a terminal or a file's encoding would stumble over."""
+    """One line of printable characters."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in str(text))
 
 
-def _group(runs: list[Run]) -> list[Group]:
+def _compare(runs: list[Run]) -> list[Comparison]:
     known = json.loads(Path(__file__).with_name("published.json").read_text())
     by_task = defaultdict(lambda: defaultdict(list))
     for run in runs:
         by_task[run.task][json.dumps(run.question, sort_keys=True)].append(run)
-    groups = []
+    comparisons = []
     for task, questions in sorted(by_task.items()):
         parts = sorted(questions.values(), key=lambda part: -part[0].question["tasks"])
         apart = _differences(part[0].question for part in parts)
@@ -231,9 +235,9 @@ def _group(runs: list[Run]) -> list[Group]:
             part.sort(key=lambda run: -next(iter(run.scores.values())).value)
             warnings, notes, published = [], [], []
             if apart:
-                warnings.append(f"Not to be compared with the other tables of {task}, for they differ in {apart}.")
+                warnings.append(f"Not to be compared with the other tables of {task}, because they differ in {apart}.")
             if ways := _differences(run.method for run in part):
-                warnings.append(f"These runs differ in {ways}: their scores tell of that, and not of the model alone.")
+                warnings.append(f"These runs differ in {ways}: their scores reflect that, not the model alone.")
             if task in known["tasks"]:
                 entry = known["tasks"][task]
                 if part[0].question["tasks"] == entry["tasks"]:
@@ -244,13 +248,14 @@ def _group(runs: list[Run]) -> list[Group]:
                 else:
                     notes.append(f"The published rows are of {entry['tasks']} tasks and not shown beside "
                                  f"{part[0].question['tasks']}.")
-            groups.append(Group(title=task if not apart else f"{task}, table {number} of {len(parts)}", runs=part,
-                                published=published, warnings=warnings, notes=notes))
-    return groups
+            comparisons.append(Comparison(
+                title=f"{task}, table {number} of {len(parts)}" if apart else task, runs=part, published=published,
+                warnings=warnings, notes=notes))
+    return comparisons
 
 
 def _differences(settings: Iterable[Mapping]) -> str:
-    """What not all of them have alike, and what they have: 'steps (64, 128), top_k (none, 200)'."""
+    """The settings that differ, with their values: 'steps (64, 128), top_k (none, 200)'."""
     settings = list(settings)
     told = []
     for key in dict.fromkeys(key for one in settings for key in one):
@@ -268,29 +273,28 @@ def _show(value) -> str:
 
 def to_markdown(board: Board) -> str:
     text = "# Scoreboard\n"
-    for group in board.groups:
-        head = ["", "run", "model", *group.metrics, "tokens per forward", "tokens/s", "method"]
-        text += f"\n## {_escape(group.title)}\n\n{_row(head)}{_row(['---'] * len(head))}"
-        for cells in to_cells(group):
+    for table in board.comparisons:
+        text += f"\n## {_escape(table.title)}\n\n{_row(table.columns)}{_row(['---'] * len(table.columns))}"
+        for cells in to_cells(table):
             text += _row(map(_escape, cells))
-        text += f"\n{unit_of(group)}\n"
-        text += "".join(f"\n**Warning.** {_escape(warning)}\n" for warning in group.warnings)
-        text += "".join(f"\n{_escape(note)}\n" for note in group.notes)
+        text += f"\n{unit_of(table)}\n"
+        text += "".join(f"\n**Warning.** {_escape(warning)}\n" for warning in table.warnings)
+        text += "".join(f"\n{_escape(note)}\n" for note in table.notes)
     if board.problems:
         text += "\n## Not shown\n\n" + "".join(f"- {_escape(problem)}\n" for problem in board.problems)
     return text
 
 
-def to_cells(group: Group) -> list[list[str]]:
+def to_cells(table: Comparison) -> list[list[str]]:
     """The rows of the table, runs by number and published results by letter."""
     rows = []
-    for number, run in enumerate(group.runs, start=1):
-        scores = [show_score(run.scores.get(metric), run.shares) for metric in group.metrics]
+    for number, run in enumerate(table.runs, start=1):
+        scores = [show_score(run.scores.get(metric), run.shares) for metric in table.metrics]
         speed = ["" if run.tokens_per_forward is None else f"{run.tokens_per_forward:.2f}",
                  "" if run.tokens_per_second is None else f"{run.tokens_per_second:,.0f}"]
         rows.append([str(number), run.name, run.model, *scores, *speed, run.told])
-    for number, row in enumerate(group.published):
-        scores = [show_score(row.scores.get(metric), True) for metric in group.metrics]
+    for number, row in enumerate(table.published):
+        scores = [show_score(row.scores.get(metric), True) for metric in table.metrics]
         how = "; ".join(filter(None, (row.how, row.source)))
         rows.append([letter(number), "published", row.method, *scores, "", "", how])
     return rows
@@ -300,9 +304,9 @@ def letter(number: int) -> str:
     return chr(ord("A") + number)
 
 
-def unit_of(group: Group) -> str:
-    start = "Scores in percent" if group.runs[0].shares else "Scores as lm-eval gives them"
-    published = " Published rows are as their source states them." if group.published else ""
+def unit_of(table: Comparison) -> str:
+    start = "Scores in percent" if table.runs[0].shares else "Scores as lm-eval gives them"
+    published = " Published rows are as their source states them." if table.published else ""
     return f"{start}, with 95% intervals over the tasks.{published}"
 
 
@@ -321,14 +325,3 @@ def _row(cells: Iterable[str]) -> str:
 def _escape(text: str) -> str:
     text = text.replace("&", "&amp;").replace("<", "&lt;")
     return "".join("\\" + letter if letter in "\\|`*" else letter for letter in text)
-
-
-def write_scoreboard(folders: Sequence[str | Path], output: Path) -> str:
-    """Write scoreboard.md and scoreboard.html into a folder. Returns the Markdown. Raises: as `make_scoreboard`."""
-    from dllm.evaluators.scoreboard_page import to_page
-
-    board = make_scoreboard(folders)
-    text = to_markdown(board)
-    write_atomically(output / "scoreboard.md", text.encode())
-    write_atomically(output / "scoreboard.html", to_page(board).encode())
-    return text

@@ -6,36 +6,24 @@ the finished blocks of a block-causal model (exact), `StaleScorer` what is outsi
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dllm.cache import KeyValueCache
-from dllm.graphs import GraphedForward
-from dllm.model import DiffusionLM
-from dllm.strategies import Step, Update
+from dllm.generation.config import MDMGenerationConfig
+from dllm.generation.graphs import GraphedForward
+from dllm.generation.strategies import Step, Update
+from dllm.model.cache import KeyValueCache
+from dllm.model.layouts import Cached, Padded
+from dllm.model.transformer import Transformer
 from dllm_kernels import linear_token_scores, linear_topk_unmask
 
 
-class Settings(Protocol):
-    """What a scorer reads of the generation config."""
-
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    alg_temp: float
-    cfg_scale: float
-    block_length: int | None
-    cache: str
-    cuda_graphs: bool
-
-
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """Positions of a canvas [B, L], listed: R rows that want any, and as many places in each as the row with most has.
+class Queries:
+    """Wanted positions of a canvas [B, L], compacted to [R, Q]: the R rows that want any, padded to the longest, Q.
 
-    Nothing here waits for a GPU: how many there are is given.
+    Nothing here waits for a GPU, because the counts are given.
     """
 
     numbers: Tensor  # [R] int64 on the CPU: the rows
@@ -45,7 +33,7 @@ class Asked:
     shape: torch.Size  # [B, L]
 
     @classmethod
-    def of(cls, wanted: Tensor, numbers: Tensor, counts: Tensor) -> "Asked":
+    def of(cls, wanted: Tensor, numbers: Tensor, counts: Tensor) -> "Queries":
         """wanted [B, L] bool; numbers [R] of the rows that want any, counts [B] of how many each does, on the CPU."""
         rows, counts = numbers.to(wanted.device, non_blocking=True), counts[numbers]
         most = int(counts.max()) if len(counts) else 0
@@ -57,7 +45,7 @@ class Asked:
     def place(self, onto: Tensor | None, values: Tensor) -> Tensor:
         """A copy of `onto` [B, L] (None: all -inf) with values [R, Q] where they are wanted."""
         if onto is None:
-            onto = torch.full(self.shape, -torch.inf, device=values.device)
+            onto = torch.full(self.shape, -torch.inf, dtype=torch.float32, device=values.device)
         mine = onto[self.rows]
         mine = mine.scatter(1, self.index, torch.where(self.valid, values, mine.gather(1, self.index)))
         return onto.index_copy(0, self.rows, mine)
@@ -66,11 +54,13 @@ class Asked:
 class HeadScorer:
     """Computes the whole canvas in every step."""
 
-    def __init__(self, model: DiffusionLM, config: Settings, mask_token_id: int, key_mask: Tensor | None,
-                 position_ids: Tensor, prompt: Tensor):
-        self.model, self.mask_token_id, self.key_mask, self.position_ids = model, mask_token_id, key_mask, position_ids
+    def __init__(self, model: Transformer, config: MDMGenerationConfig, mask_token_id: int, key_mask: Tensor | None,
+                 prompt: Tensor):
+        self.model, self.mask_token_id, self.key_mask = model, mask_token_id, key_mask
         self.cfg_scale, self.prompt = config.cfg_scale, prompt  # [B, L] bool, what guidance does without
-        self.source = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
+        self.copies = 2 if config.cfg_scale > 0 else 1
+        self.position_ids = Padded(key_mask).number(prompt)
+        self.source = Padded().number(prompt)
         if model.config.shift_logits:
             self.source = previous_token(self.source, key_mask)
         self.sampling = {"temperature": config.temperature, "top_k": config.top_k or None, "top_p": config.top_p}
@@ -91,10 +81,10 @@ class HeadScorer:
         chosen = ((k > 0) & (step.left > 0)).nonzero().squeeze(1)  # on the CPU, as k is: no GPU is waited for
         if threshold is None:
             self.committed = torch.minimum(k, step.left)
-        asked = Asked.of(step.masked, chosen, step.left)
+        asked = Queries.of(step.masked, chosen, step.left)
         hidden = self._hidden(asked)
         uniform = None if step.uniform is None else step.uniform[asked.rows.unsqueeze(1), asked.index]
-        tokens = torch.where(asked.valid, self.mask_token_id, -1)  # the places that only fill up a row are not masked
+        tokens = torch.where(asked.valid, self.mask_token_id, -1)  # padding is not masked
         k = k[chosen].to(step.tokens.device, non_blocking=True)
         result = linear_topk_unmask(hidden, self.model.head_weight, tokens, self.mask_token_id, k,
                                     confidence=confidence, selection_temperature=self.selection_temperature,
@@ -104,7 +94,7 @@ class HeadScorer:
 
     def score(self, positions: Tensor, *, raw: bool = False) -> Update:
         counts = positions.sum(1).cpu()
-        asked = Asked.of(positions, (counts > 0).nonzero().squeeze(1), counts)
+        asked = Queries.of(positions, (counts > 0).nonzero().squeeze(1), counts)
         hidden = self._hidden(asked)
         places = asked.valid.flatten().nonzero().squeeze(1)
         uniform, allowed = self.step.uniform, self._allowed(asked)
@@ -119,28 +109,29 @@ class HeadScorer:
         nothing = torch.full_like(self.step.tokens, -1)
         return Update(asked.place(nothing, token), asked.place(None, confidence))
 
-    def _allowed(self, asked: "Asked") -> Tensor | None:
-        return None if self.step.allowed is None else self.step.allowed[asked.rows.unsqueeze(1), asked.index]
+    def _allowed(self, asked: Queries) -> Tensor | None:
+        return None if self.step.allowed is None else self.step.allowed()[asked.rows.unsqueeze(1), asked.index]
 
-    def _hidden(self, asked: "Asked") -> Tensor:
+    def _hidden(self, asked: Queries) -> Tensor:
         """What the positions are predicted from, [R, Q, D]."""
-        rows = asked.rows
+        tokens, key_mask = self._read(asked.rows)
+        queries = self.source[asked.rows].gather(1, asked.index).repeat(self.copies, 1)
+        return self._guide(self.forward(tokens, Padded(key_mask, queries=queries)))
+
+    def _read(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens and mask of the rows of a forward pass; with guidance, those without the prompt come last."""
         self.forwards += 1
         self.row_forwards += len(rows)
-        tokens, positions = self.step.tokens[rows], self.position_ids[rows]
-        queries = self.source[rows].gather(1, asked.index)
-        key_mask = None if self.key_mask is None else self.key_mask[rows]
-        if self.cfg_scale > 0:
+        tokens = self.step.tokens[rows]
+        if self.copies > 1:
             tokens = torch.cat((tokens, tokens.masked_fill(self.prompt[rows], self.mask_token_id)))
-            positions, queries = positions.repeat(2, 1), queries.repeat(2, 1)
-            key_mask = None if key_mask is None else key_mask.repeat(2, 1)
-        return self._guide(self.forward(tokens, position_ids=positions, queries=queries, attention_mask=key_mask))
+        return tokens, None if self.key_mask is None else self.key_mask[rows].repeat(self.copies, 1)
 
-    def _make_cache(self, rows: int, *, grows: bool) -> KeyValueCache:
+    def _make_cache(self, rows: int, block_length: int | None = None) -> KeyValueCache:
         length = self.position_ids.shape[1]
         if isinstance(self.forward, GraphedForward):
-            return self.forward.cache_for(rows, length, grows=grows)
-        return KeyValueCache(self.model.config, rows, length, like=self.model.head_weight, grows=grows)
+            return self.forward.cache_for(rows, length, block_length)
+        return KeyValueCache(self.model.config, rows, length, self.model.head_weight, block_length)
 
     def _guide(self, hidden: Tensor) -> Tensor:
         """Classifier-free guidance of hidden [2R, Q, D], those without the prompt last; [R, Q, D]."""
@@ -154,16 +145,14 @@ class HeadScorer:
 class CachedScorer(HeadScorer):
     """Computes one block of a block-causal model at a time; finished blocks are computed once more, and kept."""
 
-    def __init__(self, model: DiffusionLM, config: Settings, mask_token_id: int, key_mask: Tensor | None,
-                 position_ids: Tensor, prompt: Tensor):
-        super().__init__(model, config, mask_token_id, key_mask, position_ids, prompt)
+    def __init__(self, model: Transformer, config: MDMGenerationConfig, *canvas):
+        super().__init__(model, config, *canvas)
         self.block_length = config.block_length
-        rows = len(position_ids) * (2 if self.cfg_scale else 1)  # with guidance, those without the prompt come last
-        self.cache = self._make_cache(rows, grows=True)
+        self.cache = self._make_cache(self.copies * len(self.position_ids), self.block_length)
         self.finished = 0  # positions of which everything is kept
         self.before: Tensor | None = None  # [rows, D], under shift: of the last of them, about the one after it
 
-    def _hidden(self, asked: Asked) -> Tensor:
+    def _hidden(self, asked: Queries) -> Tensor:
         start = self.step.columns[0] // self.block_length * self.block_length
         end = min(start + self.block_length, self.position_ids.shape[1])
         everything = torch.arange(len(self.position_ids), device=asked.rows.device)
@@ -180,7 +169,7 @@ class CachedScorer(HeadScorer):
         hidden = self._compute(computed, first, end, queries.clamp(min=start))
         if self.before is not None:
             before = self.before[self._both(computed)].unsqueeze(1)
-            hidden = torch.where((queries < start).repeat(len(hidden) // len(queries), 1).unsqueeze(-1), before, hidden)
+            hidden = torch.where((queries < start).repeat(self.copies, 1).unsqueeze(-1), before, hidden)
         self.finished = start
         hidden = self._guide(hidden)
         return hidden[asked.rows] if len(computed) > len(asked.rows) else hidden
@@ -188,37 +177,26 @@ class CachedScorer(HeadScorer):
     def _compute(self, rows: Tensor, first: int, end: int, queries: Tensor) -> Tensor:
         """Hidden states of the positions `queries` [R, Q] of some rows, all in the last block before `end`; those from
         `first` on are computed, and their keys and values kept."""
-        self.forwards += 1
-        self.row_forwards += len(rows)
-        tokens = self.step.tokens[rows]
-        if self.cfg_scale > 0:
-            tokens = torch.cat((tokens, tokens.masked_fill(self.prompt[rows], self.mask_token_id)))
-        both = self._both(rows)
-        copies = len(both) // len(rows)
-        whole = len(both) == self.cache.content.shape[2]
-        self.cache.start, self.cache.rows = first, None if whole else both
-        return self.forward(
-            tokens[:, first:end], cache=self.cache, block_length=self.block_length,
-            position_ids=self.position_ids[rows, first:end].repeat(copies, 1),
-            queries=(queries - first).repeat(copies, 1),
-            attention_mask=None if self.key_mask is None else self.key_mask[rows, :end].repeat(copies, 1))
+        tokens, key_mask = self._read(rows)
+        return self.forward(tokens[:, first:end], Cached(
+            self.cache, first, None if len(rows) == len(self.position_ids) else self._both(rows),
+            None if key_mask is None else key_mask[:, :end].contiguous(), (queries - first).repeat(self.copies, 1)))
 
     def _both(self, rows: Tensor) -> Tensor:
         """The rows of the cache: with guidance also those without the prompt."""
-        return torch.cat((rows, rows + len(self.position_ids))) if self.cfg_scale > 0 else rows
+        return torch.cat((rows, rows + len(self.position_ids))) if self.copies > 1 else rows
 
 
 class StaleScorer(HeadScorer):
     """Computes the whole canvas when a block begins, then the block alone ("dual") or all from it on ("prefix")."""
 
-    def __init__(self, model: DiffusionLM, config: Settings, mask_token_id: int, key_mask: Tensor | None,
-                 position_ids: Tensor, prompt: Tensor):
-        super().__init__(model, config, mask_token_id, key_mask, position_ids, prompt)
+    def __init__(self, model: Transformer, config: MDMGenerationConfig, *canvas):
+        super().__init__(model, config, *canvas)
         self.dual = config.cache == "dual"
-        self.cache = self._make_cache(len(position_ids), grows=False)
-        self.began = torch.full((len(position_ids),), -1)  # on the CPU: the block that each row is kept for
+        self.cache = self._make_cache(len(self.position_ids))
+        self.began = torch.full((len(self.position_ids),), -1, device="cpu")  # the block that each row is kept for
 
-    def _hidden(self, asked: Asked) -> Tensor:
+    def _hidden(self, asked: Queries) -> Tensor:
         start, end = self.step.columns
         begins = self.began[asked.numbers] != start
         self.began[asked.numbers] = start
@@ -231,14 +209,10 @@ class StaleScorer(HeadScorer):
             if not len(some):
                 continue
             these = asked.rows[some]
-            self.cache.start = window.start
-            self.cache.rows = None if len(these) == len(self.position_ids) else these
-            hidden[some] = self.forward(
-                self.step.tokens[these, window], position_ids=self.position_ids[these, window],
-                queries=(sources[some] - window.start).clamp(min=0), cache=self.cache,
-                attention_mask=None if self.key_mask is None else self.key_mask[these])
-            self.forwards += 1
-            self.row_forwards += len(these)
+            tokens, key_mask = self._read(these)
+            hidden[some] = self.forward(tokens[:, window], Cached(
+                self.cache, window.start, None if len(these) == len(self.position_ids) else these, key_mask,
+                (sources[some] - window.start).clamp(min=0)))
         return hidden
 
 

@@ -7,28 +7,30 @@ Symbols: B rows, L positions, step i of n, time running from 1 to eps, t before 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from dllm.corruption import SCHEDULES
+from dllm.diffusion.corruption import SCHEDULES
+from dllm.generation.config import CONFIDENCES, MDMGenerationConfig
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """The canvas as a denoising step finds it."""
 
-    index: int  # i, from 0 in each block
-    total: int  # n, of this block
+    index: int | Tensor  # i, from 0 in each block; kept as int64 on the CPU, [B], or [1] where all rows share it
+    total: int | Tensor  # n, of this block; as index
     eps: float  # the time after the last step, in (0, 1)
     tokens: Tensor  # [B, L] int64
     masked: Tensor  # [B, L] bool: still to be committed, in the block being denoised
     editable: Tensor  # [B, L] bool: of that block, masked when denoising began
     mask_token_id: int
     uniform: Tensor | None  # [B, L, 2] float64 in (0, 1); None where nothing is random
-    allowed: Tensor | None = None  # [B, L, V] bool, or bits: the words each position may take; None: all
+    # The words each position may take, [B, L, V] bool or bits, computed where a strategy asks; None: all.
+    allowed: Callable[[], Tensor] | None = None
     columns: tuple[int, int] = (0, 0)  # of the block: the first, and that after the last
     # What the host knows without asking a GPU, [B] on the CPU. None: it asks.
     left: Tensor | None = None  # int64: masked positions of each row
@@ -36,6 +38,10 @@ class Step:
     working: Tensor | None = None  # bool: rows still at work; None: those with a masked position
 
     def __post_init__(self):
+        for name in ("index", "total"):
+            number = getattr(self, name)
+            if isinstance(number, int):
+                object.__setattr__(self, name, torch.tensor([number], device="cpu"))
         for name, counted in (("left", self.masked), ("size", self.editable)):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, counted.sum(1).cpu())
@@ -43,17 +49,30 @@ class Step:
             object.__setattr__(self, "working", self.left > 0)
 
     @property
-    def last(self) -> bool:
+    def last(self) -> Tensor:
+        """bool [B] or [1]."""
         return self.index == self.total - 1
 
-    def times(self) -> Tensor:
-        """t and s, fp32 [2]."""
-        return torch.linspace(1.0, self.eps, self.total + 1)[self.index : self.index + 2]
+    def times(self) -> tuple[Tensor, Tensor]:
+        """t and s, fp32 [B] or [1] each, as the originals' linspace rounds them."""
+        grids = [time_grid(total, self.eps)[index:index + 2]
+                 for total, index in zip(self.total.tolist(), self.index.tolist(), strict=True)]
+        return (torch.stack(grids).T if len(grids) > 1 else grids[0].unsqueeze(1)).unbind()
 
     def share(self) -> Tensor:
-        """1 - s/t, fp32 scalar: the share of the masked positions that this step should commit."""
+        """1 - s/t, fp32 [B] or [1]: the share of the masked positions that this step should commit."""
         t, s = self.times()
         return 1 - s / t
+
+    def chances(self, values: Tensor) -> Tensor:
+        """Values [B] or [1] on the CPU as a column on the canvas's device."""
+        return values.to(self.tokens.device, non_blocking=True).unsqueeze(1)
+
+
+@lru_cache(maxsize=8)
+def time_grid(total: int, eps: float) -> Tensor:
+    """The times between the `total` steps of a block, fp32 [total + 1], from 1 to eps."""
+    return torch.linspace(1.0, eps, total + 1, dtype=torch.float32, device="cpu")
 
 
 class Update(NamedTuple):
@@ -83,7 +102,7 @@ def commit_most_confident(step: Step, scorer: Scorer, *, confidence: str) -> Upd
 
     The product is in fp32, as in the original: exact arithmetic would commit one more now and then.
     """
-    k = step.left if step.last else (step.left.float() * step.share()).long()
+    k = torch.where(step.last, step.left, (step.left.float() * step.share()).long())
     if not k.any():
         return Update(step.tokens, None)
     return scorer.unmask(k, confidence)
@@ -103,7 +122,7 @@ def commit_scheduled(step: Step, scorer: Scorer, *, schedule: str) -> Update:
     follows a schedule of corruption.py (MDLM sampler of Tiny-A2D). The confidence is as in `commit_evenly`; the product
     is in fp32, as in the original, which decides where a half would be."""
     alpha = SCHEDULES[schedule].alpha
-    t, s = (torch.tensor(1 - i / step.total) for i in (step.index, step.index + 1))
+    t, s = ((1 - i.double() / step.total).float() for i in (step.index, step.index + 1))
     share = 1 - (1 - alpha(s)) / (1 - alpha(t))
     k = (step.left.float() * share).round().long()
     if not k.any():
@@ -111,10 +130,11 @@ def commit_scheduled(step: Step, scorer: Scorer, *, schedule: str) -> Update:
     return scorer.unmask(k, "prob", raw=True)
 
 
-def commit_evenly_or_above(step: Step, scorer: Scorer, *, block_length: int, threshold: float) -> Update:
+def commit_evenly_or_above(step: Step, scorer: Scorer, *, block_length: int | None, threshold: float) -> Update:
     """Commit as many of a block's positions in each step, and more if they are so sure (LLaDA2; SDAR's
     low_confidence_dynamic, arXiv:2510.06303). A block that begins within the prompt is so done in fewer steps."""
-    k = block_length // step.total + (step.index < block_length % step.total)
+    length = step.size if block_length is None else block_length
+    k = length // step.total + (step.index < length % step.total)
     return scorer.unmask(torch.where(step.left > 0, k, 0), "prob", threshold=threshold)
 
 
@@ -144,7 +164,7 @@ def commit_above_in_time(step: Step, scorer: Scorer, *, steps: int, threshold: f
     """As `commit_above`, but no more positions than an even commitment in so many steps would have committed by now
     (Fast-dLLM's confidence_threshold for Dream, where there are no blocks)."""
     scored = scorer.score(step.masked)
-    due = (step.size * min(step.index + 1, steps) // steps - (step.size - step.left)).clamp(min=1)
+    due = (step.size * (step.index + 1).clamp(max=steps) // steps - (step.size - step.left)).clamp(min=1)
     order = scored.confidence.nan_to_num(-torch.inf).argsort(dim=1, descending=True, stable=True)
     n = torch.arange(order.shape[1], device=order.device)
     sure = (scored.confidence.gather(1, order) >= threshold) & (n < due.to(n.device).unsqueeze(1)) | (n == 0)
@@ -166,9 +186,7 @@ def commit_by_factor(step: Step, scorer: Scorer, *, raw: bool, factor: float) ->
 
 def commit_at_random(step: Step, scorer: Scorer) -> Update:
     """Commit each masked position with probability 1 - s/t, whatever its confidence (MDLM, arXiv:2406.07524)."""
-    chosen = step.masked
-    if not step.last:
-        chosen = chosen & (step.uniform[..., 1] < step.share().to(chosen.device))
+    chosen = step.masked & (step.uniform[..., 1] < step.chances(step.share().masked_fill(step.last, 1.0)))
     if not chosen.any():
         return Update(step.tokens, None)
     scored = scorer.score(chosen)
@@ -178,12 +196,12 @@ def commit_at_random(step: Step, scorer: Scorer) -> Update:
 def commit_and_remask_at_random(step: Step, scorer: Scorer, *, rate: float) -> Update:
     """`commit_at_random` that masks committed positions again with probability sigma = min(rate, s / (1 - t)), and
     commits the more for it, so that as many are masked at each time (ReMDM-cap, arXiv:2503.00307)."""
-    t, s = (float(time) for time in step.times())
-    again = min(rate, s / (1 - t)) if t < 1 and not step.last else 0.0
-    commit = 1.0 if step.last else (1 - s - (1 - again) * (1 - t)) / t
+    t, s = (time.double() for time in step.times())
+    again = (s / (1 - t)).clamp(max=rate).masked_fill((t == 1) | step.last, 0.0)
+    commit = ((1 - s - (1 - again) * (1 - t)) / t).masked_fill(step.last, 1.0)
     drawn = step.uniform[..., 1]
-    tokens = torch.where(step.editable & ~step.masked & (drawn < again), step.mask_token_id, step.tokens)
-    chosen = step.masked & (drawn < commit)
+    tokens = torch.where(step.editable & ~step.masked & (drawn < step.chances(again)), step.mask_token_id, step.tokens)
+    chosen = step.masked & (drawn < step.chances(commit))
     if not chosen.any():
         return Update(tokens, None)
     scored = scorer.score(chosen)
@@ -197,10 +215,11 @@ def plan_and_remask(step: Step, scorer: Scorer) -> Update:
     """
     rows = step.masked.any(1, keepdim=True)
     scored = scorer.score(step.editable & rows)
-    remasked_count = (step.editable.sum(1).float() * (1 - (step.index + 1) / step.total)).floor()
+    kept_masked = (1 - (step.index + 1).double() / step.total).float()
+    remasked_count = (step.editable.sum(1, keepdim=True).float() * step.chances(kept_masked)).floor()
     surest = torch.where(step.editable & scored.confidence.isfinite(), scored.confidence, torch.inf)
     rank = surest.argsort(dim=1, stable=True).argsort(dim=1)
-    remask = (rank < remasked_count.unsqueeze(1)) & step.editable & rows
+    remask = (rank < remasked_count) & step.editable & rows
     tokens = torch.where(step.masked, scored.tokens, step.tokens)
     return Update(torch.where(remask, step.mask_token_id, tokens), scored.confidence)
 
@@ -220,9 +239,6 @@ REMASKINGS: Mapping[str, Strategy] = {
     "random": partial(commit_evenly, confidence="random"),
     "low_confidence_dynamic": commit_evenly_or_above,
 }
-# What a strategy ranks positions by, where a threshold can replace its count.
-CONFIDENCES = {"maskgit_plus": "prob", "entropy": "entropy", "topk_margin": "margin", "confidence_threshold": "prob",
-               "low_confidence": "prob"}
 
 
 def begin_with_first(step: Step, scorer: Scorer, *, then: Strategy) -> Update:
@@ -230,43 +246,30 @@ def begin_with_first(step: Step, scorer: Scorer, *, then: Strategy) -> Update:
 
     So Fast-dLLM decodes Dream with a cache: under shifted logits that position is predicted from before the block.
     """
-    if step.index:
+    if step.index.any():
         return then(replace(step, index=step.index - 1), scorer)
     first = step.masked & (step.editable.cumsum(1) == 1)
     scored = scorer.score(first)
     return Update(torch.where(first, scored.tokens, step.tokens), scored.confidence)
 
 
-class Method(Protocol):
-    """What the choice of a strategy depends on, of the generation config."""
-
-    alg: str
-    remasking: str | None
-    schedule: str
-    threshold: float | None
-    factor: float | None
-    editing_threshold: float | None
-    remask_rate: float
-    expand_token_id: int | None
-
-
-def choose_strategy(method: Method, block_length: int | None, steps: int) -> Strategy:
+def choose_strategy(config: MDMGenerationConfig, block_length: int | None, steps: int) -> Strategy:
     """The strategy of a generation config, for blocks of `block_length` positions and `steps` denoising steps."""
-    name, raw, threshold = method.remasking or method.alg, method.remasking is not None, method.threshold
-    if method.editing_threshold is not None:
-        return partial(commit_and_edit, threshold=threshold, editing_threshold=method.editing_threshold)
+    name, raw, threshold = config.method, config.remasking is not None, config.threshold
+    if config.editing_threshold is not None:
+        return partial(commit_and_edit, threshold=threshold, editing_threshold=config.editing_threshold)
     if name == "low_confidence_dynamic":
         return partial(commit_evenly_or_above, block_length=block_length, threshold=threshold)
     if name == "confidence_threshold" and block_length is None:
         return partial(commit_above_in_time, steps=steps, threshold=threshold)
     if name == "remdm":
-        return partial(commit_and_remask_at_random, rate=method.remask_rate)
-    if method.expand_token_id is not None:
+        return partial(commit_and_remask_at_random, rate=config.remask_rate)
+    if config.expand_token_id is not None:
         return partial(commit_surest, confidence=CONFIDENCES[name])
     if threshold is not None:
         return partial(commit_above, confidence=CONFIDENCES[name], raw=raw, threshold=threshold)
-    if method.factor is not None:
-        return partial(commit_by_factor, raw=raw, factor=method.factor)
-    if raw and method.schedule != "even":
-        return partial(commit_scheduled, schedule=method.schedule)
+    if config.factor is not None:
+        return partial(commit_by_factor, raw=raw, factor=config.factor)
+    if raw and config.schedule != "even":
+        return partial(commit_scheduled, schedule=config.schedule)
     return REMASKINGS[name] if raw else STRATEGIES[name]

@@ -8,31 +8,29 @@ little with every commit; taking them as they were when the block began is Fast-
 import torch
 from torch import Tensor
 
-from dllm.families import ModelConfig
+from dllm.model.families import ModelConfig
 
 
 class KeyValueCache:
-    """Of each layer the keys (rotated) and values of B rows and `capacity` positions.
+    """The keys (rotated) and values of each layer, for B rows and `capacity` positions.
 
-    grows: the positions from `start` on are new, and see none after them. Otherwise they are put in the place of those
-    that were there, and see all.
+    block_length: of a block-causal model; whole blocks are appended, and see nothing after them. None: new positions
+        replace those that were there, and see all.
     """
 
-    def __init__(self, config: ModelConfig, rows: int, capacity: int, like: Tensor, *, grows: bool):
+    def __init__(self, config: ModelConfig, rows: int, capacity: int, like: Tensor, block_length: int | None = None):
         shape = (config.num_hidden_layers, 2, rows, capacity, config.num_key_value_heads, config.head_dim)
         self.content = torch.empty(shape, dtype=like.dtype, device=like.device)
-        self.grows = grows
-        self.start = 0  # where the positions computed now belong
-        self.rows: Tensor | None = None  # [R] int64: the rows that are computed now; None: all
+        self.block_length = block_length
 
-    def put(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep k and v [R, n, Hkv, E] of the n positions from `start` on.
+    def put(self, layer: int, k: Tensor, v: Tensor, start: int, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Keep k and v [R, n, Hkv, E] of the n positions from `start` on, in these rows [R] int64 (None: all).
 
         Returns: views of the keys and values [B, seen, Hkv, E] that these may see, of all rows: attention takes `rows`.
         """
         keys, values = self.content[layer]
-        end = self.start + k.shape[1]
-        rows = slice(None) if self.rows is None else self.rows
-        keys[rows, self.start:end], values[rows, self.start:end] = k, v
-        seen = end if self.grows else keys.shape[1]
+        end = start + k.shape[1]
+        where = slice(None) if rows is None else rows
+        keys[where, start:end], values[where, start:end] = k, v
+        seen = keys.shape[1] if self.block_length is None else end
         return keys[:, :seen], values[:, :seen]

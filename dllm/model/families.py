@@ -5,13 +5,16 @@ and what its parameters are called where that is not the Llama line's `model.lay
 are. What has to be done to the tensors is in published.py. Nothing here imports torch.
 """
 
-import difflib
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
 
-from dllm.errors import UserError
+from dllm.config.fields import check, setting
+from dllm.errors import UserError, did_you_mean, warn
+
+# Scalings of the rotary embedding that are computed, and the numbers that each needs.
+ROPE_TYPES = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+                                                "original_max_position_embeddings")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,17 +22,17 @@ class ModelConfig:
     """The shape of a `DiffusionLM`. Field names are those of Transformers' configurations where one exists."""
 
     family: str = "qwen3"  # a key of FAMILIES; decides the names written to config.json
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int  # width of the SwiGLU feed-forward
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int  # divides num_attention_heads (grouped-query attention)
-    head_dim: int  # even, for the rotary embedding
-    max_position_embeddings: int = 32768  # positions; a longer input is refused
+    vocab_size: int = setting(MISSING, "tokens", at_least=1)
+    hidden_size: int = setting(MISSING, "width", at_least=1)
+    intermediate_size: int = setting(MISSING, "width of the SwiGLU feed-forward", at_least=1)
+    num_hidden_layers: int = setting(MISSING, "layers", at_least=1)
+    num_attention_heads: int = setting(MISSING, "query heads", at_least=1)
+    num_key_value_heads: int = setting(MISSING, "key and value heads, a divisor of num_attention_heads", at_least=1)
+    head_dim: int = setting(MISSING, "numbers of a head, even", at_least=1)
+    max_position_embeddings: int = setting(32768, "positions; a longer input is refused", at_least=1)
     rope_theta: float = 10000.0
     partial_rotary_factor: float = 1.0  # the share of each head, from its first number on, that is rotated
-    rope_scaling: Mapping | None = None  # None, or Llama 3's {"rope_type": "llama3", "factor": ...}
+    rope_scaling: Mapping | None = None  # None, or {"rope_type": "llama3" or "linear", "factor": ...}
     rms_norm_eps: float = 1e-6
     qkv_bias: bool = False
     output_bias: bool = False  # of the attention's output projection
@@ -48,7 +51,7 @@ class ModelConfig:
     norm_topk_prob: bool = False  # the weights of the chosen experts sum to 1
     routed_scaling_factor: float = 1.0  # times this
     block_causal: bool = False  # trained to see whole blocks up to one's own, so decoded block by block
-    block_length: int | None = None  # of these, where the checkpoint names it
+    block_length: int | None = setting(None, "tokens of a block", at_least=1, none="the checkpoint does not say")
     initializer_range: float = 0.02  # standard deviation of a random initialisation
     shift_logits: bool = True  # the logits at position i are about token i + 1, as in autoregressive models
     mask_token_id: int | None = None
@@ -58,11 +61,7 @@ class ModelConfig:
     source: Mapping = field(default_factory=dict, repr=False, compare=False)  # the config.json it was read from
 
     def __post_init__(self):
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "head_dim", "max_position_embeddings"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"model configuration: {name} must be a positive whole number, not {value!r}")
+        check(self, "model configuration: ")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(f"model configuration: num_key_value_heads {self.num_key_value_heads} must divide "
                             f"num_attention_heads {self.num_attention_heads}")
@@ -70,15 +69,20 @@ class ModelConfig:
             raise UserError(f"model configuration: the rotary embedding turns {self.rotary_dim} numbers of each head "
                             f"(head_dim {self.head_dim}); it must be an even number, at most all")
         self._check_experts()
-        if self.block_length is not None and (not isinstance(self.block_length, int) or self.block_length < 1):
-            raise UserError(f"model configuration: block_length must be a positive whole number, not "
-                            f"{self.block_length!r}")
         if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
             raise UserError(f"model configuration: mask_token_id {self.mask_token_id} is outside the vocabulary of "
                             f"{self.vocab_size}; enlarge vocab_size or choose an id below it")
-        if self.rope_scaling is not None and self.rope_scaling.get("rope_type") != "llama3":
-            raise UserError(f"model configuration: rope_scaling {dict(self.rope_scaling)} is not supported; "
-                            "null and rope_type 'llama3' are")
+        self._check_rope()
+
+    def _check_rope(self):
+        if (scaling := self.rope_scaling) is None:
+            return
+        if scaling.get("rope_type") not in ROPE_TYPES:
+            raise UserError(f"model configuration: rope_scaling {dict(scaling)} is not supported; null and rope_type "
+                            f"{' and '.join(map(repr, ROPE_TYPES))} are")
+        for name in ROPE_TYPES[scaling["rope_type"]]:
+            if isinstance(value := scaling.get(name), bool) or not isinstance(value, int | float) or value <= 0:
+                raise UserError(f"model configuration: rope_scaling {dict(scaling)} needs a positive number as {name}")
 
     def _check_experts(self):
         n, k, groups = self.num_experts, self.num_experts_per_tok, self.n_group
@@ -117,21 +121,47 @@ class Family:
                                  "num_attention_heads")
 
 
-# Keys of every Transformers configuration that do not change what a forward pass computes.
+# Keys that do not change what a forward pass computes: serialised by Transformers 4 and 5, by training tools and hubs.
+# Dropouts are among them, because they act in training alone.
 IGNORED = frozenset("""
     architectures model_type torch_dtype dtype transformers_version use_cache auto_map name_or_path _name_or_path
-    layer_types max_window_layers sliding_window attention_dropout pretraining_tp _attn_implementation
-    _attn_implementation_autoset return_dict output_attentions output_hidden_states is_encoder_decoder
-    gradient_checkpointing id2label label2id problem_type chunk_size_feed_forward torchscript use_bfloat16
-    unsloth_version unsloth_fixed cross_attention_hidden_size add_cross_attention is_decoder finetuning_task
+    _commit_hash layer_types max_window_layers sliding_window pretraining_tp _attn_implementation attn_implementation
+    _attn_implementation_autoset _attn_implementation_internal _flash_attn_2_enabled use_flash_attention use_flash_attn
+    _experts_implementation return_dict use_return_dict output_attentions output_hidden_states is_encoder_decoder
+    gradient_checkpointing id2label label2id num_labels problem_type chunk_size_feed_forward torchscript use_bfloat16
+    unsloth_version unsloth_fixed cross_attention_hidden_size add_cross_attention is_decoder is_causal
+    tie_encoder_decoder pruned_heads finetuning_task task_specific_params tf_legacy_loss tokenizer_class prefix
+    sep_token_id decoder_start_token_id max_length min_length max_new_tokens do_sample early_stopping num_beams
+    num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
+    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
+    return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values suppress_tokens
+    begin_suppress_tokens exponential_decay_length_penalty cache_implementation is_llama_config transformers.js_config
+    model_max_length seq_length max_seq_len max_sequence_length initializer_factor router_aux_loss_coef
+    output_router_logits fuse_cross_entropy ep_size debug micro_forward skip_checkpoint base_model_name_or_path
 """.split())
+_DROPOUT = re.compile(r".*(dropout|dropout_rate|_pdrop|dropout_prob|drop_path)")
+
+# Keys by which other models compute something else, and the values at which they do not (beside null, false and empty).
+CHANGING: Mapping[str, tuple] = {name: () for name in """
+    quantization_config quantization compression_config attention_multiplier query_pre_attn_scalar attn_scale
+    final_logit_softcapping attn_logit_softcapping logits_soft_cap clip_qkv alibi use_alibi attention_chunk_size
+    no_rope_layers no_rope_layer_interval rope_interleaved rope_local_base_freq use_mrope qk_norm use_qk_norm
+    qk_layernorm attn_output_gate add_swa_attention_sink_bias parallel_attn use_parallel_residual use_post_norm
+    altup_num_inputs q_lora_rank kv_lora_rank cross_attention_layers nope_layer_interval scale_logits
+""".split()} | {name: (1,) for name in """
+    partial_rotary_factor rotary_pct logit_scale logits_scaling embedding_multiplier embedding_scale scale_emb
+    residual_multiplier residual_scale scale_depth lm_head_multiplier
+""".split()}
 
 # A block_size, as SDAR calls it, says that the model is block-causal.
 _COMMON = {"block_size": "block_length", **{name: name for name in (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "max_position_embeddings", "rope_theta", "rope_scaling", "rms_norm_eps", "tie_word_embeddings",
     "initializer_range", "shift_logits", "mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id")}}
-_ONLY = {"hidden_act": ("silu",), "use_sliding_window": (False,)}
+_ONLY = {"hidden_act": ("silu",)}
+
+_WINDOW = ("use_sliding_window", "sliding_window", "max_window_layers")
+_TRANSFORMERS = ("qwen2", "qwen3", "llama", "mistral")  # families of autoregressive models that it has itself
 
 # Other names that checkpoints give the same architecture.
 _MODEL_TYPES = {"lladamoe": "llada_moe", "llada21_moe": "llada2_moe", "llada2_moe_veomni": "llada2_moe",
@@ -143,6 +173,11 @@ FAMILIES: Mapping[str, Family] = {
                     only={**_ONLY, "attention_bias": (False,)}),
     "llama": Family(architecture="LlamaForCausalLM", fixed={}, only=_ONLY,
                     keys={**_COMMON, "mlp_bias": "mlp_bias", "attention_bias": "qkv_bias"}),
+    "mistral": Family(architecture="MistralForCausalLM", keys=_COMMON, fixed={}, only=_ONLY),
+    # Stable-DiffCoder, which calls itself llama
+    "stable_diffcoder": Family(architecture="StableDiffcoderForCausalLM", model_type="llama", only=_ONLY,
+                               keys={**_COMMON, "mlp_bias": "mlp_bias", "attention_bias": "qkv_bias"},
+                               fixed={"shift_logits": False, "block_causal": True, "block_length": 4}),
     # Dream, Dream-Coder, DiffuCoder, DreamOn (arXiv:2508.15487)
     "Dream": Family(architecture="DreamModel", keys=_COMMON, fixed={"qkv_bias": True}, only=_ONLY),
     # Autoregressive models trained on as diffusion models, without the shift
@@ -151,8 +186,7 @@ FAMILIES: Mapping[str, Family] = {
     "a2d-qwen3": Family(architecture="A2DQwen3LMHeadModel", keys=_COMMON, only={**_ONLY, "attention_bias": (False,)},
                         fixed={"qk_norm": True, "shift_logits": False}),
     # SDAR (arXiv:2510.06303)
-    "sdar": Family(architecture="SDARForCausalLM", keys=_COMMON,
-                   only={**_ONLY, "attention_bias": (False,)}, ignored=frozenset({"fuse_cross_entropy"}),
+    "sdar": Family(architecture="SDARForCausalLM", keys=_COMMON, only={**_ONLY, "attention_bias": (False,)},
                    fixed={"qk_norm": True, "shift_logits": False, "block_causal": True, "block_length": 4}),
     # LLaDA, LLaDA 1.5 (arXiv:2502.09992)
     "llada": Family(
@@ -170,8 +204,8 @@ FAMILIES: Mapping[str, Family] = {
               "attention_layer_norm": (False,), "layer_norm_with_affine": (True,), "block_group_size": (1,),
               "bias_for_layer_norm": (False, None), "multi_query_attention": (False, None)},
         ignored=frozenset("""
-            alibi_bias_max attention_layer_norm_with_affine embedding_dropout flash_attention init_cutoff_factor
-            init_device init_fn mlp_ratio precision residual_dropout rope_full_precision""".split()),
+            alibi_bias_max attention_layer_norm_with_affine flash_attention init_cutoff_factor init_device init_fn
+            mlp_ratio precision rope_full_precision""".split()),
         parameters={
             "model.transformer.wte": "model.embed_tokens", "model.transformer.ln_f": "model.norm",
             "model.transformer.ff_out": "lm_head",
@@ -192,7 +226,7 @@ FAMILIES: Mapping[str, Family] = {
         only={**_ONLY, "attention_bias": (False,), "clip_qkv": (None,), "partial_rotary_factor": (1, None),
               "moe_router_score_function": ("softmax",), "router_num_group": (None,), "router_topk_group": (None,),
               "shared_expert_intermediate_size": (None, 0), "routed_scaling_factor": (1, None)},
-        ignored=frozenset({"norm_topk_prob", "output_router_logits", "router_aux_loss_coef"}),
+        ignored=frozenset({"norm_topk_prob"}),
         parameters={"model.layers.{i}.mlp.expert_bias": "model.layers.{i}.mlp.gate.expert_bias"}),
     # LLaDA 2 and 2.1
     "llada2_moe": Family(
@@ -208,8 +242,7 @@ FAMILIES: Mapping[str, Family] = {
         only={**_ONLY, "score_function": ("sigmoid",), "use_bias": (False,), "use_rmsnorm": (True,),
               "norm_head": (False,), "norm_softmax": (False,), "using_split_qkv_in_self_attention": (False,)},
         # The published configurations contradict each other on use_qk_norm: whether the norms are there decides.
-        ignored=frozenset({"embedding_dropout", "output_dropout", "output_router_logits", "rotary_dim", "router_dtype",
-                           "use_qk_norm"}),
+        ignored=frozenset({"rotary_dim", "router_dtype", "use_qk_norm", "moe_shared_expert_intermediate_size"}),
         parameters={
             "model.word_embeddings": "model.embed_tokens",
             **{f"model.layers.{{i}}.attention.{theirs}": f"model.layers.{{i}}.self_attn.{ours}" for theirs, ours in {
@@ -221,12 +254,31 @@ FAMILIES: Mapping[str, Family] = {
 def read_config(raw: Mapping, where: str = "config.json") -> ModelConfig:
     """The `ModelConfig` of a Hugging Face config.json, given as a dictionary.
 
-    Raises: UserError if the family is unknown, a required key is missing, a key is unknown, or a value unsupported;
-        the message names `where`, the key and what is accepted.
+    Keys that change nothing are ignored, and so is any that is null, false or empty. Other unknown keys are named in
+    one warning, because they might change what the original computes.
+
+    Raises: UserError if the family is unknown, a required key is missing, or a value unsupported; the message names
+        `where`, the key and what is accepted.
     """
-    name = _MODEL_TYPES.get(raw.get("model_type"), raw.get("model_type"))
-    if name == "llada" and "num_experts" in raw:
-        name = "llada_moe"
+    config = _parse(raw, where)
+    family, flat = FAMILIES[config.family], _flatten_rope(raw)
+    if unknown := [key for key, value in flat.items() if not _is_empty(value) and not _DROPOUT.fullmatch(key)
+                   and key not in {*family.keys, *family.only, *family.ignored, *IGNORED, *CHANGING, *_WINDOW}]:
+        hint = did_you_mean(unknown[0], {*family.keys, *family.only}) if len(unknown) == 1 else ""
+        warn(f"{where}: {config.family} has no configuration key {', '.join(map(repr, unknown))}, ignored{hint}")
+    own_code = any(name.startswith("AutoModel") for name in raw.get("auto_map") or {})
+    if own_code and config.family in _TRANSFORMERS and not {"shift_logits", "block_size"} & raw.keys():
+        warn(f"{where}: the folder brings code of its own for a model_type {raw['model_type']!r}, which is not run; "
+             f"position i predicts token i + 1, as in {config.family}. If it predicts its own token, add "
+             '"shift_logits": false, and if it decodes by blocks, "block_size"')
+    if differing := _differing_rope(raw):
+        warn(f"{where}: {differing}")
+    return config
+
+
+def _parse(raw: Mapping, where: str = "config.json") -> ModelConfig:
+    """`read_config` without its warnings."""
+    name = _family_of(raw)
     if name not in FAMILIES:
         raise UserError(f"{where}: model_type {name!r} is not a family this version loads; "
                         f"it loads {', '.join(FAMILIES)}")
@@ -234,17 +286,7 @@ def read_config(raw: Mapping, where: str = "config.json") -> ModelConfig:
     raw_keys = _flatten_rope(raw)
     if missing := [key for key in family.required if raw_keys.get(key) is None]:
         raise UserError(f"{where}: {name} needs the key{'s' * (len(missing) > 1)} {', '.join(missing)}")
-    known = {*family.keys, *family.only}
-    for key, value in raw_keys.items():
-        if key in family.only and value not in family.only[key]:
-            raise UserError(f"{where}: {key} {value!r} is not supported for {name}; "
-                            f"supported: {', '.join(map(repr, family.only[key]))}")
-        if key not in known and key not in IGNORED and key not in family.ignored:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "remove it if the model does not depend on it"
-            raise UserError(f"{where}: {name} has no configuration key {key!r}; {hint}")
-    if sliding := [kind for kind in raw_keys.get("layer_types") or [] if kind != "full_attention"]:
-        raise UserError(f"{where}: layer_types {sliding[0]!r} is not supported; supported: 'full_attention'")
+    _check_values(name, raw_keys, where)
     values = {target: raw_keys[key] for key, target in family.keys.items() if raw_keys.get(key) is not None}
     values = {"block_causal": "block_length" in values, **family.fixed, **values}
     if (layers := values.get("first_k_dense_replace")) is not None and not isinstance(layers, int):
@@ -255,6 +297,46 @@ def read_config(raw: Mapping, where: str = "config.json") -> ModelConfig:
     if "attention_bias" in family.keys:  # one key for all four projections of a Llama
         values["output_bias"] = values.get("qkv_bias", False)
     return ModelConfig(family=name, source=dict(raw), **values)
+
+
+def _family_of(raw: Mapping) -> str | None:
+    name = _MODEL_TYPES.get(raw.get("model_type"), raw.get("model_type"))
+    if name == "llada" and raw.get("num_experts"):
+        return "llada_moe"
+    code = [*(raw.get("architectures") or []), *(raw.get("auto_map") or {}).values()]
+    if name == "llama" and any("diffcoder" in str(part).lower() for part in code):
+        return "stable_diffcoder"
+    return name
+
+
+def _check_values(name: str, raw: Mapping, where: str) -> None:
+    """Refuse what would change the computation and is not computed here."""
+    family = FAMILIES[name]
+    for key, value in raw.items():
+        if key in family.only and value is not None and value not in family.only[key]:
+            raise UserError(f"{where}: {key} {value!r} is not supported for {name}; "
+                            f"supported: {', '.join(map(repr, family.only[key]))}")
+        if (key in CHANGING and key not in {*family.keys, *family.only, *family.ignored}
+                and not _is_empty(value) and value not in CHANGING[key]):
+            accepted = ", ".join(map(repr, (None, *CHANGING[key])))
+            raise UserError(f"{where}: {key} {value!r} is not supported for {name}; supported: {accepted}")
+    kinds = raw.get("layer_types") or []
+    if other := [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]:
+        raise UserError(f"{where}: layer_types {other[0]!r} is not supported; supported: 'full_attention'")
+    window, positions = raw.get("sliding_window"), raw.get("max_position_embeddings")
+    if kinds:
+        slides = "sliding_attention" in kinds
+    elif name == "mistral":
+        slides = window is not None
+    else:
+        slides = bool(raw.get("use_sliding_window")) and (raw.get("max_window_layers") or 0) < raw["num_hidden_layers"]
+    if slides and window is not None and not (positions is not None and positions <= window):
+        raise UserError(f"{where}: sliding_window {window} is not supported, because every position sees every other "
+                        "here; set max_position_embeddings to at most the window, and it changes nothing")
+
+
+def _is_empty(value: object) -> bool:
+    return value is None or value is False or (isinstance(value, str | list | dict) and not value)
 
 
 def write_config(config: ModelConfig, dtype: str) -> dict:
@@ -268,13 +350,13 @@ def write_config(config: ModelConfig, dtype: str) -> dict:
         if "moe_layer_freq" in raw:
             dense = config.first_k_dense_replace
             raw["moe_layer_freq"] = [0] * dense + [1] * (config.num_hidden_layers - dense)
-        again = read_config(raw)
+        again = _parse(raw)
         for name in (f.name for f in fields(ModelConfig) if f.compare):
             if getattr(again, name) != getattr(config, name):
                 raise UserError(f"config.json of {config.family} cannot say {name} {getattr(config, name)}; it would "
                                 f"be read as {getattr(again, name)}")
         return raw
-    before = read_config(raw)
+    before = _parse(raw)
     for key, target in family.keys.items():
         value = getattr(config, target)
         if value != getattr(before, target):
@@ -287,6 +369,13 @@ def write_config(config: ModelConfig, dtype: str) -> dict:
     return raw
 
 
+def own_code(raw: Mapping) -> set[str]:
+    """The Python files of its own folder that a config.json names under auto_map."""
+    named = [part for value in (raw.get("auto_map") or {}).values()
+             for part in (value if isinstance(value, list) else [value])]
+    return {f"{part.partition('.')[0]}.py" for part in named if part and "--" not in part}
+
+
 def _dense_layers(moe_layer_freq: list, where: str) -> int:
     """How many layers come before those with experts, of one 0 or 1 per layer."""
     dense = moe_layer_freq.index(1) if 1 in moe_layer_freq else len(moe_layer_freq)
@@ -295,65 +384,36 @@ def _dense_layers(moe_layer_freq: list, where: str) -> int:
     return dense
 
 
+def _rope(raw: Mapping) -> dict:
+    """The rotary settings: Transformers 5 nests them under rope_parameters, of each kind of layers where these differ;
+    before, they were rope_theta and rope_scaling. As there, a nested value goes before a plain one."""
+    nested = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if isinstance(nested.get("full_attention"), Mapping):
+        nested = nested["full_attention"]
+    return {("rope_type" if key == "type" else key): value for key, value in nested.items() if value is not None}
+
+
 def _flatten_rope(raw: Mapping) -> dict:
-    """Transformers 5 nests the rotary settings under rope_parameters; before, they were rope_theta and rope_scaling."""
-    flat = dict(raw)
-    nested = flat.pop("rope_parameters", None) or {}
-    scaling = {key: value for key, value in nested.items() if key != "rope_theta"}
-    if "rope_theta" in nested:
-        flat["rope_theta"] = nested["rope_theta"]
-    if scaling and scaling.get("rope_type", "default") != "default":
-        flat["rope_scaling"] = scaling
-    if (old := flat.get("rope_scaling")) is not None:
-        old = {("rope_type" if key == "type" else key): value for key, value in old.items()}
-        flat["rope_scaling"] = None if old.get("rope_type") == "default" else old
+    """A configuration whose rotary settings are rope_theta, partial_rotary_factor and rope_scaling."""
+    flat, scaling = dict(raw), _rope(raw)
+    flat.pop("rope_parameters", None)
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in scaling:
+            flat[name] = scaling.pop(name)
+    if scaling.get("rope_type") == "llama3" and flat.get("max_position_embeddings") is not None:
+        scaling.setdefault("original_max_position_embeddings", flat["max_position_embeddings"])
+    if "rope_scaling" in raw or scaling:
+        flat["rope_scaling"] = scaling if scaling and scaling.get("rope_type", "default") != "default" else None
     return flat
 
 
-def check_parameters(expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]], where: str) -> None:
-    """Refuse a checkpoint whose parameters, by name and shape, are not exactly those of the model; name them all."""
-    misshapen = [f"{name} {list(shape)}, not {list(expected[name])}" for name, shape in sorted(found.items())
-                 if name in expected and [*shape] != [*expected[name]]]
-    problems = [f"{problem}: {', '.join(names)}" for problem, names in (
-        ("missing", sorted(expected.keys() - found.keys())), ("unknown", sorted(found.keys() - expected.keys())),
-        ("of another shape", misshapen)) if names]
-    if problems:
-        raise UserError(f"{where}: the parameters are not those of config.json. {'; '.join(problems)}")
-
-
-def mask_token_id_of(folder: Path) -> int | None:
-    """The id of the mask token that the tokenizer files in `folder` name, or None."""
-    named = None
-    for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        named = named or read_json(folder / file, missing={}).get("mask_token")
-    if named is None:
-        return None
-    text = named["content"] if isinstance(named, dict) else named
-    settings = read_json(folder / "tokenizer_config.json", missing={})
-    for token_id, token in settings.get("added_tokens_decoder", {}).items():
-        if token["content"] == text:
-            return int(token_id)
-    tokenizer = read_json(folder / "tokenizer.json", missing={})
-    for token in tokenizer.get("added_tokens", []):
-        if token["content"] == text:
-            return token["id"]
-    vocabulary = read_json(folder / "added_tokens.json", missing={}) | (read_json(folder / "vocab.json", missing={}))
-    return vocabulary.get(text)
-
-
-def read_json(path: Path, missing: dict | None = None) -> dict:
-    """The JSON object in `path`; `missing`, if given, stands for a file that is not there.
-
-    Raises: UserError naming the file, if it cannot be read or is not a JSON object.
-    """
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if missing is None:
-            raise UserError(f"{path} does not exist; a model folder holds config.json and model.safetensors") from None
-        return missing
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not a readable JSON file ({error}); restore it from its source") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} holds a JSON {type(raw).__name__}, not an object; restore it from its source")
-    return raw
+def _differing_rope(raw: Mapping) -> str:
+    """What config.json says twice about the rotary embedding, and differently."""
+    nested = _rope(raw)
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if None not in (raw.get(name), nested.get(name)) and raw[name] != nested[name]:
+            return f"{name} is {raw[name]}, and {nested[name]} among the rotary settings, which is taken"
+    both = raw.get("rope_scaling"), raw.get("rope_parameters")
+    if all(both) and nested != _rope({"rope_parameters": both[1]}):
+        return f"rope_scaling {both[0]} and rope_parameters {both[1]} differ; rope_scaling is taken"
+    return ""

@@ -1,41 +1,73 @@
 """Tokenizers: published ones, given a mask token where they lack one, and a byte-level BPE trained on the corpus."""
 
 import os
+import re
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from dllm.errors import UserError
+from dllm.errors import UserError, first_line
+from dllm.model.published_tokenizer import open_tokenizer
+from dllm.model.special_tokens import read_special_tokens, unique
+from dllm.model.weights import find_model
 
 MASK, END, PAD = "<|mask|>", "<|endoftext|>", "<|pad|>"
+_GUARD = "\ufdd0"  # breaks a special token that a message spells; Unicode promises that it is no character
 
 
-def load_tokenizer(path_or_hub_id: str | os.PathLike, mask_token_id: int | None = None):
-    """The fast tokenizer of a local folder or hub repository, with a mask token.
+def load_tokenizer(path_or_hub_id: str | os.PathLike, mask_token_id: int | None = None, *,
+                   mask_token: str | None = None, trust_remote_code: bool = False):
+    """The fast tokenizer of a local folder, GGUF file or hub repository, with a mask token.
 
     Args:
-        mask_token_id: the id that the model's configuration names; used where the tokenizer itself names none. With
-            neither, "<|mask|>" is added.
-    Returns: a `transformers.PreTrainedTokenizerFast`.
-    Raises: UserError if it cannot be loaded, or `mask_token_id` is none of its tokens.
+        mask_token_id, mask_token: the mask token, by its id or its text; else what the folder's generation_config.json,
+            config.json or tokenizer name, in this order. With none, "<|mask|>" is added.
+        trust_remote_code: let the folder's own code make the tokenizer. No code of a folder runs otherwise.
+    Returns: a `transformers.PreTrainedTokenizerFast`; its attribute `end_token_ids` lists all tokens that end a text.
+    Raises: UserError if it cannot be loaded, or has no such mask token.
     """
-    from transformers import AutoTokenizer
-
+    folder = find_model(path_or_hub_id, weights=False)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path_or_hub_id))
-    except Exception as error:  # missing, unreachable, truncated or of an unknown kind: many types, one meaning
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"cannot load a tokenizer from {path_or_hub_id} ({reason}); give a folder with tokenizer.json, "
-                        "or a hub repository as owner/name") from error
-    if tokenizer.mask_token is None and mask_token_id is not None and mask_token_id < len(tokenizer):
-        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(mask_token_id)
+        tokenizer = open_tokenizer(folder, trust_remote_code)
+    except UserError:
+        raise
+    except Exception as error:  # missing, truncated or of an unknown kind: many types, one meaning
+        raise UserError(f"cannot load a tokenizer from {path_or_hub_id} ({first_line(error)}); give a folder with "
+                        "tokenizer.json, or a hub repository as owner/name") from error
+    named = read_special_tokens(folder, mask_is_given=(mask_token_id, mask_token) != (None, None))
+    set_mask_token(tokenizer, mask_token_id, mask_token, named.mask)
+    ends = [token for token in named.ends if token < len(tokenizer)]
+    if tokenizer.eos_token_id is None and ends:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    tokenizer.end_token_ids = unique([*own, *named.ends])
+    return tokenizer
+
+
+def set_mask_token(tokenizer, token_id: int | None, text: str | None, named: int | None) -> None:
+    """Give a tokenizer the mask token that was asked for, else the one that its folder names, else a new one."""
+    if text is not None:
+        known = tokenizer.get_vocab().get(text)
+        roles = {word: role for role, word in tokenizer.special_tokens_map.items()
+                 if isinstance(word, str) and role != "mask_token"}
+        if known is None:
+            free = [word for word in tokenizer.get_added_vocab() if word not in roles]
+            raise UserError(f"mask_token {text!r} is none of the tokenizer's {len(tokenizer):,} tokens; of its added "
+                            f"tokens {', '.join(free) or 'none'} can be chosen")
+        if text in roles:
+            raise UserError(f"mask_token {text!r} is the tokenizer's {roles[text]} already; choose a reserved token")
+        if token_id not in (None, known):
+            raise UserError(f"mask_token {text!r} has the id {known}, not {token_id}; give one of the two")
+        token_id = known
+    token_id = named if token_id is None else token_id
+    if token_id not in (None, tokenizer.mask_token_id):
+        if not 0 <= token_id < len(tokenizer):
+            raise UserError(f"the model's mask token is {token_id}, the tokenizer has {len(tokenizer)} tokens; give "
+                            "the model's own tokenizer, or another mask token")
+        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(token_id)
     if tokenizer.mask_token is None:
         tokenizer.add_special_tokens({"mask_token": MASK})
-    if mask_token_id not in (None, tokenizer.mask_token_id):
-        raise UserError(f"the model's mask token is {mask_token_id}, that of the tokenizer {path_or_hub_id} is "
-                        f"{tokenizer.mask_token_id} ({tokenizer.mask_token}); give the model's own tokenizer")
-    return tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int):
@@ -62,8 +94,73 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
 
 
 def encode(tokenizer, text: str) -> Tensor:
-    """int64 [N], with nothing added: documents are trained on without a beginning-of-text token."""
-    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
+    """int64 [N], with nothing added: documents are trained on without a beginning-of-text token.
+
+    A special token that the text spells ("<|im_end|>") stays text.
+    Raises: UserError if the text has half of a surrogate pair, which is no character.
+    """
+    check_characters(text)
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return torch.tensor(ids, dtype=torch.long, device="cpu")
+
+
+def check_characters(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"the text is no valid Unicode: half of a surrogate pair at character {error.start}; take it "
+                        "out") from None
+
+
+def encode_with_masks(tokenizer, text: str) -> Tensor:
+    """As `encode`, except that the mask token's text is the mask token."""
+    mask = torch.tensor([tokenizer.mask_token_id], device="cpu")
+    parts = [encode(tokenizer, part) for part in text.split(tokenizer.mask_token)]
+    return torch.cat([parts[0], *(ids for part in parts[1:] for ids in (mask, part))])
+
+
+def fill_masks(tokenizer, text: str, ids: Tensor) -> str:
+    """The text with what a model filled in for its masks. ids: [N], those of `encode_with_masks`, filled."""
+    parts = re.split(f"((?:{re.escape(tokenizer.mask_token)})+)", text)
+    place, filled = 0, []
+    for index, part in enumerate(parts):
+        count = len(part) // len(tokenizer.mask_token) if index % 2 else len(encode(tokenizer, part))
+        filled.append(decode_after(tokenizer, ids[:place], ids[place:place + count]) if index % 2 else part)
+        place += count
+    return "".join(filled)
+
+
+def protect(tokenizer, value):
+    """A message, or a list of them, in which the special tokens that its texts spell stay text through a chat template
+    and `encode_rendered`."""
+    if isinstance(value, dict):
+        return {name: protect(tokenizer, item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [protect(tokenizer, item) for item in value]
+    if not isinstance(value, str):
+        return value
+    return _special(tokenizer).sub(lambda found: found[0][0] + _GUARD + found[0][1:], value.replace(_GUARD, _GUARD * 2))
+
+
+def encode_rendered(tokenizer, text: str) -> Tensor:
+    """int64 [N]: what a chat template made of protected messages. Its own special tokens are tokens."""
+    check_characters(text)
+    if _GUARD not in text:
+        return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long, device="cpu")
+    parts = []
+    for index, part in enumerate(_special(tokenizer).split(text)):
+        if index % 2:
+            parts.append(torch.tensor([tokenizer.convert_tokens_to_ids(part)], device="cpu"))
+        elif part:
+            parts.append(encode(tokenizer, re.sub(f"{_GUARD}({_GUARD}?)", r"\1", part)))
+    return torch.cat(parts)
+
+
+def _special(tokenizer) -> re.Pattern:
+    """Finds special tokens, the longest where several begin; in a group, so that `split` keeps them."""
+    tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    longest_first = sorted(tokens | set(tokenizer.all_special_tokens), key=lambda token: (-len(token), token))
+    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
 
 def decode_after(tokenizer, before: Tensor, ids: Tensor) -> str:
@@ -74,9 +171,15 @@ def decode_after(tokenizer, before: Tensor, ids: Tensor) -> str:
     return decode([*before.tolist(), *ids.tolist()])[len(decode(before.tolist())):]
 
 
+def end_token_ids(tokenizer) -> list[int]:
+    """The tokens that end a text: those that the folder names, or the tokenizer's own one."""
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return getattr(tokenizer, "end_token_ids", own)
+
+
 def cut_at_end(tokenizer, ids: Tensor) -> Tensor:
     """ids up to the first end-of-text token: a model packs documents, so what follows belongs to another one."""
-    end = (ids == tokenizer.eos_token_id).nonzero()
+    end = torch.isin(ids, torch.tensor(end_token_ids(tokenizer), dtype=ids.dtype, device=ids.device)).nonzero()
     return ids[:int(end[0])] if len(end) else ids
 
 
@@ -87,11 +190,16 @@ def check_vocabulary(tokenizer, vocab_size: int) -> None:
     """
     if tokenizer.mask_token_id >= vocab_size:
         raise UserError(f"the mask token {tokenizer.mask_token} has id {tokenizer.mask_token_id}, outside the model's "
-                        f"vocabulary of {vocab_size}; use a tokenizer with a mask token below that, or a "
-                        f"model.vocab_size of at least {tokenizer.mask_token_id + 1}")
+                        f"vocabulary of {vocab_size}; use a tokenizer with a mask token below that, a model.vocab_size "
+                        f"of at least {tokenizer.mask_token_id + 1}, or adapt the model, which gives it more rows: "
+                        "dllm train --model.model_path=...")
     if len(tokenizer) > vocab_size:
         raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary is {vocab_size}; use the "
                         f"model's own tokenizer, or a model.vocab_size of at least {len(tokenizer)}")
+
+
+def check_separator(tokenizer) -> None:
+    """Refuse a tokenizer without an end-of-text token, which separates the documents of training data."""
     if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer names no end-of-text token, which separates documents; set eos_token in its "
-                        "tokenizer_config.json")
+        raise UserError("neither the tokenizer nor its folder names an end-of-text token, which separates documents; "
+                        "set eos_token in its tokenizer_config.json")

@@ -6,13 +6,14 @@ Everything but attention is computed on a part of the positions; attention on al
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.nn.functional import all_to_all_single
 
 
 def heads_to_positions(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[B, L, H / P, E], all positions of this process's heads -> [B, L / P, H, E], all heads of its positions."""
     size = dist.get_world_size(group)
     parts = x.unflatten(1, (size, -1)).movedim(1, 0).contiguous()  # by the process that the positions belong to
-    return _Exchange.apply(parts, group).movedim(0, 2).flatten(2, 3)
+    return all_to_all_single(torch.empty_like(parts), parts, group=group).movedim(0, 2).flatten(2, 3)
 
 
 def positions_to_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -21,19 +22,4 @@ def positions_to_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     if x.shape[2] < size:
         x = x.repeat_interleave(size // x.shape[2], dim=2)
     parts = x.unflatten(2, (size, -1)).movedim(2, 0).contiguous()
-    return _Exchange.apply(parts, group).movedim(0, 1).flatten(1, 2)
-
-
-class _Exchange(torch.autograd.Function):
-    """parts [P, ...]: part p goes to process p, and its part for us comes back in its place. Its own transpose."""
-
-    @staticmethod
-    def forward(ctx, parts: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        out = torch.empty_like(parts)
-        dist.all_to_all_single(out, parts, group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return _Exchange.apply(gradient.contiguous(), ctx.group), None
+    return all_to_all_single(torch.empty_like(parts), parts, group=group).movedim(0, 1).flatten(1, 2)

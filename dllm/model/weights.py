@@ -1,21 +1,130 @@
-"""The parameters of published checkpoints as ours, and back.
+"""The weights of published checkpoints: finding their folder, reading their files, their parameters as ours, and back.
 
 Three things differ: names (a family's `parameters`), query, key and value as one matrix [q rows; k rows; v rows], and
 experts, of which ours are one tensor [experts, out, in] per projection. Both directions keep every bit. They work on
 tensors without storage too, so that the names and shapes a checkpoint must have are known before it is read.
 """
 
+import os
+import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dllm.families import FAMILIES, ModelConfig
+from dllm.errors import UserError, first_line, warn
+from dllm.files import read_json
+from dllm.model.families import FAMILIES, ModelConfig
+from dllm.model.gguf import as_folder
 
 _EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 _EXPERTS = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(gate_proj|up_proj|down_proj)")
 _QKV = "self_attn.qkv_proj."
+
+
+def find_model(path_or_hub_id: str | os.PathLike, weights: bool = True) -> Path:
+    """The local folder of a model, downloaded from the hub if it is not one already. Its code is data here: nothing
+    runs it.
+
+    Args:
+        path_or_hub_id: a GGUF file has a folder in the cache.
+        weights: False downloads the rest alone, for a tokenizer.
+    Raises: UserError if there is no such folder and no such repository can be reached.
+    """
+    folder = Path(as_folder(os.path.expanduser(path_or_hub_id)))
+    if folder.is_dir():
+        return folder
+    name = str(path_or_hub_id)
+    if folder.is_file():
+        raise UserError(f"{name} is a file; give its folder, which holds config.json too")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
+        raise UserError(f"{name} is not a folder; give a model folder, or a hub repository as owner/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        rest = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+        folder = Path(snapshot_download(name, allow_patterns=[*rest, "*.safetensors"] if weights else rest))
+        if weights and not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=[*rest, "pytorch_model*.bin"]))
+        return folder
+    except Exception as error:  # the hub client raises a dozen kinds; each means: not to be had
+        raise UserError(f"{name} is neither a folder here nor a hub repository that can be reached "
+                        f"({first_line(error)})") from error
+
+
+_SINGLE = ("model.safetensors", "pytorch_model.bin")
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of model.safetensors, or of the shards that its index names, or else of PyTorch's older files.
+
+    Where several are there, the first in this order is read, as by Transformers, and one warning says so.
+    """
+    found = [file for name in _SINGLE for file in (name, f"{name}.index.json") if (folder / file).exists()]
+    if not found:
+        raise UserError(f"{folder / _SINGLE[0]} does not exist; a model folder holds config.json and model.safetensors")
+    if len(found) > 1:
+        warn(f"{folder} holds weights in {' and in '.join(found)}; those of {found[0]} are taken, as in Transformers; "
+             "remove the others, or this one if it is older")
+    files = found[:1]
+    if files[0].endswith(".index.json"):
+        files = sorted(set(read_json(folder / files[0]).get("weight_map", {}).values()))
+    return {name: tensor for file in files for name, tensor in _read_tensors(folder / file).items()}
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise UserError(f"{file} does not exist; a model folder holds config.json and model.safetensors") from None
+    except (SafetensorError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(f"{file} is truncated or corrupt ({first_line(error)}); fetch or save it again") from None
+
+
+def fit_config(config: ModelConfig, state: dict[str, Tensor], where: str) -> ModelConfig:
+    """The configuration that the weights have, where config.json is known to contradict them."""
+    if config.family == "llada2_moe" and not any(name.endswith("query_layernorm.weight") for name in state):
+        config = replace(config, qk_norm=False)
+    return _untie_head(config, state, where) if config.tie_word_embeddings else config
+
+
+def _untie_head(config: ModelConfig, state: dict[str, Tensor], where: str) -> ModelConfig:
+    """The configuration of weights that hold a head of their own although they should be tied.
+
+    As in Transformers 5: equal matrices are tied, different ones are not, and where the embedding is missing the head
+    stands for it.
+    """
+    names = _renaming({ours: theirs for theirs, ours in FAMILIES[config.family].parameters.items()})
+    embedding, head = names("model.embed_tokens.weight"), names("lm_head.weight")
+    if head not in state:
+        return config
+    if embedding not in state:
+        state[embedding] = state[head]
+    if torch.equal(state[embedding], state[head]):
+        del state[head]
+        return config
+    warn(f"{where}: config.json ties the head to the embedding, but the weights hold another matrix as {head}, which "
+         "is taken, as Transformers does")
+    return replace(config, tie_word_embeddings=False)
+
+
+def check_parameters(expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]], where: str) -> None:
+    """Refuse a checkpoint whose parameters, by name and shape, are not exactly those of the model; name them all."""
+    misshapen = [f"{name} {list(shape)}, not {list(expected[name])}" for name, shape in sorted(found.items())
+                 if name in expected and [*shape] != [*expected[name]]]
+    problems = [f"{problem}: {', '.join(names)}" for problem, names in (
+        ("missing", sorted(expected.keys() - found.keys())), ("unknown", sorted(found.keys() - expected.keys())),
+        ("of another shape", misshapen)) if names]
+    if problems:
+        raise UserError(f"{where}: the parameters are not those of config.json. {'; '.join(problems)}")
 
 
 def to_ours(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,10 +1,12 @@
-"""A load generator: completions of random lengths, so many at a time, and what they took."""
+"""A load generator: sends completions of random lengths, some at a time, and measures latency and throughput."""
 
 import asyncio
 import json
 import random
 import statistics
 import time
+from collections import Counter
+from collections.abc import Iterator
 
 import httpx
 from rich.console import Console
@@ -34,7 +36,7 @@ async def _measure(url, requests, concurrency, max_tokens, prompt, stream, seed,
                "stream": stream, "diffusing": stream, "stream_options": {"include_usage": True}, **extra}
               for number in range(requests)]
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-    latencies, firsts, tokens, steps, errors = [], [], 0, 0, {}
+    latencies, firsts, tokens, steps, errors = [], [], 0, 0, Counter()
     limits = httpx.Limits(max_connections=concurrency)
     async with httpx.AsyncClient(headers=headers, limits=limits, timeout=600) as client:
         try:
@@ -43,18 +45,16 @@ async def _measure(url, requests, concurrency, max_tokens, prompt, stream, seed,
             raise UserError(f"no server answers at {url} ({error or type(error).__name__}); start one with "
                             "dllm serve") from None
 
-        async def work(queue: asyncio.Queue) -> None:
+        async def work(bodies: Iterator[dict]) -> None:
             nonlocal tokens, steps
-            while not queue.empty():
-                body = queue.get_nowait()
+            for body in bodies:
                 began = time.perf_counter()
                 try:
                     usage, first = await send(client, url, body)
                 except httpx.HTTPStatusError as error:
-                    name = str(error.response.status_code)
-                    errors[name] = errors.get(name, 0) + 1
+                    errors[str(error.response.status_code)] += 1
                 except httpx.HTTPError as error:
-                    errors[type(error).__name__] = errors.get(type(error).__name__, 0) + 1
+                    errors[type(error).__name__] += 1
                 else:
                     latencies.append(time.perf_counter() - began)
                     if first is not None:
@@ -62,11 +62,9 @@ async def _measure(url, requests, concurrency, max_tokens, prompt, stream, seed,
                     tokens += usage["completion_tokens"]
                     steps += usage["denoising_steps"]
 
-        queue: asyncio.Queue = asyncio.Queue()
-        for body in bodies:
-            queue.put_nowait(body)
+        waiting = iter(bodies)
         began = time.perf_counter()
-        await asyncio.gather(*(work(queue) for _ in range(concurrency)))
+        await asyncio.gather(*(work(waiting) for _ in range(concurrency)))
         seconds = time.perf_counter() - began
     return {
         "url": url, "requests": requests, "concurrency": concurrency, "max_tokens": max_tokens, "stream": stream,
@@ -76,7 +74,7 @@ async def _measure(url, requests, concurrency, max_tokens, prompt, stream, seed,
 
 
 async def send(client: httpx.AsyncClient, url: str, body: dict) -> tuple[dict, float | None]:
-    """The usage that the server tells, and when the first canvas came."""
+    """(usage that the server reports, time at which the first canvas came; None without a stream)"""
     if not body["stream"]:
         response = await client.post(f"{url}/v1/completions", json=body)
         response.raise_for_status()
@@ -96,9 +94,7 @@ async def send(client: httpx.AsyncClient, url: str, body: dict) -> tuple[dict, f
 def percentiles(values: list[float]) -> dict[str, float] | None:
     if not values:
         return None
-    if len(values) == 1:
-        return {"p50": values[0], "p90": values[0], "p99": values[0], "max": values[0]}
-    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    cuts = statistics.quantiles(values if len(values) > 1 else 2 * values, n=100, method="inclusive")
     return {"p50": cuts[49], "p90": cuts[89], "p99": cuts[98], "max": max(values)}
 
 

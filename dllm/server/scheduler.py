@@ -1,9 +1,9 @@
-"""Many requests on one model: all that are being denoised take their next step in one forward pass.
+"""Many requests on one model: all of them take their next denoising step in one forward pass.
 
 One thread drives the model. Each cohort (requests of the same settings that began together, one batch of the sampler)
-runs in a greenlet, as if it were alone; where it asks the model for hidden states it is put aside, and when all have
-asked, the calls are computed together. So requests join and leave between denoising steps, whatever their lengths,
-methods and caches, and the denoising loop is the sampler's own.
+runs in a greenlet, as if it were alone. A cohort that asks the model for hidden states is suspended; when all cohorts
+have asked, their calls are computed together. So requests of any length, method and cache join and leave between
+denoising steps, and the denoising loop is the sampler's own.
 """
 
 import sys
@@ -18,12 +18,15 @@ from typing import Any
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from dllm.errors import Failure, UserError
-from dllm.lengths import choose_lengths
-from dllm.model import DiffusionLM
-from dllm.sampler import Denoising, MDMGenerationConfig, find_mask_token
+from dllm.generation.config import MDMGenerationConfig
+from dllm.generation.infilling import Gap, lay_out, settle_length
+from dllm.generation.sampler import Denoising, contents_of, find_mask_token, name_rows
+from dllm.model.ragged import Call, Ragged
+from dllm.model.transformer import Transformer
+
+BETWEEN_STEPS = 0.02  # seconds at most, of all cohorts together, that constraints may take between two steps
 
 
 class Busy(Failure):
@@ -35,40 +38,38 @@ class Ending(Failure):
 
 
 class TooLate(Failure):
-    """The time of a request is over."""
+    """The request has exceeded its deadline."""
 
 
 @dataclass(slots=True)
 class Progress:
-    """One text after a denoising step; at last `done`."""
+    """One text after a denoising step."""
 
-    tokens: list[int]  # of the gap, masked ones included
-    confidence: list[float]  # with which each was committed, -inf where none was
-    steps: int  # denoising steps of this text, free ones left out
-    forwards: int  # forward passes that it took part in
+    tokens: list[int]  # in the gap, masked ones included
+    confidence: list[float]  # of each token when it was committed, -inf where masked
+    steps: int  # denoising steps of this text that needed the model
+    forwards: int  # forward passes that included this text
     done: bool
 
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """A gap to fill between two texts, in some copies.
+    """A gap to fill, in one or more copies.
 
-    prefix, suffix: [P] and [S] int64. gap: masked positions between them; None: `choose_lengths` says how many.
-    config: its seed is drawn from for each copy; num_return_sequences is the number of copies.
-    notify: called from the scheduler's thread with (copy, Progress), or (None, exception) once, as the end.
-    every_step: whether steps before the last are told.
+    config: needs a seed; num_return_sequences is the number of copies.
+    notify: called from the scheduler's thread with (copy, Progress), or once with (None, exception) at a failure.
+    every_step: notify after every step, not only after the last one.
     """
 
-    prefix: Tensor
-    suffix: Tensor
-    gap: int | None
+    gap: Gap
     config: MDMGenerationConfig
     notify: Callable[[int | None, Any], None]
     every_step: bool = False
     deadline: float | None = None  # on time.monotonic()'s clock
-    stops: Callable[[list[int]], bool] | None = None  # whether a text that begins with these tokens is complete
+    stops: Callable[[list[int]], bool] | None = None  # True: a text that begins with these tokens is complete
+    first: int = 0  # copies of the same gap, by the same seed, in other jobs before this one
     cancelled: bool = False
-    open: set[int] = field(default_factory=set)  # copies that are not done
+    open: set[int] = field(default_factory=set)  # unfinished copies
 
     def __post_init__(self):
         if self.config.seed is None:
@@ -89,41 +90,50 @@ class Job:
             self.fail(TooLate("the time of a request is over; ask for fewer tokens or steps"))
 
 
-class SharedModel:
-    """The model as a cohort sees it: its forward passes are computed with the others'."""
+def give_way() -> None:
+    """Let the other cohorts take their step, if this one has used up its share of the time between two steps.
 
-    def __init__(self, model: DiffusionLM):
+    Called in the midst of long work other than the model's.
+    """
+    cohort = getcurrent()
+    if cohort.parent is not None and time.monotonic() > cohort.give_way_at:
+        cohort.parent.switch(None)
+
+
+class SharedModel:
+    """The model as a cohort sees it; the scheduler computes its forward passes together with those of the others."""
+
+    def __init__(self, model: Transformer):
         self._model = model
 
     def __getattr__(self, name: str):
         return getattr(self._model, name)
 
-    def hidden_states(self, input_ids: Tensor, **keywords) -> Tensor:
-        return getcurrent().parent.switch({"input_ids": input_ids, **keywords})
+    def hidden_states(self, *call) -> Tensor:
+        return getcurrent().parent.switch(Call(*call))
 
 
 @dataclass(eq=False, slots=True)
 class Cohort:
     jobs: list[Job]
     greenlet: greenlet
-    call: dict | None = None  # what it waits for
+    call: Call | None = None  # the forward pass that it waits for; None: it has given way, and goes on at once
     answer: Tensor | Exception | None = None
-    ended: bool = False  # no job is open any more
+    ended: bool = False  # all jobs are done, failed or cancelled
 
 
 class Scheduler:
-    """Denoises the jobs it is given, first come first served, at most `max_rows` texts at a time.
+    """Denoises jobs, first come first served, at most `max_rows` texts at a time.
 
-    Jobs beyond that wait, `max_waiting` at most: `submit` raises Busy for more, and Ending after `drain`.
+    At most `max_waiting` further jobs wait: `submit` raises Busy for more, and Ending after `drain`.
     """
 
-    def __init__(self, model: DiffusionLM, max_rows: int = 32, max_waiting: int = 128):
+    def __init__(self, model: Transformer, max_rows: int = 32, max_waiting: int = 128):
         self.model, self.shared = model, SharedModel(model)
         self.max_rows, self.max_waiting = max_rows, max_waiting
         self.waiting: deque[Job] = deque()
         self.cohorts: list[Cohort] = []
-        self.forwards = 0  # together, so fewer than the requests'
-        self.step_seconds = self.model_seconds = 0.0  # of all rounds, and of them in the model and the sampler
+        self.forwards = 0  # shared forward passes, so fewer than the sum over requests
         self._wake = threading.Condition()
         self._ending = False
         self._thread = threading.Thread(target=self._run, name="denoising", daemon=True)
@@ -132,7 +142,7 @@ class Scheduler:
         self._thread.start()
 
     def drain(self) -> None:
-        """Take no more jobs, and return when all are done."""
+        """Refuse new jobs, and wait until all others are done."""
         with self._wake:
             self._ending = True
             self._wake.notify()
@@ -160,7 +170,7 @@ class Scheduler:
             self._wake.notify()
 
     def cancel(self, job: Job) -> None:
-        """Stop working on a job; it is told nothing more."""
+        """Stop working on a job, which is not notified again."""
         job.cancelled = True
         with self._wake:
             self._wake.notify()
@@ -195,66 +205,62 @@ class Scheduler:
             self.cohorts.append(Cohort(group, greenlet(self._denoise)))
 
     def _key(self, job: Job) -> object:
-        """Jobs of equal keys can be one batch of the sampler, and each comes to what it comes to alone."""
+        """Jobs of equal keys can form one batch of the sampler, in which each gets the tokens that it gets alone."""
         config = job.config
         causal = self.model.config.block_causal if config.block_causal is None else config.block_causal
-        if job.gap is None or config.constraint is not None or config.expand_token_id is not None:
+        if job.gap.length == "auto" or config.constraint is not None or config.expand_token_id is not None:
             return job
-        if config.cache != "none" or causal or config.blocks_from == "text":  # their blocks would have to be the same
+        if config.cache != "none" or causal or config.blocks_from == "text":  # a batch shares its blocks
             return job
-        gap = None if config.block_length is None else job.gap  # the steps are shared out among as many blocks
+        gap = None if config.block_length is None else job.gap.length  # which decides the number of blocks
         return replace(config, seed=None, max_new_tokens=1, num_return_sequences=1), gap
 
     def _round(self) -> None:
-        """Let each cohort come to its next question to the model, and answer all."""
-        began = time.perf_counter()
-        inside = 0.0
+        """Run each cohort up to its next call of the model, then compute all calls."""
+        share = BETWEEN_STEPS / max(len(self.cohorts), 1)
         for cohort in self.cohorts:
+            cohort.greenlet.give_way_at = time.monotonic() + share
             for job in cohort.jobs:
                 job.check_time()
                 if job.cancelled:
                     job.open.clear()
-            entered = time.perf_counter()
             if not any(job.open for job in cohort.jobs):
                 cohort.ended = True
-                if cohort.greenlet:  # a job may end before its first step: then there is nothing to leave
+                if cohort.greenlet:  # not started yet: there is nothing to throw into
                     cohort.greenlet.throw(GreenletExit)
             elif isinstance(cohort.answer, Exception):
                 cohort.call = cohort.greenlet.throw(cohort.answer)
             else:
                 answer = cohort.answer if cohort.greenlet else cohort.jobs
                 cohort.call = cohort.greenlet.switch(answer)
-            inside += time.perf_counter() - entered
             cohort.answer = None
         self.cohorts = [cohort for cohort in self.cohorts if not (cohort.ended or cohort.greenlet.dead)]
-        entered = time.perf_counter()
-        if self.cohorts:
-            answers = self._compute([cohort.call for cohort in self.cohorts])
-            for cohort, answer in zip(self.cohorts, answers, strict=True):
+        asking = [cohort for cohort in self.cohorts if cohort.call is not None]
+        if asking:
+            answers = self._compute([cohort.call for cohort in asking])
+            for cohort, answer in zip(asking, answers, strict=True):
                 cohort.answer = answer
-        ended = time.perf_counter()
-        self.model_seconds += inside + ended - entered
-        self.step_seconds += ended - began
 
-    def _compute(self, calls: list[dict]) -> list[Tensor | Exception]:
-        if len(calls) > 1 or calls[0].get("attention_mask") is not None:  # whose padding is then not computed
+    def _compute(self, calls: list[Call]) -> list[Tensor | Exception]:
+        if len(calls) > 1 or calls[0].layout.key_mask is not None:  # together, padding is not computed
             try:
                 self.forwards += 1
-                return self.model.hidden_states_together(calls)
-            except Exception:  # one that cannot be computed, or all that do not fit into memory: each for itself
+                batch = Ragged.of(calls)
+                return batch.split(self.model.hidden_states(batch.row, batch))
+            except Exception:  # one call is invalid, or memory is too small for all: compute each alone
                 if self.model.device.type == "cuda":
                     torch.cuda.empty_cache()
         answers = []
         for call in calls:
             try:
                 self.forwards += 1
-                answers.append(self.model.hidden_states(**call))
+                answers.append(self.model.hidden_states(*call))
             except Exception as error:
                 answers.append(error)
         return answers
 
     def _denoise(self, jobs: list[Job]) -> None:
-        """What a cohort does, in its greenlet."""
+        """The body of a cohort's greenlet."""
         try:
             self._fill(jobs)
         except GreenletExit:
@@ -272,18 +278,14 @@ class Scheduler:
         model, config = self.shared, replace(jobs[0].config, num_return_sequences=1)
         mask_token_id = find_mask_token(model, config)
         for job in jobs:
-            if job.gap is None:
-                job.gap = (min(config.infill_lengths) if config.expand_token_id is not None else
-                           choose_lengths(model, job.prefix.unsqueeze(0), job.suffix.unsqueeze(0), job.config)[0])
+            job.gap = settle_length(model, job.gap, job.config)
         rows = [(job, copy) for job in jobs for copy in range(job.copies)]
-        canvases = [torch.cat((job.prefix, job.prefix.new_full((job.gap,), mask_token_id), job.suffix))
-                    for job, _ in rows]
-        sizes = torch.tensor([len(canvas) for canvas in canvases])
-        visible = torch.arange(int(sizes.max())) < sizes.unsqueeze(1)
+        canvas, visible = lay_out([job.gap for job, _ in rows], mask_token_id)
         denoising = Denoising(
-            model, pad_sequence(canvases, batch_first=True), config, visible,
-            sequence=torch.tensor([copy for _, copy in rows]), seeds=torch.tensor([job.config.seed for job, _ in rows]))
-        final = config.editing_threshold is None and (config.alg != "remdm" or config.remasking is not None)
+            model, canvas, config, visible,
+            sequence=name_rows(contents_of(canvas, visible), torch.tensor([job.first + copy for job, copy in rows])),
+            seeds=torch.tensor([job.config.seed for job, _ in rows]))
+        final = config.editing_threshold is None and config.method != "remdm"
         steps, forwards = [0] * len(rows), [0] * len(rows)
         last = None
         for last in denoising:
@@ -302,11 +304,11 @@ class Scheduler:
                 forwards[row] += asked[row]
                 done = final and not left[row]
                 if not done and job.stops is not None:
-                    text = gap_of(job, tokens[row], seen[row])
+                    text = job.gap.inside(tokens[row][seen[row]]).tolist()
                     done = mask_token_id in text and job.stops(text[:text.index(mask_token_id)])
                 if done or job.every_step and asked[row]:
-                    self._tell(job, copy, Progress(gap_of(job, tokens[row], seen[row]),
-                                                   gap_of(job, kept[row], seen[row]), steps[row], forwards[row], done))
+                    self._tell(job, copy, make_progress(job.gap, tokens[row], kept[row], seen[row], steps[row],
+                                                        forwards[row], done))
                 if done and left[row]:
                     denoising.drop(row)
         out = denoising.result()
@@ -314,8 +316,7 @@ class Scheduler:
         for row, (job, copy) in enumerate(rows):
             if copy in job.open:
                 tokens, kept = out.sequences[row].cpu(), out.confidence[row].cpu()
-                self._tell(job, copy, Progress(gap_of(job, tokens, seen[row]), gap_of(job, kept, seen[row]),
-                                               steps[row], forwards[row], True))
+                self._tell(job, copy, make_progress(job.gap, tokens, kept, seen[row], steps[row], forwards[row], True))
 
     def _tell(self, job: Job, copy: int, progress: Progress) -> None:
         if progress.done:
@@ -323,7 +324,7 @@ class Scheduler:
         job.notify(copy, progress)
 
 
-def gap_of(job: Job, row: Tensor, seen: Tensor) -> list:
-    """Of a row [L] of the canvas what stands between prefix and suffix."""
-    row = row[seen]
-    return row[len(job.prefix):len(row) - len(job.suffix)].tolist()
+def make_progress(gap: Gap, tokens: Tensor, confidence: Tensor, seen: Tensor, steps: int, forwards: int,
+                  done: bool) -> Progress:
+    """The progress of a row of the canvas; tokens, confidence and seen are [L]."""
+    return Progress(gap.inside(tokens[seen]).tolist(), gap.inside(confidence[seen]).tolist(), steps, forwards, done)

@@ -1,75 +1,176 @@
-"""The tokenizer and the model that a run trains: new ones, those it starts from, or those of its checkpoint."""
+"""Open a run: the checkpoint that it continues, its data, its tokenizer and its model.
 
-from collections.abc import Sequence
+Tokenizer and model are new, or come from the folder that the run starts from, or from its checkpoint.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import yaml
 
-from dllm.checkpoint import Checkpoint
-from dllm.config import Config, TrainGroup
-from dllm.data import Corpus
+from dllm.config.schema import Config, ModelGroup, TrainGroup
+from dllm.data import Corpus, TrainingData, open_training_data, read_corpus
+from dllm.data.conversations import find_answer_ends
 from dllm.data.tokens import describe_rules
-from dllm.distributed import World, use_bf16
 from dllm.errors import UserError
-from dllm.families import FAMILIES, ModelConfig, read_config, read_json
-from dllm.lora import add_adapters
-from dllm.model import DiffusionLM, find_model
-from dllm.tokenizer import check_vocabulary, load_tokenizer, train_tokenizer
+from dllm.files import read_json, write_atomically
+from dllm.model.families import FAMILIES, ModelConfig, read_config
+from dllm.model.growth import describe_growth, grow, rows_needed
+from dllm.model.special_tokens import as_ids, unique
+from dllm.model.tokenizer import check_separator, check_vocabulary, load_tokenizer, train_tokenizer
+from dllm.model.transformer import Transformer
+from dllm.model.weights import find_model, fit_config, read_weights
+from dllm.training.checkpoint import Checkpoint, load_latest
+from dllm.training.distributed import World
+from dllm.training.lora import add_adapters
 
 
-def build_model(config: Config, corpus: Corpus, resumed: Checkpoint | None, world: World) -> tuple[Any, DiffusionLM]:
-    """The tokenizer and the model, in fp32: those of the checkpoint, of model_path, or new ones.
+def find_run(config: Config, output: Path) -> Checkpoint | None:
+    """The checkpoint to continue from, or None. Writes config.yaml."""
+    resumed = load_latest(output / "checkpoints")
+    if resumed is not None:
+        check_resumable(config, resumed, output)
+    write_config(output / "config.yaml", config)
+    return resumed
+
+
+def check_apart(config: Config) -> None:
+    """Refuse to write into a folder of data, where the run would overwrite files, or train on what it writes."""
+    written = {os.path.realpath(Path(config.train.output_dir) / name)
+               for name in ("", "config.yaml", "metrics.jsonl", "evaluations.jsonl")}
+    for path in config.data.path_list or ():
+        if os.path.realpath(path) in written:
+            raise UserError(f"train.output_dir {config.train.output_dir} holds the data {path}; name a folder of its "
+                            "own, as in train.output_dir=runs/first")
+
+
+def write_config(path: Path, config: Config) -> None:
+    """Write the configuration, unless it is there already.
+
+    Raises: UserError if there is another one that was written by hand.
+    """
+    if path.exists():
+        try:
+            there = yaml.safe_load(path.read_text(encoding="utf-8"))
+            ours = path.read_text(encoding="utf-8") == yaml.safe_dump(there, sort_keys=False)
+        except (UnicodeDecodeError, yaml.YAMLError):
+            there, ours = None, False
+        if there == config.to_dict():
+            return
+        if not ours:
+            raise UserError(f"{path} was not written by a run, and this run would overwrite it; move it, or set "
+                            "another train.output_dir")
+    write_atomically(path, config.to_yaml().encode())
+
+
+def open_run(config: Config, resumed: Checkpoint | None, world: World) -> tuple[Any, Transformer, TrainingData]:
+    """(tokenizer, model, data). The main process reads first, so that the others find the tokens cached."""
+    def open_data(tokenizer) -> TrainingData:
+        return open_training_data(corpus, tokenizer, config.train.seed, config.train.rows_per_step)
+
+    read = cache(lambda: read_corpus(config.data))
+    start = world.from_main(lambda: choose_model(config, read, resumed))  # first, because reading data takes longer
+    corpus = read()
+    if resumed is not None and resumed.state["data"] != corpus.fingerprint:
+        where = config.data.train_path or "the standard library"
+        raise UserError(f"{resumed.folder} continues a run on other documents than there are now in {where}; bring "
+                        "them back, or set another train.output_dir")
+    tokenizer, model = start.tokenizer, build_model(config, start, resumed, world)
+    data = open_data(tokenizer) if world.main else None
+    world.barrier()
+    data = data or open_data(tokenizer)
+    if config.data.data_type == "conversation":
+        name_answer_ends(model, tokenizer)
+    return tokenizer, model, data
+
+
+def name_answer_ends(model: Transformer, tokenizer) -> None:
+    """Name the tokens that end an answer in generation_config.json, so that sampling ends an answer there too."""
+    ends, defaults = find_answer_ends(tokenizer), model.generation_defaults or {}
+    model.generation_defaults = defaults | {"eos_token_id": unique([*as_ids(defaults.get("eos_token_id")), *ends])}
+    model.end_token_ids = unique([*model.end_token_ids, *ends])
+
+
+def check_resumable(config: Config, resumed: Checkpoint, output: Path) -> None:
+    """Refuse to continue a run with settings that would change what it trains.
+
+    Raises: UserError naming the first difference and the ways out.
+    """
+    if not config.train.auto_resume:
+        raise UserError(f"{output} already holds checkpoints up to {resumed.folder.name}; set another "
+                        "train.output_dir, or train.auto_resume=true to continue")
+    fixed = ("objective", "path_term", "mask_at_least_one", "schedule", "optimizer", "seed", "lora_rank", "lora_alpha",
+             "freeze_layers", "repr_align_wt", "anneal_attention_ratio", "block_length", "expand_token_id",
+             "corrupt_prompt")
+    defaults = {field.name: field.default for field in fields(TrainGroup)}  # for runs older than a key
+
+    def describe(groups: dict[str, dict]) -> dict:
+        """The fingerprint of the documents stands for data.train_path, which may name them in another way."""
+        train_group = groups["train"]
+        return {**{f"model.{key}": resolve(value) for key, value in groups["model"].items()
+                   if key != "trust_remote_code"},
+                **{f"data.{key}": resolve(value) for key, value in groups["data"].items()
+                   if key not in ("num_workers", "train_path")},
+                **{f"train.{key}": train_group.get(key, defaults[key]) for key in fixed},
+                "train.global_batch_size": train_group["global_batch_size"] or train_group["micro_batch_size"]}
+
+    before, now = describe(resumed.state["config"]), describe(config.to_dict())
+    for key in now:
+        if before.get(key) != now[key]:
+            raise UserError(f"{output} holds a run with {key} {before.get(key)!r}, not {now[key]!r}; set it back, or "
+                            "another train.output_dir")
+
+
+def resolve(value: Any) -> Any:
+    """A text that is the path of something as its real path, so that ./x, ~ and links to it are equal."""
+    return os.path.realpath(os.path.expanduser(value)) if isinstance(value, str) and os.path.exists(
+        os.path.expanduser(value)) else value
+
+
+def build_model(config: Config, start: "Start", resumed: Checkpoint | None, world: World) -> Transformer:
+    """The model, in fp32: that of the checkpoint, of model_path, or a new one.
 
     The weights are the main process's; elsewhere they are on the meta device, and a checkpoint's are not loaded yet.
     """
-    tokenizer, model_config, folder = world.from_main(lambda: describe_model(config, corpus, resumed))
+    model_config, folder = start.model_config, start.folder
     with torch.random.fork_rng(devices=[]), torch.device("cpu" if world.main else "meta"):
         torch.manual_seed(config.train.seed)
-        model = DiffusionLM(model_config)
+        model = Transformer(model_config)
         if world.main and config.model.model_path and not resumed:
             # Copied into the fresh model: products can differ in the last bit with the alignment of what came from a
             # file.
-            model.load_state_dict(DiffusionLM.from_pretrained(folder).state_dict())
+            loaded = grow(Transformer.from_pretrained(folder), model_config.vocab_size, config.train.seed)
+            model.load_state_dict(loaded.state_dict())
         freeze(model, config.train.frozen_names)
         if config.train.lora_rank:
             add_adapters(model, config.train.lora_rank, config.train.lora_alpha)
-    if folder is not None and (folder / "generation_config.json").exists():
-        model.generation_defaults = read_json(folder / "generation_config.json")
-    if config.train.objective == "expansion":
-        check_expansion(config, model_config)
+    if folder is not None:
+        model.adopt(folder, model_config.mask_token_id)
     if model_config.num_attention_heads % world.sequence_size:
         raise UserError(f"train.ulysses_parallel_size {world.sequence_size} must divide the model's "
                         f"{model_config.num_attention_heads} attention heads")
-    return tokenizer, model
+    return model
 
 
-def check_expansion(config: Config, model_config: ModelConfig) -> None:
-    expand, end = config.train.expand_token_id, model_config.eos_token_id
-    if config.data.data_type != "plaintext":
-        raise UserError("train.objective=expansion makes gaps anywhere in a text: set data.data_type=plaintext")
-    if not isinstance(end, int):
-        raise UserError(f"train.objective=expansion deletes by the model's eos_token_id, which must be one token, not "
-                        f"{end}; choose another objective")
-    if not 0 <= expand < model_config.vocab_size or expand in (end, model_config.mask_token_id):
-        raise UserError(f"train.expand_token_id {expand} must be one of the model's {model_config.vocab_size} tokens, "
-                        "and neither end-of-text nor the mask; choose another")
-
-
-def build_teacher(config: Config, world: World) -> DiffusionLM | None:
-    """The weights that the run starts from, whole in every process, frozen, in the arithmetic's precision; None if no
-    alignment is asked for."""
+def build_teacher(config: Config, vocab_size: int, world: World) -> Transformer | None:
+    """The starting weights, frozen, whole in every process, in the compute dtype; None without alignment."""
     if not config.train.repr_align_wt:
         return None
-    dtype = torch.bfloat16 if use_bf16(config.train, world.device) else torch.float32
-    return DiffusionLM.from_pretrained(config.model.model_path, dtype, world.device).requires_grad_(False)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    teacher = Transformer.from_pretrained(config.model.model_path, dtype, world.device)
+    return grow(teacher, vocab_size, config.train.seed).requires_grad_(False)
 
 
-def freeze(model: DiffusionLM, names: Sequence[str]) -> None:
+def freeze(model: Transformer, names: Sequence[str]) -> None:
     """Train no parameter whose name contains one of `names`, in any case (Open-dLLM's freeze_layers).
 
-    A head that is tied to the embedding goes by the name of either.
+    A tied head has the names of both head and embedding.
     Raises: UserError for a name that no parameter has, or if none is left to train.
     """
     parameters = [*model.named_parameters(), ("lm_head.weight", model.head_weight)]
@@ -84,55 +185,122 @@ def freeze(model: DiffusionLM, names: Sequence[str]) -> None:
         raise UserError(f"train.freeze_layers {','.join(names)} leaves no parameter to train; name fewer")
 
 
-def describe_model(config: Config, corpus: Corpus,
-                   resumed: Checkpoint | None) -> tuple[Any, ModelConfig, Path | None]:
-    """The tokenizer, the configuration, and the folder that they and the weights are from, if from any.
+class Start(NamedTuple):
+    """What a run starts from."""
 
-    Raises: UserError if they do not fit each other, or are no longer those of the run that is to be continued.
+    tokenizer: Any
+    model_config: ModelConfig
+    folder: Path | None  # of both and of the weights; None if they are new
+
+
+def choose_model(config: Config, corpus: Callable[[], Corpus], resumed: Checkpoint | None) -> Start:
+    """Read the tokenizer and the configuration, or make new ones; the corpus is read only to train a tokenizer.
+
+    Raises: UserError if they do not fit each other or the settings, or have changed since the run began.
     """
     group = config.model
     path = group.model_path or group.config_path
     if resumed is not None:
-        tokenizer, model_config = read_described(resumed.hf_folder, None)
+        tokenizer, model_config = read_described(resumed.hf_folder)
         model_config = as_trained(model_config, tokenizer, config.train)
-        if path and Path(path).is_dir():
+        if path and Path(path).exists():
             check_unchanged(tokenizer, model_config, config, resumed)
-        return tokenizer, model_config, resumed.hf_folder
+        return Start(tokenizer, model_config, resumed.hf_folder)
     folder = find_model(path) if path else None
     if folder is not None:
-        tokenizer, model_config = read_described(folder, group.tokenizer_path)
+        tokenizer, model_config = read_described(folder, group)
+        model_config = grow_config(config, tokenizer, model_config)
     else:
-        tokenizer = load_tokenizer(group.tokenizer_path, None) if group.tokenizer_path else train_tokenizer(
-            corpus.texts(), group.vocab_size or 4096)
-        model_config = ModelConfig(
-            family=check_family(group.family), vocab_size=group.vocab_size or len(tokenizer),
-            hidden_size=group.hidden_size, intermediate_size=group.intermediate_size,
-            num_hidden_layers=group.num_hidden_layers,
-            num_attention_heads=group.num_attention_heads, num_key_value_heads=group.num_key_value_heads,
-            head_dim=group.hidden_size // group.num_attention_heads, tie_word_embeddings=group.tie_word_embeddings,
-            rope_theta=group.rope_theta, initializer_range=group.initializer_range, shift_logits=group.shift_logits,
-            **FAMILIES[group.family].fixed)
+        tokenizer = open_tokenizer(group, group.tokenizer_path) if group.tokenizer_path else train_tokenizer(
+            corpus().texts(), group.vocab_size or 4096)
+        model_config = shape_model(group, len(tokenizer))
     check_vocabulary(tokenizer, model_config.vocab_size)
+    check_separator(tokenizer)
+    model_config = as_trained(model_config, tokenizer, config.train)
+    check_settings(config, model_config)
+    return Start(tokenizer, model_config, folder)
+
+
+def grow_config(config: Config, tokenizer, model_config: ModelConfig) -> ModelConfig:
+    """The configuration with the rows that the tokenizer needs, which it says.
+
+    Raises: UserError if a new row's logit would have to be learnt and is not trained.
+    """
+    before, settings = model_config.vocab_size, config.train
+    rows = rows_needed(tokenizer, before)
+    if rows == before:
+        return model_config
+    expand = settings.expand_token_id
+    if expand is not None and before <= expand < rows and settings.lora_rank:
+        raise UserError(f"train.expand_token_id {expand} is a new row of the vocabulary, which train.lora_rank "
+                        f"{settings.lora_rank} does not train; take a reserved token below {before}, or lora_rank 0")
+    print(describe_growth(tokenizer, before, rows), file=sys.stderr)
+    return replace(model_config, vocab_size=rows)
+
+
+def shape_model(group: ModelGroup, vocab_size: int) -> ModelConfig:
+    """The configuration of a random model, with `vocab_size` rows where the group does not say."""
+    return ModelConfig(
+        family=check_family(group.family), vocab_size=group.vocab_size or vocab_size,
+        hidden_size=group.hidden_size, intermediate_size=group.intermediate_size,
+        num_hidden_layers=group.num_hidden_layers,
+        num_attention_heads=group.num_attention_heads, num_key_value_heads=group.num_key_value_heads,
+        head_dim=group.hidden_size // group.num_attention_heads, tie_word_embeddings=group.tie_word_embeddings,
+        rope_theta=group.rope_theta, initializer_range=group.initializer_range, shift_logits=group.shift_logits,
+        **FAMILIES[group.family].fixed)
+
+
+def check_settings(config: Config, model_config: ModelConfig) -> None:
+    """Raises: UserError naming a setting that the model does not allow."""
+    group = config.model
     if config.train.repr_align_wt and not group.model_path:
         raise UserError(f"train.repr_align_wt {config.train.repr_align_wt} aligns with the weights of "
                         "model.model_path, which is not set; set it, or train.repr_align_wt=0")
     if config.train.repr_align_wt and not model_config.shift_logits:
         raise UserError(f"train.repr_align_wt {config.train.repr_align_wt} aligns positions that predict the next "
-                        f"token; those of {path} predict their own: set it to 0")
+                        f"token; those of {group.model_path} predict their own: set it to 0")
     if config.data.max_seq_len > model_config.max_position_embeddings:
         raise UserError(f"data.max_seq_len {config.data.max_seq_len} is more than the model's "
                         f"{model_config.max_position_embeddings} positions; lower it")
-    return tokenizer, as_trained(model_config, tokenizer, config.train), folder
+    if config.train.objective == "expansion":
+        check_expansion(config, model_config)
 
 
-def read_described(folder: Path, tokenizer_path: str | None) -> tuple[Any, ModelConfig]:
+def check_expansion(config: Config, model_config: ModelConfig) -> None:
+    expand, end = config.train.expand_token_id, model_config.eos_token_id
+    if config.data.data_type != "plaintext":
+        raise UserError("train.objective=expansion makes gaps anywhere in a text: set data.data_type=plaintext")
+    if not isinstance(end, int):
+        raise UserError(f"train.objective=expansion deletes by the model's eos_token_id, which must be one token, not "
+                        f"{end}; choose another objective")
+    if not 0 <= expand < model_config.vocab_size or expand in (end, model_config.mask_token_id):
+        raise UserError(f"train.expand_token_id {expand} must be one of the model's {model_config.vocab_size} tokens, "
+                        "and neither end-of-text nor the mask; choose another")
+
+
+def read_described(folder: Path, group: ModelGroup | None = None) -> tuple[Any, ModelConfig]:
+    """Tokenizer and configuration of a folder, with the mask token and the tokenizer that the settings give."""
+    group = group or ModelGroup()
     model_config = read_config(read_json(folder / "config.json"), where=str(folder / "config.json"))
-    return load_tokenizer(tokenizer_path or folder, model_config.mask_token_id), model_config
+    if group.model_path and (model_config.tie_word_embeddings or model_config.family == "llada2_moe"):
+        model_config = fit_config(model_config, read_weights(folder), str(folder))
+    tokenizer = open_tokenizer(group, group.tokenizer_path or folder)
+    asked, named = (group.mask_token, group.mask_token_id) != (None, None), model_config.mask_token_id
+    if group.tokenizer_path and not asked and named not in (None, tokenizer.mask_token_id):
+        raise UserError(f"the model's mask token is {named}, that of the tokenizer {group.tokenizer_path} is "
+                        f"{tokenizer.mask_token_id} ({tokenizer.mask_token}); give the model's own tokenizer, or set "
+                        "model.mask_token")
+    return tokenizer, model_config
+
+
+def open_tokenizer(group: ModelGroup, path: str | Path):
+    return load_tokenizer(path, group.mask_token_id, mask_token=group.mask_token,
+                          trust_remote_code=group.trust_remote_code)
 
 
 def as_trained(model_config: ModelConfig, tokenizer, settings: TrainGroup) -> ModelConfig:
-    """With the tokenizer's mask token, its end-of-text and padding tokens where there are none, and the blocks that
-    the model learns to decode by."""
+    """The configuration with the tokenizer's mask token, its end-of-text and padding tokens where the configuration has
+    none, and the blocks by which the model learns to decode."""
     blocks = {}
     if settings.objective == "block_diffusion":
         blocks = {"block_causal": True, "block_length": settings.block_length}
@@ -143,9 +311,10 @@ def as_trained(model_config: ModelConfig, tokenizer, settings: TrainGroup) -> Mo
 
 
 def check_unchanged(tokenizer, model_config: ModelConfig, config: Config, resumed: Checkpoint) -> None:
-    """Raises: UserError naming what of a model or tokenizer has changed since the run began."""
+    """Raises: UserError naming what has changed in the model or tokenizer since the run began."""
     path = config.model.model_path or config.model.config_path
-    now_tokenizer, now_config = read_described(Path(path), config.model.tokenizer_path)
+    now_tokenizer, now_config = read_described(find_model(path), config.model)
+    now_config = replace(now_config, vocab_size=rows_needed(now_tokenizer, now_config.vocab_size))
     now_config = as_trained(now_config, now_tokenizer, config.train)
     change = next((f"{field.name} was {before!r} and is {now!r}" for field in fields(ModelConfig) if field.compare
                    and (before := getattr(model_config, field.name)) != (now := getattr(now_config, field.name))), None)

@@ -1,27 +1,49 @@
 """Checkpoints that are whole or absent, whatever happens while they are written.
 
 global_step_N/hf_ckpt/          model (fp32, the master weights) and tokenizer, for Transformers and DiffusionLM
-global_step_N/state/            weights and optimizers, as PyTorch's distributed checkpoints (saver.py)
+global_step_N/state/            weights and optimizers, as PyTorch's distributed checkpoints
 global_step_N/trainer_state.pt  step, elapsed time, configuration, place in the data
-global_step_N/manifest.json     size and SHA-256 of every other file; what does not match is damaged
+global_step_N/manifest.json     size and SHA-256 of every other file; a file that does not match is damaged
 
-A checkpoint is written in a hidden sibling folder, synchronised to the disk and renamed into place. It holds no state
-of a random generator: what a step draws is a function of the seed and the step's number.
+A checkpoint is written in a hidden sibling folder, synchronised to the disk and renamed into place. Every process
+writes its part of the state, and any number of processes can read it again. The main process adds the Hugging Face
+folder, and only its memory gathers sharded weights for it. A checkpoint holds no state of a random generator, because
+the draws of a step are a function of the seed and the number of the step.
 """
 
-import hashlib
 import json
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
+from dllm.config.schema import TrainGroup
 from dllm.errors import Failure, UserError
+from dllm.files import cannot_write, digest_files, find_reason, sync_folder
+from dllm.model.transformer import Transformer
+from dllm.training.distributed import World
+from dllm.training.lora import merge
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a process alone, as intended
 
 _STEP = "global_step_"
 
@@ -35,33 +57,113 @@ class Checkpoint(NamedTuple):
         return self.folder / "hf_ckpt"
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file by new content, or leave it as it was. Creates the folder.
+class Saver:
+    """Writes the checkpoints of a run, one at a time; `checkpoint` is the folder of the newest whole one."""
 
-    Raises: Failure if the disk is full or the folder cannot be written.
+    def __init__(self, checkpoints: Path, settings: TrainGroup, world: World):
+        self.checkpoints, self.settings, self.world = checkpoints, settings, world
+        self.checkpoint: Path | None = None
+        # Own process group, so that background saves never interleave with training collectives.
+        self._group = None
+        if settings.save_async and world.size > 1:
+            self._group = dist.new_group(backend="gloo")
+        self._executor = ThreadPoolExecutor(1, "saver")
+        self._pending: Future | None = None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        self._executor.shutdown(wait=True)
+
+    def save(self, step: int, model: Transformer, tokenizer, optimizers: list[Optimizer], state: dict[str, Any],
+             last: bool) -> None:
+        """Write global_step_<step>, all processes together; with save_async, while training goes on.
+
+        Args:
+            state: tensors, numbers, strings, and containers of them, for `Checkpoint.state`.
+            last: the last checkpoint of the run is written in the foreground, with weights for other programs.
+        Raises: Failure if this or the one before could not be written; what was there is then unchanged.
+        """
+        self.wait()
+        world, background = self.world, self.settings.save_async and not last
+        folder = world.from_main(lambda: begin(self.checkpoints, step))
+        weights, parts = get_state_dict(model, optimizers)
+        parts = {"model": weights, "optimizers": parts}
+        exported = {}
+        if last or self.settings.save_hf_weights:
+            exported = gather_weights(model, world, copy=background)
+
+        def complete() -> Path:
+            with explain(folder):
+                model.save_pretrained(folder / "hf_ckpt", exported)  # without weights, the configuration alone
+                tokenizer.save_pretrained(folder / "hf_ckpt")
+                torch.save(state, folder / "trainer_state.pt")
+            return seal(self.checkpoints, step, self.settings.keep_last)
+
+        if background:
+            with explain_parts(folder):
+                started = dcp.async_save(parts, checkpoint_id=folder / "state", process_group=self._group)
+
+            def finish() -> Path | None:
+                with explain_parts(folder):
+                    started.result()
+                return complete() if world.main else None
+
+            self._pending = self._executor.submit(finish)
+        else:
+            with explain_parts(folder):
+                dcp.save(parts, checkpoint_id=folder / "state", no_dist=world.size == 1)
+            self.checkpoint = world.from_main(complete)
+
+    def wait(self) -> Path | None:
+        """Wait until the save in progress is whole. Returns the folder of the newest checkpoint."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            if not self.world.main:
+                pending.result()
+            self.checkpoint = self.world.from_main(pending.result)
+        return self.checkpoint
+
+
+def load_state(folder: Path, model: Transformer, optimizers: list[Optimizer], world: World) -> None:
+    """Load the weights and the state of the optimizers; every process reads its part."""
+    weights, parts = get_state_dict(model, optimizers)
+    state = {"model": weights, "optimizers": parts}
+    with explain_parts(folder, "read"):
+        dcp.load(state, checkpoint_id=folder / "state", no_dist=world.size == 1)
+    set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizers"])
+
+
+def gather_weights(model: Transformer, world: World, copy: bool) -> dict[str, Tensor]:
+    """All weights by name, without adapters, in the main process; none in the others.
+
+    copy: copy unsharded weights too, so that training can continue meanwhile.
     """
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    else:
+        weights = model.state_dict() if world.main else {}
+        if copy:
+            weights = {name: tensor.to("cpu", copy=True) for name, tensor in weights.items()}
+    return merge(weights, model)
+
+
+@contextmanager
+def explain_parts(folder: Path, verb: str = "write") -> Iterator[None]:
+    """Turn the errors of a distributed checkpoint, a dictionary of processes, into one line."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise _cannot_write(path, error) from error
-
-
-def write_json(path: Path, record: dict) -> None:
-    """`write_atomically` of a record, as indented JSON; text may hold halves of surrogate pairs."""
-    write_atomically(path, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass"))
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        if verb == "write":
+            shutil.rmtree(folder, ignore_errors=True)
+        raise Failure(f"cannot {verb} {final_name(folder)} (process {rank}): {find_reason(cause)}; free space or "
+                      "choose another folder (what was there is unchanged)") from error
 
 
 def begin(checkpoints: Path, step: int) -> Path:
-    """A new folder to write the checkpoint of a step into; what saves that were killed left is removed.
+    """A new folder to write the checkpoint of a step into. Leftovers of killed saves are removed.
 
     Raises: Failure if it cannot be made.
     """
@@ -74,28 +176,28 @@ def begin(checkpoints: Path, step: int) -> Path:
 
 
 def seal(checkpoints: Path, step: int, keep_last: int | None = None) -> Path:
-    """Make what was written into the folder of `begin` the checkpoint of the step; one of that name is replaced.
+    """Rename the folder of `begin` to the checkpoint of the step, replacing an older one of that name.
 
     Args:
-        keep_last: checkpoints to keep, this one included; older ones are deleted afterwards. None keeps all.
+        keep_last: number of checkpoints to keep, with this one; older ones are deleted afterwards. None keeps all.
     Raises: Failure if the disk is full or the folder cannot be written; every earlier checkpoint is then as it was.
     """
     temporary, folder, replaced = _hidden(checkpoints, step), checkpoints / f"{_STEP}{step}", None
     with explain(temporary):
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        manifest = {path.relative_to(temporary).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest(path)}
-                    for path in files}
+        manifest = {path.relative_to(temporary).as_posix():
+                    {"bytes": path.stat().st_size, "sha256": digest_files([path])} for path in files}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
         for path in (*files, temporary / "manifest.json"):
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
         for written in {path.parent for path in files} | {temporary}:
-            _sync_folder(written)
+            sync_folder(written)
         if folder.exists():
             replaced = checkpoints / f".{folder.name}.old"
             os.replace(folder, replaced)
         os.replace(temporary, folder)
-        _sync_folder(checkpoints)
+        sync_folder(checkpoints)
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)
     for old in list_checkpoints(checkpoints)[keep_last:] if keep_last else []:
@@ -105,16 +207,16 @@ def seal(checkpoints: Path, step: int, keep_last: int | None = None) -> Path:
 
 @contextmanager
 def explain(temporary: Path) -> Iterator[Path]:
-    """Raises: Failure in the place of what goes wrong while writing into the folder of `begin`, which is removed."""
+    """Raises: Failure for any error while the folder of `begin` is written; the folder is then removed."""
     try:
         yield temporary
     except Exception as error:  # a full disk is an OSError, a RuntimeError over one (torch), any (tokenizers)
         shutil.rmtree(temporary, ignore_errors=True)
-        raise _cannot_write(final_name(temporary), error) from error
+        raise cannot_write(final_name(temporary), error) from error
 
 
 def final_name(temporary: Path) -> Path:
-    """What the folder of `begin` is called once it is whole."""
+    """The name of the folder of `begin` once it is whole."""
     return temporary.parent / temporary.name.removeprefix(".").removesuffix(".tmp")
 
 
@@ -148,12 +250,11 @@ def load_latest(checkpoints: Path) -> Checkpoint | None:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Of a folder without damage."""
     return Checkpoint(folder, torch.load(folder / "trainer_state.pt", map_location="cpu", weights_only=True))
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, None if every file is as it was written."""
+    """The first fault of a checkpoint; None if every file is as it was written."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         for name, expected in manifest.items():
@@ -161,32 +262,10 @@ def find_damage(folder: Path) -> str | None:
             size = path.stat().st_size
             if size != expected["bytes"]:
                 return f"{name} has {size} bytes, not {expected['bytes']}"
-            if _digest(path) != expected["sha256"]:
+            if digest_files([path]) != expected["sha256"]:
                 return f"the content of {name} has changed"
     except FileNotFoundError as error:
         return f"{Path(error.filename).relative_to(folder)} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"manifest.json cannot be read: {error}"
     return None
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in the folder last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _cannot_write(path: Path, error: Exception) -> Failure:
-    if isinstance(error, Failure):
-        return error
-    cause = error.__context__ if isinstance(error.__context__, OSError) else error
-    reason = getattr(cause, "strerror", None) or (str(cause) or type(cause).__name__).splitlines()[0]
-    return Failure(f"cannot write {path}: {reason}; free space or choose another folder (what was there is unchanged)")

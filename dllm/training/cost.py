@@ -1,4 +1,4 @@
-"""What a model and a training step cost: parameters, floating-point operations, memory.
+"""The cost of a model and of a training step: parameters, floating-point operations, memory.
 
 Symbols: D hidden size, M inner size of SwiGLU, E head size, Hq/Hkv heads, V vocabulary, n layers, T tokens.
 """
@@ -6,17 +6,17 @@ Symbols: D hidden size, M inner size of SwiGLU, E head size, Hq/Hkv heads, V voc
 import torch
 from torch import Tensor
 
-from dllm.config import TrainGroup
-from dllm.families import ModelConfig
+from dllm.config.schema import TrainGroup
+from dllm.model.families import ModelConfig
 
-# Dense bf16 products per second, from NVIDIA's data sheets; the longest name that a device's begins with or holds.
+# Dense bf16 operations per second, from NVIDIA's data sheets; the longest name that is part of the device's counts.
 PEAK_FLOPS = {"A100": 312e12, "A30": 165e12, "A10": 125e12, "L4": 121e12, "L40S": 362e12, "L40": 181e12,
               "RTX 4090": 165e12, "H100": 989e12, "H100 PCIe": 756e12, "H200": 989e12, "GH200": 989e12, "H800": 989e12,
               "H20": 148e12, "B200": 2250e12, "GB200": 2450e12, "B300": 2250e12}
 
 
 def layer_matrices(config: ModelConfig) -> int:
-    """Numbers of the matrices that a token is multiplied by, in all layers (of experts, those it goes to)."""
+    """Elements of the matrices that multiply a token, in all layers (only the experts to which it is routed)."""
     D, E = config.hidden_size, config.head_dim
     attention = 2 * D * E * (config.num_attention_heads + config.num_key_value_heads)
     total = 0
@@ -29,9 +29,9 @@ def layer_matrices(config: ModelConfig) -> int:
 
 
 def step_flops(config: ModelConfig, tokens: float, pairs: float, scored: float) -> float:
-    """Of forward and backward: two operations for each multiplication and addition, and backward as much as two
-    forward; activations that are computed again do not count, nor does the head at positions that are not scored, nor
-    a teacher.
+    """Operations of forward and backward: a multiplication and an addition are two, and backward costs two forwards.
+
+    Recomputed activations, the head at positions that are not scored, and a teacher do not count.
 
     Args:
         pairs: (query, key) pairs that attend to each other, over all documents.
@@ -42,23 +42,23 @@ def step_flops(config: ModelConfig, tokens: float, pairs: float, scored: float) 
 
 
 def count_pairs(cu_seqlens: Tensor, objective: str, block_length: int | None) -> int:
-    """(query, key) pairs that attend to each other in packed documents [S + 1], in training by an objective."""
+    """(query, key) pairs that attend to each other in packed documents, cu_seqlens [S + 1], under an objective."""
     lengths = cu_seqlens.diff().long()
     if objective == "ar":
         return int((lengths * (lengths + 1) // 2).sum())
-    if objective == "block_diffusion":  # in either copy, the tokens of a block see as many as there are up to its end
+    if objective == "block_diffusion":  # in both copies a token sees everything up to the end of its block
         whole, rest = lengths // block_length, lengths % block_length
         return int((block_length**2 * whole * (whole + 1) + 2 * rest * lengths).sum())
     return int((lengths * lengths).sum())
 
 
 def count_copies(objective: str) -> int:
-    """Of each token, how many the layers compute: block diffusion has a noisy and a clean one."""
+    """Copies of each token that the layers compute: block diffusion has a noisy and a clean one."""
     return 2 if objective == "block_diffusion" else 1
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Of the device's data sheet, in bf16; None if it is not known."""
+    """Operations per second in bf16, from the data sheet of the device; None if unknown."""
     name = torch.cuda.get_device_name(device)
     known = [peak for peak in PEAK_FLOPS if peak in name]
     return PEAK_FLOPS[max(known, key=len)] if known else None
@@ -66,7 +66,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 def estimate_memory(config: ModelConfig, parameters: int, trainable: int, states: int, settings: TrainGroup,
                     tokens: int, processes: int, bf16: bool) -> dict[str, float]:
-    """Bytes that a device needs while training, by what for.
+    """Bytes that a device needs in training, by purpose.
 
     Args:
         parameters, trainable: of the whole model.
@@ -80,8 +80,8 @@ def estimate_memory(config: ModelConfig, parameters: int, trainable: int, states
     width = max(config.intermediate_size, 1)
     if config.has_experts(config.num_hidden_layers - 1):
         width = config.moe_intermediate_size * (config.num_experts_per_tok + config.num_shared_experts)
-    # What backward needs of a layer: the inputs of its two norms and of its products, queries, keys and values before
-    # and after the rotation, the attention's output, and four tensors of the inner size.
+    # Backward needs from a layer: the inputs of its two norms and of its products, queries, keys and values before and
+    # after the rotation, the output of attention, and four tensors of the inner size.
     layer = (4 * D + 3 * heads + 3 * groups + 4 * width) * number
     kept = D * number if settings.enable_gradient_checkpointing else layer
     own_tokens = count_copies(settings.objective) * tokens / settings.ulysses_parallel_size

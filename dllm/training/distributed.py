@@ -1,8 +1,8 @@
-"""Several processes, one a device, as torchrun starts them: who they are, and how they share a model and its gradients.
+"""Several processes, one for each device, as torchrun starts them; they share a model and its gradients.
 
 Every process computes its slots of a step's rows. Gradients are averaged over all processes by PyTorch's own engine,
 `DistributedDataParallel` (each process has the whole model) or `fully_shard` (FSDP2: each has a part of every layer).
-With Ulysses (ulysses.py) a few processes share the positions of their rows.
+With Ulysses (ulysses.py) groups of processes share the positions of their rows.
 """
 
 import os
@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from dllm.config import TrainGroup
-from dllm.errors import Failure, UserError
+from dllm.config.schema import TrainGroup
+from dllm.errors import Failure, UserError, first_line
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=45)  # a collective may wait for the main process to evaluate
@@ -39,7 +39,7 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """True in the process that writes files and prints."""
         return self.rank == 0
 
     @property
@@ -47,7 +47,7 @@ class World:
         return self.rank % self.sequence_size
 
     def slots(self, of: int) -> range:
-        """Which of the rows 0 .. of - 1 of a step are this process's."""
+        """This process's share of the rows 0 .. of - 1 of a step."""
         groups, group = self.size // self.sequence_size, self.rank // self.sequence_size
         return range(of * group // groups, of * (group + 1) // groups)
 
@@ -58,7 +58,7 @@ class World:
         return values
 
     def from_main(self, compute: Callable[[], T]) -> T:
-        """What the main process computes, for all of them; if it fails there, all fail alike."""
+        """Compute in the main process, and return its result in all. Its UserError or Failure is raised in all."""
         if self.size == 1:
             return compute()
         outcome: list = [None, None]
@@ -73,7 +73,6 @@ class World:
         return outcome[0]
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, by rank."""
         if self.size == 1:
             return [value]
         values: list = [None] * self.size
@@ -87,7 +86,7 @@ class World:
 
 @contextmanager
 def join(settings: TrainGroup) -> Iterator[World]:
-    """This process's world: what torchrun says, or a process alone. It is left again at the end.
+    """This process's world, as torchrun describes it, or a process alone. The end of the context leaves it.
 
     Raises: UserError if the settings do not fit the number of processes or devices; Failure if the others cannot be
         reached.
@@ -111,14 +110,14 @@ def join(settings: TrainGroup) -> Iterator[World]:
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT,
                                 device_id=device if device.type == "cuda" else None)
-    except (RuntimeError, ValueError) as error:  # an address in use, one that does not answer
+    except (RuntimeError, ValueError) as error:  # the address is in use, or does not answer
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         advice = "give torchrun another --master-port, or check --master-addr"
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # pytorch/pytorch#135712
             advice = ("restarted processes can find the addresses of those before: start torchrun with "
                       "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
         raise Failure(f"process {rank} of {size} on {socket.gethostname()} cannot meet the others at {where}: "
-                      f"{str(error).splitlines()[0]}; {advice}") from error
+                      f"{first_line(error)}; {advice}") from error
     group = None
     if sequence > 1:
         group, _ = dist.new_subgroups(sequence)
@@ -142,18 +141,18 @@ def choose_device(settings: TrainGroup) -> torch.device:
 class Shared(nn.Module):
     """A module whose gradients are averaged over the processes after `backward` of a step's last micro-batch.
 
-    Everywhere but in the main process the parameters may come on the meta device: they get the main process's values.
-    With fsdp2 they become DTensors, sharded over all processes, in place.
+    Outside the main process the parameters may be on the meta device: they take the values of the main process. With
+    fsdp2 they become DTensors, sharded over all processes, in place.
     """
 
     def __init__(self, module: nn.Module, layers: nn.ModuleList, settings: TrainGroup, world: World):
         super().__init__()
-        self.bf16 = use_bf16(settings, world.device)
+        self.bf16 = settings.precision == "bf16"
         self.device_type = world.device.type
         self.sharded = world.size > 1 and settings.data_parallel_mode == "fsdp2"
         if self.sharded:
             dtype = torch.bfloat16 if self.bf16 else None
-            # What goes into a module is not cast: the weights of losses are fp32.
+            # The inputs of modules are not cast, because the weights of losses are fp32.
             policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
             mesh = dist.device_mesh.init_device_mesh(world.device.type, (world.size,))
             whole = module.state_dict() if world.main else {}
@@ -178,13 +177,9 @@ class Shared(nn.Module):
             return self.module(*arguments)
 
     def synchronising(self, last: bool) -> AbstractContextManager:
-        """Around forward and backward of a micro-batch: only the last one of a step communicates gradients."""
+        """The context of a micro-batch's forward and backward: only the last one of a step communicates gradients."""
         if self.sharded:
             self.module.set_requires_gradient_sync(last)
         elif isinstance(self.module, DistributedDataParallel) and not last:
             return self.module.no_sync()
         return nullcontext()
-
-
-def use_bf16(settings: TrainGroup, device: torch.device) -> bool:
-    return settings.precision == "bf16" or settings.precision == "auto" and device.type == "cuda"

@@ -1,4 +1,4 @@
-"""Evaluation during training: `dllm eval` in a process of its own, so that training imports no evaluator."""
+"""Evaluation during training: `dllm eval` in its own process, so that training imports no evaluator."""
 
 import json
 import os
@@ -12,11 +12,11 @@ _OF_THE_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GRO
 
 
 def evaluate_checkpoint(tasks: Sequence[Sequence[str]], checkpoint: Path, folder: Path) -> dict[str, float]:
-    """Measure a model folder on each task; everything is kept in `folder`, one folder or file per task.
+    """Measure a model folder on each task. `folder` gets the results, one folder or file per task.
 
     Args:
-        tasks: for each the words that come after `dllm eval`.
-    Returns: "<task>/<score>" -> number. A task that fails is told on stderr, and training goes on.
+        tasks: for each task the words after `dllm eval`.
+    Returns: "<task>/<score>" -> number. A task that fails is a line on stderr, and training continues.
     """
     environment = {name: value for name, value in os.environ.items()
                    if name not in _OF_THE_LAUNCHER and not name.startswith("TORCHELASTIC")}
@@ -25,7 +25,7 @@ def evaluate_checkpoint(tasks: Sequence[Sequence[str]], checkpoint: Path, folder
         folder.mkdir(parents=True, exist_ok=True)
         where = (["--output", str(folder / f"{task}.json")] if task in ("perplexity", "masked_accuracy", "infill") else
                  ["--output-dir", str(folder / task)])
-        done = subprocess.run([sys.executable, "-m", "dllm", "eval", task, "--model", str(checkpoint), *where, *flags],
+        done = subprocess.run([sys.executable, "-m", "dllm", "eval", task, str(checkpoint), *where, *flags],
                               env=environment, capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]

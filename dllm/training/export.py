@@ -1,4 +1,4 @@
-"""A trained model as a folder to publish: weights, tokenizer, generation defaults, and what made them."""
+"""A trained model as a folder to publish: weights, tokenizer, generation defaults, and a record of the run."""
 
 import hashlib
 import platform
@@ -7,21 +7,23 @@ from pathlib import Path
 
 import torch
 
-from dllm.checkpoint import Checkpoint, find_damage, load_latest, read_checkpoint, write_atomically, write_json
-from dllm.errors import Failure, UserError
-from dllm.metrics import read_lines
-from dllm.model import DiffusionLM
-from dllm.tokenizer import load_tokenizer
+from dllm.errors import Failure, UserError, first_line
+from dllm.files import write_atomically, write_json
+from dllm.model.tokenizer import load_tokenizer
+from dllm.model.transformer import Transformer
+from dllm.training.checkpoint import Checkpoint, find_damage, load_latest, read_checkpoint
+from dllm.training.metrics import read_lines
 
 MANIFEST = "dllm_run.json"
 
 
-def export(source: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+def export(source: str, folder: Path, dtype: torch.dtype = torch.float32, **tokens) -> Path:
     """Write the newest checkpoint of a run, or a checkpoint, into a new folder that Transformers loads too.
 
     Args:
         source: train.output_dir of a run, or one of its folders global_step_N.
         dtype: of the weights.
+        tokens: mask_token, mask_token_id and trust_remote_code, as `Transformer.from_pretrained` takes them.
     Raises: UserError if there is no such checkpoint, it is damaged or has no weights for others, or the folder is not
         empty; Failure if it cannot be written.
     """
@@ -31,8 +33,9 @@ def export(source: str, folder: Path, dtype: torch.dtype = torch.float32) -> Pat
     if not any(checkpoint.hf_folder.glob("*.safetensors")):
         raise UserError(f"{checkpoint.folder} holds no weights for others, because of train.save_hf_weights=false; "
                         "export the last checkpoint of the run")
-    model = DiffusionLM.from_pretrained(checkpoint.hf_folder, dtype=dtype)
-    tokenizer = load_tokenizer(checkpoint.hf_folder, model.mask_token_id)
+    model = Transformer.from_pretrained(checkpoint.hf_folder, dtype=dtype, **tokens)
+    tokenizer = load_tokenizer(checkpoint.hf_folder, model.mask_token_id,
+                               trust_remote_code=tokens.get("trust_remote_code", False))
     defaults = {name: getattr(model.config, name) for name in ("mask_token_id", "eos_token_id", "pad_token_id")}
     model.generation_defaults = {**defaults, **(model.generation_defaults or {})}
     manifest = describe_run(checkpoint.state, checkpoint.folder, model)
@@ -44,9 +47,9 @@ def export(source: str, folder: Path, dtype: torch.dtype = torch.float32) -> Pat
 
 
 def find_checkpoint(source: Path) -> Checkpoint:
-    """Of a run's output_dir the newest whole checkpoint, or the checkpoint itself.
+    """The newest whole checkpoint in a run's output_dir, or the checkpoint itself.
 
-    Raises: UserError if there is none, or it is damaged.
+    Raises: UserError if there is no checkpoint, or it is damaged.
     """
     if (source / "manifest.json").exists():
         if problem := find_damage(source):
@@ -59,8 +62,8 @@ def find_checkpoint(source: Path) -> Checkpoint:
     return newest
 
 
-def describe_run(state: dict, folder: Path, model: DiffusionLM) -> dict:
-    """What made the weights, and what they are."""
+def describe_run(state: dict, folder: Path, model: Transformer) -> dict:
+    """The record of the run: its progress, configuration and versions, and a hash of the weights."""
     lines = read_lines(folder.parents[1] / "metrics.jsonl", state["step"])
     measured = [line for line in lines if "validation_loss" in line]
     digest = hashlib.sha256()
@@ -69,13 +72,14 @@ def describe_run(state: dict, folder: Path, model: DiffusionLM) -> dict:
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
     return {"step": state["step"], "tokens": state["tokens"], "seconds": round(state["seconds"], 1),
             "measured": measured[-1] if measured else None, "config": state["config"],
+            "precision_probe": state.get("probe"),
             "parameters": model.count_parameters(), "dtype": str(model.dtype).removeprefix("torch."),
             "weights_sha256": digest.hexdigest(),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in
                                                                   ("dllm", "torch", "transformers", "tokenizers")}}}
 
 
-def write_card(manifest: dict, model: DiffusionLM) -> str:
+def write_card(manifest: dict, model: Transformer) -> str:
     """README.md of the folder, as the hub shows it."""
     train, data, start = (manifest["config"][group] for group in ("train", "data", "model"))
     measured = manifest["measured"] or {}
@@ -93,7 +97,7 @@ def write_card(manifest: dict, model: DiffusionLM) -> str:
             f"# A masked diffusion language model\n\n| | |\n|---|---|\n{table}\n\n"
             f"Everything that made it, configuration and versions, is in `{MANIFEST}`.\n\n"
             "```python\nimport dllm\n\nmodel = dllm.DiffusionLM.from_pretrained(\"this/repository\")\n```\n\n"
-            "On the command line: `dllm sample --model this/repository --prompt 'def add('`\n")
+            "On the command line: `dllm sample this/repository --prompt 'def add('`\n")
 
 
 def push(folder: Path, repository: str, private: bool) -> str:
@@ -109,11 +113,11 @@ def push(folder: Path, repository: str, private: bool) -> str:
         address = hub.create_repo(repository, private=private, exist_ok=True)
         hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Add the model")
     except HFValidationError as error:
-        raise UserError(f"{repository!r} is no name of a repository: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{repository!r} is no name of a repository: {first_line(error)}") from error
     except LocalTokenNotFoundError as error:
         raise UserError("nobody is logged in to the hub; run hf auth login, or set HF_TOKEN") from error
     except (HfHubHTTPError, OSError) as error:
         raise Failure(f"{folder} is written, but the hub did not take it as {repository}: "
-                      f"{str(error).splitlines()[0]}; check the token and the network, then upload it with "
+                      f"{first_line(error)}; check the token and the network, then upload it with "
                       "hf upload") from error
     return str(address)

@@ -23,7 +23,7 @@ def add_adapters(model: nn.Module, rank: int, alpha: float) -> None:
 
 @torch.no_grad()
 def merge(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A model's weights by name, as they are without adapters: each product added to the matrix it adapts.
+    """The weights of a model by name, without adapters: each product is added to the matrix that it adapts.
 
     The matrices that are not adapted are the same tensors. An empty dictionary stays empty.
     """

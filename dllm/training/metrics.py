@@ -1,4 +1,4 @@
-"""What a run tells of itself: metrics.jsonl, TensorBoard, Weights & Biases, a bar on the terminal; and its clock."""
+"""The record of a run: metrics.jsonl, TensorBoard, Weights & Biases, a progress bar; and the run's clock."""
 
 import json
 import sys
@@ -7,16 +7,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dllm.checkpoint import write_atomically
-from dllm.config import Config
-from dllm.distributed import World
-from dllm.errors import Failure, UserError
+from dllm.config.schema import Config
+from dllm.errors import Failure, UserError, silence
+from dllm.files import write_atomically
+from dllm.training.distributed import World
 
 
-class Metrics:
-    """The lines of metrics.jsonl and whoever else gets them; nothing but in the main process.
+class RunLog:
+    """Writes metrics to JSONL, TensorBoard and W&B; no-op outside the main process.
 
-    What a killed run wrote after the step that training continues from is dropped.
+    Lines that a killed run wrote after the step that training continues from are dropped.
     """
 
     def __init__(self, output: Path, step: int, config: Config, world: World):
@@ -38,7 +38,7 @@ class Metrics:
         self._write(self.path, line)
 
     def add_scores(self, step: int, scores: dict[str, float]) -> None:
-        """Of a checkpoint; they are in evaluations.jsonl."""
+        """Write the scores of a checkpoint to evaluations.jsonl."""
         if self.main and scores:
             self._write(self.path.with_name("evaluations.jsonl"), {"step": step, **scores})
 
@@ -55,7 +55,7 @@ class Metrics:
         if self._wandb is not None:
             self._wandb.log(values, step=line["step"])
 
-    def __enter__(self) -> "Metrics":
+    def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *_) -> None:
@@ -79,7 +79,7 @@ def read_lines(path: Path, step: int) -> list[dict]:
 
 
 def open_tensorboard(folder: Path, step: int):
-    """A writer whose events after `step`, of a run that was killed, are not shown; None if it is not installed."""
+    """A writer that hides the events a killed run wrote after `step`; None if TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -95,7 +95,7 @@ def open_wandb(config: Config, output: Path):
         import wandb
     except ImportError:
         raise UserError("train.use_wandb needs Weights & Biases: pip install wandb, or set it to false") from None
-    # The name is the run's: a run that continues goes on in the same one.
+    # The id is the name of the run, so a run that continues appends to itself.
     return wandb.init(project=config.train.wandb_project, name=config.train.wandb_name or output.name,
                       id=(config.train.wandb_name or output.name).replace("/", "-"), resume="allow",
                       config=config.to_dict(), dir=str(output))
@@ -107,7 +107,7 @@ class Clock:
     def __init__(self, seconds_before: float, max_minutes: float | None):
         self.start = time.monotonic() - seconds_before
         self.saved = self.ticked = time.monotonic()
-        self.step_seconds = 0.0  # of the last step
+        self.step_seconds = 0.0  # duration of the last step
         self.budget = None if max_minutes is None else 60 * max_minutes
 
     @property
@@ -116,7 +116,7 @@ class Clock:
 
     @property
     def share(self) -> float:
-        """Of the budget, in [0, 1]; 0 without one."""
+        """Share of the budget that is spent, in [0, 1]; 0 without a budget."""
         return 0.0 if self.budget is None else min(self.seconds / self.budget, 1.0)
 
     @property
@@ -124,20 +124,19 @@ class Clock:
         return self.share >= 1
 
     def tick(self) -> None:
-        """A step has ended."""
         now = time.monotonic()
         self.step_seconds, self.ticked = max(now - self.ticked, 1e-9), now
 
     def due(self, minutes: float) -> bool:
-        """Whether it is time for another checkpoint; asking restarts the interval when it is."""
+        """Whether another checkpoint is due; if so, the interval starts again."""
         if not minutes or time.monotonic() - self.saved < 60 * minutes:
             return False
         self.saved = time.monotonic()
         return True
 
 
-class Progress:
-    """A bar on a terminal; elsewhere one line per measurement."""
+class ProgressBar:
+    """A progress bar on a terminal; elsewhere one line per measurement."""
 
     def __init__(self, step: int, total: int, clock: Clock, world: World):
         self.total, self.clock, self.main = total, clock, world.main
@@ -145,16 +144,22 @@ class Progress:
                         disable=not world.main or not sys.stderr.isatty(),
                         bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressBar":
         return self
 
     def __exit__(self, *_) -> None:
         self.bar.close()
 
     def show(self, line: dict, tell: bool) -> None:
-        """tell: on a line of its own too."""
+        """Update the bar. tell: also print a line."""
         if not self.main:
             return
+        try:
+            self._show(line, tell)
+        except OSError:  # the terminal is closed, which is no reason to lose the run
+            silence(1, 2)
+
+    def _show(self, line: dict, tell: bool) -> None:
         self.bar.n = max(line["step"] / self.total, self.clock.share)
         self.bar.set_postfix_str(f"step {line['step']}/{self.total}, loss {line['loss']:.3f}, "
                                  f"{line['tokens_per_second']:,.0f} tokens/s")

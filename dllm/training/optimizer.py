@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dllm.config import TrainGroup
+from dllm.config.schema import TrainGroup
 
 # Coefficients (a, b, c) of x -> a x + b x^3 + c x^5, which drives singular values towards 1 (Keller Jordan 2024).
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -48,7 +48,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def whole(matrix: Tensor) -> Tensor:
-    """A sharded matrix gathered in every process; another as it is."""
+    """The matrix, gathered in every process if it is sharded."""
     return matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
 
 
@@ -60,7 +60,7 @@ def sharded_like(matrix: Tensor, parameter: Tensor) -> Tensor:
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale the gradients so that their norm is at most max_norm, 0 for any; returns the norm it was."""
+    """Scale the gradients to a norm of at most max_norm, 0 for any. Returns the norm before."""
     return whole(nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))
 
 
@@ -78,7 +78,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 def group_parameters(model: nn.Module, config: TrainGroup) -> tuple[list, list, list]:
-    """What is trained: by Muon, and by AdamW matrices, which decay, and vectors, which do not."""
+    """(matrices for Muon, matrices for AdamW, which decay, vectors for AdamW, which do not)."""
     hidden, matrices, vectors = [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -90,7 +90,7 @@ def group_parameters(model: nn.Module, config: TrainGroup) -> tuple[list, list, 
 
 
 def count_states(model: nn.Module, config: TrainGroup) -> int:
-    """Numbers that the optimizers keep: Muon one for each of a parameter's, AdamW two."""
+    """Numbers that the optimizers keep: one per element for Muon, two for AdamW."""
     hidden, matrices, vectors = (sum(parameter.numel() for parameter in kind)
                                  for kind in group_parameters(model, config))
     return hidden + 2 * (matrices + vectors)
@@ -108,7 +108,7 @@ def build_optimizers(model: nn.Module, config: TrainGroup) -> list[torch.optim.O
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], config: TrainGroup, place: float, total: int) -> float:
-    """Set the learning rate of `place` steps out of `total`; returns AdamW's."""
+    """Set the learning rates at step `place` of `total`. Returns that of AdamW."""
     rate = learning_rate(place, total, config)
     for optimizer in optimizers:
         muon = isinstance(optimizer, Muon) and config.muon_lr is not None

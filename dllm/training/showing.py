@@ -4,9 +4,9 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
-from dllm.batches import spread_times
-from dllm.corruption import corrupt
 from dllm.data.packing import Packed
+from dllm.diffusion.corruption import corrupt
+from dllm.training.batches import spread_times
 from dllm_kernels import philox_uniform
 
 MASK = "▒"  # one token

@@ -1,7 +1,20 @@
 """Attention in plain PyTorch: the definition of the masks, and the oracle of the other backends."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Mask(NamedTuple):
+    """The keys that each query sees, as the public function of this kind defines them."""
+
+    kind: str  # "dense" (bidirectional_attention), "packed" (bidirectional_attention_varlen) or "block_diffusion"
+    block_length: int | None = None
+    key_mask: Tensor | None = None  # [B, Lk] bool, of dense
+    cache_rows: Tensor | None = None  # [B] int64, of dense
+    cu_seqlens: Tensor | None = None  # [S + 1] int32
+    max_seqlen: int = 0  # of packed
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -23,8 +36,27 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
         return torch.einsum("bhqk,bkhe->bqhe", weights, v).to(q.dtype)
 
 
+def visible_keys(q: Tensor, k: Tensor, mask: Mask) -> Tensor | None:
+    """[B or 1, Lq, Lk] bool, the keys that each query sees; None where every query sees every key."""
+    if mask.kind == "block_diffusion":
+        return block_diffusion_mask(len(q), q.shape[1] // 2, mask.block_length, mask.cu_seqlens, q.device)
+    if mask.kind == "packed":
+        return varlen_mask(mask.cu_seqlens, q.shape[1], mask.block_length)
+    return dense_mask(q, k, mask.key_mask, mask.block_length)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+    """Attention with the signature of every backend: q, k and v are [T, H, E] if packed, else [B, L, H, E]."""
+    if mask.kind == "packed":
+        q, k, v = (x.unsqueeze(0) for x in (q, k, v))
+    if mask.cache_rows is not None:
+        k, v = k[mask.cache_rows], v[mask.cache_rows]
+    out = attend(q, k, v, visible_keys(q, k, mask), scale)
+    return out.squeeze(0) if mask.kind == "packed" else out
+
+
 def dense_mask(q: Tensor, k: Tensor, key_mask: Tensor | None, block_length: int | None) -> Tensor | None:
-    """[B or 1, Lq, Lk] of `bidirectional_attention`; None where every query sees every key."""
+    """`visible_keys` of `bidirectional_attention`."""
     mask = None if key_mask is None else key_mask.unsqueeze(1).expand(-1, q.shape[1], -1)
     if block_length is None:
         return mask
@@ -35,7 +67,7 @@ def dense_mask(q: Tensor, k: Tensor, key_mask: Tensor | None, block_length: int 
 
 
 def documents(cu_seqlens: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Of each of `count` packed positions, its document and its place in it, both int64."""
+    """The document of each of `count` packed positions, and its place in it, both int64."""
     places = torch.arange(count, device=cu_seqlens.device)
     ends = cu_seqlens[1:].long()
     document = torch.searchsorted(ends, places, right=True)
@@ -44,7 +76,7 @@ def documents(cu_seqlens: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def varlen_mask(cu_seqlens: Tensor, count: int, block_length: int | None) -> Tensor:
-    """[1, T, T] of `bidirectional_attention_varlen`."""
+    """[1, T, T]: `visible_keys` of `bidirectional_attention_varlen`."""
     document, place = documents(cu_seqlens, count)
     mask = document.unsqueeze(1) == document
     if block_length is not None:
@@ -53,7 +85,7 @@ def varlen_mask(cu_seqlens: Tensor, count: int, block_length: int | None) -> Ten
 
 
 def block_diffusion_mask(batch: int, length: int, block_length: int, cu_seqlens: Tensor | None, device) -> Tensor:
-    """[B or 1, 2L, 2L] of `block_diffusion_attention`."""
+    """[B or 1, 2L, 2L]: `visible_keys` of `block_diffusion_attention`."""
     if cu_seqlens is None:
         place = torch.arange(length, device=device).view(1, -1)
         document = torch.zeros_like(place)
@@ -67,18 +99,3 @@ def block_diffusion_mask(batch: int, length: int, block_length: int, cu_seqlens:
     clean = torch.cat((torch.zeros_like(same_document), clean_to_clean & same_document), 2)
     return torch.cat((noisy, clean), 1)
 
-
-def bidirectional_attention(q, k, v, key_mask, block_length, scale, cache_rows=None):
-    if cache_rows is not None:
-        k, v = k[cache_rows], v[cache_rows]
-    return attend(q, k, v, dense_mask(q, k, key_mask, block_length), scale)
-
-
-def bidirectional_attention_varlen(q, k, v, cu_seqlens, max_seqlen, block_length, scale):
-    mask = varlen_mask(cu_seqlens, len(q), block_length)
-    return attend(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), mask, scale).squeeze(0)
-
-
-def block_diffusion_attention(q, k, v, block_length, cu_seqlens, scale):
-    mask = block_diffusion_mask(len(q), q.shape[1] // 2, block_length, cu_seqlens, q.device)
-    return attend(q, k, v, mask, scale)

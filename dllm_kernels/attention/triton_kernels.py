@@ -9,14 +9,14 @@ B batch, L positions, T packed positions, Hq query and Hkv key heads, E head siz
 A query at place p of a document of `keys` positions sees one range of keys, and a noisy one a second range:
     MASK "all": [0, keys)    "blocks": [0, (p // n + 1) n)
     MASK "diffusion": clean p sees clean [0, (p // n + 1) n); noisy p sees clean [0, p // n n) and its noisy block.
-So the tiles of keys that a tile of queries sees, and which of them need no test, are arithmetic; other tiles are never
+Arithmetic gives the tiles of keys that a tile of queries sees, and those that need no test; other tiles are never
 visited. A key mask is scanned for its first and last key: where it has no holes, only tiles at the ends are tested.
-dk and dv are summed over the queries, and the heads of a group, by one program each; dq by another. Nothing is added
-atomically: the same inputs give the same bits. lse is +inf where a query sees no key, so that its p are zeros.
+One program sums dk and dv over the queries and the heads of a group, another sums dq. Nothing is added atomically:
+the same inputs give the same bits. lse is +inf where a query sees no key, so its p are zeros.
 
-Packed documents are found on the device. Document s takes the tiles from cu_seqlens[s] // SIZE + s on: enough for
-any start and length, in T // SIZE + S + 1 tiles, those left over returning at once. No length is specialised on, and
-strides are in units of 8 elements, so that loads are wide for every length without a compilation for each.
+Packed documents are located on the device. Document s takes the tiles from cu_seqlens[s] // SIZE + s on, which is
+enough for any start and length; of T // SIZE + S + 1 tiles, the unused ones return at once. No kernel is specialised
+on a length, and strides are in units of 8 elements, so loads are wide for every length without a compilation for each.
 """
 
 import torch
@@ -24,14 +24,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dllm_kernels import triton_support, tuned
-from dllm_kernels.triton_support import missing
+from dllm_kernels import tuned
+from dllm_kernels.attention.reference import Mask
 
-__all__ = ["bidirectional_attention", "bidirectional_attention_varlen", "block_diffusion_attention", "missing",
-           "refuses"]
-
-FEW = 128  # queries at most, of which the heads of a group share a tile and the keys are split among programs,
-PROGRAMS = 264  # until there are so many: two for each multiprocessor of an H200. Not measured on a GPU.
+FEW = 128  # up to this many queries, the heads of a group share a tile, and programs share the keys
+PROGRAMS = 264  # at most: two for each multiprocessor of an H200. Not measured on a GPU.
 
 
 def _tiles_of(*tiles: tuple[int, int, int, int]) -> dict[str, dict[str, int]]:
@@ -42,9 +39,9 @@ def _tiles_of(*tiles: tuple[int, int, int, int]) -> dict[str, dict[str, int]]:
 
 # By bytes per number and head size. Not measured on a GPU: tiles that spill no registers and fit the shared memory of
 # sm_80, sm_90 and sm_100. wgmma gives each group of four warps 64 rows of its own (COLUMNS in "key_gradient"): heads of
-# 256 leave no registers for that, so two groups compute the same there, or mma serves. "few" serves at most FEW
-# queries. sm_80 keeps both operands of a product in registers: it has tiles of its own where these spill, and "few"
-# still spills 8 to 24 bytes there with some masks.
+# 256 leave no registers for that, so two groups compute the same, or mma runs instead. "few" is for up to FEW queries.
+# sm_80 keeps both operands of a product in registers, so it has its own tiles where these spill; "few" still spills 8
+# to 24 bytes there with some masks.
 TILES = {
     (2, 32): _tiles_of((128, 128, 8, 3), (64, 64, 4, 3), (128, 32, 8, 3), (64, 128, 8, 2)),
     (2, 64): _tiles_of((128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 8, 3), (32, 128, 8, 2)),
@@ -62,50 +59,11 @@ TILES = tuned.apply("attention", TILES)
 COMBINE = {"ROWS": 8, "num_warps": 4}
 
 
-def refuses(tensor: Tensor) -> str | None:
-    """Why these kernels cannot run on such queries, None if they can."""
-    E = tensor.shape[-1]
-    if tensor.ndim >= 3 and (E % 8 or not 32 <= E <= 256):
-        return f"takes head sizes that are multiples of 8 from 32 to 256, not {E}"
-    return triton_support.refuses(tensor)
-
-
-def bidirectional_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, block_length: int | None,
-                            scale: float, cache_rows: Tensor | None = None) -> Tensor:
-    """As `reference.bidirectional_attention`: q [B, Lq, Hq, E], k and v [rows, Lk, Hkv, E], key_mask [B, Lk] bool.
-
-    The rows of a cache are read where they are, unless there are gradients.
-    """
-    if cache_rows is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        k, v, cache_rows = k[cache_rows], v[cache_rows], None
-    return _attend(q, k, v, key_mask, None, block_length, scale, "all" if block_length is None else "blocks",
-                   cache_rows)
-
-
-def bidirectional_attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
-                                   block_length: int | None, scale: float) -> Tensor:
-    """As `reference.bidirectional_attention_varlen`: q [T, Hq, E], k and v [T, Hkv, E], cu_seqlens [S + 1] int32."""
-    q, k, v = (x.unsqueeze(0) for x in (q, k, v))
-    return _attend(q, k, v, None, cu_seqlens, block_length, scale, "all" if block_length is None else "blocks")[0]
-
-
-def block_diffusion_attention(q: Tensor, k: Tensor, v: Tensor, block_length: int, cu_seqlens: Tensor | None,
-                              scale: float) -> Tensor:
-    """As `reference.block_diffusion_attention`: q [B, 2L, Hq, E], k and v [B, 2L, Hkv, E], cu_seqlens [S + 1] int32."""
-    return _attend(q, k, v, None, cu_seqlens, block_length, scale, "diffusion")
-
-
-def _attend(q, k, v, key_mask, cu_seqlens, block_length, scale, mask, cache_rows=None):
-    if scale < 0:  # the kernels take the scale out of a maximum
-        q, scale = -q, -scale
-    return _Attention.apply(q, k, v, key_mask, cu_seqlens, block_length, float(scale), mask, cache_rows)
-
-
 @triton.jit
 def _locate(slot, cu_seqlens, documents, T, L, SIZE: tl.constexpr):
-    """Of tile `slot`: row of the batch, its document's first position there and length, the tile's first place in it.
+    """For tile `slot`: row of the batch, start of the document in it, its length, and the tile's first place in it.
 
-    What lies beyond the last of `documents`, up to `T`, is one more.
+    Positions beyond the last of `documents`, up to `T`, form one more document.
     """
     if cu_seqlens is None:
         tiles = tl.cdiv(L, SIZE)
@@ -137,7 +95,7 @@ def _key_range(key_mask, keys, WIDTH: tl.constexpr):
 
 @triton.jit
 def _seen(p, n, keys, copy, MASK: tl.constexpr):
-    """One past the last key that place p sees: of the clean copy, in block diffusion."""
+    """One past the last key that place p sees; in block diffusion, of the clean copy."""
     if MASK == "all":
         end = p * 0 + keys
     elif MASK == "blocks":
@@ -149,9 +107,9 @@ def _seen(p, n, keys, copy, MASK: tl.constexpr):
 
 @triton.jit
 def _tiles_seen(p_first, p_last, low, high, whole, n, keys, copy, MASK: tl.constexpr, COLUMNS: tl.constexpr):
-    """How many tiles of keys from `low` places p_first to p_last see, and how many of them all see whole.
+    """Places p_first to p_last see this many tiles of keys from `low`, and all see this many of them whole.
 
-    Then the first key of the noisy blocks that they see, how many tiles those make, and how many all see whole.
+    Then the first key of the noisy blocks that they see, the tiles in these, and those that all see whole.
     """
     tiles = tl.cdiv(tl.maximum(tl.minimum(_seen(p_last, n, keys, copy, MASK), high) - low, 0), COLUMNS)
     full = tl.maximum(tl.minimum(_seen(p_first, n, keys, copy, MASK), high) - low, 0) // COLUMNS
@@ -167,7 +125,7 @@ def _tiles_seen(p_first, p_last, low, high, whole, n, keys, copy, MASK: tl.const
 
 @triton.jit
 def _load(pointers, inside, e, E: tl.constexpr, TEST: tl.constexpr):
-    """[rows, head size padded]; zeros beyond E, and with TEST where a row is not `inside`."""
+    """[rows, padded head size]: zeros beyond E and, with TEST, where a row is not `inside`."""
     if TEST:
         mask = inside[:, None]
         if E < e.shape[0]:
@@ -183,9 +141,9 @@ def _load(pointers, inside, e, E: tl.constexpr, TEST: tl.constexpr):
 @triton.jit
 def _keys_and_visible(t, first, tiles, own, p, seen, k, v, key_mask, k_row, v_row, n, keys, L, E: tl.constexpr,
                       EP: tl.constexpr, COLUMNS: tl.constexpr, MASK: tl.constexpr, TEST: tl.constexpr):
-    """Keys and values [COLUMNS, EP] of tile t, and which are visible [rows, COLUMNS] (with TEST, else not to be used).
+    """Keys and values [COLUMNS, EP] of tile t and, meaningful with TEST, the visible ones [rows, COLUMNS].
 
-    The `tiles` from key `first` on, and after them those of the noisy copy from key `own` on.
+    Tiles count from key `first`; after `tiles` of them, from key `own` of the noisy copy.
     """
     at = first + t * COLUMNS
     row = at
@@ -233,7 +191,7 @@ def _forward_tiles(acc, top, total, q, count, first, tiles, own, p, seen, k, v, 
     return acc, top, total
 
 
-# Names of arguments that differ from call to call. `scale` would be a kernel of its own where it is 1.
+# Arguments that differ from call to call. A `scale` of 1 would otherwise compile another kernel.
 VARYING = ["scale", "q_batch", "q_row", "q_head", "k_batch", "k_row", "k_head", "v_batch", "v_row", "v_head", "n",
            "documents", "T", "Lq", "Lk", "heads", "splits"]
 
@@ -245,9 +203,8 @@ def _forward_kernel(out, lse, cache_rows, query, key, value, key_mask, cu_seqlen
                     COLUMNS: tl.constexpr):
     """Write out [splits, B, positions, Hq, E] and lse [splits, B, Hq, positions].
 
-    Row b of the batch reads the keys and values of row cache_rows[b], of its own where that is None.
-
-    Rows of a tile are positions of one head or, PACKED, the GROUP heads of one position and then of the next.
+    Row b of the batch reads the keys and values of row cache_rows[b], or of row b if that is None. Rows of a tile are
+    positions of one head or, PACKED, the GROUP heads of one position and then of the next.
     """
     COPIES: tl.constexpr = 2 if MASK == "diffusion" else 1
     SHARED: tl.constexpr = GROUP if PACKED else 1  # heads in a tile
@@ -264,7 +221,7 @@ def _forward_kernel(out, lse, cache_rows, query, key, value, key_mask, cu_seqlen
     r, e = first + tl.arange(0, ROWS), tl.arange(0, EP)
     inside = r < length
     p = before + r // SHARED
-    i, h = r // SHARED - first // SHARED, r % SHARED  # offsets in the tile, of positions and heads, fit 32 bits
+    i, h = r // SHARED - first // SHARED, r % SHARED  # positions and heads within the tile fit 32 bits
     low, high, whole = keys * 0, keys, keys >= 0
     if key_mask is not None:
         key_mask += batch * Lk
@@ -272,7 +229,7 @@ def _forward_kernel(out, lse, cache_rows, query, key, value, key_mask, cu_seqlen
     tiles, full, own, own_tiles, own_full = _tiles_seen(
         before + first // SHARED, before + (tl.minimum(first + ROWS, length) - 1) // SHARED, low, high, whole, n, keys,
         copy, MASK, COLUMNS)
-    share = tl.cdiv(tiles, tl.num_programs(1))  # of the keys, this program's
+    share = tl.cdiv(tiles, tl.num_programs(1))  # this program's tiles of keys
     begin = tl.minimum(tl.program_id(1) * share, tiles)
     end = tl.minimum(begin + share, tiles)
     tested = tl.minimum(tl.maximum(full, begin), end)
@@ -298,7 +255,7 @@ def _forward_kernel(out, lse, cache_rows, query, key, value, key_mask, cu_seqlen
         acc, top, total, q_tile, end - tested + own_tiles - own_full, low + tested * COLUMNS, end - tested,
         own + own_full * COLUMNS, p, seen, k, v, key_mask, k_row, v_row, n, keys, Lk, c, E, EP, COLUMNS, MASK, True)
 
-    batch += tl.program_id(1).to(tl.int64) * (T // Lq)  # of the parts
+    batch += tl.program_id(1).to(tl.int64) * (T // Lq)  # among the parts
     empty = total == 0
     acc /= tl.where(empty, 1.0, total)[:, None]
     out += ((batch * COPIES * Lq + position) * heads + row_head) * E
@@ -405,10 +362,10 @@ def _query_gradient_kernel(dq, delta, dout, out, lse, query, key, value, key_mas
 def _key_gradient_tiles(dk, dv, k, v, since, until, count, first, tiles, other, end, copy, q, dout, lse, delta, q_row,
                         q_head, out_row, positions, n, L, scale, MASK: tl.constexpr, GROUP: tl.constexpr,
                         E: tl.constexpr, EP: tl.constexpr, ROWS: tl.constexpr, TEST: tl.constexpr):
-    """Add to dk and dv [keys, EP] of `count` tiles of queries, each of GROUP heads.
+    """Add the contributions of `count` tiles of queries, each of GROUP heads, to dk and dv [keys, EP].
 
-    The `tiles` from query `first` on are of the copy of the keys; those after them, from `other` on, of the noisy copy.
-    A key is seen by the queries from since to until, both [keys], or n later in the noisy copy of clean keys.
+    The `tiles` from query `first` on belong to the copy of the keys, later ones, from `other` on, to the noisy copy.
+    Queries from since to until, both [keys], see a key; in the noisy copy of clean keys they come n later.
     """
     r, e = tl.arange(0, ROWS), tl.arange(0, EP)
     for t in range(0, count * GROUP):
@@ -447,8 +404,7 @@ def _key_gradient_kernel(dk, dv, dout, lse, delta, query, key, value, key_mask, 
                          ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Write dk and dv [B, positions, Hkv, E].
 
-    A key's gradients are rows of their own in every product: keys that are masked or beyond the end need no test, only
-    not to be stored.
+    Each key has its own rows in every product, so keys that are masked or beyond the end need no test until the store.
     """
     COPIES: tl.constexpr = 2 if MASK == "diffusion" else 1
     kv_heads = heads // GROUP
@@ -519,29 +475,81 @@ def _key_gradient_kernel(dk, dv, dout, lse, delta, query, key, value, key_mask, 
     tl.store(dv + at, tl.where(inside[:, None], dv_tile, 0.0).to(dv.dtype.element_ty), mask=mask)
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, key_mask, cu_seqlens, block_length, scale, mask, cache_rows):
-        q, k, v = (_readable(x) for x in (q, k, v))
-        key_mask, cu_seqlens, cache_rows = (None if x is None else x.contiguous()
-                                            for x in (key_mask, cu_seqlens, cache_rows))
-        ctx.form = block_length, scale, mask
-        out, lse = _forward(q, k, v, key_mask, cu_seqlens, *ctx.form, cache_rows)
-        ctx.save_for_backward(q, k, v, key_mask, cu_seqlens, out, lse)
-        return out
+def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
+    """`reference.masked_attention`, and lse [B, Hq, positions]. The rows of a cache are read where they are."""
+    if mask.kind == "packed":
+        out, lse = forward(*(x.unsqueeze(0) for x in (q, k, v)), mask._replace(kind="dense"), scale)
+        return out.squeeze(0), lse
+    B, positions, heads, E = q.shape
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(B, heads, positions, dtype=torch.float32, device=q.device)
+    if not out.numel():
+        return out, lse
+    arguments, table = _arguments(q, k, v, mask, scale), _tiles(q)
+    Lq, Lk, shared = arguments["Lq"], arguments["Lk"], arguments["GROUP"]
+    packed = mask.cu_seqlens is None and mask.kind == "dense" and Lq <= FEW
+    shared = shared if packed else 1
+    tiles = table["few" if packed else "forward"]
+    programs = _slots(B, Lq * shared, tiles["ROWS"], mask) * (heads // shared)
+    splits = max(min(PROGRAMS // programs, Lk // tiles["COLUMNS"]), 1) if packed else 1
+    parts, part_lse = out, lse
+    if splits > 1:
+        parts, part_lse = (torch.empty(splits, *x.shape, dtype=torch.float32, device=q.device) for x in (out, lse))
+    cache_rows = None if mask.cache_rows is None else mask.cache_rows.contiguous()
+    with torch.cuda.device_of(q):
+        _forward_kernel[(programs, splits)](parts, part_lse, cache_rows, **arguments, PACKED=packed, **tiles)
+        if splits > 1:
+            _combine_kernel[(-(-lse.numel() // COMBINE["ROWS"]),)](
+                out, lse, parts, part_lse, splits, B * Lq, Lq, heads, E, arguments["EP"], **COMBINE)
+    return out, lse
 
-    @staticmethod
-    def backward(ctx, dout):
-        if torch.is_grad_enabled():  # in a backward, that is create_graph=True
-            raise RuntimeError("attention in Triton has no second derivative, which create_graph=True asks for; "
-                               "use backend=\"reference\"")
-        wanted = ctx.needs_input_grad[:3]
-        gradients = _gradients(dout.contiguous(), *ctx.saved_tensors, *ctx.form, wanted[1] or wanted[2])
-        return *(x if want else None for x, want in zip(gradients, wanted, strict=True)), *[None] * 6
+
+def backward(dout: Tensor, outputs, wanted, q: Tensor, k: Tensor, v: Tensor, mask: Mask,
+             scale: float) -> tuple[Tensor | None, ...]:
+    """dq, dk and dv, contiguous, where wanted."""
+    out, lse = outputs
+    if mask.kind == "packed":
+        gradients = backward(dout.unsqueeze(0), (out.unsqueeze(0), lse), wanted, *(x.unsqueeze(0) for x in (q, k, v)),
+                             mask._replace(kind="dense"), scale)
+        return tuple(None if x is None else x.squeeze(0) for x in gradients)
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    arguments, table = _arguments(q, k, v, mask, scale), _tiles(q)
+    dout, delta = dout.contiguous(), torch.empty_like(lse)
+    B, Lq, Lk = len(q), arguments["Lq"], arguments["Lk"]
+    with torch.cuda.device_of(q):
+        if dq.numel():
+            tiles = table["query_gradient"]
+            grid = _slots(B, Lq, tiles["ROWS"], mask) * q.shape[2]
+            _query_gradient_kernel[(grid,)](dq, delta, dout, out, lse, **arguments, **tiles)
+        if dk.numel() and (wanted[1] or wanted[2]):
+            tiles = table["key_gradient"]
+            grid = _slots(B, Lk, tiles["COLUMNS"], mask) * k.shape[2]
+            _key_gradient_kernel[(grid,)](dk, dv, dout, lse, delta, **arguments, **tiles)
+    if scale < 0:  # `_arguments` turned the sign of q
+        dq = -dq
+    return tuple(x if want else None for x, want in zip((dq, dk, dv), wanted, strict=True))
+
+
+def _arguments(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> dict:
+    """The arguments that the three large kernels share, by name; Lq and Lk are the positions of one copy."""
+    if scale < 0:  # the kernels take the scale out of a maximum
+        q, scale = -q, -scale
+    q, k, v = (_readable(x) for x in (q, k, v))
+    key_mask, cu_seqlens = (None if x is None else x.contiguous() for x in (mask.key_mask, mask.cu_seqlens))
+    copies = 2 if mask.kind == "block_diffusion" else 1
+    B, Lq, Lk, heads = len(q), q.shape[1] // copies, k.shape[1] // copies, q.shape[2]
+    strides = {f"{name}_{dim}": x.stride(d) // 8 for name, x in (("q", q), ("k", k), ("v", v))
+               for d, dim in enumerate(("batch", "row", "head"))}
+    visible = "diffusion" if copies == 2 else "all" if mask.block_length is None else "blocks"
+    return {"query": q, "key": k, "value": v, "key_mask": key_mask, "cu_seqlens": cu_seqlens, "scale": float(scale),
+            **strides, "n": min(mask.block_length or 1, max(Lk, 1)),
+            "documents": 0 if cu_seqlens is None else len(cu_seqlens) - 1, "T": B * Lq, "Lq": Lq, "Lk": Lk,
+            "heads": heads, "MASK": visible, "GROUP": heads // k.shape[2], "E": q.shape[3],
+            "EP": triton.next_power_of_2(q.shape[3])}
 
 
 def _readable(x: Tensor) -> Tensor:
-    """x, or a copy of it, with strides that are multiples of 8 and the last 1."""
+    """x, or a copy, with a last stride of 1 and other strides that are multiples of 8."""
     plain = x.stride(3) == 1 and all(x.stride(d) % 8 == 0 or x.shape[d] == 1 for d in range(3))
     return x if plain else x.contiguous()
 
@@ -552,62 +560,7 @@ def _tiles(q: Tensor) -> dict:
     return TILES.get((*key, "sm_80"), TILES[key]) if ampere else TILES[key]
 
 
-def _arguments(q, k, v, key_mask, cu_seqlens, block_length, scale, mask):
-    """The arguments that the three large kernels share, by name, and the positions of a copy: of queries, of keys."""
-    copies = 2 if mask == "diffusion" else 1
-    B, Lq, Lk, heads = len(q), q.shape[1] // copies, k.shape[1] // copies, q.shape[2]
-    strides = {f"{name}_{dim}": x.stride(d) // 8 for name, x in (("q", q), ("k", k), ("v", v))
-               for d, dim in enumerate(("batch", "row", "head"))}
-    return {"query": q, "key": k, "value": v, "key_mask": key_mask, "cu_seqlens": cu_seqlens, "scale": scale, **strides,
-            "n": min(block_length or 1, max(Lk, 1)), "documents": 0 if cu_seqlens is None else len(cu_seqlens) - 1,
-            "T": B * Lq, "Lq": Lq, "Lk": Lk, "heads": heads, "MASK": mask, "GROUP": heads // k.shape[2],
-            "E": q.shape[3], "EP": triton.next_power_of_2(q.shape[3])}
-
-
-def _slots(B: int, L: int, cu_seqlens: Tensor | None, size: int, mask: str) -> int:
-    """How many tiles of `size` positions B rows of L have at most."""
-    slots = B * -(-L // size) if cu_seqlens is None else B * L // size + len(cu_seqlens)
-    return slots * (2 if mask == "diffusion" else 1)
-
-
-def _forward(q, k, v, key_mask, cu_seqlens, block_length, scale, mask, cache_rows):
-    """out [B, positions, Hq, E] in q's dtype, and lse [B, Hq, positions]."""
-    B, positions, heads, E = q.shape
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = torch.empty(B, heads, positions, dtype=torch.float32, device=q.device)
-    if not out.numel():
-        return out, lse
-    arguments, table = _arguments(q, k, v, key_mask, cu_seqlens, block_length, scale, mask), _tiles(q)
-    Lq, Lk, shared = arguments["Lq"], arguments["Lk"], arguments["GROUP"]
-    packed = cu_seqlens is None and mask != "diffusion" and Lq <= FEW
-    shared = shared if packed else 1
-    tiles = table["few" if packed else "forward"]
-    programs = _slots(B, Lq * shared, cu_seqlens, tiles["ROWS"], mask) * (heads // shared)
-    splits = max(min(PROGRAMS // programs, Lk // tiles["COLUMNS"]), 1) if packed else 1
-    parts, part_lse = out, lse
-    if splits > 1:
-        parts, part_lse = (torch.empty(splits, *x.shape, dtype=torch.float32, device=q.device) for x in (out, lse))
-    with torch.cuda.device_of(q):
-        _forward_kernel[(programs, splits)](parts, part_lse, cache_rows, **arguments, PACKED=packed, **tiles)
-        if splits > 1:
-            _combine_kernel[(-(-lse.numel() // COMBINE["ROWS"]),)](
-                out, lse, parts, part_lse, splits, B * Lq, Lq, heads, E, arguments["EP"], **COMBINE)
-    return out, lse
-
-
-def _gradients(dout, q, k, v, key_mask, cu_seqlens, out, lse, block_length, scale, mask, keys_wanted):
-    """dq, dk and dv, contiguous."""
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    arguments, table = _arguments(q, k, v, key_mask, cu_seqlens, block_length, scale, mask), _tiles(q)
-    delta = torch.empty_like(lse)
-    B, Lq, Lk = len(q), arguments["Lq"], arguments["Lk"]
-    with torch.cuda.device_of(q):
-        if dq.numel():
-            tiles = table["query_gradient"]
-            grid = _slots(B, Lq, cu_seqlens, tiles["ROWS"], mask) * q.shape[2]
-            _query_gradient_kernel[(grid,)](dq, delta, dout, out, lse, **arguments, **tiles)
-        if dk.numel() and keys_wanted:
-            tiles = table["key_gradient"]
-            grid = _slots(B, Lk, cu_seqlens, tiles["COLUMNS"], mask) * k.shape[2]
-            _key_gradient_kernel[(grid,)](dk, dv, dout, lse, delta, **arguments, **tiles)
-    return dq, dk, dv
+def _slots(B: int, L: int, size: int, mask: Mask) -> int:
+    """The most tiles of `size` positions that B rows of L have."""
+    slots = B * -(-L // size) if mask.cu_seqlens is None else B * L // size + len(mask.cu_seqlens)
+    return slots * (2 if mask.kind == "block_diffusion" else 1)

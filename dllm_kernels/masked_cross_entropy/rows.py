@@ -1,7 +1,9 @@
-"""The arithmetic of a row that the backends share, and the loss from logits as a function of autograd.
+"""The loss and its backward from a few numbers per row, which the backends share.
 
-With top = max(z), total = sum(exp(z - top)) and target_logit = z[y] of each row, everything else is a few numbers per
-row; a backend gives the two passes over the logits.
+With top = max(z), total = sum(exp(z - top)) and target_logit = z[y] of each corrupted row,
+    loss = scale (log(total) + top - target_logit),    d loss / d z[v] = scale (exp(z[v] - top) / total - [v = y]),
+where scale is the row's weight, over the number corrupted for a mean. A backend gives two passes over the logits.
+N positions, V words, D hidden size.
 """
 
 from collections.abc import Callable
@@ -10,53 +12,71 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dllm_kernels.masked_cross_entropy.reference import refuse_second_derivative
+
+class Linear(NamedTuple):
+    """Hidden states and the head: the logits are hidden @ weight.T + bias."""
+
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+
+
+class Scored(NamedTuple):
+    """The positions to score."""
+
+    targets: Tensor  # [N] int64, read where corrupted
+    corrupted: Tensor  # [N] bool
+    weights: Tensor | None  # [N]
+
+
+class Form(NamedTuple):
+    """Settings of the loss."""
+
+    reduction: str  # "mean", "sum" or "none"
+    softcap: float | None
+    workspace_bytes: int | None = None
+
+
+class Scales(NamedTuple):
+    """Numbers [N] that give d loss / d z[v] = exp(z[v] - top) probability - [v = y] target, z after the soft cap."""
+
+    top: Tensor
+    probability: Tensor
+    target: Tensor
 
 
 class Passes(NamedTuple):
-    """The passes over logits [N, V] whose last stride is 1; targets [N] int64, corrupted [N] bool, softcap or None."""
+    """A backend's passes over logits [N, V], or over a `Linear`."""
 
-    statistics: Callable  # (logits, targets, corrupted, softcap) -> top, total, target_logit; 0, 1, 0 if not corrupted
-    gradients: Callable  # (logits, targets, corrupted, softcap, top, probability_scale, target_scale) -> [N, V]
-
-
-class FromLogits(torch.autograd.Function):
-    """`reference.masked_cross_entropy`, by the `Passes` of a backend, without a host synchronisation of its own."""
-
-    @staticmethod
-    def forward(ctx, logits, targets, corrupted, weights, reduction, softcap, z_loss, passes):
-        targets, corrupted = targets.contiguous(), corrupted.contiguous()
-        scale = row_scale(corrupted, weights, corrupted.sum() if reduction == "mean" else None)
-        top, total, target_logit = passes.statistics(with_rows_contiguous(logits), targets, corrupted, softcap)
-        ctx.save_for_backward(logits, targets, corrupted, scale, top, total)
-        ctx.softcap, ctx.z_loss, ctx.passes = softcap, z_loss, passes
-        loss = row_loss(top, total, target_logit, scale, z_loss)
-        return loss if reduction == "none" else loss.sum()
-
-    @staticmethod
-    def backward(ctx, grad):
-        refuse_second_derivative()
-        logits, targets, corrupted, scale, top, total = ctx.saved_tensors
-        scale = torch.where(corrupted, scale * grad, 0.0)
-        gradient = ctx.passes.gradients(with_rows_contiguous(logits), targets, corrupted, ctx.softcap, top,
-                                        probability_scale(scale, top, total, ctx.z_loss), scale)
-        return gradient, None, None, None, None, None, None, None
+    statistics: Callable  # (inputs, Scored, Form) -> top, total, target_logit [N], finite throughout
+    gradients: Callable  # (inputs, Scored, Form, Scales, wanted) -> a gradient of each input, None where not wanted
 
 
-def row_scale(live: Tensor, weights: Tensor | None, count: Tensor | None) -> Tensor:
-    """What the loss of each row is multiplied by, fp32, 0 where not live: its weight, over `count` for a mean."""
-    scale = live.float() if weights is None else torch.where(live, weights.float(), 0.0)
-    return scale if count is None else scale / count.clamp(min=1)
+def forward(passes: Passes, inputs: Tensor | Linear, scored: Scored, form: Form) -> tuple[Tensor, ...]:
+    """The loss, [N] with reduction "none", and the `Scales` of an upstream gradient of 1."""
+    top, total, target_logit = passes.statistics(inputs, scored, form)
+    scale = scales_of(scored, form.reduction, top.dtype)
+    return reduce(total.log() + (top - target_logit), scale, form.reduction), top, scale / total, scale
 
 
-def row_loss(top: Tensor, total: Tensor, target_logit: Tensor, scale: Tensor, z_loss: float) -> Tensor:
-    loss = total.log() + (top - target_logit)
-    return scale * (loss + z_loss * (top + total.log())**2 if z_loss else loss)
+def backward(passes: Passes, grad: Tensor, scales: Scales, wanted, inputs: Tensor | Linear, scored: Scored,
+             form: Form) -> tuple[Tensor | None, ...]:
+    grad = torch.where(scored.corrupted, grad, 0)
+    scales = Scales(scales.top, scales.probability * grad, scales.target * grad)
+    return passes.gradients(inputs, scored, form, scales, wanted)
 
 
-def probability_scale(scale: Tensor, top: Tensor, total: Tensor, z_loss: float) -> Tensor:
-    """What exp(z - top) of each row is multiplied by in the gradient, where that of -[v = y] is `scale`."""
-    return scale * (1 + 2 * z_loss * (top + total.log())) / total if z_loss else scale / total
+def reduce(nll: Tensor, scale: Tensor, reduction: str) -> Tensor:
+    loss = scale * nll
+    return loss if reduction == "none" else loss.sum()
+
+
+def scales_of(scored: Scored, reduction: str, dtype: torch.dtype) -> Tensor:
+    """The factor of each nll [N]: 0 where not corrupted, else the weight, for a mean over the number corrupted."""
+    scale = scored.corrupted.to(dtype)
+    if scored.weights is not None:
+        scale = torch.where(scored.corrupted, scored.weights.to(dtype), 0)
+    return scale / scored.corrupted.sum().clamp(min=1) if reduction == "mean" else scale
 
 
 def with_rows_contiguous(matrix: Tensor) -> Tensor:

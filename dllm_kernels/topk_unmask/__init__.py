@@ -5,12 +5,11 @@ For each masked position, with logits z over V words:
     confidence = p[token] | top-1 minus top-2 of p | sum p log p | a uniform number
 and in each row b the k[b] masked positions of the highest confidence are committed.
 
-A sample takes one uniform number u per position, drawn outside: the token is the first whose cumulative probability, in
-the order of token ids, passes u. So every backend gives the same tokens, and a row does not depend on its batch.
-B rows, L positions, M masked positions, V words, D hidden size.
+A sample takes one uniform number u per position, drawn outside the backends: the token is the first whose cumulative
+probability, in the order of token ids, passes u. Thus every backend gives the same tokens, and a row does not depend on
+its batch. B rows, L positions, M masked positions, V words, D hidden size.
 """
 
-import importlib
 import os
 from functools import partial
 from typing import NamedTuple
@@ -18,41 +17,41 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dllm_kernels import triton_support
-from dllm_kernels.dispatch import Backend, choose
-from dllm_kernels.operators import define_operator
+from dllm_kernels import native_extension, triton_support
+from dllm_kernels.custom_op import define_operator
+from dllm_kernels.dispatch import Backend, choose, takes
 from dllm_kernels.topk_unmask import allowed as allowed_words
 from dllm_kernels.topk_unmask import cpu, cuda, reference, vocabulary_parallel
 from dllm_kernels.topk_unmask import random as random_numbers
 from dllm_kernels.topk_unmask.allowed import pack as pack_allowed
 from dllm_kernels.topk_unmask.selection import commit
+from dllm_kernels.topk_unmask.settings import CONFIDENCES, Rows, Sampling, Selection
 
-__all__ = [
-    "Scores", "Unmasked", "linear_token_scores", "linear_topk_unmask", "pack_allowed", "philox_uniform", "token_scores",
-    "topk_unmask",
-]
-
-
-def _triton_kernels():
-    """The module, which imports Triton, so not before it is needed."""
-    return importlib.import_module("dllm_kernels.topk_unmask.triton_kernels")
+__all__ = ["Scores", "Unmasked", "linear_token_scores", "linear_topk_unmask", "pack_allowed", "philox_uniform",
+           "token_scores", "topk_unmask"]
 
 
 def _on_triton(function: str) -> Backend:
-    return Backend("triton", lambda *arguments: getattr(_triton_kernels(), function)(*arguments),
-                   triton_support.missing, triton_support.refuses)
+    return Backend("triton", triton_support.on_triton("topk_unmask", function), triton_support.missing,
+                   triton_support.refuses)
 
 
 # Triton before CUDA C++ until a GPU has shown which is faster.
-LOGITS_BACKENDS = (Backend("cpu", cpu.score_rows, cpu.missing, cpu.refuses), _on_triton("score_rows"),
+LOGITS_BACKENDS = (Backend("cpu", cpu.score_rows, native_extension.why_missing, takes("cpu")), _on_triton("score_rows"),
                    Backend("cuda", cuda.score_rows, cuda.missing, cuda.refuses),
                    Backend("reference", reference.score_rows))
-LINEAR_BACKENDS = (Backend("cpu", cpu.linear_score_rows, cpu.missing, cpu.refuses), _on_triton("linear_score_rows"),
-                   Backend("reference", reference.linear_score_rows))
+LINEAR_BACKENDS = (Backend("cpu", cpu.linear_score_rows, native_extension.why_missing, takes("cpu")),
+                   _on_triton("linear_score_rows"), Backend("reference", reference.linear_score_rows))
 BACKENDS = {"topk_unmask": LOGITS_BACKENDS, "linear_topk_unmask": LINEAR_BACKENDS, "token_scores": LOGITS_BACKENDS,
             "linear_token_scores": LINEAR_BACKENDS}
 
-CONFIDENCES = ("prob", "margin", "entropy", "random")
+
+class Inputs(NamedTuple):
+    """Logits [..., V] or, with a head, hidden states [..., D]."""
+
+    values: Tensor
+    weight: Tensor | None = None  # [V, D]
+    bias: Tensor | None = None  # [V]
 
 
 class Unmasked(NamedTuple):
@@ -82,10 +81,10 @@ def topk_unmask(logits: Tensor, tokens: Tensor, mask_token_id: int, k: Tensor | 
             surer), or "random".
         temperature: 0 takes the most likely token, the lowest id among equals; else logits / temperature are sampled.
         top_k, top_p: filters of the tempered distribution, top-p first (as Dream and Open-dLLM).
-        selection_temperature: 0 commits the highest confidences; else noise is added, see `selection.select`.
-        threshold: commit every position whose confidence is at least this too.
-        confidence_of: the tempered and "filtered" distribution (Dream, Open-dLLM), or the untouched, "raw" (LLaDA).
-        allowed: the words that may be chosen, all others having no probability: bool [V] for every position, or
+        selection_temperature: 0 commits the highest confidences; else noise is added, see `selection.commit`.
+        threshold: commit also every position whose confidence is at least this.
+        confidence_of: the tempered and "filtered" distribution (Dream, Open-dLLM), or the "raw" one (LLaDA).
+        allowed: the words that may be chosen, all others have no probability: bool [V] for every position, or
             [B, L, V], or [M, V] for the masked ones in row-major order; or the same as bits, int32 [..., ceil(V / 32)],
             bit v % 32 of number v // 32 for word v.
         generator: a torch.Generator (None: the global one; torch.compile takes no other), or the uniforms themselves,
@@ -93,22 +92,20 @@ def topk_unmask(logits: Tensor, tokens: Tensor, mask_token_id: int, k: Tensor | 
         backend: a name of the backends, None takes the first that can run.
     Returns: `Unmasked`. Ties between positions go to the lowest. Where the logits have a NaN or +inf, or no word is
         left (all -inf, or none allowed), the confidence is NaN and the position is never committed. With DLLM_DEBUG=1
-        in the environment that is an error; otherwise nobody looks, because to ask would stall a GPU.
+        in the environment that is an error; by default nothing looks, because that would stall a GPU.
     Raises: ValueError if shapes or settings cannot work, or `backend` cannot run here; the message says why.
     """
     op = "topk_unmask"
-    _check_step(op, tokens, mask_token_id, k, logits.shape[-1])
+    _check_tokens(op, tokens, mask_token_id, logits.shape[-1])
     if logits.ndim not in (2, 3) or (logits.ndim == 3 and logits.shape[:2] != tokens.shape):
-        raise ValueError(
-            f"{op} takes logits [B, L, V] or [M, V] and tokens [B, L], not "
-            f"{list(logits.shape)} and {list(tokens.shape)}"
-        )
-    settings = _check_settings(op, confidence, temperature, top_k, top_p, confidence_of, selection_temperature)
-    uniform = _uniforms(op, generator, tokens.shape, tokens.device, confidence, temperature, selection_temperature)
-    bits = _allowed_bits(op, allowed, tokens.shape, logits.shape[-1])
+        raise ValueError(f"{op} takes logits [B, L, V] or [M, V] and tokens [B, L], not {list(logits.shape)} and "
+                         f"{list(tokens.shape)}")
+    sampling = _check_sampling(op, confidence, temperature, top_k, top_p, confidence_of)
+    selection = _check_selection(op, tokens, k, selection_temperature, threshold)
+    rows = Rows(None, _uniforms(op, generator, tokens, sampling, selection),
+                _allowed_bits(op, allowed, tokens, logits.shape[-1]))
     run = _unmask_operator if torch.compiler.is_compiling() else _unmask
-    return Unmasked(*run(logits, None, None, tokens, mask_token_id, _as_tensor(k, tokens), uniform, bits, *settings,
-                         selection_temperature, threshold, backend))
+    return Unmasked(*run(Inputs(logits), tokens, mask_token_id, rows, sampling, selection, backend))
 
 
 def linear_topk_unmask(hidden: Tensor, weight: Tensor, tokens: Tensor, mask_token_id: int, k: Tensor | int, *,
@@ -121,26 +118,24 @@ def linear_topk_unmask(hidden: Tensor, weight: Tensor, tokens: Tensor, mask_toke
 
     Args:
         hidden: [B, L, D], read only where masked. weight: [V, D]. bias: [V].
-        group: a process group of torch.distributed each of whose processes holds a slice of the words: `weight` and
-            `bias` are those of this one, and follow those of the process before it; all else, and the result, is the
-            same in all. Runs on `reference`.
+        group: a process group of torch.distributed each of whose processes holds a slice of the words, in the order of
+            ranks: `weight` and `bias` are this process's; all else, and the result, is the same in every process. Runs
+            on "reference".
         The others, the result and the errors: as `topk_unmask`.
     """
     op = "linear_topk_unmask"
     _check_head(op, hidden, weight, bias)
-    _check_step(op, tokens, mask_token_id, k, weight.shape[0] if group is None else None)
+    _check_tokens(op, tokens, mask_token_id, weight.shape[0] if group is None else None)
     if hidden.shape[:-1] != tokens.shape:
-        raise ValueError(
-            f"{op} takes hidden [B, L, D] and tokens [B, L], not {list(hidden.shape)} and {list(tokens.shape)}"
-        )
-    settings = _check_settings(op, confidence, temperature, top_k, top_p, confidence_of, selection_temperature)
-    uniform = _uniforms(op, generator, tokens.shape, tokens.device, confidence, temperature, selection_temperature)
-    bits = _allowed_bits(op, allowed, tokens.shape, weight.shape[0] if group is None else None)
-    arguments = (hidden, weight, bias, tokens, mask_token_id, _as_tensor(k, tokens), uniform, bits, *settings,
-                 selection_temperature, threshold, backend)
-    if group is not None:
-        return Unmasked(*_unmask(*arguments, group))
-    return Unmasked(*(_unmask_operator if torch.compiler.is_compiling() else _unmask)(*arguments))
+        raise ValueError(f"{op} takes hidden [B, L, D] and tokens [B, L], not {list(hidden.shape)} and "
+                         f"{list(tokens.shape)}")
+    sampling = _check_sampling(op, confidence, temperature, top_k, top_p, confidence_of)
+    selection = _check_selection(op, tokens, k, selection_temperature, threshold)
+    rows = Rows(None, _uniforms(op, generator, tokens, sampling, selection),
+                _allowed_bits(op, allowed, tokens, weight.shape[0] if group is None else None))
+    run = _unmask_operator if torch.compiler.is_compiling() else _unmask
+    run = run if group is None else partial(_unmask, group=group)
+    return Unmasked(*run(Inputs(hidden, weight, bias), tokens, mask_token_id, rows, sampling, selection, backend))
 
 
 def token_scores(logits: Tensor, *, confidence: str = "prob", temperature: float = 0.0, top_k: int | None = None,
@@ -151,14 +146,13 @@ def token_scores(logits: Tensor, *, confidence: str = "prob", temperature: float
     Args: as `topk_unmask`; a tensor given as `generator` is [M, 2], one given as `allowed` [V] or [M, V].
     """
     if logits.ndim != 2 or logits.shape[1] == 0:
-        raise ValueError(
-            f"token_scores takes logits [M, V], V at least 1, not {list(logits.shape)}; flatten B and L first"
-        )
-    settings = _check_settings("token_scores", confidence, temperature, top_k, top_p, confidence_of)
-    uniform = _uniforms("token_scores", generator, logits.shape[:1], logits.device, confidence, temperature)
-    bits = _allowed_bits("token_scores", allowed, logits.shape[:1], logits.shape[1])
+        raise ValueError(f"token_scores takes logits [M, V], V at least 1, not {list(logits.shape)}; flatten B and L "
+                         "first")
+    op, each = "token_scores", logits[:, 0]
+    sampling = _check_sampling(op, confidence, temperature, top_k, top_p, confidence_of)
+    rows = Rows(None, _uniforms(op, generator, each, sampling), _allowed_bits(op, allowed, each, logits.shape[1]))
     run = _scores_operator if torch.compiler.is_compiling() else _scores
-    return Scores(*run(logits, None, None, None, uniform, bits, *settings, backend))
+    return Scores(*run(Inputs(logits), rows, sampling, backend))
 
 
 def linear_token_scores(hidden: Tensor, weight: Tensor, positions: Tensor, *, bias: Tensor | None = None,
@@ -177,13 +171,12 @@ def linear_token_scores(hidden: Tensor, weight: Tensor, positions: Tensor, *, bi
     _check_head(op, hidden, weight, bias)
     if positions.ndim != 1 or positions.dtype != torch.int64:
         raise ValueError(f"{op} takes positions [M] int64, not {list(positions.shape)} {positions.dtype}")
-    settings = _check_settings(op, confidence, temperature, top_k, top_p, confidence_of)
-    uniform = _uniforms(op, generator, positions.shape, positions.device, confidence, temperature)
-    bits = _allowed_bits(op, allowed, positions.shape, weight.shape[0] if group is None else None)
-    arguments = hidden, weight, bias, positions, uniform, bits, *settings, backend
-    if group is not None:
-        return Scores(*_scores(*arguments, group))
-    return Scores(*(_scores_operator if torch.compiler.is_compiling() else _scores)(*arguments))
+    sampling = _check_sampling(op, confidence, temperature, top_k, top_p, confidence_of)
+    rows = Rows(positions, _uniforms(op, generator, positions, sampling),
+                _allowed_bits(op, allowed, positions, weight.shape[0] if group is None else None))
+    run = _scores_operator if torch.compiler.is_compiling() else _scores
+    run = run if group is None else partial(_scores, group=group)
+    return Scores(*run(Inputs(hidden, weight, bias), rows, sampling, backend))
 
 
 def philox_uniform(seed: int | Tensor, sequence: Tensor, step: int | Tensor, position: Tensor) -> Tensor:
@@ -197,23 +190,32 @@ def philox_uniform(seed: int | Tensor, sequence: Tensor, step: int | Tensor, pos
     """
     one = isinstance(seed, int)
     if one and position.is_cuda and triton_support.missing() is None and not torch.compiler.is_compiling():
-        return _triton_kernels().philox_uniform(seed, sequence, step, position)
+        return triton_support.kernels("topk_unmask").philox_uniform(seed, sequence, step, position)
     return random_numbers.philox_uniform(seed, sequence, step, position)
 
 
-def _check_step(op, tokens, mask_token_id, k, words):
+def _check_tokens(op: str, tokens: Tensor, mask_token_id: int, words: int | None) -> None:
     if mask_token_id < 0 or (words is not None and mask_token_id >= words):
         raise ValueError(f"{op}: mask_token_id {mask_token_id} is outside the vocabulary of {words}")
-    if not isinstance(k, Tensor) and k < 0:
-        raise ValueError(f"{op}: k must be 0 or more, not {k}")
     if tokens.ndim != 2 or tokens.dtype != torch.int64:
         raise ValueError(f"{op} takes tokens [B, L] int64, not {list(tokens.shape)} {tokens.dtype}")
-    if isinstance(k, Tensor):
-        if k.shape != tokens.shape[:1] or k.dtype != torch.int64:
-            raise ValueError(f"{op} takes k [B] int64 = [{tokens.shape[0]}] or an int, not {list(k.shape)} {k.dtype}")
-        # On a GPU to look would be to wait; a negative number commits nothing there.
-        if k.device.type == "cpu" and not torch.compiler.is_compiling() and (k < 0).any():
-            raise ValueError(f"{op}: k must be 0 or more, not {k.tolist()}")
+
+
+def _check_selection(op: str, tokens: Tensor, k: Tensor | int, temperature: float,
+                     threshold: float | None) -> Selection:
+    if not 0 <= temperature < torch.inf:
+        raise ValueError(f"{op}: selection_temperature must be 0 or more and finite, not {temperature}")
+    if not isinstance(k, Tensor):
+        if k < 0:
+            raise ValueError(f"{op}: k must be 0 or more, not {k}")
+        k = torch.full(tokens.shape[:1], k, dtype=torch.int64, device=tokens.device)
+        return Selection(k, temperature, threshold)
+    if k.shape != tokens.shape[:1] or k.dtype != torch.int64:
+        raise ValueError(f"{op} takes k [B] int64 = [{tokens.shape[0]}] or an int, not {list(k.shape)} {k.dtype}")
+    # The check would stall a GPU; a negative number commits nothing there.
+    if k.is_cpu and not torch.compiler.is_compiling() and (k < 0).any():
+        raise ValueError(f"{op}: k must be 0 or more, not {k.tolist()}")
+    return Selection(k.to(tokens.device), temperature, threshold)
 
 
 def _check_head(op, hidden, weight, bias):
@@ -223,140 +225,131 @@ def _check_head(op, hidden, weight, bias):
         raise ValueError(f"{op} takes hidden [..., D], weight [V, D] and bias [V], not {got}")
 
 
-def _check_settings(op, confidence, temperature, top_k, top_p, confidence_of, selection_temperature=0.0):
+def _check_sampling(op: str, confidence: str, temperature: float, top_k: int | None, top_p: float | None,
+                    confidence_of: str) -> Sampling:
     if confidence not in CONFIDENCES:
         raise ValueError(f"{op}: confidence must be one of {', '.join(CONFIDENCES)}, not {confidence!r}")
     if confidence_of not in ("filtered", "raw"):
         raise ValueError(f"{op}: confidence_of must be 'filtered' or 'raw', not {confidence_of!r}")
-    if not (0 <= temperature < torch.inf and 0 <= selection_temperature < torch.inf):
-        raise ValueError(
-            f"{op}: temperatures must be 0 or more and finite, not {temperature} and {selection_temperature}"
-        )
+    if not 0 <= temperature < torch.inf:
+        raise ValueError(f"{op}: temperature must be 0 or more and finite, not {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"{op}: top_k must be at least 1, or None for no limit, not {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"{op}: top_p must be in (0, 1], not {top_p}")
-    return confidence, float(temperature), top_k, top_p, confidence_of == "raw"
+    return Sampling(confidence, float(temperature), top_k, top_p, confidence_of == "raw")
 
 
-def _uniforms(op, generator, shape, device, confidence, temperature, selection_temperature=0.0):
-    """The uniforms [*shape, 2], or None where nothing is random."""
+def _uniforms(op: str, generator: torch.Generator | Tensor | None, each: Tensor, sampling: Sampling,
+              selection: Selection | None = None) -> Tensor | None:
+    """The uniforms [..., 2] of `each` [...], or None where nothing is random."""
+    shape = (*each.shape, 2)
     if isinstance(generator, Tensor):
-        if generator.shape != (*shape, 2) or generator.dtype != torch.float64:
-            raise ValueError(
-                f"{op} takes uniforms {[*shape, 2]} float64, not {list(generator.shape)} {generator.dtype}"
-            )
+        if generator.shape != shape or generator.dtype != torch.float64:
+            got = f"{list(generator.shape)} {generator.dtype}"
+            raise ValueError(f"{op} takes uniforms {list(shape)} float64, not {got}")
         return generator
-    if temperature > 0 or selection_temperature > 0 or confidence == "random":
-        # 0 and, after rounding, 1 would be infinite Gumbel noise
-        uniform = torch.rand((*shape, 2), dtype=torch.float64, device=device, generator=generator)
+    noisy = selection is not None and selection.selection_temperature > 0
+    if sampling.temperature > 0 or noisy or sampling.confidence == "random":
+        # Gumbel noise would be infinite at 0 and, after rounding, at 1.
+        uniform = torch.rand(shape, dtype=torch.float64, device=each.device, generator=generator)
         return uniform.clamp_(2.0**-54, 1 - 2.0**-53)
     return None
 
 
-def _allowed_bits(op, allowed, lead, words):
-    """`allowed` as int32 bits, [W], [M, W] or [*lead, W], or None. `words` None: how many is not known here."""
+def _allowed_bits(op: str, allowed: Tensor | None, each: Tensor, words: int | None) -> Tensor | None:
+    """`allowed` as int32 bits, [W], [M, W] or [..., W], for `each` [...]. `words` None: a group holds the others."""
     if allowed is None:
         return None
     if words is None:
         words = allowed.shape[-1] * (32 if allowed.dtype == torch.int32 else 1)
-    last = {torch.bool: words, torch.int32: allowed_words.width(words)}.get(allowed.dtype)
+    width, lead = allowed_words.width(words), each.shape
+    last = {torch.bool: words, torch.int32: width}.get(allowed.dtype)
     if allowed.ndim == 0 or allowed.shape[-1] != last or (allowed.ndim > 2 and allowed.shape[:-1] != lead):
-        raise ValueError(
-            f"{op} takes allowed [{words}], [M, {words}] or {[*lead, words]} bool, or their bits "
-            f"[..., {allowed_words.width(words)}] int32, not {list(allowed.shape)} {allowed.dtype}"
-        )
+        raise ValueError(f"{op} takes allowed [{words}], [M, {words}] or {[*lead, words]} bool, or their bits "
+                         f"[..., {width}] int32, not {list(allowed.shape)} {allowed.dtype}")
     if len(lead) == 1 and allowed.ndim == 2 and len(allowed) != lead[0]:
         raise ValueError(f"{op} takes one row of allowed words per position: {len(allowed)} rows, {lead[0]} positions")
     return allowed_words.pack(allowed) if allowed.dtype == torch.bool else allowed
 
 
-def _as_tensor(k, tokens):
-    if isinstance(k, Tensor):
-        return k.to(tokens.device)
-    return torch.full(tokens.shape[:1], k, dtype=torch.int64, device=tokens.device)
-
-
-def _unmask(inputs, weight, bias, tokens, mask_token_id, k, uniform, bits, confidence, temperature, top_k, top_p, raw,
-            selection_temperature, threshold, backend, group=None):
-    table = LOGITS_BACKENDS if weight is None else LINEAR_BACKENDS
-    if group is None and (name := choose("topk_unmask", table, backend, inputs).name) in ("triton", "cuda"):
-        return _unmask_without_waiting(inputs, weight, bias, tokens, mask_token_id, k, uniform, bits, confidence,
-                                       temperature, top_k, top_p, raw, selection_temperature, threshold, name)
+def _unmask(inputs: Inputs, tokens: Tensor, mask_token_id: int, rows: Rows, sampling: Sampling, selection: Selection,
+            backend: str | None, group=None) -> tuple[Tensor, Tensor, Tensor]:
+    """The fields of `Unmasked`. `rows` has the uniforms of all positions, and bits as `_allowed_bits` returns them."""
+    table = LOGITS_BACKENDS if inputs.weight is None else LINEAR_BACKENDS
+    if group is None and (name := choose("topk_unmask", table, backend, inputs.values).name) in ("triton", "cuda"):
+        return _unmask_without_waiting(inputs, tokens, mask_token_id, rows, sampling, selection, name)
     masked = tokens == mask_token_id
     positions = masked.flatten().nonzero().squeeze(1)
-    rows = positions if inputs.ndim == 3 else None
-    for name, given in (("logits", inputs), ("allowed words", bits)):
+    bits = rows.allowed
+    for name, given in (("logits", inputs.values), ("allowed words", bits)):
         if given is not None and given.ndim == 2 and len(given) != len(positions):
             raise ValueError(f"topk_unmask takes one row of {name} per masked position: {len(given)} rows, "
                              f"{len(positions)} masked")
     if bits is not None and bits.ndim != 2:
         bits = bits.expand(len(positions), -1) if bits.ndim == 1 else bits.flatten(0, 1)[positions]
-    token, score = _score(inputs, weight, bias, rows, None if uniform is None else uniform[masked], bits, confidence,
-                          temperature, top_k, top_p, raw, backend=backend, group=group)
+    masked_rows = Rows(positions if inputs.values.ndim == 3 else None,
+                       None if rows.uniform is None else rows.uniform[masked], bits)
+    token, score = _score(inputs, masked_rows, sampling, backend, group)
     tokens_of = torch.zeros_like(tokens).masked_scatter(masked, token)
     scores = torch.full_like(tokens, -torch.inf, dtype=torch.float32).masked_scatter(masked, score)
-    return commit(tokens, masked, tokens_of, scores, k, selection_temperature, threshold, uniform)
+    return commit(tokens, masked, tokens_of, scores, selection, rows.uniform)
 
 
-def _unmask_without_waiting(inputs, weight, bias, tokens, mask_token_id, k, uniform, bits, confidence, temperature,
-                            top_k, top_p, raw, selection_temperature, threshold, backend):
-    """The same where only the GPU knows how many positions are masked: a place for each position, and nothing is read
-    where it is not masked. A row of [M, V] that is missing gives the confidence NaN."""
-    kernels = cuda if backend == "cuda" else _triton_kernels()
-    masked, rows = kernels.find_rows(tokens, mask_token_id, inputs.ndim == 2)
+def _unmask_without_waiting(inputs: Inputs, tokens: Tensor, mask_token_id: int, rows: Rows, sampling: Sampling,
+                            selection: Selection, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_unmask`, where only the GPU knows how many positions are masked.
+
+    Every position has a place, and nothing is read where it is not masked. A row that [M, V] lacks gives NaN.
+    """
+    kernels = cuda if backend == "cuda" else triton_support.kernels("topk_unmask")
+    masked, index = kernels.find_rows(tokens, mask_token_id, inputs.values.ndim == 2)
+    bits = rows.allowed
     if bits is not None:
         if bits.ndim == 2:
-            place = rows if inputs.ndim == 2 else kernels.find_rows(tokens, mask_token_id, True)[1]
+            place = index if inputs.values.ndim == 2 else kernels.find_rows(tokens, mask_token_id, True)[1]
             bits = bits[place.clamp(0, len(bits) - 1)]
         else:
-            bits = bits.expand(len(rows), -1) if bits.ndim == 1 else bits.flatten(0, 1)
-    token, score = _score(inputs, weight, bias, rows, None if uniform is None else uniform.flatten(0, 1), bits,
-                          confidence, temperature, top_k, top_p, raw, backend=backend, group=None)
-    return kernels.commit(tokens, masked, token.view_as(tokens), score.view_as(tokens), k, selection_temperature,
-                          threshold, uniform)
+            bits = bits.expand(len(index), -1) if bits.ndim == 1 else bits.flatten(0, 1)
+    all_rows = Rows(index, None if rows.uniform is None else rows.uniform.flatten(0, 1), bits)
+    token, score = _score(inputs, all_rows, sampling, backend)
+    return kernels.commit(tokens, masked, token.view_as(tokens), score.view_as(tokens), selection, rows.uniform)
 
 
-def _scores(inputs, weight, bias, positions, uniform, bits, confidence, temperature, top_k, top_p, raw, backend,
-            group=None):
-    if bits is not None and bits.ndim == 1:
-        bits = bits.expand(len(inputs if positions is None else positions), -1)
-    return _score(inputs, weight, bias, positions, uniform, bits, confidence, temperature, top_k, top_p, raw,
-                  backend=backend, group=group)
+def _scores(inputs: Inputs, rows: Rows, sampling: Sampling, backend: str | None, group=None) -> tuple[Tensor, Tensor]:
+    if rows.allowed is not None and rows.allowed.ndim == 1:
+        count = len(inputs.values if rows.index is None else rows.index)
+        rows = rows._replace(allowed=rows.allowed.expand(count, -1))
+    return _score(inputs, rows, sampling, backend, group)
 
 
-def _score(inputs, weight, bias, rows, uniform, bits, *settings, backend, group):
-    """Token and confidence of the given rows of the inputs (None: of all), flattened to two dimensions."""
-    op, table = ("token_scores", LOGITS_BACKENDS) if weight is None else ("linear_token_scores", LINEAR_BACKENDS)
-    head = () if weight is None else (weight.detach(), None if bias is None else bias.detach())
+def _score(inputs: Inputs, rows: Rows, sampling: Sampling, backend: str | None, group=None) -> tuple[Tensor, Tensor]:
+    """Token and confidence of rows of the inputs, flattened to two dimensions."""
+    values, *head = (None if x is None else x.detach() for x in inputs)
+    linear = inputs.weight is not None
+    op, table = ("linear_token_scores", LINEAR_BACKENDS) if linear else ("token_scores", LOGITS_BACKENDS)
     if group is None:
-        run = choose(op, table, backend, inputs).run
+        run = choose(op, table, backend, values).run
     elif backend in (None, "reference"):
         run = partial(vocabulary_parallel.linear_score_rows, group=group)
     else:
         raise ValueError(f"{op}: over a group only the backend 'reference' runs, not {backend!r}")
     with torch.no_grad():
-        token, score = run(inputs.detach().flatten(0, -2), *head, rows, uniform, bits, *settings)
+        token, score = run(values.flatten(0, -2), *(head if linear else ()), rows, sampling)
     if os.environ.get("DLLM_DEBUG", "0") not in ("", "0") and (bad := score.isnan().nonzero()).numel():
         raise ValueError(f"{op}: {len(bad)} of {len(score)} rows, the first of them {int(bad[0])}, have a NaN or an "
                          "infinity among their logits, or no word left to choose (DLLM_DEBUG=1 looks for them)")
     return token, score
 
 
-def _fake_unmask(inputs, weight, bias, tokens, *rest):
+def _fake_unmask(inputs, tokens, *rest):
     return tuple(torch.empty_like(tokens, dtype=dtype) for dtype in (torch.int64, torch.float32, torch.bool))
 
 
-def _fake_scores(inputs, weight, bias, positions, *rest):
-    count = (inputs if positions is None else positions).shape[0]
-    return inputs.new_empty(count, dtype=torch.int64), inputs.new_empty(count, dtype=torch.float32)
+def _fake_scores(inputs, rows, *rest):
+    count = (inputs.values if rows.index is None else rows.index).shape[0]
+    return tuple(inputs.values.new_empty(count, dtype=dtype) for dtype in (torch.int64, torch.float32))
 
 
-_SETTINGS = "Tensor? uniform, Tensor? allowed, str confidence, float temperature, int? top_k, float? top_p, bool raw"
-_unmask_operator = define_operator(
-    "topk_unmask", "Tensor inputs, Tensor? weight, Tensor? bias, Tensor tokens, int mask_token_id, Tensor k, "
-    f"{_SETTINGS}, float selection_temperature, float? threshold, str? backend", _unmask, _fake_unmask,
-    returns="(Tensor, Tensor, Tensor)")
-_scores_operator = define_operator(
-    "token_scores", f"Tensor inputs, Tensor? weight, Tensor? bias, Tensor? positions, {_SETTINGS}, str? backend",
-    _scores, _fake_scores, returns="(Tensor, Tensor)")
+_unmask_operator = define_operator("topk_unmask", _unmask, _fake_unmask)
+_scores_operator = define_operator("token_scores", _scores, _fake_scores)

@@ -1,6 +1,6 @@
-"""Which words a position may take (constrained decoding, banned words), as bits: bit v % 32 of word v // 32 is word v.
+"""The words that a position may take (constrained decoding, banned words) as bits: bit v % 32 of number v // 32.
 
-That is the layout of the grammar libraries (XGrammar, llguidance), and a thirty-second of the logits' memory.
+The grammar libraries (XGrammar, llguidance) use this layout; it takes a thirty-second of the logits' memory.
 """
 
 import sys
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def width(words: int) -> int:
-    """int32 numbers that hold a bit for each word."""
+    """The int32 numbers that hold a bit for each word."""
     return (words + 31) // 32
 
 

@@ -1,8 +1,10 @@
 """Counter-based uniforms: Philox-4x32-10 (Salmon et al., SC 2011) in plain PyTorch.
 
-A number depends on its counter alone, so a position draws the same in any batch and on any backend. Two numbers per
-position are all that a denoising step needs, so they are drawn outside the kernels and handed in.
+A number depends on its counter alone, so a position draws the same in any batch and on any backend. A denoising step
+needs two numbers per position, so they are drawn outside the kernels.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,21 +14,15 @@ _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
 
 
-def philox(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds on four 32-bit words, each an int64 tensor below 2**32; four random words."""
+def philox(counter: Sequence[Tensor], key: Sequence[int | Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four random words: ten rounds on four 32-bit words, each an int64 tensor below 2**32."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
         # The int64 products wrap around; their 64 bits are still those of the unsigned product.
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((product1 >> 32) & _LOW) ^ c1 ^ k0,
-            product1 & _LOW,
-            ((product0 >> 32) & _LOW) ^ c3 ^ k1,
-            product0 & _LOW,
-        )
+        c0, c1 = ((product1 >> 32) & _LOW) ^ c1 ^ k0, product1 & _LOW
+        c2, c3 = ((product0 >> 32) & _LOW) ^ c3 ^ k1, product0 & _LOW
         k0, k1 = (k0 + _KEY_INCREMENTS[0]) & _LOW, (k1 + _KEY_INCREMENTS[1]) & _LOW
     return c0, c1, c2, c3
 

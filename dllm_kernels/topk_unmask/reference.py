@@ -1,16 +1,21 @@
-"""Token and confidence of rows of logits in plain PyTorch, by sorting: the definition, and the oracle of the others."""
+"""Token and confidence of rows of logits in plain PyTorch, by sorting: the definition, and the backends' oracle."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from dllm_kernels.topk_unmask.allowed import unpack
+from dllm_kernels.topk_unmask.settings import Rows, Sampling
+
+_CHUNK_BYTES = 256 << 20  # of logits at once
 
 
 def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     """[M, V] with -inf where top-p, then top-k, drop a token.
 
-    top_p: tokens in falling order of probability, the lowest id first among equals; one is dropped if those before it
-    already have more than top_p together. top_k: those below the k-th largest are dropped; its equals stay.
+    top_p drops a token if those before it, in falling order of probability and the lowest id first among equals, have
+    more than top_p together. top_k drops the tokens below the k-th largest; its equals stay.
     """
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
@@ -23,31 +28,25 @@ def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Ten
     return logits
 
 
-def score_rows(logits: Tensor, rows: Tensor | None, uniform: Tensor | None, allowed: Tensor | None, confidence: str,
-               temperature: float, top_k: int | None, top_p: float | None, raw: bool) -> tuple[Tensor, Tensor]:
-    """Token int64 [M] and confidence fp32 [M]; see `dllm_kernels.token_scores`.
-
-    Args:
-        logits: [R, V]. rows: [M] int64, those of the logits that are scored; None: all.
-        uniform: [M, 2]. allowed: [M, ceil(V / 32)] int32 bits, see `allowed.py`.
-    """
-    logits = logits if rows is None else logits[rows]
+def score_rows(logits: Tensor, rows: Rows, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Token int64 [n] and confidence fp32 [n] of rows of logits [R, V]; see `dllm_kernels.token_scores`."""
+    logits = logits if rows.index is None else logits[rows.index]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    tempered = logits / temperature if temperature > 0 else logits
-    if allowed is not None:
-        tempered = tempered.masked_fill(~unpack(allowed, logits.shape[1]), -torch.inf)
-    filtered = filter_logits(tempered, top_k, top_p)
+    tempered = logits / sampling.temperature if sampling.temperature > 0 else logits
+    if rows.allowed is not None:
+        tempered = tempered.masked_fill(~unpack(rows.allowed, logits.shape[1]), -torch.inf)
+    filtered = filter_logits(tempered, sampling.top_k, sampling.top_p)
     probabilities = filtered.softmax(-1)
     possible = probabilities.sum(-1) > 0  # not NaN
-    if temperature > 0:
+    if sampling.temperature > 0:
         cumulative = probabilities.double().cumsum(-1)
-        tokens = (cumulative <= uniform[:, :1] * cumulative[:, -1:]).sum(-1).clamp(max=logits.shape[1] - 1)
+        tokens = (cumulative <= rows.uniform[:, :1] * cumulative[:, -1:]).sum(-1).clamp(max=logits.shape[1] - 1)
     else:
         tokens = filtered.argmax(-1)
-    if confidence == "random":
-        score = uniform[:, 1]
+    if sampling.confidence == "random":
+        score = rows.uniform[:, 1]
     else:
-        score = _confidence(logits.softmax(-1) if raw else probabilities, tokens, confidence)
+        score = _confidence(logits.softmax(-1) if sampling.raw else probabilities, tokens, sampling.confidence)
     return tokens, torch.where(possible, score, torch.nan).float()
 
 
@@ -60,20 +59,23 @@ def _confidence(probabilities, tokens, confidence):
     return torch.xlogy(probabilities, probabilities).sum(-1)
 
 
-def linear_score_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, uniform: Tensor | None,
-                      allowed: Tensor | None, *settings) -> tuple[Tensor, Tensor]:
-    """`score_rows` of the logits hidden [R, D] @ weight.T + bias in fp32, some rows at a time."""
-    hidden = hidden if rows is None else hidden[rows]
-    size = max(1, (256 << 20) // (4 * max(len(weight), 1)))
-    tokens, scores = [hidden.new_empty(0, dtype=torch.int64)], [hidden.new_empty(0, dtype=torch.float32)]
+def linear_score_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows,
+                      sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """`score_rows` of the logits hidden [R, D] @ weight.T + bias in fp32."""
+    return in_chunks(lambda logits, some: score_rows(logits, some, sampling), hidden, weight, bias, rows, len(weight))
+
+
+def in_chunks(score: Callable[[Tensor, Rows], tuple[Tensor, Tensor]], hidden: Tensor, weight: Tensor,
+              bias: Tensor | None, rows: Rows, words: int) -> tuple[Tensor, Tensor]:
+    """`score` of the rows' logits, computed in chunks that would take 256 MiB with this many words."""
+    size = max(1, _CHUNK_BYTES // (4 * max(words, 1)))
+    hidden, rows = hidden if rows.index is None else hidden[rows.index], rows._replace(index=None)
+    found = [(hidden.new_empty(0, dtype=torch.int64), hidden.new_empty(0, dtype=torch.float32))]
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         for start in range(0, len(hidden), size):
-            part = slice(start, start + size)
-            logits = torch.nn.functional.linear(hidden[part].to(dtype), weight, bias)
-            drawn, bits = (None if x is None else x[part] for x in (uniform, allowed))
-            token, score = score_rows(logits, None, drawn, bits, *settings)
-            tokens.append(token)
-            scores.append(score)
+            some = slice(start, start + size)
+            found.append(score(torch.nn.functional.linear(hidden[some].to(dtype), weight, bias), rows.part(some)))
+    tokens, scores = zip(*found, strict=True)
     return torch.cat(tokens), torch.cat(scores)

@@ -1,32 +1,71 @@
-"""What the settings of a denoising step come to, so that a kernel does no work that cannot change the outcome."""
+"""Settings of a denoising step, as the layers pass them on."""
 
 from typing import NamedTuple
 
+from torch import Tensor
 
-class Settings(NamedTuple):
-    measure: str  # "prob", "margin" or "entropy": what is summed over the words
-    temperature: float | None  # None: the likeliest word
+CONFIDENCES = ("prob", "margin", "entropy", "random")  # csrc counts them in this order
+
+
+class Effective(NamedTuple):
+    """A `Sampling` without settings that change nothing, so that a kernel does no work for them."""
+
+    measure: str  # "prob", "margin" or "entropy": the sums over the words
+    temperature: float | None  # None takes the likeliest word
     filtered: bool
-    top_k: int  # all words: no limit
+    top_k: int  # the number of words: no limit
     top_p: float  # infinity: no limit
-    raw: bool  # the confidence is of other numbers than those that the token is chosen from
+    raw: bool  # the confidence comes from other numbers than the token
 
 
-def is_filtered(words: int, confidence: str, temperature: float, top_k: int | None, top_p: float | None,
-                raw: bool) -> bool:
-    """Whether the filters can change the token or the confidence: the likeliest word is always kept."""
-    filters = (top_p is not None and top_p < 1) or (top_k is not None and 0 < top_k < words)
-    return filters and (temperature > 0 or not (raw or confidence == "random"))
+class Sampling(NamedTuple):
+    """Rule by which a row of logits gives a token and a confidence; see `dllm_kernels.topk_unmask`."""
+
+    confidence: str = "prob"
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    raw: bool = False  # confidence_of="raw"
+
+    def has_filters(self, words: int) -> bool:
+        return (self.top_p is not None and self.top_p < 1) or (self.top_k is not None and self.top_k < words)
+
+    def is_filtered(self, words: int) -> bool:
+        """Whether the filters can change the token or the confidence: the likeliest word is always kept."""
+        return self.has_filters(words) and (self.temperature > 0 or not (self.raw or self.confidence == "random"))
+
+    def effective(self, words: int, restricted: bool) -> Effective:
+        """`restricted`: some words are not allowed."""
+        random = self.confidence == "random"
+        return Effective(
+            measure="prob" if random else self.confidence,
+            temperature=float(self.temperature) if self.temperature > 0 else None,
+            filtered=self.is_filtered(words),
+            top_k=words if self.top_k is None else min(self.top_k, words),
+            top_p=float("inf") if self.top_p is None or self.top_p >= 1 else self.top_p,
+            raw=self.raw and not random and (self.temperature > 0 or restricted))
 
 
-def effective(words: int, restricted: bool, confidence: str, temperature: float, top_k: int | None,
-              top_p: float | None, raw: bool) -> Settings:
-    """`restricted`: some words are not allowed."""
-    return Settings(
-        measure="prob" if confidence == "random" else confidence,
-        temperature=float(temperature) if temperature > 0 else None,
-        filtered=is_filtered(words, confidence, temperature, top_k, top_p, raw),
-        top_k=words if top_k is None or top_k < 1 else min(top_k, words),
-        top_p=float("inf") if top_p is None or top_p >= 1 else top_p,
-        raw=raw and confidence != "random" and (temperature > 0 or restricted),
-    )
+class Rows(NamedTuple):
+    """The n rows to score, and what belongs to each of them."""
+
+    index: Tensor | None = None  # [n] int64, rows of the inputs; None: all, in order
+    uniform: Tensor | None = None  # [n, 2] float64
+    allowed: Tensor | None = None  # [n, ceil(V / 32)] int32 bits, see `allowed.py`
+
+    def part(self, some: slice) -> "Rows":
+        return Rows(*(None if x is None else x[some] for x in self))
+
+    def readable(self) -> "Rows":
+        """With strides that the compiled kernels take; that of the rows of `allowed` is free."""
+        index, uniform = (None if x is None else x.contiguous() for x in (self.index, self.uniform))
+        allowed = self.allowed
+        return Rows(index, uniform, allowed if allowed is None or allowed.stride(-1) == 1 else allowed.contiguous())
+
+
+class Selection(NamedTuple):
+    """Rule by which a step commits masked positions; see `dllm_kernels.topk_unmask`."""
+
+    k: Tensor  # [B] int64
+    selection_temperature: float = 0.0
+    threshold: float | None = None

@@ -1,9 +1,9 @@
-"""Unmasking in Triton: for GPUs, without ever waiting for one.
+"""Unmasking in Triton, without host synchronisation.
 
 A row of logits is read once, in blocks, and each block leaves a handful of numbers: its largest logit, the lowest word
 that has it, the sum of exp(x - largest), and the runner-up or the sum of (x - largest) exp(x - largest). A second
 kernel, one program per row, combines them in float64. To sample, it finds the block in which the cumulative probability
-passes u, and reads that block again. So a denoising step is four launches, `find_rows`, two of scores, and `commit`:
+passes u, and reads that block again. A denoising step takes four launches: `find_rows`, two for scores, and `commit`.
 
     setting                              reads of a row                     launches of `score_rows`
     temperature 0                        1                                  2
@@ -11,15 +11,14 @@ passes u, and reads that block again. So a denoising step is four launches, `fin
     top_k or top_p                       up to 19 (bf16 11, fp16 13)        4
         + temperature > 0                one block more
 
-Top-p keeps what is before a cut in falling order of value, top-k keeps what is not below a cut: both are the smallest
-value for which what is above weighs at most so much, or counts less than so many. The search for it halves the range of
-an ordered integer key twice per read, so nothing is sorted. A filter changes nothing at temperature 0 where the
-confidence is raw or random, and is then left out.
+Both filters keep the words above a cut: for top-p, the smallest value whose larger words weigh at most top_p; for
+top-k, the smallest value that has fewer than top_k larger words. The search for the cut halves the range of an ordered
+integer key twice per read, so nothing is sorted. At temperature 0 with a raw or random confidence a filter changes
+nothing, and is left out.
 
-The linear form computes tiles of hidden @ weight.T and reduces them where they are. To sample, it multiplies one block
-of words again. Where something is filtered, it stores fp32 logits, at most WORKSPACE_BYTES at a time, for the above.
-How many rows are scored stays on the GPU: programs that find no row return at once.
-n rows to score, R rows of inputs, V words, D hidden size.
+The linear form computes tiles of hidden @ weight.T and reduces them in registers. To sample, it multiplies one block of
+words again. For a filter it stores fp32 logits, at most WORKSPACE_BYTES at a time. The number of rows stays on the GPU:
+programs without a row return at once. n rows to score, R rows of inputs, V words, D hidden size.
 """
 
 import struct
@@ -30,31 +29,28 @@ import triton.language as tl
 from torch import Tensor
 
 from dllm_kernels import tuned
-from dllm_kernels.topk_unmask.settings import effective, is_filtered
-from dllm_kernels.triton_head import logits_of_tile
-from dllm_kernels.triton_support import missing, refuses
-
-__all__ = ["commit", "find_rows", "linear_score_rows", "missing", "philox_uniform", "refuses", "score_rows"]
+from dllm_kernels.topk_unmask.settings import Rows, Sampling, Selection
+from dllm_kernels.triton_head import logits_of_tile, tile_and_split
 
 # Not measured on a GPU: tiles that spill no registers on sm_80, sm_90 and sm_100.
 BLOCK = {"WORDS": 4096, "num_warps": 8}  # of a row of logits
 CUT = {"WORDS": 2048, "num_warps": 8}
-PROGRAMS, SHARE = 4096, 4  # blocks per program: one for few rows, up to SHARE where there are so many programs
-# Of the linear form, by bytes per element.
+PROGRAMS, SHARE = 4096, 4  # blocks per program: up to SHARE, as long as there are PROGRAMS
+# For the linear form, by bytes per element.
 TILES = tuned.apply("topk_unmask", {
     2: {"linear": {"ROWS": 128, "WORDS": 128, "INNER": 64, "num_warps": 8, "num_stages": 3}},
     4: {"linear": {"ROWS": 64, "WORDS": 64, "INNER": 32, "num_warps": 8, "num_stages": 3}}})
 NARROW = {2: 64, 4: 32}  # WORDS where words are allowed one by one, or two distributions measured: more registers each
 GROUP, LINEAR_SPLITS, LINEAR_PROGRAMS = 16, 32, 512  # as in masked_cross_entropy
-SAMPLED = 512  # words that the linear form multiplies again to sample; more where the statistics would be too many
+SAMPLED = 512  # words that the linear form multiplies again to sample; more if the statistics would not fit
 CHOOSE = {"logits": {"INNER": 32, "num_warps": 16}, "linear": {"INNER": 32, "num_warps": 8}}
 WORKSPACE_BYTES, STATISTICS_BYTES = 1 << 30, 1 << 28
 POSITIONS = {"BLOCK": 1024, "num_warps": 4}
 COMMIT = {"BLOCK": 64, "OTHERS": 64, "num_warps": 8}
 
-# Numbers that differ from call to call are not specialized: no kernel is compiled again for them.
+# Kernels are not specialised on numbers that differ from call to call, so they are not compiled again for them.
 NUMBERS = tl.constexpr(5)  # of a block: top, total, extra; top and total of the raw logits, where they differ
-# Of the key: bf16 and fp16 fill the upper 16 and 19 bits of an fp32
+# bf16 and fp16 fill the upper 16 and 19 bits of an fp32.
 KEY_SHIFTS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 
 
@@ -85,7 +81,7 @@ def _key(z, x, SHIFT: tl.constexpr):
 
 @triton.jit
 def _statistics(x, v, V, IDS: tl.constexpr, MEASURE: tl.constexpr):
-    """Of each row of x [rows, words]: top, its lowest word, total, extra. A NaN or +inf makes the total NaN."""
+    """top, its lowest word, total and extra of each row of x [rows, words]. A NaN or +inf makes the total NaN."""
     top = tl.max(x, 1)
     shifted = x - _finite(top)[:, None]
     e = tl.exp(shifted)
@@ -102,7 +98,7 @@ def _statistics(x, v, V, IDS: tl.constexpr, MEASURE: tl.constexpr):
 
 @triton.jit
 def _fold(top, best, total, extra, x, v, V, IDS: tl.constexpr, MEASURE: tl.constexpr):
-    """The statistics of what came before, in lower words, and of x together."""
+    """The statistics of x and of the lower words before it, together."""
     its_top, its_best, its_total, its_extra = _statistics(x, v, V, IDS, MEASURE)
     new_top = tl.maximum(top, its_top)
     shift = _finite(new_top)
@@ -114,6 +110,21 @@ def _fold(top, best, total, extra, x, v, V, IDS: tl.constexpr, MEASURE: tl.const
         extra += tl.where(its_total > 0, its_scale * (its_extra + (its_top - shift) * its_total), 0.0)
     best = tl.where(its_top > top, its_best, best)
     return new_top, best, total * scale + its_total * its_scale, extra
+
+
+@triton.jit
+def _store(stats, ids, at, mask, top, best, total, extra, raw_top, raw_total, IDS: tl.constexpr, MEASURE: tl.constexpr,
+           RAW: tl.constexpr):
+    """Write those of the NUMBERS of blocks `at` that `_choose_kernel` reads."""
+    tl.store(stats + at * NUMBERS, top, mask=mask)
+    tl.store(stats + at * NUMBERS + 1, total, mask=mask)
+    if IDS:
+        tl.store(ids + at, best, mask=mask)
+    if RAW:
+        tl.store(stats + at * NUMBERS + 3, raw_top, mask=mask)
+        tl.store(stats + at * NUMBERS + 4, raw_total, mask=mask)
+    if MEASURE == "margin" or MEASURE == "entropy":
+        tl.store(stats + at * NUMBERS + 2, extra, mask=mask)
 
 
 @triton.jit
@@ -145,22 +156,16 @@ def _statistics_kernel(stats, ids, logits, rows, allowed, cuts, lasts, temperatu
             key, cut = _key(z, x, SHIFT), tl.load(cuts + n)
             x = tl.where((key > cut) | ((key == cut) & (v <= tl.load(lasts + n))), x, -float("inf"))
         top, best, total, extra = _statistics(x, v, V, IDS, "" if RAW else MEASURE)
-        at = n * blocks + block + tl.arange(0, 1)
-        tl.store(stats + at * NUMBERS, top)
-        tl.store(stats + at * NUMBERS + 1, total)
-        if IDS:
-            tl.store(ids + at, best)
+        raw_top, raw_total = top, total
         if RAW:
-            top, best, total, extra = _statistics(z, v, V, False, MEASURE)
-            tl.store(stats + at * NUMBERS + 3, top)
-            tl.store(stats + at * NUMBERS + 4, total)
-        if MEASURE == "margin" or MEASURE == "entropy":
-            tl.store(stats + at * NUMBERS + 2, extra)
+            raw_top, _, raw_total, extra = _statistics(z, v, V, False, MEASURE)
+        at = n * blocks + block + tl.arange(0, 1)
+        _store(stats, ids, at, at >= 0, top, best, total, extra, raw_top, raw_total, IDS, MEASURE, RAW)
 
 
 @triton.jit
 def _read(stats, b, blocks, FIRST: tl.constexpr):
-    """Of a row: each block's top, the row's, and what each block adds to the sum of exp(x - top), in float64."""
+    """Each block's top, the row's, and each block's part of the row's sum of exp(x - top), in float64."""
     tops = tl.load(stats + b * NUMBERS + FIRST, mask=b < blocks, other=-float("inf"))
     totals = tl.load(stats + b * NUMBERS + FIRST + 1, mask=b < blocks, other=0.0)
     top = tl.max(tops, 0)
@@ -170,7 +175,7 @@ def _read(stats, b, blocks, FIRST: tl.constexpr):
 @triton.jit(do_not_specialize=["top_p_bits", "top_k", "allowed_stride", "R", "blocks"])
 def _cut_kernel(cuts, lasts, stats, logits, rows, allowed, temperature, top_p_bits, top_k, logits_stride,
                 allowed_stride, R, V, blocks, BLOCKS: tl.constexpr, SHIFT: tl.constexpr, WORDS: tl.constexpr):
-    """Write the key below which a word is dropped, and of the words that have that key the last that is kept."""
+    """Write the key below which words are dropped, and the last word with that key that is kept."""
     n = tl.program_id(0).to(tl.int64)
     row = _row_of(rows, n)
     if (row < 0) | (row >= R):
@@ -178,7 +183,7 @@ def _cut_kernel(cuts, lasts, stats, logits, rows, allowed, temperature, top_p_bi
     tops, top, totals = _read(stats + n * blocks * NUMBERS, tl.arange(0, BLOCKS), blocks, 0)
     total = tl.sum(totals, 0)
     low = tl.cast(-0x7F800001 >> SHIFT, tl.int64)  # the key of -inf
-    if (total > 0) == 0:  # NaN too; then all is kept, so that it is found again
+    if (total > 0) == 0:  # NaN too: all words are kept, so that it shows again
         tl.store(cuts + n, low.to(tl.int32))
         tl.store(lasts + n, V)
         return
@@ -215,7 +220,7 @@ def _cut_kernel(cuts, lasts, stats, logits, rows, allowed, temperature, top_p_bi
     value = bits.to(tl.float32, bitcast=True)
     if SHIFT != 0 and temperature is not None:
         value = tl.div_rn(value, temperature)
-    # Of equals that all fit, room is at least their number; of those without weight it is infinite.
+    # Room for equals of the cut: at least their number if all fit, infinite if they have no weight.
     weight = tl.exp(value - top).to(tl.float64)
     room = tl.floor((limit - above) / tl.maximum(weight, 1e-300)) + 1
     last = tl.cast(V, tl.int32)
@@ -254,7 +259,7 @@ def _choose_kernel(tokens, scores, stats, ids, inputs, weight, bias, rows, unifo
         token = tl.min(tl.where((tops == top) & (b < blocks), best, V - 1), 0)
         chosen, raw_chosen = top, top
     else:
-        # Sums of floats need not agree to the last bit: what no sum passes goes to the last that has a probability.
+        # Sums of floats may differ in the last bit: if none passes, the last word that has a probability is taken.
         sums = tl.cumsum(shares, 0)
         passed = tl.load(uniform + 2 * n) * total
         block = tl.minimum(tl.sum(((sums <= passed) & (b < blocks)).to(tl.int32), 0),
@@ -304,7 +309,7 @@ def _choose_kernel(tokens, scores, stats, ids, inputs, weight, bias, rows, unifo
 @triton.jit
 def _multiply(hidden, weight, bias, first, weight_stride, V, D, WORDS: tl.constexpr, INNER: tl.constexpr):
     """One row's logits of the words from `first`, [WORDS] in fp32."""
-    v = tl.minimum(first + tl.arange(0, WORDS), V - 1).to(tl.int64)  # those past the last are dropped by the caller
+    v = tl.minimum(first + tl.arange(0, WORDS), V - 1).to(tl.int64)  # the caller drops words past the last
     z = tl.zeros((WORDS,), tl.float32)
     for start in range(0, D, INNER):
         d = start + tl.arange(0, INNER)
@@ -322,10 +327,7 @@ def _linear_statistics_kernel(stats, ids, hidden, weight, bias, rows, listed, co
                               IDS: tl.constexpr, MEASURE: tl.constexpr, RAW: tl.constexpr, ROWS: tl.constexpr,
                               WORDS: tl.constexpr, INNER: tl.constexpr):
     """Write stats [n, splits, NUMBERS] and ids [n, splits] of `span` words each, for the `count` places in `listed`."""
-    # Programs at work at one time share `group` row tiles and few words, so that both are found in the cache.
-    program = tl.program_id(0)
-    tile = program // (group * splits) * group + program % group
-    split = program % (group * splits) // group
+    tile, split = tile_and_split(group, splits)
     live = tl.load(count).to(tl.int32)
     if tile * ROWS >= live:
         return
@@ -348,17 +350,9 @@ def _linear_statistics_kernel(stats, ids, hidden, weight, bias, rows, listed, co
             x = tl.where(v < V, z, -float("inf"))
             raw_top, raw_best, raw_total, raw_extra = _fold(raw_top, raw_best, raw_total, raw_extra, x, v, V, False,
                                                             MEASURE)
-    at = n * splits + split
-    mask = i < live
-    tl.store(stats + at * NUMBERS, top, mask=mask)
-    tl.store(stats + at * NUMBERS + 1, total, mask=mask)
-    if IDS:
-        tl.store(ids + at, best, mask=mask)
     if RAW:
-        tl.store(stats + at * NUMBERS + 3, raw_top, mask=mask)
-        tl.store(stats + at * NUMBERS + 4, raw_total, mask=mask)
-    if MEASURE == "margin" or MEASURE == "entropy":
-        tl.store(stats + at * NUMBERS + 2, raw_extra if RAW else extra, mask=mask)
+        extra = raw_extra
+    _store(stats, ids, n * splits + split, i < live, top, best, total, extra, raw_top, raw_total, IDS, MEASURE, RAW)
 
 
 @triton.jit(do_not_specialize=["row_tiles"])
@@ -380,7 +374,7 @@ def _linear_logits_kernel(workspace, hidden, weight, bias, rows, listed, count, 
 
 @triton.jit(do_not_specialize=["n", "R"])
 def _list_kernel(listed, count, rows, n, R, BLOCK: tl.constexpr):
-    """The places in rows [n] that hold a row, in order, and how many. A program counts those before its own."""
+    """The places in rows [n] that hold a row, in order, and their number. A program counts those before its own."""
     here, before = tl.program_id(0) * BLOCK, 0
     for start in range(0, here, 8 * BLOCK):
         i = start + tl.arange(0, 8 * BLOCK)
@@ -413,7 +407,7 @@ def _find_rows_kernel(masked, rows, tokens, mask_token_id, n, PACKED: tl.constex
 
 @triton.jit
 def _score_of(confidence, masked, uniform, at, is_position, temperature_bits):
-    """What ranks the positions, and whether they can be committed."""
+    """The score that ranks positions, their confidence, and whether they can be committed."""
     c = tl.load(confidence + at, mask=is_position, other=0.0)
     possible = (tl.load(masked + at, mask=is_position, other=0) != 0) & (c == c)
     score = c
@@ -465,31 +459,27 @@ def _philox_kernel(numbers, sequence, position, step_pointer, low, high, step, s
     tl.store(numbers + 2 * i + 1, (second.to(tl.float64) + 0.5) * 2.0**-52, mask=is_number)
 
 
-def score_rows(logits: Tensor, rows: Tensor | None, uniform: Tensor | None, allowed: Tensor | None, confidence: str,
-               temperature: float, top_k: int | None, top_p: float | None, raw: bool) -> tuple[Tensor, Tensor]:
+def score_rows(logits: Tensor, rows: Rows, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Token int64 [n] and confidence fp32 [n], as `reference.score_rows`.
 
-    Args:
-        logits: [R, V] fp32, bf16 or fp16; copied if the last stride is not 1.
-        rows: [n] int64. At -1 nothing is read, the confidence is -inf and the token 0; at R or more the confidence is
-            NaN. None: all rows, in order.
-        uniform: [n, 2] float64. allowed: [n, ceil(V / 32)] int32 bits; its row stride may be 0.
+    An index of -1 reads nothing and gives the confidence -inf and the token 0; one past the last row gives NaN. The row
+    stride of the bits may be 0.
     """
     logits, V = _readable(logits), logits.shape[1]
-    n = len(logits) if rows is None else len(rows)
+    n = len(logits) if rows.index is None else len(rows.index)
     words = BLOCK["WORDS"]
     if V <= words // 2:
         words = max(triton.next_power_of_2(V), 128)
     blocks = -(-V // words)
     share = max(1, min(SHARE, n * blocks // PROGRAMS))
     splits = -(-blocks // share)
-    plan = _Plan(n, V, blocks, logits, rows, uniform, allowed, confidence, temperature, top_k, top_p, raw)
+    plan = _Plan(n, V, blocks, logits, rows, sampling)
     if n:
         chosen = {**BLOCK, "WORDS": words, "SHIFT": KEY_SHIFTS[logits.dtype]}
 
         def measure(cuts, lasts, confidence, raw):
             _statistics_kernel[(n * splits,)](
-                plan.stats, plan.ids, logits, plan.rows, plan.allowed, cuts, lasts, plan.temperature, logits.stride(0),
+                plan.stats, plan.ids, logits, plan.index, plan.allowed, cuts, lasts, plan.temperature, logits.stride(0),
                 plan.allowed_stride, len(logits), V, splits, share, blocks, IDS=plan.ids is not None,
                 MEASURE=confidence, RAW=raw, **chosen)
 
@@ -499,7 +489,7 @@ def score_rows(logits: Tensor, rows: Tensor | None, uniform: Tensor | None, allo
                 measure(None, None, plan.measure if plan.raw else "", plan.raw)
                 cuts, lasts = (torch.empty(n, dtype=torch.int32, device=logits.device) for _ in range(2))
                 _cut_kernel[(n,)](
-                    cuts, lasts, plan.stats, logits, plan.rows, plan.allowed, plan.temperature, _bits(plan.top_p),
+                    cuts, lasts, plan.stats, logits, plan.index, plan.allowed, plan.temperature, _bits(plan.top_p),
                     plan.top_k, logits.stride(0), plan.allowed_stride, len(logits), V, blocks,
                     BLOCKS=triton.next_power_of_2(blocks), SHIFT=chosen["SHIFT"],
                     **{**CUT, "WORDS": min(words, CUT["WORDS"])})
@@ -510,9 +500,8 @@ def score_rows(logits: Tensor, rows: Tensor | None, uniform: Tensor | None, allo
     return plan.tokens, plan.scores
 
 
-def linear_score_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, uniform: Tensor | None,
-                      allowed: Tensor | None, confidence: str, temperature: float, top_k: int | None,
-                      top_p: float | None, raw: bool) -> tuple[Tensor, Tensor]:
+def linear_score_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows,
+                      sampling: Sampling) -> tuple[Tensor, Tensor]:
     """`score_rows` of the logits hidden [R, D] @ weight [V, D].T + bias [V].
 
     The products are of the wider of the two dtypes, summed in fp32. Without filters each weight is read once per tile
@@ -522,31 +511,30 @@ def linear_score_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows:
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     hidden, weight = _readable(hidden.to(dtype)), _readable(weight.to(dtype))
     (R, D), V, tiles = hidden.shape, len(weight), TILES[dtype.itemsize]["linear"]
-    if allowed is not None or (raw and temperature > 0):
+    if rows.allowed is not None or (sampling.raw and sampling.temperature > 0):
         tiles = {**tiles, "WORDS": NARROW[dtype.itemsize]}
-    n = R if rows is None else len(rows)
-    rows = torch.arange(n, device=hidden.device) if rows is None else rows.contiguous()
+    n = R if rows.index is None else len(rows.index)
+    index = torch.arange(n, device=hidden.device) if rows.index is None else rows.index.contiguous()
+    rows = rows._replace(index=index)
     row_tiles, word_tiles = -(-n // tiles["ROWS"]), -(-V // tiles["WORDS"])
     strides = hidden.stride(0), weight.stride(0)
-    if is_filtered(V, confidence, temperature, top_k, top_p, raw):
+    if sampling.is_filtered(V):
         size = max(1, min(n, WORKSPACE_BYTES // (4 * V)))
         logits = torch.empty(size, V, dtype=torch.float32, device=hidden.device)
         tokens, scores = _outputs(n, hidden.device)
         for start in range(0, n, size):
-            part = slice(start, start + size)
-            these = rows[part]
-            listed, count = _list(these, R)
-            row_tiles = -(-len(these) // tiles["ROWS"])
+            some = rows.part(slice(start, start + size))
+            listed, count = _list(some.index, R)
+            row_tiles = -(-len(some.index) // tiles["ROWS"])
             with torch.cuda.device_of(hidden):
-                _linear_logits_kernel[(row_tiles * word_tiles,)](logits, hidden, weight, bias, these, listed, count,
-                                                                 *strides, V, D, row_tiles, **tiles)
-            place = torch.arange(len(these), device=rows.device)
-            place = torch.where(these < 0, -1, torch.where(these < R, place, size))
-            drawn, bits = (None if x is None else x[part] for x in (uniform, allowed))
-            tokens[part], scores[part] = score_rows(logits, place, drawn, bits, confidence, temperature, top_k, top_p,
-                                                    raw)
+                _linear_logits_kernel[(row_tiles * word_tiles,)](
+                    logits, hidden, weight, bias, some.index, listed, count, *strides, V, D, row_tiles, **tiles)
+            place = torch.arange(len(some.index), device=index.device)
+            place = torch.where(some.index < 0, -1, torch.where(some.index < R, place, size))
+            found = score_rows(logits, some._replace(index=place), sampling)
+            tokens[start:start + size], scores[start:start + size] = found
         return tokens, scores
-    if temperature > 0:
+    if sampling.temperature > 0:
         span = max(SAMPLED, tiles["WORDS"])
         while n * -(-V // span) * 4 * NUMBERS.value > STATISTICS_BYTES and span < 4096:
             span *= 2
@@ -554,13 +542,13 @@ def linear_score_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows:
         splits = min(word_tiles, max(LINEAR_SPLITS, LINEAR_PROGRAMS // max(row_tiles, 1)))
         span = -(-word_tiles // splits) * tiles["WORDS"]
     splits = -(-V // span)
-    plan = _Plan(n, V, splits, hidden, rows, uniform, allowed, confidence, temperature, None, None, raw)
+    plan = _Plan(n, V, splits, hidden, rows, sampling)
     if n:
-        listed, count = _list(rows, R)
+        listed, count = _list(index, R)
         group = min(GROUP, row_tiles)
         with torch.cuda.device_of(hidden):
             _linear_statistics_kernel[(-(-row_tiles // group) * group * splits,)](
-                plan.stats, plan.ids, hidden, weight, bias, plan.rows, listed, count, plan.allowed, plan.temperature,
+                plan.stats, plan.ids, hidden, weight, bias, plan.index, listed, count, plan.allowed, plan.temperature,
                 *strides, plan.allowed_stride, V, D, group, splits, span, IDS=plan.ids is not None,
                 MEASURE=plan.measure, RAW=plan.raw, **tiles)
             plan.choose(hidden, weight, bias, None, None, span, 0)
@@ -568,25 +556,23 @@ def linear_score_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows:
 
 
 class _Plan:
-    """The settings as kernels take them, what the kernels hand to each other, and the outputs."""
+    """The settings as kernels take them, the kernels' intermediate results, and the outputs."""
 
-    def __init__(self, n, V, blocks, inputs, rows, uniform, allowed, confidence, temperature, top_k, top_p, raw):
+    def __init__(self, n: int, V: int, blocks: int, inputs: Tensor, rows: Rows, sampling: Sampling):
         device = inputs.device
-        self.n, self.V, self.blocks, self.confidence = n, V, blocks, confidence
-        self.measure, self.temperature, self.filtered, self.top_k, self.top_p, self.raw = effective(
-            V, allowed is not None, confidence, temperature, top_k, top_p, raw)
-        self.rows = None if rows is None else rows.contiguous()
-        self.uniform = None if uniform is None else uniform.contiguous()
-        self.allowed = None if allowed is None else _readable(allowed)
-        self.allowed_stride = 0 if allowed is None else self.allowed.stride(0)
+        self.n, self.V, self.blocks, self.confidence = n, V, blocks, sampling.confidence
+        self.measure, self.temperature, self.filtered, self.top_k, self.top_p, self.raw = sampling.effective(
+            V, rows.allowed is not None)
+        self.index, self.uniform, self.allowed = rows.readable()
+        self.allowed_stride = 0 if self.allowed is None else self.allowed.stride(0)
         self.stats = torch.empty(n, blocks, NUMBERS.value, dtype=torch.float32, device=device)
-        self.ids = None if temperature > 0 else torch.empty(n, blocks, dtype=torch.int32, device=device)
+        self.ids = None if sampling.temperature > 0 else torch.empty(n, blocks, dtype=torch.int32, device=device)
         self.tokens, self.scores = _outputs(n, device)
 
     def choose(self, inputs, weight, bias, cuts, lasts, span, shift):
         _choose_kernel[(self.n,)](
-            self.tokens, self.scores, self.stats, self.ids, inputs, weight, bias, self.rows, self.uniform, self.allowed,
-            cuts, lasts, self.temperature, inputs.stride(0), 0 if weight is None else weight.stride(0),
+            self.tokens, self.scores, self.stats, self.ids, inputs, weight, bias, self.index, self.uniform,
+            self.allowed, cuts, lasts, self.temperature, inputs.stride(0), 0 if weight is None else weight.stride(0),
             self.allowed_stride, len(inputs), self.V, inputs.shape[1], self.blocks, span, CONFIDENCE=self.confidence,
             RAW=self.raw, SHIFT=shift, BLOCKS=triton.next_power_of_2(self.blocks), WORDS=triton.next_power_of_2(span),
             **CHOOSE["logits" if weight is None else "linear"])
@@ -613,7 +599,7 @@ def _bits(number: float) -> int:
 
 
 def find_rows(tokens: Tensor, mask_token_id: int, packed: bool) -> tuple[Tensor, Tensor]:
-    """Which tokens [B, L] are masked, bool, and the row of logits of each, [B * L] int64, -1 where not masked.
+    """The masked ones of tokens [B, L], bool, and the row of logits of each, [B * L] int64, -1 where not masked.
 
     The row is the flattened position or, packed, the number of masked positions before it. One launch.
     """
@@ -627,18 +613,19 @@ def find_rows(tokens: Tensor, mask_token_id: int, packed: bool) -> tuple[Tensor,
     return masked, rows
 
 
-def commit(tokens: Tensor, masked: Tensor, token: Tensor, confidence: Tensor, k: Tensor, selection_temperature: float,
-           threshold: float | None, uniform: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """As `selection.commit`, in one launch: a position's rank is the number of positions ahead of it, counted."""
-    tokens, masked, token, confidence, k = (x.contiguous() for x in (tokens, masked, token, confidence, k))
+def commit(tokens: Tensor, masked: Tensor, token: Tensor, confidence: Tensor, selection: Selection,
+           uniform: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """As `selection.commit`, in one launch: a position's rank is the count of positions ahead of it."""
+    tokens, masked, token, confidence, k = (x.contiguous() for x in (tokens, masked, token, confidence, selection.k))
     out, committed = torch.empty_like(tokens), torch.empty_like(masked)
-    bits = _bits(selection_temperature) if selection_temperature > 0 else None
+    noisy = selection.selection_temperature > 0
+    threshold = None if selection.threshold is None else float(selection.threshold)
     if tokens.numel():
         B, L = tokens.shape
         with torch.cuda.device_of(tokens):
             _commit_kernel[(B, -(-L // COMMIT["BLOCK"]))](
-                out, committed, tokens, masked, token, confidence, k, None if bits is None else uniform.contiguous(),
-                bits, None if threshold is None else float(threshold), L, **COMMIT)
+                out, committed, tokens, masked, token, confidence, k, uniform.contiguous() if noisy else None,
+                _bits(selection.selection_temperature) if noisy else None, threshold, L, **COMMIT)
     return out, confidence, committed
 
 
@@ -658,5 +645,5 @@ def philox_uniform(seed: int, sequence: Tensor, step: int | Tensor, position: Te
 
 
 def _signed(number: int) -> int:
-    """The low 32 bits as an int32, so that every number is of one type."""
+    """The low 32 bits as an int32, so that every number has one type."""
     return (number + 2**31) % 2**32 - 2**31

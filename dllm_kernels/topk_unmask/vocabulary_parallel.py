@@ -1,8 +1,8 @@
 """Scores where each process of a group holds a slice of the words (vocabulary parallelism, arXiv:1909.08053).
 
-Every process finds maximum, runner-up and sums of its own words; one all_gather of these few numbers per row tells all
-of them the whole distribution. A sample needs a second collective, as small: the process in whose slice the cumulative
-sum passes u finds the word. Filters need the row itself, so then the slices of the logits are gathered.
+Every process finds maximum, runner-up and sums of its own words; one all_gather of these few numbers per row gives
+every process the whole distribution. A sample takes a second collective of the same size: the process in whose slice
+the cumulative sum passes u finds the word. Filters need the whole row, so the slices of the logits are then gathered.
 """
 
 import torch
@@ -11,63 +11,50 @@ from torch import Tensor
 
 from dllm_kernels.topk_unmask import reference
 from dllm_kernels.topk_unmask.allowed import unpack, width
+from dllm_kernels.topk_unmask.settings import Rows, Sampling
 
-_CHUNK_BYTES = 256 << 20  # of a slice's logits at once
 
-
-def linear_score_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, uniform: Tensor | None,
-                      allowed: Tensor | None, *settings, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+def linear_score_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, sampling: Sampling, *,
+                      group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """As `reference.linear_score_rows`, the same in every process.
 
     Args:
-        hidden: [R, D], and all else but the head, the same in every process.
-        weight, bias: [Vr, D] and [Vr], the words of this process, which follow those of the process before it.
-        allowed: bits of all words.
+        weight, bias: [Vr, D] and [Vr], this process's words, in the order of ranks. All else is the same in every
+            process; the bits in `rows` are those of all words.
     """
-    hidden = hidden if rows is None else hidden[rows]
     sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=hidden.device)
     sizes[dist.get_rank(group)] = len(weight)
     dist.all_reduce(sizes, group=group)
     sizes = sizes.tolist()
-    if allowed is not None and allowed.shape[1] != width(sum(sizes)):
-        raise ValueError(f"the group holds {sum(sizes)} words, and allowed is to have {width(sum(sizes))} int32 "
-                         f"numbers of bits for them, not {allowed.shape[1]}")
-    chunk = max(1, _CHUNK_BYTES // (4 * max(sizes)))
-    token, score = [hidden.new_empty(0, dtype=torch.int64)], [hidden.new_empty(0, dtype=torch.float32)]
-    with torch.autocast(hidden.device.type, enabled=False):
-        weight, bias = weight.float(), None if bias is None else bias.float()
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
-            logits = torch.nn.functional.linear(hidden[part].float(), weight, bias)
-            drawn, bits = (None if x is None else x[part] for x in (uniform, allowed))
-            part_token, part_score = _score(logits, sizes, drawn, bits, *settings, group)
-            token.append(part_token)
-            score.append(part_score)
-    return torch.cat(token), torch.cat(score)
+    if rows.allowed is not None and rows.allowed.shape[1] != width(sum(sizes)):
+        raise ValueError(f"the group holds {sum(sizes)} words, so allowed needs {width(sum(sizes))} int32 numbers of "
+                         f"bits for each position, not {rows.allowed.shape[1]}")
+    return reference.in_chunks(lambda logits, some: _score(logits, sizes, some, sampling, group), hidden, weight, bias,
+                               rows, max(sizes))
 
 
-def _score(logits, sizes, uniform, allowed, confidence, temperature, top_k, top_p, raw, group):
-    if (top_p is not None and top_p < 1) or (top_k is not None and top_k < sum(sizes)):
-        whole = _gather_words(logits, sizes, group)
-        return reference.score_rows(whole, None, uniform, allowed, confidence, temperature, top_k, top_p, raw)
+def _score(logits: Tensor, sizes: list[int], rows: Rows, sampling: Sampling,
+           group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    if sampling.has_filters(sum(sizes)):
+        return reference.score_rows(_gather_words(logits, sizes, group), rows, sampling)
     first = sum(sizes[:dist.get_rank(group)])
     words = slice(first, first + logits.shape[1])
-    x = logits / temperature if temperature > 0 else logits
-    if allowed is not None:
-        x = x.masked_fill(~unpack(allowed, sum(sizes))[:, words], -torch.inf)
+    x = logits / sampling.temperature if sampling.temperature > 0 else logits
+    if rows.allowed is not None:
+        x = x.masked_fill(~unpack(rows.allowed, sum(sizes))[:, words], -torch.inf)
     own = torch.stack((*_statistics(x, first), *_statistics(logits, first)))
     gathered = [torch.empty_like(own) for _ in sizes]
     dist.all_gather(gathered, own, group=group)
     tempered, untouched = torch.stack(gathered, 1).split(5)
     top, total = _combine(tempered)[:2]
-    best = tempered[0].max(0).indices  # of equals the first process, whose words come first
+    best = tempered[0].max(0).indices  # among equals the first process, whose words come first
     token, chosen = (part.gather(0, best.unsqueeze(0)).squeeze(0) for part in (tempered[4], tempered[0]))
-    if temperature > 0:
-        token, chosen = _sample(x, logits if raw else x, tempered, top, uniform, first, group)
-    if confidence == "random":
-        score = uniform[:, 1]
+    if sampling.temperature > 0:
+        token, chosen = _sample(x, logits if sampling.raw else x, tempered, top, rows.uniform, first, group)
+    if sampling.confidence == "random":
+        score = rows.uniform[:, 1]
     else:
-        score = _confidence(confidence, _combine(untouched if raw else tempered), chosen)
+        score = _confidence(sampling.confidence, _combine(untouched if sampling.raw else tempered), chosen)
     return token.long(), torch.where(total > 0, score, torch.nan).float()
 
 
@@ -80,7 +67,7 @@ def _statistics(x, first):
     below = (x - best.values[:, :1]).double()
     weights = below.exp()
     terms = torch.where(weights == 0, 0, weights * below)
-    # A slice without a possible word weighs nothing; one with a NaN shows it in its sum.
+    # A slice without a possible word weighs nothing; a NaN shows in the sum of its slice.
     empty = top == -torch.inf
     return (top, second, torch.where(empty, 0, weights.sum(1)), torch.where(empty, 0, terms.sum(1)),
             (x.argmax(1) + first).double())
@@ -115,7 +102,7 @@ def _sample(x, logits, parts, top, uniform, first, group):
     before = cumulative[rank] - masses[rank]
     within = (x.double() - top.unsqueeze(1)).exp().cumsum(1)
     place = (within <= (wanted - before).unsqueeze(1)).sum(1)
-    # Rounding may take the sum past the end: then the last word that is possible.
+    # Rounding may carry the sum past the end: then the last possible word is taken.
     last = x.shape[1] - 1 - (x > -torch.inf).flip(1).int().argmax(1)
     place = torch.minimum(place, last)
     found = torch.stack(((place + first).double(), logits.gather(1, place.unsqueeze(1)).squeeze(1).double()))

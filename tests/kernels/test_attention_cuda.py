@@ -6,31 +6,23 @@ indices, masks, fragments and the waiting for copies, not what nvcc makes of the
 
 import ctypes
 import importlib
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from dllm_kernels import bidirectional_attention
-from dllm_kernels.attention import BACKENDS, DENSE_BACKENDS, cuda, reference
+from dllm_kernels.attention import BACKENDS, DENSE_BACKENDS, Mask, cuda, reference
 
 attention = importlib.import_module("dllm_kernels.attention")
-HERE = Path(__file__).parent
 ON_GPU = cuda.missing() is None
 HALVES = [torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
+def emulated(emulator_library):
     """The kernels, compiled for the CPU."""
-    if shutil.which("g++") is None:
-        pytest.skip("there is no g++ to compile the kernels for the CPU")
-    library = tmp_path_factory.mktemp("simt") / "decode.so"
-    subprocess.run(["g++", "-std=c++20", "-O2", "-Wno-unknown-pragmas", "-shared", "-fPIC",
-                    HERE / "decode_attention_on_cpu.cpp", "-o", library], check=True)
+    library = emulator_library("decode_attention_on_cpu.cpp")
     function = ctypes.CDLL(str(library)).decode_attention
     function.restype = ctypes.c_int64
 
@@ -54,11 +46,13 @@ def emulated(tmp_path_factory):
 def on_gpu(q, k, v, key_mask=None, block_length=None, scale=None, cache_rows=None, slots=None):
     tensors = [None if x is None else x.cuda() for x in (q, k, v, key_mask, cache_rows)]
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    return cuda.bidirectional_attention(*tensors[:4], block_length, scale, tensors[4]).cpu(), None
+    mask = Mask("dense", block_length, tensors[3], tensors[4])
+    return cuda.masked_attention(*tensors[:3], mask, scale).cpu(), None
 
 
-@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.skipif(
-    not ON_GPU, reason=f"cannot run here: {cuda.missing()}"))])
+@pytest.fixture(params=[
+    pytest.param("emulated", marks=pytest.mark.slow),
+    pytest.param("gpu", marks=pytest.mark.skipif(not ON_GPU, reason=f"cannot run here: {cuda.missing()}"))])
 def attend(request):
     return request.getfixturevalue("emulated") if request.param == "emulated" else on_gpu
 
@@ -221,7 +215,7 @@ def test_the_host_never_waits_and_a_cuda_graph_follows_its_inputs():
     rows, key_mask = torch.tensor([5, 0, 3, 1]).cuda(), torch.ones(4, 300, dtype=torch.bool, device="cuda")
 
     def run():
-        return cuda.bidirectional_attention(q, k, v, key_mask, 32, 0.125, rows)
+        return cuda.masked_attention(q, k, v, Mask("dense", 32, key_mask, rows), 0.125)
 
     first = run()
     torch.cuda.set_sync_debug_mode("error")
@@ -248,5 +242,5 @@ def test_the_host_never_waits_and_a_cuda_graph_follows_its_inputs():
 @pytest.mark.parametrize("shape", [(0, 5, 7, 2, 1, 32), (2, 0, 7, 2, 1, 32)])
 def test_no_queries(shape):
     q, k, v = (x.cuda() for x in make(*shape))
-    out = cuda.bidirectional_attention(q, k, v, None, None, 1.0)
+    out = cuda.masked_attention(q, k, v, Mask("dense"), 1.0)
     assert out.shape == q.shape

@@ -5,13 +5,20 @@ bf16.
 """
 
 import os
+from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
 
-from dllm_kernels import triton_support
-from dllm_kernels.attention import reference, sdpa
+from dllm_kernels import (
+    bidirectional_attention,
+    bidirectional_attention_varlen,
+    block_diffusion_attention,
+    triton_support,
+)
+from dllm_kernels.attention import TRITON, Mask, reference, sdpa
+from tests.kernels.turns import with_dtypes
 
 pytest.importorskip("triton")
 from dllm_kernels.attention import triton_kernels  # noqa: E402
@@ -20,9 +27,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 RUNS = triton_support.missing() is None
 DEVICE = "cpu" if INTERPRETED or not RUNS else "cuda"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
-LENGTHS = [0, 1, 63, 0, 65, 129]  # of packed documents
+LENGTHS = [0, 1, 31, 0, 33, 65]  # of packed documents
 
-dtypes = pytest.mark.parametrize("dtype", DTYPES)
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 
@@ -84,13 +90,23 @@ def outcome(function, tensors, dtype=None):
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
 
 
-def check(op, tensors, *arguments, mask=None):
-    """Error at most twice eager's; `arguments` are those that follow q, k and v in all backends, the scale left out."""
+def attend(q, k, v, mask, scale):
+    return TRITON.run(q, k, v, mask, scale)
+
+
+def packed_mask(lengths, block_length=None):
+    return Mask("packed", block_length, cu_seqlens=cumulative(lengths), max_seqlen=max(lengths))
+
+
+def check(tensors, mask):
+    """Error at most twice eager's."""
     scale, dtype = tensors[0].shape[-1] ** -0.5, tensors[0].dtype
-    ours = outcome(lambda *x: getattr(triton_kernels, op)(*x, *arguments, scale), tensors)
-    truth = outcome(lambda *x: getattr(reference, op)(*x, *arguments, scale), tensors, torch.double)
+    ours = outcome(lambda *x: attend(*x, mask, scale), tensors)
+    truth = outcome(lambda *x: reference.masked_attention(*x, mask, scale), tensors, torch.double)
     packed = tensors[0].ndim == 3
-    theirs = outcome(lambda *x: eager(*(y[None] if packed else y for y in x), mask, scale).view_as(x[0]), tensors)
+    q, k, _ = (x[None] if packed else x for x in tensors)
+    visible = reference.visible_keys(q, k, mask)
+    theirs = outcome(lambda *x: eager(*(y[None] if packed else y for y in x), visible, scale).view_as(x[0]), tensors)
     assert_as_exact_as_eager(ours, theirs, truth)
     assert all(x.dtype == dtype and x.is_contiguous() for x in ours)
     return ours
@@ -102,107 +118,91 @@ def assert_as_exact_as_eager(ours, theirs, truth):
         assert error.numel() == 0 or error.max() <= 2 * (its.double() - true).abs().max() + 2e-6, name
 
 
-@dtypes
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1, 32), (2, 37, 50, 2, 2, 40), (1, 63, 65, 2, 1, 64),
-                                   (1, 20, 33, 2, 2, 128), (1, 33, 20, 2, 1, 256)])
+@with_dtypes("shape", [(1, 1, 1, 1, 1, 32), (2, 37, 50, 2, 2, 40), (1, 63, 65, 2, 1, 64), (1, 20, 33, 2, 2, 128),
+                       (1, 33, 20, 2, 1, 256)], DTYPES)
 def test_every_query_sees_every_key(shape, dtype, small_tiles, poisoned):
-    check("bidirectional_attention", make(*shape, dtype), None, None)
+    check(make(*shape, dtype), Mask("dense"))
 
 
-@dtypes
-@pytest.mark.parametrize("Hq, Hkv", [(1, 1), (4, 2), (7, 1)])
+@with_dtypes("Hq, Hkv", [(1, 1), (4, 2), (3, 1)], DTYPES)
 def test_the_tiles_that_are_shipped(Hq, Hkv, dtype):
-    check("bidirectional_attention", make(1, 130, 131, Hq, Hkv, 32, dtype), None, None)
+    check(make(1, 130, 131, Hq, Hkv, 32, dtype), Mask("dense"))
 
 
 @pytest.mark.parametrize("few, block_length, dtype", [(0, None, DTYPES[0]), (0, 3, DTYPES[-1]), (128, 3, DTYPES[0]),
                                                       (128, None, DTYPES[-1])])
 def test_key_masks_and_rows_without_a_key(few, block_length, dtype, small_tiles, poisoned, monkeypatch):
     monkeypatch.setattr(triton_kernels, "FEW", few)
-    q, k, v = make(5, 33, 50, 1, 1, 32, dtype)
-    key_mask = torch.zeros(5, 50, dtype=torch.bool, device=DEVICE)
-    key_mask[0] = torch.rand(50, generator=torch.Generator().manual_seed(0)) < 0.6  # holes; row 1 has no key
-    key_mask[2, :35] = True
-    key_mask[3, 21:] = True
+    q, k, v = make(5, 33, 37, 1, 1, 32, dtype)
+    key_mask = torch.zeros(5, 37, dtype=torch.bool, device=DEVICE)
+    key_mask[0] = torch.rand(37, generator=torch.Generator().manual_seed(0)) < 0.6  # holes; row 1 has no key
+    key_mask[2, :25] = True
+    key_mask[3, 11:] = True
     key_mask[4] = True
-    arguments = key_mask, block_length
-    ours = check("bidirectional_attention", (q, k, v), *arguments, mask=reference.dense_mask(q, k, *arguments))
+    mask = Mask("dense", block_length, key_mask)
+    ours = check((q, k, v), mask)
     assert all((x[1] == 0).all() for x in ours)
     unseen = [x.masked_fill(~key_mask[:, :, None, None], torch.nan) for x in (k, v)]
-    again = outcome(lambda *x: triton_kernels.bidirectional_attention(*x, *arguments, 32 ** -0.5), (q, *unseen))
+    again = outcome(lambda *x: attend(*x, mask, 32 ** -0.5), (q, *unseen))
     assert all(torch.equal(x, y) for x, y in zip(ours, again, strict=True))
 
 
-@dtypes
-@pytest.mark.parametrize("block_length", [1, 3, 32, (1 << 31) - 1])
-@pytest.mark.parametrize("Lq", [70, 45, 1])
+@with_dtypes("Lq, block_length", [*product([70, 1, 45], [1, 3, (1 << 31) - 1]), (70, 32), (45, 32)], DTYPES)
 def test_blocks_see_themselves_and_those_before(Lq, block_length, dtype, small_tiles, poisoned):
-    q, k, v = make(1, Lq, 70, 2, 1, 32, dtype)
-    check("bidirectional_attention", (q, k, v), None, block_length, mask=reference.dense_mask(q, k, None, block_length))
+    check(make(1, Lq, 70, 2, 1, 32, dtype), Mask("dense", block_length))
 
 
-@dtypes
-@pytest.mark.parametrize("few", [0, 128])
+@with_dtypes("few", [0, 128], DTYPES)
 def test_rows_of_a_cache_are_read_where_they_are(few, dtype, small_tiles, poisoned, monkeypatch):
     monkeypatch.setattr(triton_kernels, "FEW", few)
-    q, k, v = make(3, 9, 50, 4, 2, 32, dtype)
+    q, k, v = make(3, 9, 43, 2, 1, 32, dtype)
     k, v = (torch.cat((x, x + 1))[:5] for x in (k, v))
-    k[1], v[1], k[:, 40:], v[:, 40:] = [torch.nan] * 4
+    k[1], v[1], k[:, 33:], v[:, 33:] = [torch.nan] * 4
     rows = torch.tensor([4, 0, 3], device=DEVICE)
-    key_mask = torch.ones(3, 40, dtype=torch.bool, device=DEVICE)
+    key_mask = torch.ones(3, 33, dtype=torch.bool, device=DEVICE)
     key_mask[1, 20:] = False
-    for arguments in ((None, None), (key_mask, 8)):
-        ours = triton_kernels.bidirectional_attention(q, k[:, :40], v[:, :40], *arguments, 0.2, rows)
-        apart = triton_kernels.bidirectional_attention(q, k[rows, :40], v[rows, :40], *arguments, 0.2)
+    for mask in (Mask("dense"), Mask("dense", 8, key_mask)):
+        ours = attend(q, k[:, :33], v[:, :33], mask._replace(cache_rows=rows), 0.2)
+        apart = attend(q, k[rows, :33], v[rows, :33], mask, 0.2)
         assert torch.equal(ours, apart)
         leaf = k.detach().requires_grad_()
-        out = triton_kernels.bidirectional_attention(q, leaf[:, :40], v[:, :40], *arguments, 0.2, rows)
+        out = bidirectional_attention(q, leaf[:, :33], v[:, :33], key_mask=mask.key_mask, cache_rows=rows,
+                                      block_length=mask.block_length, scale=0.2, backend="triton")
         gradient, = torch.autograd.grad(out.sum(), leaf)
         assert torch.equal(out, apart) and gradient[rows, :20].abs().sum() > 0 and not gradient[1].any()
 
 
-@dtypes
-@pytest.mark.parametrize("block_length", [None, 1, 32])
+@with_dtypes("block_length", [None, 1, 32], DTYPES)
 def test_packed_documents_are_as_if_alone(block_length, dtype, small_tiles, poisoned):
-    count, cu_seqlens = sum(LENGTHS), cumulative(LENGTHS)
-    tensors = [x[0] for x in make(1, count, count, 2, 1, 32, dtype)]
-    mask = reference.varlen_mask(cu_seqlens, count, block_length)
-    check("bidirectional_attention_varlen", tensors, cu_seqlens, max(LENGTHS), block_length, mask=mask)
+    count = sum(LENGTHS)
+    check([x[0] for x in make(1, count, count, 2, 1, 32, dtype)], packed_mask(LENGTHS, block_length))
 
 
-@pytest.mark.parametrize("lengths", [[0], [1], [0, 0, 1, 0], [7] * 9, [40, 5]])
+@pytest.mark.parametrize("lengths", [[0], [1], [0, 0, 1, 0], [7] * 5, [40, 5]])
 def test_few_documents_and_positions_that_belong_to_none(lengths, small_tiles, poisoned):
-    count, cu_seqlens = sum(lengths) + 3 * (lengths == [40, 5]), cumulative(lengths)
-    tensors = [x[0] for x in make(1, count, count, 2, 1, 32)]
-    mask = reference.varlen_mask(cu_seqlens, count, None)
-    check("bidirectional_attention_varlen", tensors, cu_seqlens, max(lengths), None, mask=mask)
+    count = sum(lengths) + 3 * (lengths == [40, 5])
+    check([x[0] for x in make(1, count, count, 2, 1, 32)], packed_mask(lengths))
 
 
-@dtypes
-@pytest.mark.parametrize("L, block_length", [(1, 1), (45, 3), (70, 32), (33, 100)])
+@with_dtypes("L, block_length", [(1, 1), (45, 3), (70, 32), (33, 100)], DTYPES)
 def test_block_diffusion(L, block_length, dtype, small_tiles, poisoned):
-    mask = reference.block_diffusion_mask(1, L, block_length, None, DEVICE)
-    check("block_diffusion_attention", make(1, 2 * L, 2 * L, 2, 1, 32, dtype), block_length, None, mask=mask)
+    check(make(1, 2 * L, 2 * L, 2, 1, 32, dtype), Mask("block_diffusion", block_length))
 
 
-@dtypes
-@pytest.mark.parametrize("block_length", [1, 3, 32])
+@with_dtypes("block_length", [1, 3, 32], DTYPES)
 def test_block_diffusion_of_packed_documents(block_length, dtype, small_tiles, poisoned):
-    cu_seqlens = cumulative([20, 0, 47, 1, 66, 0])  # two rows of 67
-    mask = reference.block_diffusion_mask(2, 67, block_length, cu_seqlens, DEVICE)
-    check("block_diffusion_attention", make(2, 134, 134, 2, 1, 32, dtype), block_length, cu_seqlens, mask=mask)
+    cu_seqlens = cumulative([2, 0, 33, 1, 34, 0])  # two rows of 35
+    check(make(2, 70, 70, 1, 1, 32, dtype), Mask("block_diffusion", block_length, cu_seqlens=cu_seqlens))
 
 
-@dtypes
-@pytest.mark.parametrize("shape", [(1, 1, 200, 1, 1, 40), (1, 5, 150, 7, 1, 64), (2, 9, 200, 4, 2, 32)])
-@pytest.mark.parametrize("block_length", [None, 3])
+@with_dtypes("shape, block_length", product(
+    [(1, 1, 90, 1, 1, 40), (1, 5, 70, 7, 1, 64), (2, 9, 70, 4, 2, 32)], [None, 3]), DTYPES)
 def test_few_queries_share_the_keys_among_programs(shape, block_length, dtype, small_tiles, poisoned, monkeypatch):
     launched = []
     watched = Watched(triton_kernels._combine_kernel, launched)
     monkeypatch.setattr(triton_kernels, "_combine_kernel", watched)
     monkeypatch.setattr(triton_kernels, "PROGRAMS", 20)
-    q, k, v = make(*shape, dtype)
-    check("bidirectional_attention", (q, k, v), None, block_length, mask=reference.dense_mask(q, k, None, block_length))
+    check(make(*shape, dtype), Mask("dense", block_length))
     assert len(launched) == 1
 
 
@@ -220,28 +220,27 @@ class Watched:
 @pytest.mark.parametrize("few", [0, 128])
 def test_any_strides(few, small_tiles, monkeypatch):
     monkeypatch.setattr(triton_kernels, "FEW", few)
-    q, k, v = make(2, 21, 21, 4, 2, 32)
+    q, k, v = make(2, 17, 17, 2, 1, 32)
     scale = 32 ** -0.5
 
     def run(*tensors):
-        return outcome(lambda *x: triton_kernels.bidirectional_attention(*x, None, 3, scale), tensors)
+        return outcome(lambda *x: attend(*x, Mask("dense", 3), scale), tensors)
 
     plain = run(q, k, v)
     fused = torch.cat((q, k, v), 2)
     views = ([x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)],
-             fused.split([4, 2, 2], 2), [x.mT.contiguous().mT for x in (q, k, v)],
+             fused.split([2, 1, 1], 2), [x.mT.contiguous().mT for x in (q, k, v)],
              [torch.cat((x, x[..., :3]), 3)[..., :32] for x in (q, k, v)])
     for tensors in views:
-        assert not tensors[1].is_contiguous()
+        assert not tensors[0].is_contiguous()
         assert all(torch.equal(x, y) for x, y in zip(run(*tensors), plain, strict=True))
 
 
-@dtypes
-@pytest.mark.parametrize("sign", [1, -1])
+@with_dtypes("sign", [1, -1], DTYPES)
 def test_huge_scores(sign, dtype, small_tiles):
     q, k, v = make(1, 33, 50, 2, 1, 32, dtype)
     scale = sign * 1e4 / (torch.einsum("bqhe,bkge->bhqk", q.float(), k.float()).abs().max()).item()
-    ours = outcome(lambda *x: triton_kernels.bidirectional_attention(*x, None, None, scale), (q, k, v))
+    ours = outcome(lambda *x: attend(*x, Mask("dense"), scale), (q, k, v))
     theirs, truth = (outcome(lambda *x: eager(*x, None, scale), (q, k, v), to) for to in (dtype, torch.double))
     # dout . v and delta, which is dout . out, cancel where one p is 1; dq and dk multiply what is left by the scale.
     left = 8 * torch.finfo(dtype).eps * v.double().norm(dim=-1).max() * 1.5 * 32**0.5 * abs(scale)
@@ -253,31 +252,44 @@ def test_huge_scores(sign, dtype, small_tiles):
 @pytest.mark.parametrize("shape", [(0, 5, 7, 2, 1, 32), (2, 0, 7, 2, 1, 32), (2, 5, 0, 2, 1, 32)])
 def test_empty_inputs(shape):
     tensors = make(*shape)
-    out, *gradients = outcome(lambda *x: triton_kernels.bidirectional_attention(*x, None, None, 1.0), tensors)
+    out, *gradients = outcome(lambda *x: attend(*x, Mask("dense"), 1.0), tensors)
     assert out.shape == tensors[0].shape and all((x == 0).all() for x in (out, *gradients))
     packed = [x.flatten(0, 1)[:0] for x in tensors]
-    assert triton_kernels.bidirectional_attention_varlen(*packed, cumulative([0]), 0, None, 1.0).shape == (0, 2, 32)
-    assert triton_kernels.block_diffusion_attention(*(x[:, :0] for x in tensors), 4, None, 1.0).shape[1] == 0
+    assert attend(*packed, packed_mask([0]), 1.0).shape == (0, 2, 32)
+    assert attend(*(x[:, :0] for x in tensors), Mask("block_diffusion", 4), 1.0).shape[1] == 0
 
 
 def test_one_gradient_at_a_time_and_no_second_derivative(small_tiles):
     tensors = make(1, 9, 9, 2, 1, 32)
-    all_three = outcome(lambda *x: triton_kernels.bidirectional_attention(*x, None, None, 0.2), tensors)
+    all_three = outcome(lambda *x: attend(*x, Mask("dense"), 0.2), tensors)
     for i in range(3):
         leaves = [x.detach().requires_grad_(place == i) for place, x in enumerate(tensors)]
-        out = triton_kernels.bidirectional_attention(*leaves, None, None, 0.2)
+        out = attend(*leaves, Mask("dense"), 0.2)
         upstream = torch.linspace(-1, 1.5, out.numel(), device=DEVICE).view_as(out)
         assert torch.equal(torch.autograd.grad(out, leaves[i], upstream, retain_graph=True)[0], all_three[1 + i])
         with pytest.raises(RuntimeError, match="no second derivative, which create_graph=True asks for"):
             torch.autograd.grad(out.sum(), leaves[i], create_graph=True)
 
 
+@pytest.mark.parametrize("kind", ["dense", "packed", "block_diffusion"])
+def test_under_torch_compile_the_backward_takes_up_what_the_forward_computed(kind, small_tiles, monkeypatch):
+    launched = []
+    monkeypatch.setattr(triton_kernels, "_forward_kernel", Watched(triton_kernels._forward_kernel, launched))
+    tensors, ends = make(2, 12, 12, 2, 1, 32), cumulative([6, 1, 5])
+    op = {"dense": lambda *x: bidirectional_attention(*x, block_length=4, backend="triton"),
+          "packed": lambda *x: bidirectional_attention_varlen(*(y.flatten(0, 1) for y in x), 2 * ends, 12,
+                                                              backend="triton"),
+          "block_diffusion": lambda *x: block_diffusion_attention(*x, 4, cu_seqlens=ends, backend="triton")}[kind]
+    plain = outcome(op, tensors)
+    compiled = outcome(torch.compile(op, fullgraph=True, backend="aot_eager"), tensors)
+    assert all(torch.equal(x, y) for x, y in zip(compiled, plain, strict=True)) and len(launched) == 2
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter counts")
-@pytest.mark.parametrize("op, lengths, block_length", [
-    ("bidirectional_attention", (64, 96), None), ("bidirectional_attention", (64, 90), None),
-    ("bidirectional_attention", (64, 64), 32), ("bidirectional_attention", (32, 64), 8),
-    ("block_diffusion_attention", (128, 128), 32), ("block_diffusion_attention", (128, 128), 8)])
-def test_only_tiles_with_something_to_see_are_visited_and_only_mixed_ones_tested(op, lengths, block_length,
+@pytest.mark.parametrize("kind, lengths, block_length", [
+    ("dense", (64, 96), None), ("dense", (64, 90), None), ("dense", (64, 64), 32), ("dense", (32, 64), 8),
+    ("block_diffusion", (96, 96), 32), ("block_diffusion", (96, 96), 8)])
+def test_only_tiles_with_something_to_see_are_visited_and_only_mixed_ones_tested(kind, lengths, block_length,
                                                                                  monkeypatch):
     size, group = 16, 2
     table = dict.fromkeys(("forward", "few", "query_gradient", "key_gradient"), {"ROWS": size, "COLUMNS": size})
@@ -295,12 +307,8 @@ def test_only_tiles_with_something_to_see_are_visited_and_only_mixed_ones_tested
 
         monkeypatch.setattr(triton_kernels, name, counted)
     q, k, v = make(1, *lengths, group, 1, 32)
-    arguments = (block_length, None) if op == "block_diffusion_attention" else (None, block_length)
-    outcome(lambda *x: getattr(triton_kernels, op)(*x, *arguments, 0.2), (q, k, v))
-    if op == "block_diffusion_attention":
-        mask = reference.block_diffusion_mask(1, lengths[0] // 2, block_length, None, DEVICE)
-    else:
-        mask = reference.dense_mask(q, k, None, block_length)
+    outcome(lambda *x: attend(*x, Mask(kind, block_length), 0.2), (q, k, v))
+    mask = reference.visible_keys(q, k, Mask(kind, block_length))
     mask = torch.ones(1, *lengths, dtype=torch.bool) if mask is None else mask
     tiles = torch.nn.functional.pad(mask[0], (0, -lengths[1] % size)).unfold(0, size, size).unfold(1, size, size)
     full, seen = (int(x.sum()) * group for x in (tiles.all(-1).all(-1), tiles.any(-1).any(-1)))
@@ -312,11 +320,11 @@ def test_only_tiles_with_something_to_see_are_visited_and_only_mixed_ones_tested
 
 
 def test_it_says_what_it_cannot_run_on():
-    assert triton_kernels.refuses(torch.zeros(1, 1, 1, 40, device=DEVICE)) is None
+    assert TRITON.refuses(torch.zeros(1, 1, 1, 40, device=DEVICE)) is None
     for E in (24, 36, 264):
-        reason = triton_kernels.refuses(torch.zeros(1, 1, 1, E, device=DEVICE))
+        reason = TRITON.refuses(torch.zeros(1, 1, 1, E, device=DEVICE))
         assert f"multiples of 8 from 32 to 256, not {E}" in reason
-    assert "fp32" in triton_kernels.refuses(torch.zeros(1, 1, 1, 32, device=DEVICE, dtype=torch.double))
+    assert "fp32" in TRITON.refuses(torch.zeros(1, 1, 1, 32, device=DEVICE, dtype=torch.double))
 
 
 def all_three(q, k, v, cu_seqlens, key_mask):
@@ -325,10 +333,10 @@ def all_three(q, k, v, cu_seqlens, key_mask):
     packed = (x.flatten(0, 1) for x in (q, k, v))
     L = q.shape[1] // 2
     return torch.cat((
-        triton_kernels.bidirectional_attention(q, k, v, key_mask, None, scale).flatten(),
-        triton_kernels.bidirectional_attention(q[:, -1:], k, v, key_mask, 32, scale).flatten(),
-        triton_kernels.bidirectional_attention_varlen(*packed, 2 * cu_seqlens, 2 * L, 32, scale).flatten(),
-        triton_kernels.block_diffusion_attention(q, k, v, 32, cu_seqlens, scale).flatten()))
+        attend(q, k, v, Mask("dense", None, key_mask), scale).flatten(),
+        attend(q[:, -1:], k, v, Mask("dense", 32, key_mask), scale).flatten(),
+        attend(*packed, Mask("packed", 32, cu_seqlens=2 * cu_seqlens, max_seqlen=2 * L), scale).flatten(),
+        attend(q, k, v, Mask("block_diffusion", 32, cu_seqlens=cu_seqlens), scale).flatten()))
 
 
 def gpu_inputs(L=300):
@@ -389,8 +397,6 @@ def test_a_new_length_compiles_nothing():
 @pytest.mark.parametrize("E", [32, 64, 80, 128, 256])
 def test_agreement_with_sdpa(E):
     tensors = make(2, 1000, 1000, 14, 2, E, torch.bfloat16)
-    arguments = None, None, E ** -0.5
-    ours, theirs, truth = (outcome(lambda *x, f=f: f(*x, *arguments), tensors, dtype) for f, dtype in (
-        (triton_kernels.bidirectional_attention, None), (sdpa.bidirectional_attention, None),
-        (reference.bidirectional_attention, torch.double)))
+    ours, theirs, truth = (outcome(lambda *x, f=f: f(*x, Mask("dense"), E ** -0.5), tensors, dtype) for f, dtype in (
+        (attend, None), (sdpa.masked_attention, None), (reference.masked_attention, torch.double)))
     assert_as_exact_as_eager(ours, theirs, truth)

@@ -5,13 +5,16 @@ bf16.
 """
 
 import os
+from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from dllm_kernels import triton_support
-from dllm_kernels.masked_cross_entropy import reference
+from dllm_kernels import linear_masked_cross_entropy, masked_cross_entropy, triton_support
+from dllm_kernels.masked_cross_entropy import LINEAR_BACKENDS, LOGITS_BACKENDS
+from dllm_kernels.masked_cross_entropy.rows import Form, Linear, Scored, forward
+from tests.kernels.turns import with_dtypes
 
 pytest.importorskip("triton")
 from dllm_kernels.masked_cross_entropy import triton_kernels  # noqa: E402
@@ -21,8 +24,9 @@ RUNS = triton_support.missing() is None
 DEVICE = "cpu" if INTERPRETED or not RUNS else "cuda"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 SHAPES = [(1, 3, 2), (7, 5, 41), (33, 16, 1001), (70, 48, 300)]  # N, D, V
+REDUCTIONS = ["mean", "sum", "none"]
 
-reductions = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+reductions = pytest.mark.parametrize("reduction", REDUCTIONS)
 
 
 @pytest.mark.slow
@@ -45,7 +49,7 @@ def many_tiles(monkeypatch):
     monkeypatch.setattr(triton_kernels, "TILES", {2: tiles, 4: tiles})
     monkeypatch.setattr(triton_kernels, "GRAD_BIAS", {"ROWS": 16, "WORDS": 16, "num_warps": 4})
     monkeypatch.setattr(triton_kernels, "ROW", {"WORDS": 128, "num_warps": 4})
-    for name, value in (("WORKSPACE_BYTES", 1 << 16), ("GROUP", 2), ("SPLITS", 3), ("PROGRAMS", 4)):
+    for name, value in (("WORKSPACE_BYTES", 1 << 13), ("GROUP", 2), ("SPLITS", 3), ("PROGRAMS", 4)):
         monkeypatch.setattr(triton_kernels, name, value)
 
 
@@ -54,6 +58,16 @@ def make(N, D, V, dtype=torch.float32, share=0.5):
     hidden, weight, bias = (torch.randn(*shape, generator=g).to(DEVICE, dtype) for shape in ((N, D), (V, D), (V,)))
     targets, corrupted = torch.randint(V, (N,), generator=g), torch.rand(N, generator=g) < share
     return hidden, weight, bias, targets.to(DEVICE), corrupted.to(DEVICE), (torch.rand(N, generator=g) * 9).to(DEVICE)
+
+
+def linear_loss(hidden, weight, targets, corrupted, bias, weights, reduction, backend="triton", **settings):
+    return linear_masked_cross_entropy(hidden, weight, targets, corrupted, bias=bias, weights=weights,
+                                       reduction=reduction, backend=backend, **settings)
+
+
+def loss_of_logits(logits, targets, corrupted, weights, reduction, backend="triton", **settings):
+    return masked_cross_entropy(logits, targets, corrupted, weights=weights, reduction=reduction, backend=backend,
+                                **settings)
 
 
 def gradients(function, tensors, dtype):
@@ -71,20 +85,18 @@ def assert_as_exact_as_eager(ours, eager, truth):
         assert (mine.double() - true).abs().max() <= bound, name
 
 
-def check_linear(shape, dtype, share, reduction, softcap=None, z_loss=0.0):
+def check_linear(shape, dtype, share, reduction, softcap=None):
     *tensors, targets, corrupted, weights = make(*shape, dtype, share)
 
     def eager(hidden, weight, bias):
         z = F.linear(hidden, weight, bias)
         z = z if softcap is None else softcap * torch.tanh(z / softcap)
-        loss = F.cross_entropy(z, targets, reduction="none") + z_loss * z.logsumexp(1)**2
-        loss = torch.where(corrupted, loss * weights.to(z.dtype), 0.0)
+        loss = torch.where(corrupted, F.cross_entropy(z, targets, reduction="none") * weights.to(z.dtype), 0.0)
         count = max(int(corrupted.sum()), 1) if reduction == "mean" else 1
         return loss if reduction == "none" else loss.sum() / count
 
     def triton(hidden, weight, bias):
-        return triton_kernels.linear_masked_cross_entropy(hidden, weight, targets, corrupted, bias, weights, reduction,
-                                                          softcap, z_loss)
+        return linear_loss(hidden, weight, targets, corrupted, bias, weights, reduction, softcap=softcap)
 
     ours = gradients(triton, tensors, dtype)
     assert ours[0].dtype == torch.float32 and [x.dtype for x in ours[1:]] == [dtype] * 3
@@ -100,46 +112,12 @@ def test_loss_and_gradients_are_as_exact_as_eager(shape, dtype, share, reduction
     check_linear(shape, dtype, share, reduction)
 
 
-@pytest.mark.parametrize("reduction, softcap, z_loss", [("mean", None, 0.0), ("sum", 5.0, 0.0), ("none", 5.0, 0.1)])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape, share", [((33, 16, 501), 1.0), ((70, 48, 300), 0.5), ((70, 48, 300), 0.02)])
-def test_with_many_tiles_chunks_and_shares_of_the_vocabulary(shape, share, dtype, softcap, z_loss, reduction,
-                                                             many_tiles):
-    check_linear(shape, dtype, share, reduction, softcap, z_loss)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("softcap", [None, 30.0])
-def test_a_tile_is_left_out_as_a_whole_or_not_at_all(softcap, dtype, many_tiles):
-    """What is left of the gradient g of the logits is, in each tile of "gradient", all of it or nothing."""
-    (N, D, V), bound, z_loss = (40, 24, 300), 2.0**-7, 0.1
-    tile, each = triton_kernels.TILES[2]["gradient"], torch.arange(N, device=DEVICE) % 8 != 3
-    rows, words = tile["ROWS"], tile["WORDS"]
-    hidden, weight, _, _, _, weights = make(N, D, V, dtype)
-    frequency = 1 / torch.arange(1, V + 1)
-    weight, bias = 0.1 * weight, frequency.log().to(DEVICE, dtype)
-    targets = frequency[:200].multinomial(N, replacement=True, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-
-    def run(x, w, b, backend=triton_kernels, **settings):
-        return backend.linear_masked_cross_entropy(x, w, targets, each, b, weights, "sum", softcap, z_loss, **settings)
-
-    tensors = hidden, weight, bias
-    loss, of_hidden, of_weight, of_bias = gradients(lambda *x: run(*x, skip_below=bound), tensors, dtype)
-    without = gradients(lambda *x: run(*x, skip_below=0.0), tensors, dtype)
-    assert torch.equal(loss, without[0])
-    assert all(torch.equal(x, y) for x, y in zip(without, gradients(run, tensors, dtype), strict=True))
-    x, w, b = (tensor.double() for tensor in tensors)
-    z = F.linear(x, w, b).requires_grad_()
-    capped = z if softcap is None else softcap * torch.tanh(z / softcap)
-    exact = F.cross_entropy(capped, targets, reduction="none") + z_loss * capped.logsumexp(1)**2
-    g, = torch.autograd.grad((exact * weights * each).sum() * 0.7, z)
-    big = ((capped.softmax(1) >= bound) | F.one_hot(targets, V).bool())[each]
-    big = F.pad(big, (0, -V % words, 0, -len(big) % rows)).view(-1, rows, (V + words - 1) // words, words).amax((1, 3))
-    assert 0.1 < big.double().mean() < 0.9
-    g[each] *= big.repeat_interleave(rows, 0).repeat_interleave(words, 1)[:int(each.sum()), :V]
-    for mine, true in ((of_hidden, g @ w), (of_weight, g.T @ x), (of_bias, g.sum(0))):
-        assert (mine - true).abs().max() <= max(2 * torch.finfo(dtype).eps, 1e-5) * true.abs().max()
-    assert (of_weight[-words:] == 0).all()  # of the rarest, which no row has as its target
+@with_dtypes("shape, share, reduction, softcap", [
+    (*at, *settings) for at, settings in product(
+        [((33, 16, 133), 1.0), ((50, 24, 101), 0.5), ((70, 40, 150), 0.02)],
+        [("mean", None), ("sum", 5.0), ("none", 5.0)])], DTYPES)
+def test_with_many_tiles_chunks_and_shares_of_the_vocabulary(shape, share, dtype, softcap, reduction, many_tiles):
+    check_linear(shape, dtype, share, reduction, softcap)
 
 
 @pytest.mark.parametrize("workspace_bytes", [1, 1 << 15, 1 << 30])
@@ -153,7 +131,7 @@ def test_the_workspace_is_as_large_as_asked_for_at_most(workspace_bytes, monkeyp
             return lambda g, *others, **settings: (sizes.append(g.nbytes), kernel[grid](g, *others, **settings))
 
     def run(x, w, b, **settings):
-        return triton_kernels.linear_masked_cross_entropy(x, w, targets, corrupted, b, weights, "mean", **settings)
+        return linear_loss(x, w, targets, corrupted, b, weights, "mean", **settings)
 
     expected = gradients(run, tensors, torch.float32)
     monkeypatch.setattr(triton_kernels, "_gradient_kernel", Watching())
@@ -164,24 +142,21 @@ def test_the_workspace_is_as_large_as_asked_for_at_most(workspace_bytes, monkeyp
     assert max(sizes) <= max(workspace_bytes, tile) and len(sizes) == -(-150 * 128 * 4 // max(sizes))
 
 
-@reductions
-@pytest.mark.parametrize("softcap, z_loss", [(None, 0.0), (5.0, 0.1)])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES[1:3])
-def test_from_logits(shape, dtype, softcap, z_loss, reduction, many_tiles):
+@with_dtypes("shape, reduction, softcap", product([(7, 5, 41), (17, 16, 301)], REDUCTIONS, [None, 5.0]), DTYPES)
+def test_from_logits(shape, dtype, softcap, reduction, many_tiles):
     hidden, weight, bias, targets, corrupted, weights = make(*shape, dtype)
     logits = F.linear(hidden, weight, bias)
 
     def run(backend):
-        return lambda z: backend.masked_cross_entropy(z, targets, corrupted, weights, reduction, softcap, z_loss)
+        return lambda z: loss_of_logits(z, targets, corrupted, weights, reduction, backend, softcap=softcap)
 
-    ours, truth = gradients(run(triton_kernels), [logits], dtype), gradients(run(reference), [logits], torch.double)
+    ours, truth = gradients(run("triton"), [logits], dtype), gradients(run("reference"), [logits], torch.double)
     rounding = torch.finfo(dtype).eps
     assert (ours[0] - truth[0]).abs().max() <= 1e-5 * truth[0].abs().max()
     assert (ours[1] - truth[1]).abs().max() <= max(rounding, 1e-6) * truth[1].abs().max()
     assert (ours[1][~corrupted] == 0).all()
     strided = torch.stack([logits, logits], 2)[..., 0]
-    assert torch.equal(gradients(run(triton_kernels), [strided], dtype)[1], ours[1])
+    assert torch.equal(gradients(run("triton"), [strided], dtype)[1], ours[1])
 
 
 @reductions
@@ -193,20 +168,20 @@ def test_rows_that_are_not_corrupted_are_never_read(reduction, many_tiles):
     outcomes = []
     for x, w, y, c, b, factors, _ in ((hidden, weight, targets, corrupted, bias, weights, reduction), poisoned):
         leaves = [leaf.clone().requires_grad_() for leaf in (x, w, b)]
-        loss = triton_kernels.linear_masked_cross_entropy(*leaves[:2], y, c, leaves[2], factors, reduction)
+        loss = linear_loss(*leaves[:2], y, c, leaves[2], factors, reduction)
         upstream = torch.where(c, 1.0, torch.nan) if reduction == "none" and y is not targets else torch.ones_like(loss)
         logits = F.linear(x, w).requires_grad_()
-        from_logits = triton_kernels.masked_cross_entropy(logits, y, c, factors, reduction)
+        from_logits = loss_of_logits(logits, y, c, factors, reduction)
         outcomes.append([loss, *torch.autograd.grad(loss, leaves, upstream), from_logits,
                          *torch.autograd.grad(from_logits, logits, upstream)])
     assert all(torch.equal(clean, poisoned) for clean, poisoned in zip(*outcomes, strict=True))
 
 
 def test_uninitialised_memory_is_never_read(many_tiles):
-    *tensors, targets, corrupted, weights = make(70, 48, 300)
+    *tensors, targets, corrupted, weights = make(50, 24, 101)
 
     def run(x, w, b):
-        return triton_kernels.linear_masked_cross_entropy(x, w, targets, corrupted, b, weights, "none")
+        return linear_loss(x, w, targets, corrupted, b, weights, "none")
 
     plain = gradients(run, tensors, torch.float32)
     torch.use_deterministic_algorithms(True)  # torch.empty then gives NaN
@@ -221,10 +196,10 @@ def test_huge_and_infinite_logits():
     weight = torch.tensor([[1e4], [-1e4], [0.0], [-torch.inf]], device=DEVICE)
     hidden, targets = torch.ones(2, 1, device=DEVICE), torch.tensor([0, 2], device=DEVICE)
     both = torch.ones(2, dtype=torch.bool, device=DEVICE)
-    loss = triton_kernels.linear_masked_cross_entropy(hidden, weight, targets, both, None, None, "none")
+    loss = linear_loss(hidden, weight, targets, both, None, None, "none")
     assert loss.tolist() == [0.0, 1e4]
     logits = (hidden @ weight.T).requires_grad_()
-    loss = triton_kernels.masked_cross_entropy(logits, targets, both, None, "none")
+    loss = loss_of_logits(logits, targets, both, None, "none")
     loss.sum().backward()
     assert loss.tolist() == [0.0, 1e4] and logits.grad.tolist() == [[0, 0, 0, 0], [1, 0, -1, 0]]
 
@@ -233,8 +208,11 @@ def test_a_target_out_of_range_reads_nothing_and_shows_in_its_own_loss():
     hidden, weight, _, _, _, _ = make(7, 5, 41)
     targets = torch.tensor([-100, 5, 41, 63, 2**40, -2**40, 10**9], device=DEVICE)
     scored = torch.arange(7, device=DEVICE) != 3
-    for loss in (triton_kernels.linear_masked_cross_entropy(hidden, weight, targets, scored, None, None, "none"),
-                 triton_kernels.masked_cross_entropy(F.linear(hidden, weight), targets, scored, None, "none")):
+    of_hidden, of_logits = (next(b.run for b in backends if b.name == "triton")
+                            for backends in (LINEAR_BACKENDS, LOGITS_BACKENDS))
+    rest = Scored(targets, scored, None), Form("none", None)
+    for loss, *_ in (forward(of_hidden, Linear(hidden, weight, None), *rest),
+                     forward(of_logits, F.linear(hidden, weight), *rest)):
         assert loss.isnan().tolist() == [True, False, True, False, True, True, True] and loss[3] == 0
 
 
@@ -248,7 +226,7 @@ def test_what_is_frozen_costs_no_product(wanted, reduction, monkeypatch):
         if name.endswith("_kernel"):
             monkeypatch.setattr(triton_kernels, name, Watched(kernel, name, launched))
     hidden, weight, bias = leaves
-    loss = triton_kernels.linear_masked_cross_entropy(hidden, weight, targets, corrupted, bias, None, reduction)
+    loss = linear_loss(hidden, weight, targets, corrupted, bias, None, reduction)
     assert launched == ["_statistics_kernel"]
     loss.sum().backward()
     product = f"_grad_{('hidden', 'weight', 'bias')[wanted.index(True)]}_kernel"
@@ -272,11 +250,11 @@ def test_a_gradient_scaler_lifts_fp16_gradients_before_they_are_rounded(reductio
     hidden, weight, _, targets, corrupted, _ = make(33, 16, 1001, torch.float16)
     hidden.requires_grad_()
     weights = torch.full((33,), 1e-7, device=DEVICE)  # gradients under the smallest fp16
-    loss = triton_kernels.linear_masked_cross_entropy(hidden, weight, targets, corrupted, None, weights, reduction)
+    loss = linear_loss(hidden, weight, targets, corrupted, None, weights, reduction)
     gradient, = torch.autograd.grad(loss.sum(), hidden, torch.tensor(65536.0, device=DEVICE))
     truth = hidden.detach().double().requires_grad_()
-    reference.linear_masked_cross_entropy(truth, weight.double(), targets, corrupted, None, weights.double(), reduction,
-                                          None, 0.0).sum().backward()
+    linear_loss(truth, weight.double(), targets, corrupted, None, weights.double(), reduction,
+                "reference").sum().backward()
     assert (gradient.double() / 65536 - truth.grad).norm() <= 0.02 * truth.grad.norm()
 
 
@@ -285,7 +263,7 @@ def test_strides_mixed_dtypes_and_autocast(reduction, many_tiles):
     hidden, weight, bias, targets, corrupted, weights = make(12, 16, 101)
 
     def run(x, w, b):
-        return triton_kernels.linear_masked_cross_entropy(x, w, targets, corrupted, b, weights, reduction)
+        return linear_loss(x, w, targets, corrupted, b, weights, reduction)
 
     plain = gradients(run, (hidden, weight, bias), torch.float32)
     row_strided = torch.cat([hidden, hidden], 1)[:, :16], torch.cat([weight, weight], 1)[:, :16]
@@ -309,11 +287,11 @@ def test_empty_inputs_and_nothing_corrupted(reduction):
         x = tensors[0][:N].detach().requires_grad_()
         w, b = (leaf.detach().requires_grad_() for leaf in tensors[1:])
         nothing = torch.zeros(N, dtype=torch.bool, device=DEVICE)
-        loss = triton_kernels.linear_masked_cross_entropy(x, w, targets[:N], nothing, b, weights[:N], reduction)
+        loss = linear_loss(x, w, targets[:N], nothing, b, weights[:N], reduction)
         assert loss.shape == ((N,) if reduction == "none" else ()) and (loss == 0).all()
         assert all((g == 0).all() for g in torch.autograd.grad(loss.sum(), (x, w, b)))
         logits = F.linear(x, w).detach().requires_grad_()
-        loss = triton_kernels.masked_cross_entropy(logits, targets[:N], nothing, weights[:N], reduction)
+        loss = loss_of_logits(logits, targets[:N], nothing, weights[:N], reduction)
         assert (loss == 0).all() and (torch.autograd.grad(loss.sum(), logits)[0] == 0).all()
 
 
@@ -321,7 +299,7 @@ def test_empty_inputs_and_nothing_corrupted(reduction):
 def test_backward_twice_gives_the_same_and_a_second_derivative_is_refused(reduction):
     hidden, weight, _, targets, corrupted, _ = make(7, 5, 41)
     hidden.requires_grad_()
-    loss = triton_kernels.linear_masked_cross_entropy(hidden, weight, targets, corrupted, None, None, reduction).sum()
+    loss = linear_loss(hidden, weight, targets, corrupted, None, None, reduction).sum()
     first, second = (torch.autograd.grad(loss, hidden, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
     with pytest.raises(RuntimeError, match="no second derivative, which create_graph=True asks for"):
@@ -342,9 +320,8 @@ def test_the_host_never_waits(reduction):
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
 
     def step():
-        from_hidden = triton_kernels.linear_masked_cross_entropy(*leaves[:2], targets, corrupted, bias, weights,
-                                                                 reduction)
-        from_logits = triton_kernels.masked_cross_entropy(hidden @ weight.T, targets, corrupted, weights, reduction)
+        from_hidden = linear_loss(*leaves[:2], targets, corrupted, bias, weights, reduction)
+        from_logits = loss_of_logits(hidden @ weight.T, targets, corrupted, weights, reduction)
         torch.autograd.grad((from_hidden + from_logits).sum(), leaves)
 
     step()  # compiles

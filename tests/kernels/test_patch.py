@@ -1,5 +1,8 @@
 """The patches against unpatched Transformers models, and against layers shaped like those of LLaDA and Dream."""
 
+import copy
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -215,3 +218,71 @@ def test_dream_attention_is_replaced_where_it_has_no_mask():
     assert torch.equal(layer(x, attention_mask=mask, **at)[0], masked) and layer.calls == 3
     undo()
     assert torch.equal(layer(x, attention_mask="full", **at)[0], plain) and layer.calls == 4
+
+
+def test_copies_of_a_patched_model_compute_with_their_own_weights(tmp_path):
+    tokens = make_batch()[0]
+    model = make_model("qwen3")
+    undo = dllm_kernels.apply_dllm_kernels_to_qwen3(model=model)
+    copies = [copy.deepcopy(model), torch.optim.swa_utils.AveragedModel(model).module]
+    torch.save(model, tmp_path / "model.pt")
+    copies.append(torch.load(tmp_path / "model.pt", weights_only=False))
+    expected = model(tokens).logits
+    for parameter in model.parameters():
+        parameter.data.mul_(1.5)
+    for other in copies:
+        assert torch.equal(other(tokens).logits, expected)
+        other.train()(tokens, labels=tokens).loss.backward()
+        assert other.lm_head.weight.grad is not None and model.lm_head.weight.grad is None
+        for parameter in other.parameters():
+            parameter.data.zero_()
+        assert (other.eval()(tokens).logits == 0).all()
+    assert copies[0].train()(tokens, labels=tokens).logits is None  # still patched
+    undo()
+    assert "forward" not in vars(model) and copies[0](tokens, labels=tokens).logits is None
+
+
+def test_copies_of_patched_layers_compute_with_their_own_weights():
+    x, at = torch.randn(2, 7, 32), {"position_embeddings": (torch.randn(7, 8), torch.randn(7, 8))}
+    model = nn.Sequential(DreamSdpaAttention(), DreamSdpaAttention())
+    dllm_kernels.apply_dllm_kernels_to_dream(model=model)
+    other = copy.deepcopy(model)
+    expected = model[0](x, **at)[0]
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert torch.equal(other[0](x, **at)[0], expected) and not hasattr(other[0], "calls")
+    blocks = nn.Sequential(LLaDABlock(), LLaDABlock())
+    dllm_kernels.apply_dllm_kernels_to_llada(model=blocks)
+    twin = copy.deepcopy(blocks)
+    assert all(method.__self__ is block for block in twin
+               for method in vars(block).values() if isinstance(method, types.MethodType))
+
+
+def test_a_model_patched_twice_is_undone_in_steps():
+    tokens = make_batch()[0]
+    model = make_model("llama").train()
+    undos = [dllm_kernels.apply_dllm_kernels_to_llama(model=model) for _ in range(2)]
+    twin = copy.deepcopy(model)
+    losses = [model(tokens, labels=tokens).loss]
+    for undo in reversed(undos):
+        undo()
+        losses.append(model(tokens, labels=tokens).loss)
+    assert "forward" not in vars(model) and (losses[0] - losses[1]).abs() < 1e-5
+    for parameter in twin.parameters():
+        parameter.data.zero_()
+    assert (twin(tokens, labels=tokens).loss - torch.log(torch.tensor(97.0))).abs() < 1e-5
+
+
+def test_adapters_of_a_patched_model_train_alone():
+    peft = pytest.importorskip("peft")
+    tokens = make_batch()[0]
+    model = make_model("qwen2")
+    dllm_kernels.apply_dllm_kernels_to_qwen2(model=model)
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
+    adapted = peft.get_peft_model(model, settings).train()
+    twin = copy.deepcopy(adapted)
+    twin(input_ids=tokens, labels=tokens).loss.backward()
+    grads = {name: parameter.grad for name, parameter in twin.named_parameters()}
+    assert any(grad is not None and grad.abs().sum() > 0 for name, grad in grads.items() if "lora_B" in name)
+    assert all(grad is None for name, grad in grads.items() if "lora_" not in name and "modules_to_save" not in name)
+    assert all(parameter.grad is None for parameter in adapted.parameters())

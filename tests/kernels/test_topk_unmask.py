@@ -10,6 +10,7 @@ from dllm_kernels import linear_token_scores, linear_topk_unmask, philox_uniform
 from dllm_kernels.dispatch import runnable
 from dllm_kernels.topk_unmask import LOGITS_BACKENDS
 from dllm_kernels.topk_unmask.random import philox
+from dllm_kernels.topk_unmask.settings import Rows, Sampling
 
 BACKENDS = runnable(LOGITS_BACKENDS, torch.zeros(1))
 MASK = 0
@@ -118,6 +119,7 @@ def test_error_at_most_twice_that_of_eager(backend, dtype, V, scale):
         assert (ours - exact).abs().max() <= 2 * (eager - exact).abs().max() + 1e-7 * exact.abs().max().clamp(min=1)
 
 
+@pytest.mark.slow
 def test_backends_agree_to_the_token_on_the_same_uniforms():
     """Rounding decides where u is within some 1e-8 of a boundary: none of these 6,000 draws; 1 in 1,000 is allowed."""
     for V, scale, filters in [
@@ -194,6 +196,7 @@ def test_uniforms_at_the_ends_take_the_first_and_last_possible_token(backend):
     assert token_scores(logits, temperature=1.0, generator=u, backend=backend).token.tolist() == [5, 2000]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("settings", [{}, {"top_p": 0.9, "temperature": 0.8}, {"top_k": 5, "confidence": "margin"},
                                       {"confidence": "entropy", "confidence_of": "raw", "temperature": 1.0}])
@@ -490,15 +493,17 @@ def test_works_under_autocast(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_operators_pass_opcheck(backend):
     tokens, u = torch.tensor([[0, 4, 0], [0, 0, 5]]), uniforms(2, 3)
-    settings = (u, None, "prob", 0.8, 5, 0.9, False)
+    rows, sampling = Rows(None, u), Sampling("prob", 0.8, 5, 0.9)
     hidden, weight = torch.randn(2, 3, 6), torch.randn(11, 6)
     for head in ((torch.randn(2, 3, 11), None, None), (hidden, weight, torch.randn(11))):
         torch.library.opcheck(torch.ops.dllm_kernels.topk_unmask,
-                              (*head, tokens, MASK, torch.tensor([1, 2]), *settings, 0.5, 0.9, backend))
-    for head in ((torch.randn(4, 11), None, None, None), (hidden, weight, None, torch.tensor([1, 5, 0, 2]))):
-        torch.library.opcheck(torch.ops.dllm_kernels.token_scores, (*head, uniforms(4), *settings[1:], backend))
+                              (*head, tokens, MASK, *rows, *sampling, torch.tensor([1, 2]), 0.5, 0.9, backend))
+    for head, index in (((torch.randn(4, 11), None, None), None), ((hidden, weight, None), torch.tensor([1, 5, 0, 2]))):
+        torch.library.opcheck(torch.ops.dllm_kernels.token_scores,
+                              (*head, *Rows(index, uniforms(4)), *sampling, backend))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_without_a_graph_break(backend):
     hidden, weight, u = torch.randn(2, 6, 8), torch.randn(50, 8), uniforms(2, 6)
@@ -567,7 +572,7 @@ def test_philox_uniform_depends_on_seed_sequence_step_and_position_alone():
         (lambda z, t: topk_unmask(z, t, 0, 1, confidence_of="both"), "'filtered' or 'raw', not 'both'"),
         (lambda z, t: topk_unmask(z, t, 0, 1, temperature=-0.5), "must be 0 or more and finite, not -0.5"),
         (lambda z, t: topk_unmask(z, t, 0, 1, temperature=math.nan), "must be 0 or more and finite, not nan"),
-        (lambda z, t: topk_unmask(z, t, 0, 1, selection_temperature=-1.0), "not 0.0 and -1.0"),
+        (lambda z, t: topk_unmask(z, t, 0, 1, selection_temperature=-1.0), "selection_temperature must .* not -1.0"),
         (lambda z, t: topk_unmask(z, t, 0, 1, top_p=0.0), r"top_p must be in \(0, 1\], not 0.0"),
         (lambda z, t: topk_unmask(z, t, 0, 1, top_p=math.nan), "top_p"),
         (lambda z, t: topk_unmask(z, t, 0, 1, top_k=0), "top_k must be at least 1"),

@@ -7,19 +7,17 @@ what nvcc makes of them, nor speed. The uniforms are fixed, and in none of the d
 import ctypes
 import importlib
 import math
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import dllm_kernels
-from dllm_kernels import library
+from dllm_kernels import native_extension
 from dllm_kernels.dispatch import Backend
 from dllm_kernels.topk_unmask import cuda, random, reference, selection
 from dllm_kernels.topk_unmask.allowed import pack, width
+from dllm_kernels.topk_unmask.settings import Rows, Sampling, Selection
 
 topk_unmask = importlib.import_module("dllm_kernels.topk_unmask")
 ON_GPU = cuda.missing() is None
@@ -60,23 +58,19 @@ class Emulated:
 
 
 @pytest.fixture(scope="module")
-def emulator(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("there is no g++ to compile the kernels for the CPU")
-    path = tmp_path_factory.mktemp("simt") / "score.so"
-    subprocess.run(["g++", "-std=c++20", "-O2", "-Wno-unknown-pragmas", "-shared", "-fPIC",
-                    Path(__file__).with_name("score_rows_on_cpu.cpp"), "-o", path], check=True)
-    return Emulated(path)
+def emulator(emulator_library):
+    return Emulated(emulator_library("score_rows_on_cpu.cpp"))
 
 
-@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.skipif(
-    not ON_GPU, reason=f"cannot run here: {cuda.missing()}"))])
+@pytest.fixture(params=[
+    pytest.param("emulated", marks=pytest.mark.slow),
+    pytest.param("gpu", marks=pytest.mark.skipif(not ON_GPU, reason=f"cannot run here: {cuda.missing()}"))])
 def device(request, monkeypatch):
     """Where the tensors are; on the CPU the operators are the emulator's."""
     if request.param == "gpu":
         return "cuda"
     emulated = request.getfixturevalue("emulator")
-    monkeypatch.setattr(library, "operators", lambda: emulated)
+    monkeypatch.setattr(native_extension, "operators", lambda: emulated)
     return "cpu"
 
 
@@ -87,10 +81,6 @@ def make(n, V, device, dtype=torch.float32, scale=3.0):
     return logits.to(device, dtype), u.to(device), pack(torch.rand(n, V, generator=g) < 0.5).to(device)
 
 
-def on_cpu(function, *arguments):
-    return function(*(x.cpu() if isinstance(x, Tensor) else x for x in arguments))
-
-
 def assert_same(ours, want):
     (token, score), (want_token, want_score) = [[x.cpu() for x in pair] for pair in (ours, want)]
     assert torch.allclose(score, want_score, rtol=2e-5, atol=2e-6, equal_nan=True), (score, want_score)
@@ -99,9 +89,19 @@ def assert_same(ours, want):
     assert (token >= 0).all()
 
 
-def check(logits, u, bits, *settings):
-    assert_same(cuda.score_rows(logits, None, u, bits, *settings),
-                on_cpu(reference.score_rows, logits, None, u, bits, *settings))
+def score_rows(logits, rows, u, bits, *settings):
+    return cuda.score_rows(logits, Rows(rows, u, bits), Sampling(*settings))
+
+
+def truth(logits, *rows_and_settings):
+    """`score_rows` by the reference, on the CPU."""
+    logits, rows, u, bits, *settings = (x.cpu() if isinstance(x, Tensor) else x for x in (logits, *rows_and_settings))
+    return reference.score_rows(logits, Rows(rows, u, bits), Sampling(*settings))
+
+
+def check(*arguments):
+    logits, u, bits, *settings = arguments
+    assert_same(score_rows(logits, None, u, bits, *settings), truth(logits, None, u, bits, *settings))
 
 
 @pytest.mark.parametrize("raw", [False, True])
@@ -148,7 +148,7 @@ def test_a_cut_through_equals_goes_to_the_lowest_words(dtype, device):
     logits[2, :] = -3.0
     logits[3, 1000:] = -torch.inf
     u = torch.full((4, 2), 1 - 2.0**-53, dtype=torch.float64, device=device)
-    token, probability = cuda.score_rows(logits, None, u, None, "prob", 1.0, None, 0.5, False)
+    token, probability = score_rows(logits, None, u, None, "prob", 1.0, None, 0.5, False)
     share = math.exp(5) / (math.exp(5) + 2999)
     equals = int((0.5 - share) / ((1 - share) / 2999)) + 1  # kept beside word 7
     assert token.tolist() == [1500, equals, 1500, 500]
@@ -174,7 +174,7 @@ def test_nan_infinite_and_huge_logits(settings, dtype, device):
     but_those = torch.ones(1, 1100, dtype=torch.bool)
     but_those[:, [123, 1099]] = False
     check(logits, u, pack(but_those).to(device).expand(7, -1), *settings)
-    token, score = cuda.score_rows(logits, None, u, None, *settings)
+    token, score = score_rows(logits, None, u, None, *settings)
     assert score[4:].isnan().all() and not score[:4].isnan().any() and ((token >= 0) & (token < 1100)).all()
 
 
@@ -185,15 +185,15 @@ def test_rows_are_read_where_asked_and_nowhere_else(temperature, top_p, device):
     logits[[1, 2, 4]] = torch.nan
     u, bits = u[[0, 1, 2, 3, 4, 0, 1]], bits[[0, 1, 2, 3, 4, 0, 1]]
     settings = ("prob", temperature, None, top_p, False)
-    token, score = cuda.score_rows(logits, rows, u, bits, *settings)
+    token, score = score_rows(logits, rows, u, bits, *settings)
     live = [0, 2, 4]
     assert_same((token[live], score[live]),
-                on_cpu(reference.score_rows, logits, rows[live], u[live], bits[live], *settings))
+                truth(logits, rows[live], u[live], bits[live], *settings))
     assert (score[[1, 6]] == -torch.inf).all() and score[[3, 5]].isnan().all()
     wide = torch.full((5, 2, 701), torch.nan, device=device)
     wide[:, 0] = logits
     for strided in (wide[:, 0], logits.T.contiguous().T, torch.stack([logits, logits], 2)[..., 0]):
-        again = cuda.score_rows(strided, rows, u, bits, *settings)
+        again = score_rows(strided, rows, u, bits, *settings)
         assert torch.equal(again[0][live], token[live]) and torch.equal(again[1][live], score[live])
 
 
@@ -203,10 +203,10 @@ def test_a_row_gives_the_same_bits_wherever_it_lies(settings, dtype, device):
     """Also where it does not begin at a multiple of 16 bytes."""
     logits, u, _ = make(1, 2500, device, dtype)
     memory = torch.full((2600,), torch.nan, dtype=dtype, device=device)
-    token, score = cuda.score_rows(logits, None, u, None, *settings)
+    token, score = score_rows(logits, None, u, None, *settings)
     for offset in range(16 // dtype.itemsize + 1):
         row = memory[offset:offset + 2500].copy_(logits[0])
-        again = cuda.score_rows(row.unsqueeze(0), None, u, None, *settings)
+        again = score_rows(row.unsqueeze(0), None, u, None, *settings)
         assert again[0] == token and again[1] == score
         memory.fill_(torch.nan)
 
@@ -218,8 +218,8 @@ def test_samples_follow_the_distribution(top_k, top_p, draws, device):
     u = random.philox_uniform(7, torch.tensor(0), 5, torch.arange(draws)).to(device)
     rows = torch.zeros(draws, dtype=torch.int64, device=device)
     settings = ("prob", 1.3, top_k, top_p, False)
-    token, score = cuda.score_rows(logits, rows, u, None, *settings)
-    assert_same((token, score), on_cpu(reference.score_rows, logits, rows, u, None, *settings))
+    token, score = score_rows(logits, rows, u, None, *settings)
+    assert_same((token, score), truth(logits, rows, u, None, *settings))
     p = reference.filter_logits(logits.cpu().double() / 1.3, top_k, top_p).softmax(1)[0]
     count = token.cpu().bincount(minlength=V)
     assert (count[p == 0] == 0).all()
@@ -240,7 +240,7 @@ def test_uniforms_at_the_ends_take_the_first_and_last_possible_word(u, device):
     logits[2, :4499] = -torch.inf
     logits[3, 4000:] = -200.0  # whose probability rounds to nothing
     both = torch.full((34, 2), u, dtype=torch.float64, device=device)
-    token, _ = cuda.score_rows(logits, None, both, None, "prob", 1.0, None, None, False)
+    token, _ = score_rows(logits, None, both, None, "prob", 1.0, None, None, False)
     p = logits[4:].cpu().double().softmax(1)
     beside = torch.stack([row[:t].sum() if u < 0.5 else row[t + 1:].sum() for row, t in zip(p, token[4:], strict=True)])
     assert (beside < 1e-6).all() and (p.gather(1, token[4:, None].cpu()) > 0).all()
@@ -273,9 +273,10 @@ def test_commit_equals_the_definition_to_the_bit(B, L, selection_temperature, th
     confidence[~masked] = -torch.inf
     u = torch.rand(B, L, 2, dtype=torch.float64, generator=g)
     k = torch.tensor([3, 0, L + 5, -1, 1])[:B]
-    arguments = tokens, masked, token, confidence, k
-    want = selection.commit(*arguments, selection_temperature, threshold, u)
-    ours = cuda.commit(*(x.to(device) for x in arguments), selection_temperature, threshold, u.to(device))
+    arguments = tokens, masked, token, confidence
+    want = selection.commit(*arguments, Selection(k, selection_temperature, threshold), u)
+    ours = cuda.commit(*(x.to(device) for x in arguments), Selection(k.to(device), selection_temperature, threshold),
+                       u.to(device))
     for mine, theirs in zip(ours, want, strict=True):
         assert mine.dtype == theirs.dtype and torch.equal(mine.cpu().nan_to_num(7.0), theirs.nan_to_num(7.0))
 

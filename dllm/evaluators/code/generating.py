@@ -1,182 +1,158 @@
-"""Generates a model's samples of a code benchmark and has them scored: a run, in a folder.
+"""Generate and score a model's samples of a code benchmark: a run in a folder (see evaluators/runs.py).
 
-    manifest.json   what was asked of what: hashes of weights, tokenizer and data, settings, versions
-    part-<rank>.jsonl  what each process has written so far, a batch at a time
-    samples.jsonl   all of it, as `dllm score` reads it
-    results.json    the score, with intervals, counts, speed, and the verdict on every sample
+    samples.jsonl  all samples, as `dllm score` reads them
+    results.json   the score, with intervals, counts, speed, and the verdict on every sample
 
-Samples are generated in batches that settings and data alone determine, and a sample's random numbers depend on the
-seed, its task and its number. So a killed run that is started again makes the very samples that it would have made, and
-so do several processes (torchrun), which share the batches.
+Settings and data alone determine the batches, and the random numbers of a sample depend on the seed, its task and its
+number. So a killed run that is started again makes the same samples, and so do several processes (torchrun), which
+share the batches.
 """
 
-import hashlib
-import json
 import os
-import platform
 import sys
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-import dllm
-from dllm.checkpoint import write_atomically, write_json
 from dllm.errors import UserError
-from dllm.evaluators.presets import CODE_STOPS, LENGTHS, MBPP_STOPS, PRESETS, Preset
-from dllm.evaluators.sandbox import Sandbox
-from dllm.evaluators.scoring import RunningScore, check_sandbox, score_samples
-from dllm.evaluators.tasks import BENCHMARKS, Task, TaskSet
-from dllm.model import DiffusionLM
-from dllm.sampler import MDMGenerationConfig, denoise, find_mask_token
-from dllm.tokenizer import cut_at_end, decode_after, encode
+from dllm.evaluators.code.presets import CODE_STOPS, LENGTHS, MBPP_STOPS, Preset
+from dllm.evaluators.code.scoring import score_samples
+from dllm.evaluators.code.tasks import BENCHMARKS, Task, TaskSet
+from dllm.evaluators.code.verdicts import RunningScore, check_sandbox
+from dllm.evaluators.runs import (
+    append_samples,
+    check_continues,
+    count_samples,
+    identify_model,
+    key_of,
+    read_parts,
+    to_lines,
+    wait_for_all,
+)
+from dllm.evaluators.sandbox.host import Sandbox
+from dllm.evaluators.settings import RunSettings
+from dllm.files import own_folder, write_atomically, write_json
+from dllm.generation.config import MDMGenerationConfig
+from dllm.generation.infilling import Gap, fill
+from dllm.generation.sampler import find_mask_token
+from dllm.model.tokenizer import cut_at_end, decode_after, encode
+from dllm.model.transformer import Transformer
 
-# What must be the same for a run to continue, by its name in the manifest.
-_SAME = ("task", "preset", "model", "weights", "tokenizer", "data", "generation", "samples", "length", "stops",
-         "batch_size", "tasks", "dtype")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunSettings:
-    """What is asked of the model. `preset` is a key of PRESETS; what is None is the preset's."""
-
-    preset: str = "open_dllm"
-    samples: int | None = None  # of each task
-    length: int | str | None = None  # of a gap, see `Preset`
-    generation: dict | None = None  # fields of MDMGenerationConfig, over the preset's
-    seed: int = 0
-    batch_size: int = 16  # sequences denoised together
-    limit: int | None = None  # the first so many tasks
-
-    def __post_init__(self):
-        if self.preset not in PRESETS:
-            raise UserError(f"preset must be one of {', '.join(PRESETS)}, not {self.preset!r}")
-        for name in ("samples", "batch_size", "limit"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
-        fixed = isinstance(self.length, int) and self.length >= 1
-        if self.length is not None and not fixed and self.length not in ("oracle", "average", "auto"):
-            raise UserError(f"length must be a number of tokens, oracle, average or auto, not {self.length!r}")
-
-    def resolve(self, infills: bool) -> tuple[Preset, MDMGenerationConfig]:
-        preset = PRESETS[self.preset]["infill" if infills else "completion"]
-        if not infills and self.length is not None:
-            raise UserError("length is for tasks with a gap; give max_new_tokens")
-        length = preset.length if self.length is None else self.length
-        preset = replace(preset, samples=self.samples or preset.samples, length=length if infills else None)
-        return preset, MDMGenerationConfig(**{**preset.generation, **(self.generation or {}), "seed": self.seed})
+Progress = Callable[[int, int, float | None], None]
 
 
 class Item(NamedTuple):
-    """A sample to generate: tokens before and after a gap of `length` masked positions."""
-
     task: Task
     sample: int
-    before: Tensor  # [P] int64
-    after: Tensor  # [S]
-    length: int
+    gap: Gap
 
     @property
     def key(self) -> tuple[str, int]:
         return self.task.task_id, self.sample
 
+    @property
+    def size(self) -> int:
+        """Positions, without those of a gap of unknown length."""
+        length = 0 if self.gap.length == "auto" else self.gap.length
+        return len(self.gap.prefix) + len(self.gap.suffix) + length
 
-def generate_samples(model: DiffusionLM, tokenizer, tasks: TaskSet, folder: str | Path, settings: RunSettings,
-                     source: Path | None = None, progress=None, **scoring) -> dict:
-    """Generate what is missing of a run in `folder`, then score it.
+
+def generate_samples(model: Transformer, tokenizer, tasks: TaskSet, folder: str | Path, settings: RunSettings,
+                     source: Path | None = None, progress: Progress | None = None, **scoring) -> dict:
+    """Generate the samples that the run in `folder` lacks, then score it.
 
     Args:
-        source: the model's folder, whose weights the manifest has a hash of.
-        progress: called with the number of samples there are, of all, and the share that passes so far, or None.
-        scoring: as `score_samples` takes it.
+        source: the model's folder; its weights are hashed into the manifest.
+        progress: called with the number of finished samples, of all samples, and the share that passes so far (or
+            None).
+        scoring: arguments of `score_samples`.
     Returns: the record of results.json, in process 0 of several; in the others only {}.
     Raises: UserError if the folder has another run, or a prompt does not fit the model.
     """
     folder = Path(folder)
-    infills = BENCHMARKS[tasks.name].infills
-    preset, config = settings.resolve(infills)
-    chosen = list(tasks.tasks.values())[:settings.limit]
-    batches = make_batches(model, tokenizer, tasks.name, chosen, preset, config, settings.batch_size)
+    preset, config = settings.resolve(BENCHMARKS[tasks.name].infills)
+    tasks = replace(tasks, tasks=dict(list(tasks.tasks.items())[:settings.limit]))
+    items = make_items(model, tokenizer, tasks, preset, config)
+    batches = [items[start:start + settings.batch_size] for start in range(0, len(items), settings.batch_size)]
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    manifest = describe(model, tokenizer, tasks, settings, preset, config, source, len(chosen))
-    check_same_run(folder, manifest)
-    folder.mkdir(parents=True, exist_ok=True)
-    if rank == 0:
-        write_json(folder / "manifest.json", manifest)
-    check_sandbox(Sandbox, scoring.get("require", "best"), lambda text: None)  # to refuse now; scoring warns
-    total = sum(map(len, batches))
-    done = {(row["task_id"], row["sample"]) for row in read_parts(folder)}
-    with ExitStack() as stack:
-        shares = None if progress is None else stack.enter_context(RunningScore(tasks, scoring.get("timeout")))
-        for number, batch in enumerate(batches):
-            wanted = [item for item in batch if item.key not in done]
-            if number % world == rank and wanted:
+    manifest = make_manifest(model, tokenizer, tasks, settings, preset, config, source)
+    with own_folder(folder, rank):
+        check_continues(folder, manifest)
+        if rank == 0:
+            write_json(folder / "manifest.json", manifest)
+        check_sandbox(Sandbox, scoring.get("require", "best"), lambda text: None)  # refuses now; scoring warns
+        done = set(map(key_of, read_parts(folder)))
+        with ExitStack() as stack:
+            score = None if progress is None else stack.enter_context(RunningScore(tasks, scoring.get("timeout")))
+            for number, batch in enumerate(batches):
+                if number % world != rank or all(item.key in done for item in batch):
+                    continue
                 rows = denoise_batch(model, tokenizer, batch, tasks.name, config, number)
-                rows = [row for row in rows if (row["task_id"], row["sample"]) not in done]
-                append(folder / f"part-{rank}.jsonl", rows)
-                done |= {item.key for item in batch}
+                rows = [row for row in rows if key_of(row) not in done]
+                append_samples(folder / f"part-{rank}.jsonl", rows)
                 if progress is not None:
-                    shares.add(rows)
-                    progress(sum(path.read_bytes().count(b"\n") for path in folder.glob("part-*.jsonl")), total,
-                             shares.share)
-    if world > 1:
-        wait_for_all(folder, {item.key for batch in batches for item in batch})
-    if rank != 0:
-        return {}
-    place = {task.task_id: i for i, task in enumerate(chosen)}
+                    score.add(rows)
+                    progress(count_samples(folder), len(items), score.share)
+        if world > 1:
+            wait_for_all(folder, {item.key for item in items})
+        return score_run(folder, tasks, settings, preset, manifest, **scoring) if rank == 0 else {}
+
+
+def score_run(folder: Path, tasks: TaskSet, settings: RunSettings, preset: Preset, manifest: dict, **scoring) -> dict:
+    """Write samples.jsonl and results.json of a complete run. Returns the record of results.json."""
+    place = {task_id: i for i, task_id in enumerate(tasks.tasks)}
     rows = sorted(read_parts(folder), key=lambda row: (place[row["task_id"]], row["sample"]))
-    write_atomically(folder / "samples.jsonl", b"".join(_line(row) for row in rows))
-    part = replace(tasks, tasks={task.task_id: task for task in chosen})
-    record = score_samples(folder / "samples.jsonl", part, **scoring)
+    write_atomically(folder / "samples.jsonl", to_lines(rows))
+    record = score_samples(folder / "samples.jsonl", tasks, **scoring)
     record |= {"preset": settings.preset, "unfilled_tokens": sum(row["unfilled"] for row in rows),
-               "speed": speed_of(rows), "manifest": manifest}
+               "speed": measure_speed(rows), "manifest": manifest}
     if preset.length == "average":
         passed = {line["line"]: line["verdict"] == "pass" for line in record["results"]}
         record["pass@1_by_length"] = {
-            str(length): sum(passed[i] for i, row in enumerate(rows, 1) if row["length"] == length) / len(chosen)
+            str(length): sum(passed[i] for i, row in enumerate(rows, 1) if row["length"] == length) / len(place)
             for length in LENGTHS}
     write_json(folder / "results.json", record)
     return record
 
 
-def make_batches(model: DiffusionLM, tokenizer, name: str, tasks: Sequence[Task], preset: Preset,
-                 config: MDMGenerationConfig, batch_size: int) -> list[list[Item]]:
-    """Every sample of every task, those of similar length together."""
-    items, infills = [], BENCHMARKS[name].infills
-    for task in tasks:
-        before, after = frame(tokenizer, *texts_around(name, task), preset.framed)
+def make_items(model: Transformer, tokenizer, tasks: TaskSet, preset: Preset,
+               config: MDMGenerationConfig) -> list[Item]:
+    """Every sample of every task, the longest first, so that a batch has samples of similar length."""
+    items, infills = [], BENCHMARKS[tasks.name].infills
+    for task in tasks.tasks.values():
+        before, after = frame(tokenizer, *texts_around(tasks.name, task), preset.framed)
         if not infills:
             lengths = [config.max_new_tokens]
         elif preset.length == "oracle":
             lengths = [max(1, len(encode(tokenizer, task.canonical)))]
-        elif preset.length == "auto":  # gaps that grow begin small; for the others 0: each batch chooses
-            lengths = [0 if config.expand_token_id is None else min(config.infill_lengths)]
         else:
             lengths = LENGTHS if preset.length == "average" else [preset.length]
         for sample, length in enumerate([length for length in lengths for _ in range(preset.samples)]):
-            longest = max(length, config.max_infill_length if infills else 0)
-            items.append(Item(task, sample, *fit(model, before, after, longest, preset.context, task), length))
-    items.sort(key=lambda item: -(len(item.before) + len(item.after) + item.length))
-    return [items[start:start + batch_size] for start in range(0, len(items), batch_size)]
+            longest = max(max(config.infill_lengths) if length == "auto" else length,
+                          config.max_infill_length if infills else 0)
+            gap = Gap(*fit(model, before, after, longest, preset.context, task), length)
+            items.append(Item(task, sample, gap))
+    return sorted(items, key=lambda item: -item.size)
 
 
 def texts_around(name: str, task: Task) -> tuple[str, str]:
-    """What the model is given before and after its answer."""
-    if name == "mbpp":  # Open-dLLM's; there is no line's end before the fence
+    """The texts before and after the answer, as the model sees them."""
+    if name == "mbpp":  # as in Open-dLLM, without a newline before the fence
         return f"{task.text} Your code should pass these tests:\n\n" + "\n".join(task.asserts) + "```python\n", ""
-    if name == "santacoder_fim":  # DreamOn's and Open-dLLM's: one line's end more, and none before the suffix
+    if name == "santacoder_fim":  # as in DreamOn and Open-dLLM: a newline more, and none before the suffix
         return task.prompt + "\n", task.suffix
     return task.prompt, task.suffix
 
 
 def frame(tokenizer, before: str, after: str, framed: bool) -> tuple[Tensor, Tensor]:
-    """Tokens of both, each by itself: a joint tokenization would move the gap's edges."""
+    """Tokens of both, encoded separately, because a joint tokenization would move the edges of the gap."""
     ids = encode(tokenizer, before), encode(tokenizer, after)
     if not framed:
         return ids
@@ -185,9 +161,9 @@ def frame(tokenizer, before: str, after: str, framed: bool) -> tuple[Tensor, Ten
     return torch.cat((start, ids[0])), torch.cat((ids[1], end))
 
 
-def fit(model: DiffusionLM, before: Tensor, after: Tensor, length: int, context: int,
+def fit(model: Transformer, before: Tensor, after: Tensor, length: int, context: int,
         task: Task) -> tuple[Tensor, Tensor]:
-    """Cut what is furthest from the gap, so that all has room."""
+    """Cut the text that is furthest from the gap, so that the rest fits the model."""
     room = min(context, model.config.max_position_embeddings - length)
     if room < 2:
         raise UserError(f"{length} tokens to fill in leave no room for task {task.task_id}: the model has "
@@ -198,53 +174,39 @@ def fit(model: DiffusionLM, before: Tensor, after: Tensor, length: int, context:
     return before, after[:len(after) - (over - cut)]
 
 
-def denoise_batch(model: DiffusionLM, tokenizer, batch: Sequence[Item], name: str, config: MDMGenerationConfig,
+def denoise_batch(model: Transformer, tokenizer, batch: Sequence[Item], name: str, config: MDMGenerationConfig,
                   number: int) -> list[dict]:
     """The lines of samples.jsonl of a batch."""
     mask_token_id = find_mask_token(model, config)
     sequence = torch.tensor([zlib.crc32(f"{item.task.task_id} {item.sample}".encode()) for item in batch])
     start = time.perf_counter()
-    lengths = [item.length for item in batch]
-    if 0 in lengths:
-        from dllm.lengths import choose_lengths
-
-        lengths = [choose_lengths(model, item.before.unsqueeze(0), item.after.unsqueeze(0), config)[0]
-                   for item in batch]
-    rows = [torch.cat((item.before, torch.full((length,), mask_token_id), item.after))
-            for item, length in zip(batch, lengths, strict=True)]
-    canvas = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    visible = torch.arange(canvas.shape[1]) < torch.tensor([len(row) for row in rows]).unsqueeze(1)
-    out = denoise(model, canvas, config, visible, sequence=sequence)
-    sequences = out.sequences.cpu()
-    if out.attention_mask is not None:
-        visible = out.attention_mask.cpu()
+    gaps, answers, out = fill(model, [item.gap for item in batch], config, sequence=sequence)
     seconds, lines = time.perf_counter() - start, []
-    for item, length, row, real in zip(batch, lengths, sequences, visible, strict=True):
-        row = row[real]
-        answer = row[len(item.before):len(row) - len(item.after)]
+    for item, gap, answer in zip(batch, gaps, answers, strict=True):
+        text = decode_after(tokenizer, gap.prefix, cut_at_end(tokenizer, answer))
         lines.append({
-            "task_id": item.task.task_id, "sample": item.sample, "length": length,
-            "completion": finish_text(name, decode_after(tokenizer, item.before, cut_at_end(tokenizer, answer))),
+            "task_id": item.task.task_id, "sample": item.sample, "length": gap.length,
+            "completion": finish_text(name, text),
             "tokens": len(answer), "unfilled": int((answer == mask_token_id).sum()),
             "batch": number, "rows": len(batch), "forwards": out.forwards, "seconds": round(seconds, 4)})
     return lines
 
 
 def finish_text(name: str, text: str) -> str:
-    """The answer without what follows it. A gap's is left as it is: blanks and lines' ends belong to it."""
+    """The answer up to its first stop. The answer in a gap stays as it is: its blanks and newlines count."""
     for stop in stops_of(name):
         text = text.split(stop)[0]
     return text.replace("```", "").strip() if name == "mbpp" else text
 
 
 def stops_of(name: str) -> tuple[str, ...]:
-    """What an answer is cut at; nothing for gaps, and for lm-eval's tasks, which have stops of their own."""
+    """The strings that end an answer; none for gaps, and for lm-eval's tasks, which have their own."""
     if name not in BENCHMARKS or BENCHMARKS[name].infills:
         return ()
     return MBPP_STOPS if name.startswith("mbpp") else CODE_STOPS
 
 
-def speed_of(rows: list[dict]) -> dict:
+def measure_speed(rows: list[dict]) -> dict:
     batches = {row["batch"]: row for row in rows}.values()
     forwards, seconds = sum(row["forwards"] for row in batches), sum(row["seconds"] for row in batches)
     row_forwards = sum(row["forwards"] * row["rows"] for row in batches)
@@ -253,109 +215,19 @@ def speed_of(rows: list[dict]) -> dict:
             "tokens_per_forward": tokens / max(row_forwards, 1), "tokens_per_second": tokens / max(seconds, 1e-9)}
 
 
-def describe(model: DiffusionLM, tokenizer, tasks: TaskSet, settings: RunSettings, preset: Preset,
-             config: MDMGenerationConfig, source: Path | None, count: int) -> dict:
-    """All that a score depends on, and where it was made."""
+def make_manifest(model: Transformer, tokenizer, tasks: TaskSet, settings: RunSettings, preset: Preset,
+                  config: MDMGenerationConfig, source: Path | None) -> dict:
+    """Everything on which a score depends, and the machine that made it."""
     return {
         "task": tasks.name, "preset": settings.preset,
         "data": {"source": tasks.source, "md5": tasks.md5, "sha256": tasks.sha256},
         "generation": asdict(config), "samples": preset.samples, "length": preset.length,
-        "stops": stops_of(tasks.name), "batch_size": settings.batch_size, "tasks": count,
-        **describe_model(model, tokenizer, source)}
-
-
-def describe_model(model: DiffusionLM, tokenizer, source: Path | None) -> dict:
-    """Of a manifest: hashes, what computes, and when. source: the model's folder."""
-    import transformers
-
-    weight = next(model.parameters())
-    return {
-        "model": model.config.family, "source": None if source is None else Path(source).name,
-        "weights": None if source is None else hash_files(sorted(Path(source).glob("*.safetensors"))),
-        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-        "dtype": str(weight.dtype),
-        "device": torch.cuda.get_device_name(weight.device) if weight.is_cuda else "cpu",
-        "machine": platform.platform(),
-        "versions": {"dllm": dllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
-                     "python": platform.python_version()},
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-
-
-def hash_files(paths: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def check_same_run(folder: Path, manifest: dict) -> None:
-    """Raises: UserError if the folder has samples of a run that asked for something else."""
-    path = folder / "manifest.json"
-    if not path.is_file():
-        return
-    try:
-        recorded = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is no manifest ({error}); take the folder away, or name another") from None
-    ours = json.loads(json.dumps(manifest))
-    for name in _SAME:
-        was, now = recorded.get(name), ours[name]
-        if name == "data":  # wherever it lies
-            was, now = ({"sha256": data["sha256"]} if isinstance(data, dict) and "sha256" in data else data
-                        for data in (was, now))
-        if was != now:
-            key = ""
-            if isinstance(was, dict) and isinstance(now, dict):
-                key = next(key for key in {**was, **now} if was.get(key) != now.get(key))
-                was, now, key = was.get(key), now.get(key), f"{key} "
-            raise UserError(f"{folder} has a run with another {name} ({key}{json.dumps(was)[:100]}, now "
-                            f"{json.dumps(now)[:100]}); name another folder, or give the same settings to continue it")
-
-
-def read_parts(folder: Path) -> list[dict]:
-    """The samples that all processes have written; what a kill has torn off is not counted.
-
-    Raises: UserError if a line is none of theirs.
-    """
-    rows = {}
-    for path in sorted(folder.glob("part-*.jsonl")):
-        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-            try:
-                row = json.loads(line)
-                rows[row["task_id"], row["sample"]] = row
-            except (ValueError, TypeError, KeyError) as error:
-                raise UserError(f"{path}: line {number} is no sample of this run ({type(error).__name__}); take the "
-                                "line out, and it is generated again") from None
-    return list(rows.values())
-
-
-def append(path: Path, rows: list[dict]) -> None:
-    """Add lines to a file, after what is whole of it, and see them on the disk."""
-    with open(path, "ab") as file:
-        torn = path.read_bytes()
-        file.truncate(torn.rfind(b"\n") + 1)
-        file.write(b"".join(map(_line, rows)))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def wait_for_all(folder: Path, wanted: set, patience: float = 24 * 3600.0) -> None:
-    """Until every process's samples are in the folder, which all of them see."""
-    start = time.monotonic()
-    while not wanted <= {(row["task_id"], row["sample"]) for row in read_parts(folder)}:
-        if time.monotonic() - start > patience:
-            raise UserError(f"{folder} has not all samples after {patience:g} s; start the same command again")
-        time.sleep(1.0)
-
-
-def _line(row: dict) -> bytes:
-    return (json.dumps(row) + "\n").encode()
+        "stops": stops_of(tasks.name), "batch_size": settings.batch_size, "tasks": len(tasks.tasks),
+        **identify_model(model, tokenizer, source)}
 
 
 def bar(name: str):
-    """A progress bar on stderr, as `generate_samples` calls it; process 0 of several has one, for all of them."""
+    """A progress bar on stderr for `generate_samples`; only process 0 of several has one."""
     from tqdm import tqdm
 
     if os.environ.get("RANK", "0") != "0":

@@ -1,6 +1,6 @@
-"""How the published systems decode and cut their answers to the code benchmarks, as data; sources in each entry.
+"""Settings with which published systems decode and cut answers to the code benchmarks; each entry names its source.
 
-A preset has settings for completion and for infilling; what it does not name keeps its default.
+A preset has settings for completion and for infilling; the others keep their defaults.
 """
 
 from dataclasses import dataclass, field
@@ -13,16 +13,16 @@ LENGTHS = (4, 8, 16, 32, 64)  # masked tokens, DreamOn's protocol for an average
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preset:
     generation: dict = field(default_factory=dict)  # fields of MDMGenerationConfig
-    samples: int = 1  # of each task
-    # of a gap: tokens, "oracle" (the answer's own), "average" over LENGTHS, or "auto"; None where there is no gap
+    samples: int = 1  # samples of each task
+    # Length of a gap: tokens, "oracle" (that of the answer), "average" over LENGTHS, or "auto"; None without a gap.
     length: int | str | None = "oracle"
-    framed: bool = False  # a gap's text begins with the tokenizer's first token and ends with its last
-    context: int = 2048  # tokens of prompt, or of a gap's surroundings
+    framed: bool = False  # the text of a gap has the tokenizer's first and last tokens around it
+    context: int = 2048  # tokens of the prompt, or around a gap
 
 
 PRESETS: dict[str, dict[str, Preset]] = {
-    # Open-dLLM's eval/eval_completion/run_eval.sh and eval/eval_infill/run_eval.sh. Of the first, top_p does not reach
-    # its sampler and top_k 200 does.
+    # Open-dLLM's eval/eval_completion/run_eval.sh and eval/eval_infill/run_eval.sh. In the first, top_p does not
+    # reach the sampler, and top_k 200 does.
     "open_dllm": {
         "completion": Preset(samples=10, generation={"max_new_tokens": 128, "steps": 128, "temperature": 0.8,
                                                      "alg": "p2", "top_k": 200}),

@@ -1,7 +1,7 @@
 """The code benchmarks: their published data, read into one kind of task.
 
-A program is prompt + completion + suffix, as the benchmark joins them, and then the tests. The data is a file, a folder
-that has it under its published name, or a repository of the Hugging Face hub.
+A program is prompt + completion + suffix, joined as the benchmark does, followed by the tests. The data is a file, a
+folder that has it under its published name, or a repository of the Hugging Face hub.
 """
 
 import ast
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dllm.errors import UserError
+from dllm.errors import UserError, first_line
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,13 +23,13 @@ class Task:
     task_id: str
     prompt: str
     canonical: str  # the completion that the benchmark gives
-    tests: str  # follow the program on a new line; they raise if it is wrong
-    names: tuple[str, ...]  # the program's functions that the tests call
+    tests: str  # follow the program on a new line, and raise if it is wrong
+    names: tuple[str, ...]  # functions of the program that the tests call
     suffix: str = ""
-    text: str = ""  # MBPP: what the function is to do
-    asserts: tuple[str, ...] = ()  # MBPP: the tests that the model is shown
-    join: str = ""  # goes between prompt, completion and suffix
-    # HumanEval+ and MBPP+ have lists of arguments in the place of tests
+    text: str = ""  # MBPP: description of the function
+    asserts: tuple[str, ...] = ()  # MBPP: tests that the model sees
+    join: str = ""  # separates prompt, completion and suffix
+    # HumanEval+ and MBPP+ have lists of arguments instead of tests.
     base_input: tuple = ()
     plus_input: tuple = ()
     atol: float = 0.0
@@ -43,21 +43,21 @@ class TaskSet:
     name: str
     tasks: Mapping[str, Task]
     source: str  # path, or hub repository
-    md5: str  # of the uncompressed data, as EvalPlus reports it
+    md5: str  # hash of the uncompressed data, as EvalPlus reports it
     sha256: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Benchmark:
     read: Callable[[dict], Task]
-    files: tuple[str, ...]  # names of the data, without .gz; any of them
-    hub: str | None = None  # repository that has it
-    parquet: str = "*.parquet"  # there
-    origin: str = ""  # where to get it, if not from the hub
+    files: tuple[str, ...]  # possible names of the data, without .gz
+    hub: str | None = None  # repository of the hub
+    parquet: str = "*.parquet"  # files in that repository
+    origin: str = ""  # source of the data, if not the hub
     keep: Callable[[str], bool] = lambda task_id: True
-    seconds: float = 3.0  # a program may take, or for EvalPlus a call
-    plus: bool = False  # has lists of arguments, and EvalPlus' rules
-    infills: bool = False  # a gap, not the end of a text
+    seconds: float = 3.0  # CPU seconds of a program, or for EvalPlus of a call
+    plus: bool = False  # lists of arguments, and the rules of EvalPlus
+    infills: bool = False  # the answer fills a gap, instead of ending a text
 
 
 def _read_humaneval(row: dict) -> Task:
@@ -70,7 +70,7 @@ def _read_humaneval(row: dict) -> Task:
 def _read_mbpp(row: dict) -> Task:
     setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or ())
     tests = "\n".join((setup, *row["test_list"]))
-    with warnings.catch_warnings(action="ignore"):  # of the escapes in its regular expressions
+    with warnings.catch_warnings(action="ignore"):  # about escapes in regular expressions
         code, asserts = (ast.parse(text) for text in (row["code"], "\n".join(row["test_list"])))
     defined = {node.name for node in code.body if isinstance(node, ast.FunctionDef)}
     used = [node.id for node in ast.walk(asserts) if isinstance(node, ast.Name)]
@@ -83,7 +83,7 @@ def _read_plus(row: dict) -> Task:
     task_id, entry_point = row["task_id"], row["entry_point"]
     convert = _MBPP_INPUTS.get(int(task_id.rpartition("/")[2]), list) if task_id.startswith("Mbpp/") else list
     base, plus = (tuple(convert(inputs) for inputs in row[f"{kind}_input"] or ()) for kind in ("base", "plus"))
-    # A solution of MBPP+ is a whole program: its prompt is a comment, which stands before it.
+    # A solution of MBPP+ is a whole program; its prompt is a comment before it.
     return Task(task_id=task_id, prompt=row["prompt"], canonical=row["canonical_solution"], tests="",
                 names=(entry_point,), base_input=base, plus_input=plus, atol=row["atol"])
 
@@ -94,7 +94,7 @@ def _read_santacoder(row: dict) -> Task:
                 names=(re.search(r"\bcheck\((\w+)\)\s*\n\s*test_check\(\)\s*$", row["tests"])[1],))
 
 
-# MBPP+ is kept as JSON, which has no tuples, sets or complex numbers: what the arguments of a call are, by task.
+# MBPP+ is JSON, which has no tuples, sets or complex numbers: conversions of the arguments of a call, by task.
 
 
 def _tuple(value):
@@ -156,8 +156,8 @@ def read_tasks(name: str, data: str | None = None, every_row: bool = False) -> T
     Args:
         data: a file, a folder that has it (or a folder in it), or a hub repository as owner/name; None takes the
             benchmark's own repository.
-        every_row: also those outside the benchmark's test split (MBPP: ids 11 to 510).
-    Raises: UserError if there is no such data, or if it is not this benchmark's.
+        every_row: also tasks outside the test split of the benchmark (MBPP: ids 11 to 510).
+    Raises: UserError if there is no such data, or it belongs to another benchmark.
     """
     if name not in BENCHMARKS:
         raise UserError(f"there is no task {name!r}; the tasks are {', '.join(BENCHMARKS)}")
@@ -215,8 +215,8 @@ def _download(source: str, benchmark: Benchmark, wanted: list[str]) -> Path:
     patterns = [benchmark.parquet, f"*/{benchmark.parquet}", *wanted, *(f"*/{file}" for file in wanted)]
     try:
         return Path(snapshot_download(source, repo_type="dataset", allow_patterns=patterns))
-    except Exception as error:  # the hub client raises a dozen kinds; each means: not to be had
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # the hub client raises a dozen kinds; all mean that the data is unavailable
+        reason = first_line(error)
         raise UserError(f"{source} is neither here nor a repository of data that can be reached ({reason}); "
                         "name a file with --data") from error
 
@@ -231,7 +231,7 @@ def _rows(path: Path, content: bytes) -> Iterator[dict]:
         try:
             yield from pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
         except pyarrow.ArrowException as error:
-            raise UserError(f"{path} is not Parquet ({str(error).splitlines()[0][:60]})") from None
+            raise UserError(f"{path} is not Parquet ({first_line(error)[:60]})") from None
         return
     try:
         text = content.decode("utf-8")

@@ -4,7 +4,6 @@ lm-eval's main branch finds `HarnessLM` by the entry point of pyproject.toml (it
 does not yet. With either, `dllm lm_eval ...` is its command with the model and our task files (lm_eval_tasks/) added.
 """
 
-import difflib
 import hashlib
 import json
 import logging
@@ -12,7 +11,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,41 +21,38 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import dllm
-from dllm.checkpoint import write_json
-from dllm.errors import UserError
-from dllm.evaluators.generating import (
-    RunSettings,
-    check_same_run,
-    describe,
-    hash_files,
-)
-from dllm.evaluators.perplexity import bound_likelihood
-from dllm.evaluators.presets import Preset
-from dllm.evaluators.tasks import TaskSet
-from dllm.model import DiffusionLM, find_model, load_with_tokenizer
-from dllm.sampler import MDMGenerationConfig, denoise, find_mask_token
-from dllm.tokenizer import cut_at_end, decode_after, encode
+from dllm.config.fields import convert, settings_of
+from dllm.errors import UserError, did_you_mean, first_line
+from dllm.evaluators.likelihood import bound_likelihood
+from dllm.evaluators.runs import check_continues, identify_model
+from dllm.files import digest_files, own_folder, write_json
+from dllm.generation.canvas import positions_of
+from dllm.generation.config import MDMGenerationConfig
+from dllm.generation.infilling import Gap, fill
+from dllm.generation.sampler import find_mask_token
+from dllm.model.loading import load_with_tokenizer
+from dllm.model.tokenizer import cut_at_end, decode_after, encode, encode_rendered, protect
+from dllm.model.transformer import Transformer
+from dllm.model.weights import find_model
 
 TASKS = Path(__file__).with_name("lm_eval_tasks")
 LIKELIHOOD_SAMPLES = 128  # LLaDA's eval_llada.py
-_GENERATION = tuple(field.name for field in fields(MDMGenerationConfig)
-                    if field.name not in ("num_return_sequences", "output_history", "constraint"))
-_ARGUMENTS = ("pretrained", "device", "dtype", "batch_size", "likelihood_samples", *_GENERATION)
+_GENERATION = {name: its for name, its in settings_of(MDMGenerationConfig).items() if name != "num_return_sequences"}
+_TOKENS = ("mask_token", "mask_token_id", "trust_remote_code")
+_ARGUMENTS = ("pretrained", "device", "dtype", "batch_size", "likelihood_samples", "mask_token", "trust_remote_code",
+              *_GENERATION)
 _FROM_TASK = {"until", "do_sample", "max_gen_toks", "temperature", "top_p", "top_k", "gap"}
 
 logger = logging.getLogger(__name__)
 
 
-class Gap(NamedTuple):
-    """Tokens before and after `length` masked positions. `number` picks its random numbers."""
+class Request(NamedTuple):
+    """A gap to fill; `number` picks its random numbers."""
 
-    before: Tensor  # [P] int64
-    after: Tensor  # [S]
-    length: int
+    gap: Gap
     number: int
 
 
@@ -65,17 +61,17 @@ class HarnessLM(TemplateLM):
     """A masked diffusion model for lm-eval.
 
     Likelihoods are lower bounds on log p, by Monte Carlo with `likelihood_samples` corrupted copies of each sequence
-    (`bound_likelihood`); they depend on the seed and the texts, not on order or batches. "Greedy" is a continuation
-    that the model writes itself, its surest token first, one a step. Texts are denoised `batch_size` together; what
-    a task asks (max_gen_toks, temperature, top_p, top_k) holds where `generation` does not say otherwise.
+    (`bound_likelihood`); they depend on the seed and the texts, not on order or batches. A continuation is "greedy" if
+    the model writes it itself, one token a step, most confident first. Texts are denoised `batch_size` together.
+    `generation` overrides the settings of a task (max_gen_toks, temperature, top_p, top_k).
     """
 
-    def __init__(self, model: DiffusionLM, tokenizer, *, batch_size: int = 16,
+    def __init__(self, model: Transformer, tokenizer, *, batch_size: int = 16,
                  likelihood_samples: int = LIKELIHOOD_SAMPLES, source: str | Path | None = None, **generation):
         """
         Args:
-            source: the model's folder, whose weights the results have a hash of.
-            generation: fields of MDMGenerationConfig; `seed` is 0 where it is not given, `steps` as many as tokens.
+            source: the folder of the model, for a hash of its weights in the results.
+            generation: fields of MDMGenerationConfig; `seed` defaults to 0, `steps` to the number of tokens.
         """
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("likelihood_samples", likelihood_samples, 2)):
@@ -84,13 +80,14 @@ class HarnessLM(TemplateLM):
         self.model, self.tokenizer, self.source = model, tokenizer, source
         self.batch_size, self.likelihood_samples = batch_size, likelihood_samples
         self.generation = {"seed": 0, **generation}
-        self.config({})  # what is wrong with it is said before anything is computed
+        self.chats = False  # whether the prompts are rendered conversations
+        self.config({})  # raises for wrong settings before anything is computed
         find_mask_token(model, self.config({}))
         self._device = model.device
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> "HarnessLM":
-        """From lm-eval's --model_args, --batch_size and --device, of which the first go before the others.
+        """The model of lm-eval's --model_args, --batch_size and --device; the first override the others.
 
         Raises: UserError for an unknown argument, a bad value, or a model that cannot be loaded.
         """
@@ -101,16 +98,18 @@ class HarnessLM(TemplateLM):
         given |= arg_dict
         for name in given:
             if name not in _ARGUMENTS:
-                near = difflib.get_close_matches(name, _ARGUMENTS, n=1)
-                raise UserError(f"model_args has no {name!r}{f'; did you mean {near[0]}?' if near else ''} It takes "
+                raise UserError(f"model_args has no {name!r}{did_you_mean(name, _ARGUMENTS) or '.'} It takes "
                                 + ", ".join(_ARGUMENTS))
         if "pretrained" not in given:
             raise UserError("model_args needs pretrained=MODEL, a folder or a hub repository as owner/name")
         path, size = given.pop("pretrained"), str(given.pop("batch_size", 16))
         if not size.isdecimal():
             raise UserError(f"batch_size must be a number, not {size!r}: sequences denoised together")
-        given = {name: None if value == "none" and name != "cache" else value for name, value in given.items()}
-        model, tokenizer = load_with_tokenizer(path, str(given.pop("device", "auto")), str(given.pop("dtype", "auto")))
+        given = {name: convert(name, value, _GENERATION[name]) if name in _GENERATION else value
+                 for name, value in given.items()}
+        tokens = {name: given.pop(name) for name in _TOKENS if name in given}
+        model, tokenizer = load_with_tokenizer(path, str(given.pop("device", "auto")), str(given.pop("dtype", "auto")),
+                                               **tokens)
         return cls(model, tokenizer, batch_size=int(size), source=find_model(path), **given)
 
     @classmethod
@@ -120,15 +119,15 @@ class HarnessLM(TemplateLM):
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     def get_model_info(self) -> dict:
-        """What lm-eval's results say of the model."""
+        """The facts about the model in lm-eval's results."""
         files = [] if self.source is None else sorted(Path(self.source).glob("*.safetensors"))
         return {"dllm_version": dllm.__version__, "model_family": self.model.config.family,
-                "model_dtype": str(self.model.dtype), "model_weights_sha256": hash_files(files) if files else None,
+                "model_dtype": str(self.model.dtype), "model_weights_sha256": digest_files(files) if files else None,
                 "loglikelihood": "lower bound on log p, by Monte Carlo",
                 "likelihood_samples": self.likelihood_samples, "generation": self.generation}
 
     def config(self, wanted: dict) -> MDMGenerationConfig:
-        """The settings for a request: those of the model, then those of the task's generation_kwargs."""
+        """The settings of a request: those of the task's generation_kwargs, overridden by those of the model."""
         for name in wanted.keys() - _FROM_TASK:
             _warn_once(f"the task's generation setting {name} means nothing to a diffusion model; it is left out")
         wanted = normalize_gen_kwargs(wanted)
@@ -136,12 +135,10 @@ class HarnessLM(TemplateLM):
         if asked["temperature"] > 0:
             asked |= {name: wanted[name] for name in ("top_p", "top_k") if wanted.get(name)}
         asked |= self.generation
-        if "gap" not in wanted:
-            asked.setdefault("steps", asked["max_new_tokens"])
-        try:
-            return MDMGenerationConfig(**asked)
-        except TypeError as error:  # text where a number is wanted, say
-            raise UserError(f"model_args has a value of the wrong kind ({error}): {asked}") from None
+        config = MDMGenerationConfig(**asked)
+        if "gap" in wanted or "steps" in asked:
+            return config
+        return replace(config, steps=positions_of(self.model, config))
 
     @property
     def eot_token_id(self) -> int:
@@ -152,15 +149,17 @@ class HarnessLM(TemplateLM):
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """Without special tokens, whatever is asked: models are trained on texts without a first token of their own."""
-        return encode(self.tokenizer, string).tolist()
+        """Encode with nothing added, whatever is asked, because models train on texts without a first token. Special
+        tokens are those that a chat template wrote; any that the text itself spells stay text."""
+        return (encode_rendered if self.chats else encode)(self.tokenizer, string).tolist()
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if not self.tokenizer.chat_template:
             raise UserError("this model has no chat template, so it was not trained on conversations; leave "
                             "--apply_chat_template out")
+        self.chats = True
         return self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
+            protect(self.tokenizer, chat_history), tokenize=False, add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt)
 
     def set_cache_hook(self, cache_hook) -> None:
@@ -170,69 +169,68 @@ class HarnessLM(TemplateLM):
         super().set_cache_hook(cache_hook)
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """The text up to the first stop string. A request whose settings have `gap` fills the gap between its
-        document's `before` and `after`: with so many tokens, or with `oracle` those of its `canonical`."""
+        """The text up to the first stop string.
+
+        A request with the setting `gap` fills a gap of that many tokens between `before` and `after` of its document;
+        `oracle` takes the length of its `canonical`."""
         seen: Counter[str] = Counter()
-        groups: dict[MDMGenerationConfig, list[tuple[int, Gap]]] = {}
+        groups: dict[MDMGenerationConfig, list[tuple[int, Request]]] = {}
         for index, request in enumerate(requests):
             context, wanted = request.args[:2]
             config = self.config(wanted)
             number = zlib.crc32(f"{seen[context]} {context}".encode("utf-8", "surrogatepass"))
             seen[context] += 1  # repeats of a prompt differ
-            groups.setdefault(config, []).append((index, self._gap(request, wanted, config, number)))
+            gap = self._read_gap(request, wanted, config) if "gap" in wanted else self._continue(context, config)
+            groups.setdefault(config, []).append((index, Request(gap, number)))
         texts = [""] * len(requests)
         with tqdm(total=len(requests), desc="dllm generate_until", disable=disable_tqdm or None) as bar:
             for config, part in groups.items():
-                for place, answer in self._fill([gap for _, gap in part], config):
-                    index, gap = part[place]
+                for place, answer in self._fill([request for _, request in part], config):
+                    index, request = part[place]
                     until = requests[index].args[1].get("until") or []
-                    text = decode_after(self.tokenizer, gap.before, cut_at_end(self.tokenizer, answer))
+                    if "gap" not in requests[index].args[1]:
+                        answer = answer[:config.max_new_tokens]  # of whole blocks
+                    text = decode_after(self.tokenizer, request.gap.prefix, cut_at_end(self.tokenizer, answer))
                     for stop in [until] if isinstance(until, str) else until:
                         text = text.split(stop)[0]
                     texts[index] = text
                     bar.update()
         return texts
 
-    def _gap(self, request, wanted: dict, config: MDMGenerationConfig, number: int) -> Gap:
-        if "gap" not in wanted:
-            before = self._tensor(request.args[0])
-            room = self.model.config.max_position_embeddings - config.max_new_tokens
-            if room < 1:
-                raise UserError(f"{config.max_new_tokens} new tokens leave no room for a prompt: the model has "
-                                f"{self.model.config.max_position_embeddings} positions; lower max_new_tokens")
-            if len(before) > room:
-                _warn_once(f"prompts of more than {room} tokens are cut on the left, to fit the model's positions")
-            return Gap(before[-room:], before[:0], config.max_new_tokens, number)
-        before, after = self._tensor(request.doc["before"]), self._tensor(request.doc["after"])
+    def _continue(self, prompt: str, config: MDMGenerationConfig) -> Gap:
+        """A gap after the end of the prompt, which is cut on the left to fit the model."""
+        prefix = torch.tensor(self.tok_encode(prompt), dtype=torch.long)
+        gap = positions_of(self.model, config)
+        room = self.model.config.max_position_embeddings - gap
+        if room < 1:
+            raise UserError(f"{config.max_new_tokens} new tokens leave no room for a prompt: the model has "
+                            f"{self.model.config.max_position_embeddings} positions; lower max_new_tokens")
+        if len(prefix) > room:
+            _warn_once(f"prompts of more than {room} tokens are cut on the left, to fit the model's positions")
+        return Gap(prefix[-room:], prefix[:0], gap)
+
+    def _read_gap(self, request, wanted: dict, config: MDMGenerationConfig) -> Gap:
+        prefix, suffix = (encode(self.tokenizer, request.doc[name]) for name in ("before", "after"))
         length = wanted["gap"]
         if length == "oracle":
-            length = max(1, len(self.tok_encode(request.doc["canonical"])))
+            length = max(1, len(encode(self.tokenizer, request.doc["canonical"])))
         if not isinstance(length, int) or length < 1:
             raise UserError(f"gap must be a number of tokens or oracle, not {length!r}")
         most = max(length, 0 if config.expand_token_id is None else config.max_infill_length)
-        if (need := len(before) + len(after) + most) > self.model.config.max_position_embeddings:
+        if (need := len(prefix) + len(suffix) + most) > self.model.config.max_position_embeddings:
             raise UserError(f"a text with its gap needs {need} positions, the model has "
                             f"{self.model.config.max_position_embeddings}")
-        return Gap(before, after, length, number)
+        return Gap(prefix, suffix, length)
 
-    def _fill(self, gaps: Sequence[Gap], config: MDMGenerationConfig) -> Iterable[tuple[int, Tensor]]:
-        """(index, tokens [length]) of each gap, the longest texts first."""
-        mask = find_mask_token(self.model, config)
-        order = sorted(range(len(gaps)), key=lambda i: -(len(gaps[i].before) + len(gaps[i].after) + gaps[i].length))
+    def _fill(self, requests: Sequence[Request], config: MDMGenerationConfig) -> Iterable[tuple[int, Tensor]]:
+        """(index, tokens [length]) of each request, the longest texts first."""
+        sizes = [len(gap.prefix) + len(gap.suffix) + gap.length for gap, _ in requests]
+        order = sorted(range(len(requests)), key=lambda i: -sizes[i])
         for start in range(0, len(order), self.batch_size):
             batch = order[start:start + self.batch_size]
-            rows = [torch.cat((gap.before, torch.full((gap.length,), mask), gap.after))
-                    for gap in (gaps[i] for i in batch)]
-            # A cache wants the positions to fill in the same columns, and a gap that grows moves what is after it.
-            side = "right" if config.expand_token_id is not None else "left"
-            canvas = pad_sequence(rows, batch_first=True, padding_side=side)
-            visible = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side).bool()
-            out = denoise(self.model, canvas, config, visible, sequence=torch.tensor([gaps[i].number for i in batch]))
-            if out.attention_mask is not None:
-                visible = out.attention_mask.cpu()
-            for i, row, real in zip(batch, out.sequences.cpu(), visible, strict=True):
-                row = row[real]
-                yield i, row[len(gaps[i].before):len(row) - len(gaps[i].after)]
+            filled = fill(self.model, [requests[i].gap for i in batch], config,
+                          sequence=torch.tensor([requests[i].number for i in batch]))
+            yield from zip(batch, filled.answers, strict=True)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
         limit = self.model.config.max_position_embeddings
@@ -247,7 +245,7 @@ class HarnessLM(TemplateLM):
                 for context, continuation in tqdm(pairs, desc="dllm loglikelihood", disable=disable_tqdm or None)]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, cut into windows that fit the model, each given its first token (or the end of text)."""
+        """The likelihood of whole texts, cut into windows that fit the model; the token before a window is given."""
         size = self.model.config.max_position_embeddings - 1
         results = []
         for request in tqdm(requests, desc="dllm loglikelihood_rolling", disable=disable_tqdm or None):
@@ -256,8 +254,8 @@ class HarnessLM(TemplateLM):
         return results
 
     def _bound(self, context: tuple[int, ...], continuation: tuple[int, ...]) -> float:
-        """Lower bound on log p(continuation | context). The seed is the same for all continuations of a context, so
-        that choices are compared on the same draws, and another for another context, so that errors average out."""
+        """Lower bound on log p(continuation | context). All continuations of a context share a seed, so that choices
+        are compared on the same draws; contexts differ in theirs, so that errors average out."""
         ids = torch.tensor([*context, *continuation])
         scored = torch.arange(len(ids)) >= len(context)
         seed = zlib.crc32(repr((self.generation["seed"], context)).encode())
@@ -265,16 +263,14 @@ class HarnessLM(TemplateLM):
                                        seed=seed).nats)
 
     def _write_surest(self, pairs: Sequence[tuple[tuple, tuple]]) -> dict[tuple, tuple]:
-        """By (context, length) the continuation that is written one token a step, the surest first."""
+        """The continuation of each (context, length) that the model writes one token a step, most confident first."""
         keys = list(dict.fromkeys((context, len(continuation)) for context, continuation in pairs))
-        none = torch.zeros(0, dtype=torch.long)
-        gaps = [Gap(torch.tensor(context, dtype=torch.long), none, length, 0) for context, length in keys]
-        config = MDMGenerationConfig(steps=max((length for _, length in keys), default=1), remasking="low_confidence",
+        nothing = torch.empty(0, dtype=torch.long)
+        requests = [Request(Gap(torch.tensor(context, dtype=torch.long), nothing, length), 0)
+                    for context, length in keys]
+        config = MDMGenerationConfig(remasking="low_confidence", threshold=2.0,  # which no confidence reaches
                                      mask_token_id=self.generation.get("mask_token_id"), seed=0)
-        return {keys[i]: tuple(answer.tolist()) for i, answer in self._fill(gaps, config)}
-
-    def _tensor(self, text: str) -> Tensor:
-        return torch.tensor(self.tok_encode(text), dtype=torch.long)
+        return {keys[i]: tuple(answer.tolist()) for i, answer in self._fill(requests, config)}
 
 
 _warned: set[str] = set()
@@ -287,12 +283,12 @@ def _warn_once(text: str) -> None:
 
 
 def run_command_line(arguments: Sequence[str]) -> int:
-    """lm-eval's own command, which then knows the model `dllm` and our task files."""
+    """Run lm-eval's own command with the model `dllm` and our task files."""
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging
 
     setup_logging()
-    sys.argv = ["lm_eval", *arguments]  # it reads nothing else
+    sys.argv = ["lm_eval", *arguments]  # the only thing that the command reads
     command = HarnessCLI()
     try:
         args = command.parse_args()
@@ -307,65 +303,69 @@ def run_command_line(arguments: Sequence[str]) -> int:
 def find_task(name: str, include_path: str | None = None, others: Sequence[str] = ()):
     """lm-eval's task manager, with the task or group in it.
 
-    others: names that could be meant as well.
-    Raises: UserError if it knows none of this name.
+    others: further names for the suggestion in the error.
+    Raises: UserError if there is no such task.
     """
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=[str(TASKS), *([include_path] if include_path else [])])
     if name not in manager.all_tasks:
-        near = difflib.get_close_matches(name, [*others, *manager.all_tasks], n=1)
-        raise UserError(f"there is no task {name!r}{f'; did you mean {near[0]}?' if near else ''} See dllm eval --help "
-                        "and dllm lm_eval ls tasks; a folder with task files can be named with --include-path")
+        near = did_you_mean(name, [*others, *manager.all_tasks])
+        raise UserError(f"there is no task {name!r}{near or '.'} See dllm eval --help and dllm lm_eval ls tasks; "
+                        "--include-path names a folder with more task files")
     return manager
 
 
 def evaluate_task(lm: HarnessLM, name: str, manager, folder: str | Path, *, limit: int | None = None,
                   num_fewshot: int | None = None, apply_chat_template: bool = False, unsafe_code: bool = False) -> dict:
-    """A task of lm-eval's, as a run in a folder: manifest.json before it, results.json with every sample after it.
+    """Run a task of lm-eval in a folder. Writes manifest.json before it, and results.json with every sample after it.
 
     Returns: the record of results.json.
-    Raises: UserError if the folder has another run, or the task's data cannot be had.
+    Raises: UserError if the folder has another run, or the data of the task is unavailable.
     """
     import lm_eval
     from lm_eval.utils import handle_non_serializable
 
     folder = Path(folder)
-    try:
-        loaded = manager.load([name])["tasks"]
-    except (OSError, ImportError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"the data of {name} cannot be had ({reason})") from error
-    digest, count = hashlib.sha256(), 0
-    for task in loaded.values():
-        docs = list(task.eval_docs)[:limit]
-        count += len(docs)
-        for doc in docs:
-            digest.update(json.dumps(doc, sort_keys=True, default=handle_non_serializable).encode())
-    tasks = TaskSet(name=name, tasks={}, source="lm-eval", md5="", sha256=digest.hexdigest())
-    manifest = describe(lm.model, lm.tokenizer, tasks, RunSettings(batch_size=lm.batch_size), Preset(), lm.config({}),
-                        lm.source, count)
-    manifest |= {"preset": None, "length": None, "data": {"source": "lm-eval", "sha256": digest.hexdigest()},
-                 "generation": lm.generation, "likelihood_samples": lm.likelihood_samples, "num_fewshot": num_fewshot,
-                 "limit": limit, "apply_chat_template": apply_chat_template}
+    digest, count = digest_documents(name, manager, limit)
+    manifest = {
+        "task": name, "preset": None, "data": {"source": "lm-eval", "sha256": digest}, "generation": lm.generation,
+        "samples": 1, "length": None, "stops": (), "batch_size": lm.batch_size, "tasks": count,
+        **identify_model(lm.model, lm.tokenizer, lm.source), "likelihood_samples": lm.likelihood_samples,
+        "num_fewshot": num_fewshot, "limit": limit, "apply_chat_template": apply_chat_template}
     manifest["versions"]["lm_eval"] = lm_eval.__version__
-    check_same_run(folder, manifest)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "manifest.json", manifest)
+    with own_folder(folder):
+        check_continues(folder, manifest)
+        write_json(folder / "manifest.json", manifest)
+        try:
+            results = lm_eval.simple_evaluate(
+                lm, tasks=[name], task_manager=manager, limit=limit, num_fewshot=num_fewshot,
+                apply_chat_template=apply_chat_template, fewshot_as_multiturn=apply_chat_template,
+                confirm_run_unsafe_code=unsafe_code)
+        except ValueError as error:
+            if "marked as unsafe" in str(error):
+                raise UserError(f"{name} runs the model's code outside our sandbox; give --unsafe-code if you trust it "
+                                "that far, or take one of dllm's own tasks") from None
+            raise
+        results = json.loads(json.dumps(results, default=handle_non_serializable))
+        record = {"task": name, "results": results["results"], "groups": results.get("groups", {}),
+                  "samples_scored": results["n-samples"], "higher_is_better": results["higher_is_better"],
+                  "task_versions": results["versions"], "config": results["config"], "manifest": manifest,
+                  "samples": results["samples"]}
+        write_json(folder / "results.json", record)
+        return record
+
+
+def digest_documents(name: str, manager, limit: int | None) -> tuple[str, int]:
+    """The SHA-256 of a task's documents, the first `limit` of each of its parts, and their number."""
+    from lm_eval.utils import handle_non_serializable
+
     try:
-        results = lm_eval.simple_evaluate(
-            lm, tasks=[name], task_manager=manager, limit=limit, num_fewshot=num_fewshot,
-            apply_chat_template=apply_chat_template, fewshot_as_multiturn=apply_chat_template,
-            confirm_run_unsafe_code=unsafe_code)
-    except ValueError as error:
-        if "marked as unsafe" in str(error):
-            raise UserError(f"{name} runs what the model writes, outside our sandbox; give --unsafe-code if you trust "
-                            "it that far, or take one of dllm's own tasks") from None
-        raise
-    results = json.loads(json.dumps(results, default=handle_non_serializable))
-    record = {"task": name, "results": results["results"], "groups": results.get("groups", {}),
-              "samples_scored": results["n-samples"], "higher_is_better": results["higher_is_better"],
-              "task_versions": results["versions"], "config": results["config"], "manifest": manifest,
-              "samples": results["samples"]}
-    write_json(folder / "results.json", record)
-    return record
+        parts = manager.load([name])["tasks"].values()
+    except (OSError, ImportError) as error:
+        raise UserError(f"the data of {name} cannot be had ({first_line(error)})") from error
+    documents = [document for part in parts for document in list(part.eval_docs)[:limit]]
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(json.dumps(document, sort_keys=True, default=handle_non_serializable).encode())
+    return digest.hexdigest(), len(documents)

@@ -1,22 +1,23 @@
-"""What the task files in lm_eval_tasks/ call: our benchmarks' data for lm-eval, and our verdicts."""
+"""Functions that the task files in lm_eval_tasks/ call: our benchmarks' data for lm-eval, and our verdicts."""
 
 import functools
-import sys
 
+from dllm.evaluators.code.generating import finish_text, texts_around
+from dllm.evaluators.code.presets import CODE_STOPS, MBPP_STOPS
+from dllm.evaluators.code.samples import Sample
+from dllm.evaluators.code.scoring import print_warning
+from dllm.evaluators.code.tasks import BENCHMARKS, TaskSet, read_tasks
+from dllm.evaluators.code.verdicts import Bench, check_sandbox, judge_samples, run_all
 from dllm.evaluators.estimates import pass_at_k
-from dllm.evaluators.generating import finish_text, texts_around
-from dllm.evaluators.presets import CODE_STOPS, MBPP_STOPS
-from dllm.evaluators.sandbox import LAYERS, Limits, Sandbox
-from dllm.evaluators.scoring import Bench, Sample, check_sandbox, judge_plus, judge_tests, run_all
-from dllm.evaluators.tasks import BENCHMARKS, TaskSet, read_tasks
+from dllm.evaluators.sandbox.host import Sandbox
 
 CODE_UNTIL, MBPP_UNTIL = list(CODE_STOPS), list(MBPP_STOPS)  # lm-eval wants lists
 _read = functools.cache(read_tasks)
 
 
 def read(benchmark: str, data: str | None = None, **_) -> dict:
-    """{"test": rows}. data: a file, a folder or a hub repository, as --metadata data=PATH gives it; None: the
-    benchmark's own repository. lm-eval passes its model's arguments too."""
+    """{"test": rows}. data: a file, a folder or a hub repository, from --metadata data=PATH; None: the benchmark's own
+    repository. lm-eval also passes the arguments of its model."""
     import datasets
 
     return {"test": datasets.Dataset.from_list([
@@ -26,7 +27,7 @@ def read(benchmark: str, data: str | None = None, **_) -> dict:
 
 
 def keep_all(answers: list[list[str]], docs) -> list[list[str]]:
-    """A filter that leaves all repeats of a task in."""
+    """A filter that keeps all repeats of a task."""
     return answers
 
 
@@ -38,21 +39,12 @@ def judge(doc: dict, results: list[list[str]]) -> dict[str, float]:
     samples = [Sample(task_id=task.task_id, line=line, text=finish_text(name, answer), whole=False)
                for line, answer in enumerate(answers, start=1)]
     _check()
-
-    def do(bench: Bench, _) -> list[dict]:
-        if BENCHMARKS[name].plus:
-            return judge_plus(bench, task, samples, name.removesuffix("_plus"), seconds)
-        return judge_tests(bench, task, samples, seconds, audit=False)
-
-    records = run_all(1, lambda: Bench(_sandbox), [None], do, lambda records: None)
+    records = run_all(1, lambda: Bench(Sandbox), [(task, samples)],
+                      functools.partial(judge_samples, benchmark=name, seconds=seconds), lambda records: None)
     passed = sum(record["verdict"] == "pass" for record in records)
     return {"pass@1": pass_at_k(len(samples), passed, 1)}
 
 
-def _sandbox() -> Sandbox:
-    return Sandbox(LAYERS, Limits())
-
-
 @functools.cache
 def _check() -> None:
-    check_sandbox(_sandbox, "best", lambda text: print(f"dllm: warning: {text}", file=sys.stderr))
+    check_sandbox(Sandbox, "best", print_warning)

@@ -1,30 +1,20 @@
-"""The inside of the sandbox: a clean template process that forks one isolated process for each program.
+"""The layers around a program: namespaces, a root of its own, limits, Landlock, seccomp. Standard library only.
 
-`dllm.evaluators.sandbox` runs this file by its path in a fresh interpreter (standard library only, no environment) and
-says what is trusted. The template enters namespaces, in which it is pid 1, and a file system of its own. It never runs
-a program and never sees one: a job comes as a file descriptor that only the forked process reads, once it has given up
-all that it can. The template kills the process, and all that it may have started, when its owner says so or is gone.
+`isolate` enters, in the template, the layers that all jobs share; `give_up_everything` limits the process of one job
+for good. isolation.py loads this file by its path.
 """
 
 import ctypes
 import errno
-import functools
-import gc
-import importlib.util
-import json
-import operator
+import math
 import os
 import platform
-import random
 import resource
-import select
 import signal
 import socket
 import stat
 import struct
 import sys
-import time
-from contextlib import suppress
 
 NAMESPACES = {  # name -> flag of unshare(2)
     "user": 0x10000000, "mount": 0x00020000, "network": 0x40000000, "ipc": 0x08000000, "uts": 0x04000000,
@@ -36,14 +26,12 @@ _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND, _MS_REC, _
     1, 2, 4, 8, 32, 4096, 16384, 1 << 18)
 _SYSTEM = ("/usr", "/lib", "/lib64", "/lib32", "/nix/store", "/etc/ld.so.cache", "/etc/localtime")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
-_PRELOADED = ("array bisect cmath collections copy functools heapq itertools math operator random re string "
-              "typing").split()  # what programs import most; each makes every fork a little slower
 
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 def call(name: str, *arguments):
-    """A function of the C library that returns -1 with errno when it fails."""
+    """Call a function of the C library. Raises: OSError if it returns -1."""
     result = getattr(libc, name)(*(ctypes.c_char_p(os.fsencode(a)) if isinstance(a, str) else
                                    ctypes.c_long(a) if isinstance(a, int) else a for a in arguments))
     if result < 0:
@@ -52,152 +40,8 @@ def call(name: str, *arguments):
     return result
 
 
-def main() -> None:
-    control = socket.socket(fileno=int(sys.argv[1]))
-    judging = load_judging()
-    for name in _PRELOADED:
-        importlib.import_module(name)
-    layers = isolate(json.loads(sys.argv[2]), control)
-    del sys.argv[1:]
-    os.dup2(1, 2)  # until here, where setting up could complain
-    sys.stdout.reconfigure(errors="backslashreplace")  # printing must not fail a program
-    sys.stderr.reconfigure(errors="backslashreplace")
-    os.umask(0o077)
-    gc.collect()
-    gc.freeze()  # forks share these pages for longer
-    control.send(json.dumps(layers).encode())
-    while True:
-        message, descriptors, *_ = socket.recv_fds(control, 1 << 16, 8)
-        if not message:
-            return
-        status = supervise(control, layers, json.loads(message), descriptors, judging)
-        with suppress(BrokenPipeError):  # the owner is gone, as the next receive says
-            control.send(str(status).encode())
-
-
-def load_judging():
-    """judging.py beside this file, which is on no path that a program can import from."""
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "judging.py")
-    spec = importlib.util.spec_from_file_location("judging", path)
-    module = sys.modules["judging"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-# One job
-
-
-def supervise(control: socket.socket, layers: dict, limits: dict, descriptors: list[int], judging) -> int:
-    """Run one job. Returns the exit code of its process, or 128 + the signal that ended it, or -1 if it was killed."""
-    own_folder = not layers["mount namespace"]
-    if own_folder:
-        call("mount", "none", WORK, "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC,
-             f"size={limits['disk']},nr_inodes={limits['files']},mode=1777")
-    pid = os.fork()
-    if pid == 0:
-        try:
-            control.close()
-            os.setsid()
-            give_up_everything(layers, limits)
-            run_job(descriptors, judging)
-        except BaseException as error:  # before the job's own code
-            os.write(descriptors[1], f"E{type(error).__name__}: {error}".encode("utf-8", "replace")[:500])
-        finally:
-            os._exit(1)
-    for descriptor in descriptors:
-        os.close(descriptor)
-    watched, poll = os.pidfd_open(pid), select.poll()
-    poll.register(watched, select.POLLIN)
-    poll.register(control, select.POLLIN)
-    poll.poll()
-    word = control.recv(16)  # for each job one: "end", where it is ending, or "kill"; none: the owner is gone
-    poll.unregister(control)
-    killed = not poll.poll(1000 if word == b"end" else 0)
-    if killed:
-        os.kill(pid, signal.SIGKILL)
-    os.close(watched)
-    _, status = os.waitpid(pid, 0)
-    kill_leftovers(pid)
-    if own_folder:
-        call("umount2", WORK, 2)
-    return -1 if killed else os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
-
-
-def kill_leftovers(group: int) -> None:
-    """Kill all that the job has started and that still runs, and wait until it is gone.
-
-    As pid 1 of a namespace that is everyone; elsewhere the process group, and orphans, which come to us.
-    """
-    for _ in range(2000):
-        with suppress(ProcessLookupError):
-            os.kill(-1 if os.getpid() == 1 else -group, signal.SIGKILL)
-        if os.getpid() != 1:
-            with suppress(OSError):  # gone meanwhile; or this kernel has no such file, and the group is all we can find
-                with open(f"/proc/self/task/{os.getpid()}/children") as file:
-                    for orphan in file.read().split():
-                        os.kill(int(orphan), signal.SIGKILL)
-        try:
-            if os.waitpid(-1, os.WNOHANG) == (0, 0):
-                time.sleep(0.001)
-        except ChildProcessError:
-            return
-    raise OSError("a process of the last job cannot be killed")
-
-
-def run_job(descriptors: list[int], judging) -> None:
-    """In the program's process, all layers on: read the job, say so, run it, write what came of it."""
-    job_fd, verdict, *links = descriptors
-    with open(job_fd, "rb", buffering=0) as file:
-        job = json.loads(file.readall())
-    random.seed(0)
-    write = os.write
-    write(verdict, b"R")
-    try:
-        if job["kind"] == "serve":
-            judging.serve(job, *links)
-        else:
-            # The module runs to its end, then the token is written: from C, by objects that no name leads to and the
-            # garbage collector does not know. extend() puts them into no tuple, and as a method has the list for its
-            # first argument, which is what sys.monitoring tells.
-            [].extend(arm(job, verdict, judging, links))
-            # Only the token's first coming counts. Without one, the iterator ended because the module raised this:
-            write(verdict, json.dumps({"verdict": "fail", "error": "StopIteration"}).encode())
-        os._exit(0)
-    except BaseException as error:
-        write(verdict, json.dumps(describe(error)).encode())
-
-
-def arm(job: dict, verdict: int, judging, links: list[int]) -> map:
-    """What to run, then the write of the token, as an iterator; the token is taken out of the job."""
-    token = bytes.fromhex(job.pop("token"))
-    if job["kind"] == "judge":
-        first = functools.partial(judging.judge, job, *links)
-    else:
-        first = functools.partial(exec, job.pop("program"), {})
-    steps = map(operator.call, [first, functools.partial(os.write, verdict, token)])
-    hidden, found = (map, list, tuple, type(iter([])), functools.partial), [steps]
-    while found:
-        thing = found.pop()
-        ctypes.pythonapi.PyObject_GC_UnTrack(ctypes.py_object(thing))
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))  # never freed: an iterator would untrack itself, unasked
-        found += [part for part in gc.get_referents(thing) if type(part) in hidden]
-    return steps
-
-
-def describe(error: BaseException) -> dict:
-    """Verdict and reason of an exception, without running code of its class or arguments."""
-    kind = type(error)
-    plain = kind.__module__ in ("builtins", "judging") and error.args and type(error.args[0]) is str
-    text = error.args[0] if plain else ""
-    verdict = "oom" if isinstance(error, MemoryError) else error.verdict if kind.__module__ == "judging" else "fail"
-    return {"verdict": verdict, "error": (f"{kind.__name__}: {text}" if text else kind.__name__)[:300]}
-
-
-# The layers
-
-
 def isolate(wanted: list[str], control: socket.socket) -> dict[str, str]:
-    """Enter what namespaces there are, and try out the rest. Returns layer -> why it is absent, "" if it is on."""
+    """Enter the available namespaces, and try the other layers. Returns layer -> reason of absence, "" if active."""
     layers = {name: "" if name in wanted else "switched off" for name in (
         *(f"{name} namespace" for name in NAMESPACES), "unprivileged user", "landlock", "seccomp")}
 
@@ -213,7 +57,7 @@ def isolate(wanted: list[str], control: socket.socket) -> dict[str, str]:
     attempt("user namespace", enter_user_namespace, control, root)
     attempt("pid namespace", enter_pid_namespace, control)
     if layers["pid namespace"]:
-        call("prctl", 36, 1)  # PR_SET_CHILD_SUBREAPER: orphans come to us
+        call("prctl", 36, 1)  # PR_SET_CHILD_SUBREAPER: we become the parent of orphans
     for name in ("mount", "network", "ipc", "uts"):
         attempt(f"{name} namespace", call, "unshare", NAMESPACES[name])
     attempt("mount namespace", build_root)
@@ -226,7 +70,7 @@ def isolate(wanted: list[str], control: socket.socket) -> dict[str, str]:
 
 
 def probe(attempt) -> None:
-    """Try in a forked process what cannot be undone; its error is raised here."""
+    """Try something irreversible in a forked process; its error is raised here."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -257,14 +101,14 @@ def enter_user_namespace(control: socket.socket, root: bool) -> None:
 
 
 def enter_pid_namespace(control: socket.socket) -> None:
-    """The one that goes on is a forked process, pid 1 of the namespace; with it the namespace and all in it end."""
+    """Continue in a forked process, pid 1 of the namespace; its end ends every process in the namespace."""
     call("unshare", NAMESPACES["pid"])
     template = os.fork()
     if template:
         control.close()
         os.waitpid(template, 0)
         os._exit(0)
-    call("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG: nor does it outlive the process that the owner can kill
+    call("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with the process that the owner can kill
 
 
 def become_nobody() -> None:
@@ -274,13 +118,13 @@ def become_nobody() -> None:
 
 
 def import_as_nobody() -> None:
-    """Raises OSError if root cannot be given up, or if nobody cannot read this Python, as a program must."""
+    """Raises: OSError if root cannot be given up, or nobody cannot read this Python, which a program must."""
     become_nobody()
     os.listdir(os.path.dirname(os.__file__))
 
 
 def build_root() -> None:
-    """Move to a file system of its own: Python and the system's libraries, read-only, and a place for WORK."""
+    """Move to a new root: Python and the libraries of the system, read-only, and a place for WORK."""
     call("mount", "none", "/", None, _MS_REC | _MS_PRIVATE, None)
     python = {os.path.realpath(path) for path in (sys.prefix, sys.base_prefix)} | {sys.prefix, sys.base_prefix}
     sources = {}  # opened before the new root covers where some of them may be
@@ -305,7 +149,7 @@ def build_root() -> None:
 
 
 def fill_root(sources: dict[str, str | int]) -> None:
-    """Make each path below the current folder: a symbolic link, or the mounted file or folder of a descriptor."""
+    """Create each path below the current folder: a symbolic link, or a mount of the file or folder of a descriptor."""
     for path, source in sources.items():
         target = path.lstrip("/")
         os.makedirs(os.path.dirname(target) or ".", 0o755, exist_ok=True)
@@ -324,14 +168,24 @@ def fill_root(sources: dict[str, str | int]) -> None:
     os.makedirs(WORK.lstrip("/"), 0o755, exist_ok=True)
 
 
+def mount_work(limits: dict) -> None:
+    """An empty folder of limited size at WORK, for one job."""
+    call("mount", "none", WORK, "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC,
+         f"size={limits['disk']},nr_inodes={limits['files']},mode=1777")
+
+
+def unmount_work() -> None:
+    call("umount2", WORK, 2)
+
+
 def give_up_everything(layers: dict, limits: dict) -> None:
-    """In the program's process: what cannot be taken back."""
+    """In the process of a program: irreversible limits."""
     work = limits["work"] or WORK
     os.chdir(work)
-    for name, value in (("AS", limits["memory"]), ("CPU", limits["cpu"]), ("FSIZE", limits["disk"]),
+    for name, value in (("AS", limits["memory"]), ("CPU", math.ceil(limits["cpu"]) + 1), ("FSIZE", limits["disk"]),
                         ("NOFILE", limits["descriptors"]), ("CORE", 0), ("MEMLOCK", 0), ("MSGQUEUE", 0)):
         set_limit(getattr(resource, f"RLIMIT_{name}"), value)
-    if not layers["user namespace"]:  # elsewhere the user's other processes count too
+    if not layers["user namespace"]:  # otherwise all processes of the user count
         set_limit(resource.RLIMIT_NPROC, limits["threads"])
     if os.geteuid() == 0 and not layers["unprivileged user"]:
         become_nobody()
@@ -353,12 +207,12 @@ def set_limit(which: int, value: int) -> None:
 
 
 def no_new_privileges() -> None:
-    """What Landlock and seccomp ask for first: no set-user-id program can give back what is given up."""
+    """A condition of Landlock and seccomp: no set-user-id program can restore privileges."""
     call("prctl", 38, 1, 0, 0, 0)
 
 
 def restrict_files(layers: dict, work: str) -> None:
-    """Landlock: write only below `work`, read only what the new root or else Python has, no TCP, no signal outside."""
+    """Landlock: write only below `work`, read only the new root, or else Python; no TCP, no signals to others."""
     no_new_privileges()
     abi = call("syscall", 444, None, 0, 1)
     everything = (1 << (13 if abi < 2 else 14 if abi < 3 else 15 if abi < 5 else 16)) - 1
@@ -383,7 +237,7 @@ def restrict_files(layers: dict, work: str) -> None:
     os.close(rules)
 
 
-# The filter of system calls: a list of what is forbidden, with the numbers of x86-64 and of arm64 (None: has it not).
+# The system calls that the filter forbids: their numbers on x86-64 and on arm64 (None: arm64 has no such call).
 
 _FORBIDDEN = {
     # other processes
@@ -427,6 +281,7 @@ def forbid_calls() -> None:
     load, equal, at_least, bits, stop = 0x20, 0x15, 0x35, 0x54, 0x06
     allow, kill = 0x7FFF0000, 0x80000000
     refuse, unknown = 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
+
     def argument(index: int) -> int:
         return 16 + 8 * index  # offset of its low half in struct seccomp_data
 
@@ -447,7 +302,3 @@ def forbid_calls() -> None:
     code.append((stop, 0, 0, allow))
     text = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
     call("prctl", 22, 2, struct.pack("HxxxxxxQ", len(code), ctypes.addressof(text)), 0, 0)  # PR_SET_SECCOMP, filter
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,13 @@
-"""What crosses between a program and its judge, and how the judge decides. Standard library only.
+"""The exchange between a program and its judge, and the rules of the judge. Standard library only.
 
-The judge's process has the tests and no line of the program; the program's process has the program and no test. What
-crosses between them is plain data: None, bool, int, float, complex, str, bytes, and lists, tuples, sets and dicts of
-these, as JSON. An instance of a subclass of these crosses as the plain value it holds, an iterator as what it gives;
-anything else arrives as an `Opaque`, which equals nothing. So an object that claims to equal everything does not, and
-nothing that the program sends is ever code.
+The process of the judge has the tests and no line of the program; the process of the program has the program and no
+test. They exchange plain data: None, bool, int, float, complex, str, bytes, and lists, tuples, sets and dicts of these,
+as JSON. An instance of a subclass arrives as its plain value, an iterator as its items, and anything else as an
+`Opaque`, which equals nothing. So an object that claims to equal everything does not, and nothing that the program
+sends is ever code.
+
+A limit counts the CPU time of the program's process, so that a verdict does not depend on the load of the machine. The
+wall clock ends only processes that wait or sleep, after `BACKSTOP` times the limit.
 """
 
 import builtins
@@ -15,8 +18,9 @@ import os
 import select
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+BACKSTOP = 6  # wall-clock seconds for each CPU second of a limit
 _FLAT = {int, float, str, bool, type(None)}  # JSON has these
 _LETTERS = {"l": list, "t": tuple, "s": set, "f": frozenset}
 _MOST = 1 << 20  # items taken from an iterator
@@ -52,8 +56,8 @@ class CannotJudge(Exception):
     verdict = "cannot judge"
 
 
-def encode(value) -> bytes:
-    """The value as JSON; beyond `_LARGE` bytes only the hash of that, which agrees where the value does."""
+def encode_value(value) -> bytes:
+    """The value as JSON; beyond `_LARGE` bytes only the hash of that, which is equal for equal values."""
     try:
         try:
             return _join(_pieces(value, _FLAT))
@@ -71,7 +75,7 @@ def _join(pieces: Iterator[str]) -> bytes:
         kept.append(piece)
         if size > _LARGE:
             if digest is None:
-                import hashlib  # here, for it makes the template's forks slower
+                import hashlib  # here, because it makes the forks of the template slower
 
                 digest = hashlib.sha256()
             digest.update(b"".join(kept))
@@ -82,7 +86,7 @@ def _join(pieces: Iterator[str]) -> bytes:
 
 
 def _pieces(value, flat: set[type]) -> Iterator[str]:
-    """JSON in parts, so that a long list of small things is never there twice."""
+    """JSON in parts, so that memory never holds a long list twice."""
     if not isinstance(value, (list, tuple)) or len(value) <= _CHUNK:
         yield json.dumps(_plain(value, flat))
         return
@@ -124,8 +128,8 @@ def _plain(value, flat: set[type]):
     return ["o", str(kind.__name__)]
 
 
-def decode(text: bytes):
-    """The value, of exactly the plain types. Raises: Ended if it is no encoded value."""
+def decode_value(text: bytes):
+    """The value, of exactly the plain types. Raises: Ended if the text is not an encoded value."""
     try:
         return _build(json.loads(text))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -170,13 +174,15 @@ def send(link: int, message: bytes) -> None:
         rest = rest[os.write(link, rest):]
 
 
-def receive(link: int, most: int = 1 << 32, deadline: float | None = None) -> bytes:
-    """One message. Raises: Ended at the end of the link or for a longer message than `most`, TooLong."""
+def receive(link: int, most: int = 1 << 32, wait: Callable[[], None] = lambda: None) -> bytes:
+    """One message. Raises: Ended at the end of the link or for a longer message than `most`.
+
+    wait: called before each read; returns when there is something to read, or raises.
+    """
     def exactly(size: int) -> bytes:
         parts = []
         while size:
-            if deadline is not None and not select.select([link], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise TooLong("no answer in time")
+            wait()
             try:
                 part = os.read(link, min(size, 1 << 20))
             except ConnectionResetError:
@@ -204,11 +210,11 @@ def serve(job: dict, link: int) -> None:
     send(link, answer)
     while True:
         try:
-            name, arguments, keywords = decode(receive(link))
+            name, arguments, keywords = decode_value(receive(link))
         except Ended:
             return
         try:
-            answer = b"=" + encode(namespace[name](*arguments, **keywords))
+            answer = b"=" + encode_value(namespace[name](*arguments, **keywords))
         except BaseException as error:
             answer = _failure(error)
         send(link, answer)
@@ -219,20 +225,64 @@ def _failure(error: BaseException) -> bytes:
     return b"!" + json.dumps([type(error).__name__, text[:300]]).encode()
 
 
-class Program:
-    """The judge's end of the link to the program's process."""
+class Clock:
+    """CPU seconds of the program's process, which the template reports that started it (isolation.py)."""
 
     def __init__(self, link: int):
-        self.link = link
+        self.link, self.value, self.asked = link, 0.0, -math.inf
+
+    def now(self) -> float:
+        """Raises: Ended when the process has ended."""
+        try:
+            os.write(self.link, b"?")
+            answer = os.read(self.link, 8)
+        except OSError:
+            answer = b""
+        if not answer:
+            raise Ended("the program ended before it answered")
+        self.value, = struct.unpack("<d", answer)
+        self.asked = time.monotonic()
+        return self.value
+
+    def recent(self, age: float) -> float:
+        """A value at most `age` seconds old, because asking costs as much as a short call."""
+        return self.value if time.monotonic() - self.asked <= age else self.now()
+
+
+class Program:
+    """The judge's end of the link to the program's process. Limits are CPU seconds of that process."""
+
+    def __init__(self, link: int, clock: int):
+        self.link, self.clock = link, Clock(clock)
 
     def start(self, seconds: float | None = None) -> None:
         """Wait until the program has run. Raises what it raised."""
-        self._checked(receive(self.link, 1 << 16, None if seconds is None else time.monotonic() + seconds))
+        self._checked(receive(self.link, 1 << 16, self._limit(seconds)))
 
     def ask(self, request: bytes, most: int = 1 << 26, seconds: float | None = None) -> bytes:
         """The encoded result of a call, of at most `most` bytes. Raises what the call raised, Ended, TooLong."""
+        wait = self._limit(seconds)
         send(self.link, request)
-        return self._checked(receive(self.link, most, None if seconds is None else time.monotonic() + seconds))
+        return self._checked(receive(self.link, most, wait))
+
+    def _limit(self, seconds: float | None) -> Callable[[], None]:
+        """A wait for the link that raises TooLong after `seconds` of CPU time, or at the backstop."""
+        if seconds is None:
+            return lambda: None
+        used, start = self.clock.recent(seconds / 50), time.monotonic()
+
+        def wait() -> None:
+            left = start + seconds - time.monotonic()  # before that, the limit cannot be reached
+            while not select.select([self.link], [], [], max(0.0, left))[0]:
+                left = used + seconds - self.clock.now()
+                if left <= 0:
+                    raise TooLong(f"no answer in {seconds:g} s of CPU time")
+                backstop = start + BACKSTOP * seconds - time.monotonic()
+                if backstop <= 0:
+                    raise TooLong(f"no answer in {BACKSTOP * seconds:g} s of wall-clock time")
+                left = min(left, backstop)
+
+        return wait
 
     def _checked(self, answer: bytes) -> bytes:
         if answer[:1] == b"!":
@@ -248,9 +298,9 @@ def _has_opaque(coded) -> bool:
                                     or coded[0] == "d" and any(map(_has_opaque, itertools.chain(*coded[1]))))
 
 
-def judge(job: dict, link: int, table: int | None = None) -> None:
+def judge(job: dict, link: int, clock: int, table: int | None = None) -> None:
     """In the judge's process: raise unless the program does what the task asks."""
-    program = Program(link)
+    program = Program(link, clock)
     program.start()
     if table is None:
         run_tests(program, job)
@@ -259,13 +309,13 @@ def judge(job: dict, link: int, table: int | None = None) -> None:
 
 
 def run_tests(program: Program, job: dict) -> None:
-    """The task's tests, with its own solution around them, and in the place of `names` calls of the program's."""
+    """Run the tests of the task among its own solution, with proxies of the program's functions `names`."""
     def proxy(name: str):
         def call(*arguments, **keywords):
-            request = encode((name, arguments, keywords))
+            request = encode_value((name, arguments, keywords))
             if _has_opaque(json.loads(request)):
                 raise CannotJudge(f"{name} is called with more than plain data")
-            return decode(program.ask(request))
+            return decode_value(program.ask(request))
         return call
 
     namespace = {}
@@ -278,16 +328,16 @@ def run_tests(program: Program, job: dict) -> None:
 
 
 def write_table(rows: list[tuple[bytes, bytes, float]], dataset: str, entry_point: str, atol: float) -> bytes:
-    """What `check_outputs` reads: for each row (call, output of the task's own solution, seconds that it may take).
+    """The table for `check_outputs`. rows: (call, output of the task's own solution, CPU seconds that it may take).
 
-    The tolerance of a task that states 0 is 1e-6 from the first expected float on.
+    A tolerance of 0 becomes 1e-6 from the first expected float on.
     """
     parts = []
     for request, expected, seconds in rows:
-        wanted = decode(expected)
+        wanted = decode_value(expected)
         if dataset == "mbpp" and entry_point in _NOT_NONE:
             wanted = wanted is not None
-            expected = encode(wanted)
+            expected = encode_value(wanted)
         if atol == 0 and _floats(wanted):
             atol = 1e-6
         parts += [struct.pack("<QQdd", len(request), len(expected), seconds, atol), request, expected]
@@ -306,8 +356,8 @@ def check_outputs(program: Program, job: dict, table: int) -> None:
         answer = program.ask(request, 4 * expected_size + (1 << 20), seconds)
         if answer == expected and b"NaN" not in answer:  # NaN equals nothing
             continue
-        arguments = decode(request)[1]
-        if not agree(job["dataset"], job["entry_point"], arguments, decode(answer), decode(expected), atol):
+        arguments = decode_value(request)[1]
+        if not agree(job["dataset"], job["entry_point"], arguments, decode_value(answer), decode_value(expected), atol):
             raise AssertionError(f"call {number} gives a wrong output")
 
 
@@ -317,7 +367,7 @@ _NOT_NONE = {"check_str", "text_match_three", "text_starta_endb"}
 
 
 def agree(dataset: str, entry_point: str, arguments: list, output, wanted, atol: float) -> bool:
-    """Whether an output is right by EvalPlus' rules."""
+    """Whether an output is right by the rules of EvalPlus."""
     if (dataset, entry_point) == ("humaneval", "find_zero"):  # HumanEval/32: any root will do
         return abs(sum(c * math.pow(output, i) for i, c in enumerate(arguments[0]))) <= atol
     right = output == wanted
@@ -330,7 +380,7 @@ def agree(dataset: str, entry_point: str, arguments: list, output, wanted, atol:
 
 
 def agree_mbpp(entry_point: str, arguments: list, output, wanted, right: bool, atol: float) -> bool:
-    """The tasks where more than one answer is right."""
+    """The tasks with more than one right answer."""
     if entry_point == "are_equivalent":  # Mbpp/164: the definition is open
         return True
     if entry_point == "sum_div":  # Mbpp/295: 0 for a number without proper divisors

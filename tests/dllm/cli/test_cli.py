@@ -1,4 +1,4 @@
-"""The command line: what each command gives, and one line with the right exit code for everything that is wrong."""
+"""The command line: the output of each command, and one line with the right exit code for every error."""
 
 import json
 import os
@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 
 import dllm
 from dllm import cli
-from dllm.errors import run_command
-from dllm.evaluators import HeldOutSettings, InfillingSettings
-from dllm.lengths import choose_lengths
-from dllm.sampler import MDMGenerationConfig
-from dllm.tokenizer import cut_at_end, load_tokenizer
+from dllm.errors import Failure, run_command
+from dllm.evaluators.settings import HeldOutSettings, InfillingSettings
+from dllm.generation.config import MDMGenerationConfig
+from dllm.generation.infilling import Gap, choose_length
+from dllm.model.tokenizer import cut_at_end, load_tokenizer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CODE = "".join(f"def add_{i}(x, y):\n    total = x + y + {i}\n    return total\n\n\n" for i in range(30))
 
 
@@ -42,7 +42,7 @@ def broken(model_folder, tmp_path) -> Path:
 
 @pytest.fixture
 def fails(capsys):
-    """Run a command that must fail: its one line on stderr is returned."""
+    """Run a command that must fail. Returns its one line on stderr."""
     def run(code: int, *arguments) -> str:
         capsys.readouterr()
         assert cli.main([str(argument) for argument in arguments]) == code
@@ -56,7 +56,7 @@ def edit_json(path: Path, **values) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-# What each command gives
+# Output of each command
 
 
 def test_sample_prints_prompt_and_continuation_the_same_for_the_same_seed(model_folder, capsys, monkeypatch, tmp_path):
@@ -73,6 +73,38 @@ def test_sample_prints_prompt_and_continuation_the_same_for_the_same_seed(model_
     assert texts[0] == texts[1] == texts[2]
 
 
+def test_sample_fills_the_masks_of_a_prompt_and_shows_them(model_folder, capsys, tmp_path):
+    command = ["sample", str(model_folder), "--max-new-tokens", "2", "--steps", "6", "--seed", "1", "--output",
+               str(tmp_path / "out.json")]
+    assert cli.main([*command, "--prompt", "def <|mask|><|mask|>(x): <|mask|> <|endoftext|>"]) == 0
+    out, record = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
+    filled, = record["filled_prompts"]
+    assert out == filled + record["texts"][0] + "\n" and "<|mask|>" not in out
+    assert re.fullmatch(r"def .*\(x\): .* <\|endoftext\|>", filled, re.S)
+    assert len(filled) > len("def (x):  <|endoftext|>")
+    assert cli.main([*command, "--prompt", "def f(x):"]) == 0
+    assert "filled_prompts" not in json.loads((tmp_path / "out.json").read_text())
+
+
+@pytest.mark.parametrize("flags", [["sample", "--prompt", "caf\udce9"], ["infill", "--prefix", "\udce9"],
+                                   ["infill", "--suffix", "\udce9"], ["sample", "--regex", "\udce9"]])
+def test_flags_that_are_no_unicode_are_refused(flags, fails, model_folder):
+    command, *rest = flags
+    assert f"{rest[0]}: is not UTF-8 text; convert it" in fails(2, command, model_folder, *rest)
+
+
+@pytest.mark.slow
+def test_standard_input_that_is_no_unicode_is_refused(model_folder):
+    run = subprocess.run([sys.executable, "-m", "dllm", "sample", model_folder], input=b"caf\xe9", capture_output=True)
+    assert run.returncode == 2 and run.stderr == (
+        b"dllm: error: the prompt on standard input is not UTF-8 text; convert it\n")
+
+
+def test_infill_with_length_auto_takes_what_fits_near_the_limit(model_folder, capsys):
+    assert cli.main(["infill", str(model_folder), "--prefix", "x " * 125, "--suffix", "y", "--steps", "4"]) == 0
+    assert capsys.readouterr().out.startswith("x x ")
+
+
 def test_sample_without_a_seed_takes_and_tells_a_fresh_one(model_folder, capsys):
     seeds = set()
     for _ in range(2):
@@ -81,6 +113,7 @@ def test_sample_without_a_seed_takes_and_tells_a_fresh_one(model_folder, capsys)
     assert len(seeds) == 2
 
 
+@pytest.mark.slow
 def test_sample_equals_the_library_and_its_record_says_how(model_folder, capsys, tmp_path):
     file = tmp_path / "new" / "record.json"
     assert cli.main(["sample", str(model_folder), "--prompt", "x = ", "--max-new-tokens", "10", "--steps", "5",
@@ -102,8 +135,8 @@ def test_sample_equals_the_library_and_its_record_says_how(model_folder, capsys,
         f"--- {i} of 2 ---\nx = {text}\n" for i, text in enumerate(record["texts"], start=1))
 
 
+@pytest.mark.slow
 def test_what_sample_writes_matches_the_expression(model_folder, capsys, tmp_path):
-    pytest.importorskip("outlines_core", reason="outlines-core is not installed")
     file = tmp_path / "record.json"
     assert cli.main(["sample", str(model_folder), "--prompt", "x = ", "--max-new-tokens", "9", "--steps", "4",
                      "--alg", "maskgit_plus", "--regex", "[0-9]+", "--output", str(file)]) == 0
@@ -113,12 +146,13 @@ def test_what_sample_writes_matches_the_expression(model_folder, capsys, tmp_pat
     schema.write_text('{"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}')
     arguments = ["infill", str(model_folder), "--prefix", "x = ", "--suffix", "\n", "--alg", "maskgit_plus", "--steps",
                  "8", "--json-schema", str(schema), "--output", str(file)]
-    assert cli.main(arguments) == 0  # of the lengths, those in which such JSON can be written
+    assert cli.main(arguments) == 0  # only lengths in which such JSON fits
     assert isinstance(json.loads(json.loads(file.read_text())["texts"][0])["a"], bool)
     assert cli.main([*arguments, "--length", "2"]) == 2
     assert "no text of 2 tokens matches the constraint" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_infill_chooses_the_length_itself(model_folder, capsys, tmp_path):
     file = tmp_path / "record.json"
     arguments = ["infill", str(model_folder), "--prefix", "x = ", "--suffix", "\n", "--alg", "maskgit_plus",
@@ -127,12 +161,13 @@ def test_infill_chooses_the_length_itself(model_folder, capsys, tmp_path):
     auto, out = json.loads(file.read_text()), capsys.readouterr().out
     assert out == f"x = {auto['texts'][0]}\n\n"
     model, tokenizer = dllm.DiffusionLM.from_pretrained(model_folder), load_tokenizer(model_folder)
-    length, = choose_lengths(model, *(torch.tensor(tokenizer([text])["input_ids"]) for text in ("x = ", "\n")),
-                             dllm.MDMGenerationConfig(alg="maskgit_plus", steps=4))
+    prefix, suffix = (torch.tensor(tokenizer(text)["input_ids"]) for text in ("x = ", "\n"))
+    length = choose_length(model, Gap(prefix, suffix, "auto"), dllm.MDMGenerationConfig(alg="maskgit_plus", steps=4))
     assert cli.main([*arguments, "--length", str(length)]) == 0
     assert capsys.readouterr().out == out
 
 
+@pytest.mark.slow
 def test_the_page_of_a_sample_plays_in_a_browser(model_folder, chromium, tmp_path):
     page, probe = tmp_path / "new" / "sample.html", tmp_path / "probe.html"
     assert cli.main(["sample", str(model_folder), "--prompt", "if a < b: # </script>", "--max-new-tokens", "12",
@@ -191,7 +226,7 @@ def test_infill_keeps_what_is_around_the_gap(model_folder, capsys, tmp_path):
     ("infill", ["--lines", "4"], {"exact_match", "low", "high", "tokens_per_forward"}),
 ])
 def test_eval_gives_json_on_stdout_and_in_a_file(task, flags, keys, model_folder, corpus, capsys, tmp_path):
-    arguments = ["eval", task, "--model", str(model_folder), "--data", str(corpus), "--max-seq-len", "128", *flags]
+    arguments = ["eval", task, str(model_folder), "--data", str(corpus), "--max-seq-len", "128", *flags]
     assert cli.main([*arguments, "--output", str(tmp_path / "result.json")]) == 0
     printed, written = json.loads(capsys.readouterr().out), json.loads((tmp_path / "result.json").read_text())
     result = printed["result"]
@@ -210,7 +245,7 @@ def test_eval_gives_json_on_stdout_and_in_a_file(task, flags, keys, model_folder
 
 
 def test_eval_can_keep_to_the_held_out_documents(model_folder, corpus, capsys):
-    assert cli.main(["eval", "masked_accuracy", "--model", str(model_folder), "--data", str(corpus), "--shares", "0.5",
+    assert cli.main(["eval", "masked_accuracy", str(model_folder), "--data", str(corpus), "--shares", "0.5",
                      "--max-seq-len", "64", "--windows", "4", "--validation-share", "0.3"]) == 0
     assert 0 < json.loads(capsys.readouterr().out)["documents"] < 6
 
@@ -236,7 +271,7 @@ def test_help_states_the_defaults_that_are_taken(capsys, monkeypatch):
                           (["eval", "perplexity"], HeldOutSettings), (["eval", "masked_accuracy"], HeldOutSettings),
                           (["eval", "infill"], InfillingSettings)):
         assert cli.main([*command, "--help"]) == 0
-        defaults = {field.name: field.default for field in fields(kind)}
+        defaults = {field.name: field.default for field in fields(kind) if field.default is not None}
         for flag, text in re.findall(r"--([a-z-]+) \S+ +.*default: ([0-9a-z_.,]+)$", capsys.readouterr().out, re.M):
             name = flag.replace("-", "_")
             if name in defaults:
@@ -250,7 +285,7 @@ def test_help_states_the_defaults_that_are_taken(capsys, monkeypatch):
 def test_train_help_lists_every_key(capsys):
     assert cli.main(["train", "--help"]) == 0
     out = capsys.readouterr().out
-    assert "--train.output_dir=(required)" in out and "--data.max_seq_len=2048" in out and "--model.hidden_size=" in out
+    assert "--train.output_dir=required" in out and "--data.max_seq_len=2048" in out and "--model.hidden_size=" in out
 
 
 def test_doctor_reports_versions_devices_and_backends(capsys):
@@ -312,12 +347,12 @@ def test_data_download_prepares_a_dataset_or_writes_it_where_it_is_told(monkeypa
     assert "pip install 'dllm[data]'" in fails(2, "data", "download", "owner/name")
 
 
-# Everything that can be wrong
+# Errors
 
 
 def test_missing_folders(fails, model_folder, tmp_path):
     assert "/no/such/model is not a folder" in fails(2, "sample", "/no/such/model", "--prompt", "x")
-    err = fails(2, "eval", "perplexity", "--model", model_folder, "--data", "/no/such/data")
+    err = fails(2, "eval", "perplexity", model_folder, "--data", "/no/such/data")
     assert "/no/such/data does not exist" in err
     err = fails(2, "train", "--data.train_path=/no/such/data", *tiny_training(tmp_path / "run"))
     assert "/no/such/data does not exist" in err
@@ -332,12 +367,12 @@ def test_empty_corpus(fails, model_folder, tmp_path):
     empty.mkdir()
     (empty / "nothing.py").write_text("")
     assert f"no text in {empty}" in fails(2, "train", f"--data.train_path={empty}", *tiny_training(tmp_path / "run"))
-    assert f"no text in {empty}" in fails(2, "eval", "infill", "--model", model_folder, "--data", empty)
+    assert f"no text in {empty}" in fails(2, "eval", "infill", model_folder, "--data", empty)
 
 
 def test_undecodable_files_are_skipped_and_counted(model_folder, corpus, capsys, fails):
     (corpus / "picture.png").write_bytes(b"\x89PNG\xff\xfe")
-    assert cli.main(["eval", "masked_accuracy", "--model", str(model_folder), "--data", str(corpus), "--windows", "2",
+    assert cli.main(["eval", "masked_accuracy", str(model_folder), "--data", str(corpus), "--windows", "2",
                      "--max-seq-len", "64"]) == 0
     out, err = capsys.readouterr()
     assert "skipped 1 " in err and "picture.png" in err and json.loads(out)["documents"] == 6
@@ -362,15 +397,16 @@ def test_config_json_that_is_not_json(fails, broken):
     assert f"{broken / 'config.json'} is not a readable JSON file" in fails(2, "sample", broken, "--prompt", "x")
 
 
-def test_vocabulary_mismatch(fails, broken, corpus, tmp_path):
+def test_vocabulary_mismatch(fails, broken, corpus, tmp_path, capsys):
     tokenizer = load_tokenizer(broken)
     tokenizer.add_tokens([f"<|extra_{i}|>" for i in range(20)])
     tokenizer.save_pretrained(broken)
-    for command in (["sample", broken, "--prompt", "x"], ["eval", "perplexity", "--model", broken, "--data", corpus],
-                    ["train", f"--model.model_path={broken}", f"--data.train_path={corpus}", "--data.max_seq_len=64",
-                     f"--train.output_dir={tmp_path / 'run'}"]):
+    for command in (["sample", broken, "--prompt", "x"], ["eval", "perplexity", broken, "--data", corpus]):
         err = fails(2, *command)
         assert f"tokenizer has {len(tokenizer)} tokens" in err and "vocabulary is 400" in err
+    assert cli.main(["train", f"--model.model_path={broken}", f"--data.train_path={corpus}", "--data.max_seq_len=64",
+                     "--train.max_steps=1", "--train.device=cpu", f"--train.output_dir={tmp_path / 'run'}"]) == 0
+    assert "grows from 400 to 448 rows" in capsys.readouterr().err
     edit_json(broken / "config.json", vocab_size=500)
     assert "[400, 32], not [500, 32]" in fails(2, "sample", broken, "--prompt", "x")
 
@@ -385,10 +421,13 @@ def test_a_prompt_longer_than_the_models_positions(fails, model_folder):
 @pytest.mark.parametrize("flags, wanted", [
     (["--steps", "0"], "steps must be at least 1, not 0"),
     (["--max-new-tokens", "-3"], "max_new_tokens must be at least 1, not -3"),
-    (["--temperature", "-1"], "temperature must be 0 or more, not -1"),
-    (["--top-p", "1.5"], "top_p must be in (0, 1], not 1.5"),
+    (["--temperature", "-1"], "temperature must be at least 0, not -1"),
+    (["--top-p", "1.5"], "top_p must be above 0 and at most 1, not 1.5"),
     (["--alg", "beam"], "p2, remdm, confidence_threshold, not 'beam'"),
-    (["--steps", "many"], "--steps: a whole number is wanted, not 'many'"),
+    (["--seed", str(2**64)], "seed must be a whole number, not one beyond 64 bits"),
+    (["--steps", "9" * 5000], "--steps: must be a whole number, not '999999"),
+    (["--temperature", "inf"], "temperature must be finite, not inf"),
+    (["--steps", "many"], "--steps: must be a whole number, not 'many'"),
     (["--promt", "x"], "has no flag --promt; did you mean --prompt?"),
     (["--device", "gpu"], "--device is one of auto, cpu, cuda, not 'gpu'"),
     (["--seed"], "--seed: expected one argument"),
@@ -407,13 +446,13 @@ def test_a_device_that_is_not_there(fails, model_folder):
     (["trian"], "did you mean train?"),
     (["--versoin"], "did you mean --version?"),
     (["eval", "perplexty"], "did you mean perplexity?"),
-    (["eval", "perplexity", "--modle", "x"], "did you mean --model?"),
-    (["eval", "perplexity"], "--model"),
+    (["eval", "perplexity", "x", "--windwos", "3"], "did you mean --windows?"),
+    (["eval", "perplexity"], "required: MODEL"),
     (["doctor", "now"], "unrecognized arguments: now"),
     (["train", "--train.lrr=1"], "no configuration key train.lrr; did you mean train.lr?"),
     (["train", "--lr=1"], "--train.lr=1e-3"),
     (["train", "--train.lr=fast", "--train.output_dir=x"], "train.lr must be a number, not 'fast'"),
-    (["infill", "model", "--prefix", "x", "--length", "few"], "--length: a whole number is wanted, not 'few'"),
+    (["infill", "model", "--prefix", "x", "--length", "few"], "--length: must be a whole number, not 'few'"),
     (["sample", "model", "--regex", "a", "--json-schema", "b"], "not allowed with"),
     (["infill", "model", "--length", "3"], "give --prefix and --suffix, or --file"),
     (["infill", "model", "--length", "3", "--file", __file__, "--suffix", "x"], "leave out --prefix and --suffix"),
@@ -443,7 +482,7 @@ def test_a_full_disk_while_saving_leaves_the_previous_checkpoint_intact(corpus, 
     assert err[-1].startswith("dllm: error: cannot write ") and "global_step_3" in err[-1] and "free space" in err[-1]
     assert not [line for line in err if "Traceback" in line]
     assert {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()} == before
-    assert cli.main(["train", data, *tiny_training(tmp_path / "run", steps=4)]) == 0  # with space again, it goes on
+    assert cli.main(["train", data, *tiny_training(tmp_path / "run", steps=4)]) == 0  # with space again, it continues
     assert load_file(tmp_path / "run" / "checkpoints" / "global_step_4" / "hf_ckpt" / "model.safetensors")
 
 
@@ -457,13 +496,47 @@ def test_a_full_disk_while_writing_a_result(model_folder, capsys, tmp_path, full
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
 
 
-# How a program ends
+def test_no_output_is_written_over_an_input(model_folder, corpus, fails, tmp_path):
+    """Whatever the command, the flag, and the way to name the file."""
+    text, other = tmp_path / "a.txt", tmp_path / "link.txt"
+    text.write_text("x<FILL>y")
+    other.symlink_to(text)
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.txt").write_text("text")
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object"}')
+    samples = tmp_path / "samples.jsonl"
+    samples.write_text('{"task_id": "HumanEval/0", "completion": "x"}\n')
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text("{}")
+    for flag, output, words in (
+            ("--output", text, ("sample", model_folder, "--prompt-file", text)),
+            ("--save-html", other, ("sample", model_folder, "--prompt-file", text)),
+            ("--output", schema, ("sample", model_folder, "--prompt", "x", "--json-schema", schema)),
+            ("--output", model_folder / "config.json", ("sample", model_folder, "--prompt", "x")),
+            ("--output", tmp_path / "x/../a.txt", ("infill", model_folder, "--file", text)),
+            ("--output", data / "a.txt", ("eval", "perplexity", model_folder, "--data", data)),
+            ("--output", data / "a.txt", ("eval", "infill", model_folder, "--data", f"{corpus},{data}")),
+            ("--output", samples, ("score", samples, "--task", "humaneval")),
+            ("--output", manifest, ("score", samples, "--task", "humaneval")),
+            ("--output-dir", tmp_path, ("eval", "humaneval", model_folder, "--data", samples))):
+        before = {path: path.read_bytes() for path in (text, data / "a.txt", schema, samples, manifest)}
+        told = fails(2, *words, flag, output)
+        assert f"{flag} {output}" in told and "would overwrite what the command reads" in told
+        assert before == {path: path.read_bytes() for path in before}
+    page = tmp_path / "page"
+    assert "--output and --save-html name the same file" in fails(
+        2, "sample", model_folder, "--prompt", "x", "--output", page, "--save-html", page)
+
+
+# Exit
 
 
 @pytest.mark.parametrize("error, code, line", [
     (dllm.UserError("x is 3"), 2, "dllm: error: x is 3"),
     (ValueError("from a\nlibrary"), 2, "dllm: error: ValueError: from a library (DLLM_DEBUG=1 shows where)"),
-    (dllm.Failure("disk"), 1, "dllm: error: disk"),
+    (Failure("disk"), 1, "dllm: error: disk"),
     (PermissionError(13, "Permission denied", "a.txt"), 1, "dllm: error: [Errno 13] Permission denied: 'a.txt'"),
     (RuntimeError(), 1, "dllm: error: RuntimeError: no reason given (DLLM_DEBUG=1 shows where)"),
     (KeyboardInterrupt(), 130, "dllm: interrupted"),
@@ -484,7 +557,7 @@ def test_debug_shows_where_an_error_came_from(monkeypatch):
         cli.main(["train", "no_such.yaml"])
 
 
-@pytest.mark.parametrize("characters", [10, 10**6])  # left in the buffer until the end; written at once
+@pytest.mark.parametrize("characters", [10, 10**6])  # buffered until the end; written at once
 def test_a_reader_that_stops_reading_is_no_error_to_tell_of(characters):
     code = ("import sys; from dllm.errors import run_command; "
             f"sys.exit(run_command(lambda: print('x' * {characters}) or 0))")

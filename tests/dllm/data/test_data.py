@@ -1,4 +1,4 @@
-"""Data: every token of every readable document is trained on once per epoch, in an order that only the seed decides."""
+"""Data: an epoch has every token of every readable document once, in an order that only the seed decides."""
 
 import json
 from pathlib import Path
@@ -10,11 +10,11 @@ import torch
 
 from dllm.data import Document, PackedDataset, pack, read_documents, split_documents, tokenize
 from dllm.errors import UserError
-from dllm.tokenizer import train_tokenizer
+from dllm.model.tokenizer import train_tokenizer
 
 
 def make_sequences(seed=0, count=60, longest=70):
-    """Documents whose tokens are all different numbers, so that each can be told where it went."""
+    """Documents whose tokens are all different numbers, so that a test can find each."""
     lengths = torch.randint(1, longest, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
     return list(torch.arange(sum(lengths)).split(lengths))
 
@@ -54,7 +54,7 @@ def test_the_first_present_text_key_is_taken_and_a_missing_one_refused_with_thos
 
 
 def test_a_table_without_the_columns_among_texts_is_skipped_and_named(tmp_path, capsys):
-    """As a list of settings in JSON in a folder of code."""
+    """Like a list of settings in JSON, in a folder of code."""
     (tmp_path / "a.py").write_text("x = 1\n")
     (tmp_path / "b.json").write_text(json.dumps([{"op": "add"}, {"op": "remove"}]))
     (tmp_path / "c.jsonl").write_text('{"text": "one"}\n{"other": "two"}\n{"text": "three"}\n')
@@ -74,6 +74,7 @@ def test_a_missing_folder_and_an_empty_corpus_are_refused(tmp_path):
         read_documents([tmp_path])
 
 
+@pytest.mark.slow
 def test_without_a_path_the_standard_library_is_read_without_its_tests():
     sources = {d.source for d in read_documents()}
     assert {"argparse.py", "json/decoder.py"} <= sources

@@ -1,4 +1,4 @@
-"""Where documents come from: kinds of files, the hub, what cannot be read, and the cache of their tokens."""
+"""Sources of documents: kinds of files, the hub, unreadable data, and the cache of tokens."""
 
 import csv
 import gzip
@@ -14,10 +14,10 @@ import pyarrow
 import pytest
 import torch
 
-from dllm.config import DataGroup
+from dllm.config.schema import DataGroup
 from dllm.data import Document, open_training_data, read_corpus, read_documents
 from dllm.data import tokens as tokens_module
-from dllm.data.tokens import encode, load_or_encode
+from dllm.data.tokens import encode_documents, load_or_encode
 from dllm.errors import Failure, UserError
 
 TEXTS = ["one", "two\nlines", "three, \"quoted\"", "four\u2028same"]
@@ -151,6 +151,7 @@ def test_a_hub_that_stops_to_answer_ends_the_run_with_the_reason(hub, tokenizer,
         read_documents(["owner/name"])
 
 
+@pytest.mark.slow
 def test_a_dataset_of_the_hub_can_be_streamed(hub, tokenizer):
     group = DataGroup(train_path="owner/name", datasets_type="iterable", max_seq_len=32, validation_share=0.2)
     data = open_training_data(read_corpus(group), tokenizer, 0)
@@ -174,16 +175,16 @@ def make_corpus(folder, texts=TEXTS, **settings):
 
 @pytest.fixture
 def encodings(monkeypatch, tmp_path):
-    """Counts the documents that were tokenised; with an empty cache."""
+    """The counts of documents that are tokenised, with an empty cache."""
     monkeypatch.setenv("DLLM_CACHE", str(tmp_path / "cache"))
     counts = []
 
     def count(tokenizer, documents, workers):
         documents = list(documents)
         counts.append(len(documents))
-        return encode(tokenizer, documents, workers)
+        return encode_documents(tokenizer, documents, workers)
 
-    monkeypatch.setattr(tokens_module, "encode", count)
+    monkeypatch.setattr(tokens_module, "encode_documents", count)
     return counts
 
 
@@ -224,18 +225,20 @@ def test_a_cache_that_cannot_be_written_is_told_and_done_without(tokenizer, tmp_
     assert "set DLLM_CACHE to another folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_script_without_a_main_part_is_told_what_to_do(tmp_path):
     (tmp_path / "script.py").write_text("""
 from transformers import ByT5Tokenizer
 from dllm.data import Document
-from dllm.data.tokens import encode
-encode(ByT5Tokenizer(), [Document("x", "x")] * 3000, 2)
+from dllm.data.tokens import encode_documents
+encode_documents(ByT5Tokenizer(), [Document("x", "x")] * 3000, 2)
 """)
     done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
+                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])})
     assert "dllm.errors.Failure: a process that tokenises has died; in a script of your own" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fast", "python", "conversations"])
 def test_workers_of_any_kind_give_the_same_tokens_in_order(kind, tokenizer, monkeypatch):
     from transformers import ByT5Tokenizer
@@ -243,12 +246,12 @@ def test_workers_of_any_kind_give_the_same_tokens_in_order(kind, tokenizer, monk
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" \
                               "{% if add_generation_prompt %}assistant: {% endif %}"
     tokenizer = ByT5Tokenizer() if kind == "python" else tokenizer
-    talks = [json.dumps([{"role": "user", "content": "?"}, {"role": "assistant", "content": str(i)}])
+    talks = [json.dumps({"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": str(i)}]})
              if kind == "conversations" else None for i in range(200)]
     documents = [Document(f"text number {i}", str(i), talks[i]) for i in range(200)]
-    alone = encode(tokenizer, documents, 1)
-    for count in (200, 149):  # enough for processes, and not
-        for mine, expected in zip(encode(tokenizer, documents[:count], 2), alone, strict=True):
+    alone = encode_documents(tokenizer, documents, 1)
+    for count in (200, 149):  # enough for processes, and too few
+        for mine, expected in zip(encode_documents(tokenizer, documents[:count], 2), alone, strict=True):
             assert mine is expected is None or torch.equal(mine, expected[:len(mine)]) and len(mine) >= count
     assert (alone.trainable is not None) == (kind == "conversations") and len(alone.lengths) == 200
     assert load_or_encode(tokenizer, kind, documents, 1).tokens.equal(alone.tokens)

@@ -1,16 +1,17 @@
-"""Streams and mixtures: rows are a function of corpus, seed and place, whoever reads them and wherever it begins."""
+"""Streams and mixtures: rows are a function of corpus, seed and place, whichever process reads them, from any place."""
 
 import json
 
 import pytest
 import torch
 
-from dllm.config import DataGroup, load_config
+from dllm.config.reading import load_config
+from dllm.config.schema import DataGroup
 from dllm.data import MixedDataset, PackedDataset, open_training_data, read_corpus
 from dllm.data import streaming as streaming_module
 from dllm.data.corpus import choose_lanes
 from dllm.errors import UserError
-from dllm.trainer import train
+from dllm.training.trainer import train
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +67,7 @@ def test_a_process_reads_only_the_lanes_of_its_rows(folder, tokenizer):
 @pytest.mark.parametrize("before, after", [(2, 2), (4, 1), (1, 8), (2, 4)])
 def test_a_run_goes_on_with_another_number_of_processes_without_reading_again(folder, tokenizer, before, after,
                                                                               monkeypatch):
-    """The step before the state was taken may be read again too: a checkpoint is of the last step that was trained."""
+    """The step before the state may be read again too, because a checkpoint follows the last trained step."""
     expected = split_rows(open_stream(folder, tokenizer).rows.read(range(30 * 8)))
     states = []
     for rank in range(before):
@@ -74,16 +75,15 @@ def test_a_run_goes_on_with_another_number_of_processes_without_reading_again(fo
         for step in range(20):
             rows.read(range(step * 8 + rank * share, step * 8 + (rank + 1) * share))
         states.append(json.loads(json.dumps(rows.state())))
-    packed = []
-    monkeypatch.setattr(streaming_module, "encode", lambda *args, encode=streaming_module.encode: packed.append(1)
-                        or encode(*args))
+    packed, encode = [], streaming_module.encode_documents
+    monkeypatch.setattr(streaming_module, "encode_documents", lambda *args: packed.append(1) or encode(*args))
     for rank in range(after):
         rows, share = open_stream(folder, tokenizer).rows, 8 // after
         packed.clear()
         rows.restore(states)
         places = range(20 * 8 + rank * share, 20 * 8 + (rank + 1) * share)
         assert split_rows(rows.read(places)) == expected[places.start:places.stop]
-        assert len(packed) <= 2 * share  # a lane's block, and the next one where it ended
+        assert len(packed) <= 2 * share  # the block of a lane, and the next one if it had ended
         for step in range(21, 30):
             places = range(step * 8 + rank * share, step * 8 + (rank + 1) * share)
             assert split_rows(rows.read(places)) == expected[places.start:places.stop]
@@ -103,7 +103,8 @@ def test_every_document_comes_once_an_epoch_in_another_order(folder, tokenizer):
     first, second = chunks[:ends[0]], chunks[ends[0]:ends[1]]
     assert sorted(first) == sorted(second) and first != second and len(first) > 30
     others = split_chunks(tokenizer, rows._lanes[4].read(0))
-    assert not set(first) & set(others)
+    begins = {chunk for chunk in others if chunk.startswith(("record", "file"))}  # the ends of documents repeat
+    assert begins and not set(first) & begins
 
 
 def test_all_lanes_together_hold_every_document(folder, tokenizer):
@@ -231,7 +232,7 @@ def test_training_on_a_stream_goes_on_after_a_stop_to_the_same_losses_and_not_on
     whole = run(outputs[0], ["--train.max_steps=20"])
     run(outputs[1], ["--train.max_steps=12"])
     assert run(outputs[1], ["--train.max_steps=20"]) == whole and len(whole) == 20
-    with pytest.raises(UserError, match="nobody knows how long a stream is; set data.train_size"):
+    with pytest.raises(UserError, match="a stream has no known length; set data.train_size"):
         run(outputs[0], [])
     (folder / "new.txt").write_text("new")
     with pytest.raises(UserError, match="continues a run on other documents than there are now in"):
@@ -256,5 +257,6 @@ def test_a_mixture_of_folders_trains_with_the_shares_and_holds_out_of_each(folde
     texts = split_chunks(tokenizer, data.held_out.gather(torch.arange(len(data.held_out))))
     assert any("record 0" in text for text in texts) and any("record 1" in text for text in texts)
     rows = [tokenizer.decode(row) for row in split_rows(data.rows.read(range(10_000)))]
-    assert 7000 < sum("record 0" in row for row in rows) <= 7500
+    seen = [sum(f"record {i}" in row for row in rows) for i in range(2)]  # the rest are middles of long documents
+    assert sum(seen) > 5000 and abs(seen[0] / sum(seen) - 0.75) < 0.02
     assert data.rows_per_epoch == sum(map(len, data.rows.sources))

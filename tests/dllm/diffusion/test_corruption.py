@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from dllm.corruption import SCHEDULES, T_MIN, corrupt
+from dllm.diffusion.corruption import SCHEDULES, T_MIN, corrupt
 
 
 def test_equals_open_dllms_masking_collator(shared):
@@ -65,7 +65,7 @@ def test_every_document_gets_a_masked_token_when_asked_and_only_then():
     keys = {"times": torch.tensor([.1, .1, .1, .1]), "uniform": uniform}
     assert corrupt(tokens, cu_seqlens, 9, **keys).corrupted.nonzero().flatten().tolist() == [10]
     got = corrupt(tokens, cu_seqlens, 9, at_least_one_of=allowed, **keys)
-    assert got.corrupted.nonzero().flatten().tolist() == [2, 7, 10, 13]  # of equals the first; document 1 has none
+    assert got.corrupted.nonzero().flatten().tolist() == [2, 7, 10, 13]  # the first of equals; document 1 has none
     assert (got.noisy == 9).equal(got.corrupted)
     likely = {"times": torch.full((4,), .95), "uniform": uniform}
     assert torch.equal(corrupt(tokens, cu_seqlens, 9, at_least_one_of=allowed, **likely).corrupted,

@@ -8,18 +8,19 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from dllm.batches import MicroBatch, forward
-from dllm.corruption import Corruption, corrupt
-from dllm.gaps import merge_masks
-from dllm.loss import choose_targets, sum_alignment, sum_losses, weigh_by_context
-from dllm.model import DiffusionLM
+from dllm.diffusion.corruption import Corruption, corrupt
+from dllm.diffusion.expansion import merge_masks
+from dllm.diffusion.objectives import choose_targets, sum_alignment, sum_losses, weigh_by_context
+from dllm.diffusion_lm import DiffusionLM
+from dllm.model.layouts import Packed, Padded
+from dllm.training.batches import MicroBatch, forward
 
 OPEN_DLLM = ["single", "packed_block", "packed_full", "ar_packed_block"]
 
 
 @pytest.mark.parametrize("case_name", OPEN_DLLM)
 @pytest.mark.parametrize("checkpoint", ["tied_a", "untied_a"])
-def test_loss_and_gradients_equal_open_dllms(shared, checkpoint, case_name):
+def test_loss_and_gradients_equal_open_dllms(shared, checkpoint, case_name, monkeypatch):
     golden = shared / "golden/open_dllm"
     cases = {case["id"]: case for case in json.loads((golden / "train.json").read_text())}
     name = f"{checkpoint}.{case_name}"
@@ -38,10 +39,11 @@ def test_loss_and_gradients_equal_open_dllms(shared, checkpoint, case_name):
     targets = choose_targets(tokens, cu_seqlens, corruption, objective="ar" if ar else "mdm", path_term=not ar,
                              shift=True)
     if case_name in ("single", "packed_full"):  # the latter attends across documents, as the original does under SDPA
-        packed = {"position_ids": tensors["position_ids"].long()}
+        layout = Padded(block_length=1 if ar else None)
+        monkeypatch.setattr(Padded, "number", lambda self, input_ids: tensors["position_ids"].long())
     else:
-        packed = {"cu_seqlens": cu_seqlens, "max_seqlen": max(cases[name]["doc_lengths"])}
-    hidden = model.hidden_states(input_ids, block_length=1 if ar else None, **packed)
+        layout = Packed(cu_seqlens, max(cases[name]["doc_lengths"]), block_length=1 if ar else None)
+    hidden = model.hidden_states(input_ids, layout)
     sums = sum_losses(hidden, model.head_weight, targets)
     loss = sums.loss / targets.normaliser
     loss.backward()
@@ -65,15 +67,15 @@ def test_alignment_and_its_gradients_equal_open_dllms(shared, checkpoint):
     tensors = {key.removeprefix(name + "."): tensor for key, tensor in load_file(golden / "train.safetensors").items()
                if key.startswith(name + ".")}
     model, teacher = (DiffusionLM.from_pretrained(golden / case["ckpt"]) for _ in range(2))
-    # Labels that are the model's own guess, see above, are not the teacher's input: it gets the original's.
+    # The teacher's input are the original's labels, not those that are the model's own guess, see above.
     input_ids, labels, clean = (tensors[key][0].long() for key in ("input_ids", "labels", "casual_input_ids"))
     ratio = tensors["mask_ratio"][0]
     targets = choose_targets(torch.where(labels == -100, clean, labels), torch.tensor([0, len(clean)]),
                              Corruption(input_ids, labels != -100, ratio, ratio, 1 / ratio), objective="mdm",
                              path_term=True, shift=True)
     seen = []
-    teacher.hidden_states = lambda ids, **keys: seen.append(ids) or DiffusionLM.hidden_states(
-        teacher, clean.unsqueeze(0), **keys)
+    teacher.hidden_states = lambda ids, layout, **keys: seen.append(ids) or DiffusionLM.hidden_states(
+        teacher, clean.unsqueeze(0), layout, **keys)
     batch = MicroBatch(input_ids.unsqueeze(0), None, len(clean), targets, None, len(clean), 0, 0)
     sums = forward(model, batch, torch.device("cpu"), teacher)
     assert torch.equal(seen[0][0], torch.where(labels == -100, clean, labels))
@@ -155,7 +157,7 @@ def test_every_objective_equals_its_formula_position_by_position(objective, path
 
 
 def test_gradients_are_not_those_of_liger_0_5_8():
-    """Liger-Kernel 0.5.8, which Open-dLLM pins, scales every row's gradient by what the first row should have got."""
+    """Liger-Kernel 0.5.8, which Open-dLLM pins, scales every row's gradient by the factor of the first row."""
     tokens, cu_seqlens, hidden, head, corruption = make_batch()
     corruption.corrupted[1:4] = True
     for first_is_scored in (True, False):
@@ -332,7 +334,7 @@ def test_expansion_equals_dreamon(shared, case):
     z = load_function(shared, "loss_dreamon")
     t = z["t"].expand(3, 16).flatten()
     corruption = Corruption(z["input_ids"].flatten(), z["loss_mask"].flatten(), t, t, 1 / t)
-    # It averages the delete tokens (58) of a whole batch, as ours does those of a document; its plain loss none.
+    # It averages the delete tokens (58) of a whole batch, ours those of a document; its plain loss averages none.
     keys = {"delete_token_id": 58} if case == "linear_weight_eos" else {"delete_token_id": -1}
     loss, gradient, normaliser = score_logits(z["logits"], z["labels"], corruption, objective="expansion", shift=True,
                                               documents=torch.tensor([0, 48]), **keys)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 class Program(NamedTuple):
     verdict: str  # with the tests in its process: a verdict, "not pass", or "any"
     text: str
-    audit: str = "pass"  # with the tests in another process, where the first is a pass
+    audit: str = "pass"  # with the tests in another process, if the first is a pass
 
 
 ADD = "def add(a, b):\n    return a + b\n"

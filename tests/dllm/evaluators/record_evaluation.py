@@ -1,6 +1,6 @@
-"""A toy model's whole evaluation, and its recording: `python -m tests.dllm.record_evaluation` writes evaluation.json.
+"""A toy model's whole evaluation, recorded in evaluation.json by `python -m tests.dllm.evaluators.record_evaluation`.
 
-A model of random weights answers four tasks twice; some samples pass. All is made from constants of this file.
+A model of random weights answers four tasks twice; some samples pass. Everything derives from constants in this file.
 """
 
 import json
@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from dllm import cli
-from dllm.families import ModelConfig
-from dllm.model import DiffusionLM
-from dllm.tokenizer import train_tokenizer
+from dllm.diffusion_lm import DiffusionLM
+from dllm.model.families import ModelConfig
+from dllm.model.tokenizer import train_tokenizer
 
 RECORD = Path(__file__).with_name("evaluation.json")
 TEXT = "def add(a, b):\n    return a + b\n\n\nclass Pair:\n    x = 1\n    y = 2\n" * 4
@@ -24,7 +24,7 @@ FLAGS = ["--samples", "2", "--steps", "4", "--max-new-tokens", "6", "--batch-siz
 
 
 def evaluate(folder: Path) -> dict:
-    """What the command `dllm eval humaneval` makes of it, without what the clock and the machine add."""
+    """The result of `dllm eval humaneval`, without fields that depend on the clock and the machine."""
     tokenizer = train_tokenizer([TEXT], 300)
     model = DiffusionLM(ModelConfig(
         family="qwen3", vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
@@ -41,7 +41,7 @@ def evaluate(folder: Path) -> dict:
              "canonical_solution": answer, "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n"}
             for i, (start, answer) in enumerate(TASKS)]
     (folder / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = ["eval", "humaneval", "--model", str(folder / "model"), "--data", str(folder / "tasks.jsonl"),
+    command = ["eval", "humaneval", str(folder / "model"), "--data", str(folder / "tasks.jsonl"),
                "--output-dir", str(folder / "run"), *FLAGS]
     if cli.main(command) != 0:
         raise RuntimeError("the evaluation failed")

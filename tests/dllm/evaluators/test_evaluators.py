@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -12,26 +12,19 @@ from torch.nn import functional as F
 
 from dllm.data import Document
 from dllm.errors import UserError
-from dllm.evaluators import (
-    HeldOutSettings,
-    InfillingSettings,
-    baseline_accuracy,
-    count_ngrams,
-    line_infilling,
-    masked_accuracy,
-    perplexity_bound,
-)
+from dllm.evaluators.baselines import baseline_accuracy, count_ngrams
 from dllm.evaluators.estimates import wilson_interval
-from dllm.evaluators.held_out import Window, corrupt_share, cut_windows, decode, ratio_with_error
-from dllm.evaluators.infilling import draw_gaps, find_blocks
-from dllm.evaluators.perplexity import bound_likelihood, score_positions
+from dllm.evaluators.held_out import HeldOutSettings, Window, corrupt_share, cut_windows, decode, ratio_with_error
+from dllm.evaluators.likelihood import bound_likelihood, masked_accuracy, perplexity_bound, score_positions
+from dllm.evaluators.line_infilling import InfillingSettings, find_functions, hide_lines, line_infilling
+from dllm.model.layouts import Padded
 
 TEXT = "".join(f"def function_{i}(a, b):\n    '''Say é.'''\n    c = a * b + {i}\n    return c\n\n\n" for i in range(12))
 DOCUMENTS = [Document(TEXT, "a.py"), Document(TEXT[40:900], "b.py"), Document("x = 1\n", "c.py")]
 
 
 class KnownModel:
-    """Says what it is told: logits [L, V] as a function of the noisy tokens [L]."""
+    """A model with given logits: [L, V] as a function of the noisy tokens [L]."""
 
     def __init__(self, logits, vocab_size, mask_token_id):
         self.logits, self.mask_token_id, self.device = logits, mask_token_id, torch.device("cpu")
@@ -39,7 +32,7 @@ class KnownModel:
         shape = {"max_position_embeddings": 1024, "shift_logits": False, "vocab_size": vocab_size}
         self.config = type("Config", (), {"block_causal": False, **shape})
 
-    def hidden_states(self, tokens, attention_mask=None):
+    def hidden_states(self, tokens, layout=None):
         return torch.stack([self.logits(row) for row in tokens])
 
 
@@ -64,11 +57,12 @@ def test_a_uniform_model_has_the_logarithm_of_the_vocabulary_without_any_error(t
     result = perplexity_bound(model, tokenizer, DOCUMENTS, HeldOutSettings(max_seq_len=64))
     assert result.nats_per_token == pytest.approx(math.log(V), rel=1e-6)
     assert result.nats_per_token_stderr < 1e-6 and result.monte_carlo_stderr < 1e-6 < result.bits_per_byte_stderr
-    assert result.to_dict()["perplexity_bound"] == pytest.approx(V, rel=1e-5)
+    assert result.perplexity_bound == pytest.approx(V, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_bound_equals_the_enumeration_of_all_sets_of_corrupted_positions(tokenizer, monkeypatch):
-    """nll depends on how many are masked and where, so a wrong weight of a set size would show."""
+    """The nll depends on the number and place of the masked tokens, so a wrong weight would show."""
     V, L, mask = 7, 5, 6
     tokens = torch.tensor([3, 1, 4, 0, 5, 2])
 
@@ -85,10 +79,10 @@ def test_bound_equals_the_enumeration_of_all_sets_of_corrupted_positions(tokeniz
     for n in range(1, L + 1):
         sets = list(itertools.combinations(range(1, L + 1), n))
         exact += sum(nll(chosen) for chosen in sets) / len(sets) / n
-    monkeypatch.setattr("dllm.evaluators.perplexity.cut_windows", lambda *_: [Window(tokens, 0, 9)] * 4)
+    monkeypatch.setattr("dllm.evaluators.likelihood.cut_windows", lambda *_: [Window(tokens, 0, 9)] * 4)
     result = perplexity_bound(KnownModel(logits, V, mask), None, [], HeldOutSettings(samples=3000))
     assert abs(result.nats_per_token - exact / L) < 4 * result.monte_carlo_stderr < 0.05
-    assert result.nats_per_token_stderr is None  # of a single document nothing can be said about others
+    assert result.nats_per_token_stderr is None  # one document tells nothing about others
 
 
 def test_bound_of_an_answer_is_the_mean_over_all_sets_of_its_tokens(model):
@@ -143,7 +137,7 @@ def test_scores_are_those_of_the_logits_whatever_the_batch(model, tokenizer, shi
 
 
 def block_causal(model, shift: bool, length: int):
-    """The same weights, said to be block-causal."""
+    """The same weights under a block-causal configuration."""
     other = deepcopy(model)
     other.config = replace(model.config, shift_logits=shift, block_causal=True, block_length=length)
     return other
@@ -158,6 +152,7 @@ def test_a_block_of_the_whole_window_is_bounded_as_by_attention_in_both_directio
                                                 rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [False, True])
 def test_blocks_of_one_token_give_the_likelihood_from_left_to_right(model, tokenizer, shift):
     causal = block_causal(model, shift, 1)
@@ -167,7 +162,7 @@ def test_blocks_of_one_token_give_the_likelihood_from_left_to_right(model, token
         tokens = window.tokens
         for i in range(1, len(tokens)):
             seen = tokens[:i] if shift else torch.cat((tokens[:i], torch.tensor([model.mask_token_id])))
-            hidden = causal.hidden_states(seen.unsqueeze(0), block_length=1)[0, -1]
+            hidden = causal.hidden_states(seen.unsqueeze(0), Padded(block_length=1))[0, -1]
             expected.append(-F.linear(hidden, causal.head_weight).log_softmax(-1)[tokens[i]].item())
     result = perplexity_bound(causal, tokenizer, DOCUMENTS, HeldOutSettings(max_seq_len=20, samples=2))
     assert result.nats_per_token == pytest.approx(sum(expected) / len(expected), rel=1e-5)
@@ -177,15 +172,15 @@ def test_blocks_of_one_token_give_the_likelihood_from_left_to_right(model, token
 
 
 def test_how_many_tokens_are_corrupted_is_even_in_each_block():
-    """Of a model that is the less sure the more of a block is masked, the bound is the mean over these numbers."""
+    """A model is less confident the more of a block is masked; its bound is the mean over these numbers."""
     V, length, block, tokens = 20, 8, 3, torch.arange(8)
     model = KnownModel(None, V, V - 1)
     model.config = type("Config", (model.config,), {"block_causal": True, "block_length": block})
 
-    def hidden_states(noisy, clean_ids, **packed):
+    def hidden_states(noisy, layout):
         masked = (noisy == V - 1).view(-1, length)
         many = torch.cat([part.sum(1, keepdim=True).expand_as(part) for part in masked.split(block, 1)], 1)
-        return F.one_hot(clean_ids, V) * (9.0 / many.clamp(min=1)).view(*noisy.shape, 1)
+        return F.one_hot(layout.clean_ids, V) * (9.0 / many.clamp(min=1)).view(*noisy.shape, 1)
 
     model.hidden_states = hidden_states
     expected = 0.0
@@ -225,7 +220,7 @@ def test_results_are_json(model, tokenizer):
                *masked_accuracy(model, tokenizer, DOCUMENTS, settings),
                line_infilling(model, tokenizer, DOCUMENTS, InfillingSettings(lines=2, max_seq_len=96))]
     for result in results:
-        assert json.loads(json.dumps(result.to_dict()))
+        assert json.loads(json.dumps(asdict(result)))
 
 
 def test_standard_error_is_that_of_the_mean_for_documents_of_one_size():
@@ -264,7 +259,7 @@ def test_bigram_probabilities_sum_to_one_and_the_favourite_is_the_most_likely():
 
 
 def test_bigram_uses_the_left_neighbour_only_where_it_is_visible(tokenizer):
-    """In a text that repeats two tokens, a visible neighbour tells all, a corrupted one nothing."""
+    """In a text that repeats two tokens, a visible neighbour decides a token, and a corrupted one tells nothing."""
     document = Document("ab" * 400, "ab")
     plain = tokenizer("ab" * 400, add_special_tokens=False)["input_ids"]
     counts = count_ngrams([torch.tensor(plain)], len(tokenizer))
@@ -284,38 +279,38 @@ def test_model_and_baselines_are_scored_on_the_same_number_of_positions(model, t
         assert result.share == baseline.bigram.share
 
 
-def test_a_gap_holds_the_whole_line_and_the_window_is_undisturbed_text(tokenizer):
+def test_a_hidden_line_is_a_whole_one_and_the_window_is_undisturbed_text(tokenizer):
     settings = InfillingSettings(lines=30, max_seq_len=80, max_line_tokens=40)
-    gaps = draw_gaps(tokenizer, DOCUMENTS, settings)
+    drawn = hide_lines(tokenizer, DOCUMENTS, settings)
     lines = {line.strip() for line in TEXT.splitlines()} | {"x = 1"}
-    for gap in gaps:
-        middle = decode(tokenizer, gap.tokens[gap.start:gap.end])
+    for gap in drawn:
+        middle = decode(tokenizer, gap.truth)
         assert middle.strip() in lines
         assert len(gap.tokens) <= 80 and decode(tokenizer, gap.tokens) in "".join(d.text for d in DOCUMENTS)
         assert (gap.prefix + middle + gap.suffix).replace("…", "") in TEXT + "x = 1\n"
-    assert any(gap.source == "a.py" for gap in gaps) and not any("'''" in decode(tokenizer, g.tokens[g.start:g.end])
-                                                                 for g in gaps if g.source == "a.py")
+    assert any(gap.source == "a.py" for gap in drawn)
+    assert not any("'''" in decode(tokenizer, gap.truth) for gap in drawn if gap.source == "a.py")
 
 
-def test_blocks_are_functions_with_their_decorators_and_statements():
+def test_functions_are_found_with_their_decorators_and_statements():
     text = "import os\n\n@cache\ndef f(x):\n    'doc'\n    # why\n    if x:\n        return (1,\n                2)\n"
-    (block,) = find_blocks(text, 5)
-    assert text[block.start:block.end] == text[text.index("@"):].rstrip()
-    assert [text[a:b] for a, b in block.lines] == ["if x:", "return (1,"]
-    (prose,) = find_blocks("Not Python, \n\n  but two lines.", 0)
+    (function,) = find_functions(text, 5)
+    assert text[function.start:function.end] == text[text.index("@"):].rstrip()
+    assert [text[a:b] for a, b in function.lines] == ["if x:", "return (1,"]
+    (prose,) = find_functions("Not Python, \n\n  but two lines.", 0)
     assert len(prose.lines) == 2
-    assert find_blocks("x = 1\n", 0) == []
+    assert find_functions("x = 1\n", 0) == []
 
 
 def test_a_model_that_knows_the_text_infills_every_line(tokenizer):
-    """Every token follows from its position: the exact match must be 1, and the examples the truth."""
+    """Every token follows from its position, so the exact match is 1, and the examples are the truth."""
     document = Document(TEXT[:200], "known.py")
     truth = torch.tensor(tokenizer(document.text, add_special_tokens=False)["input_ids"])
 
     class Knows(KnownModel):
-        def hidden_states(self, tokens, attention_mask=None, position_ids=None, queries=None):
+        def hidden_states(self, tokens, layout=None):
             hidden = F.one_hot(truth[:tokens.shape[1]], len(tokenizer)).float().expand(len(tokens), -1, -1) * 50
-            return hidden.gather(1, queries.unsqueeze(2).expand(-1, -1, hidden.shape[2]))
+            return layout.wanted(hidden)
 
     known = Knows(None, len(tokenizer), tokenizer.mask_token_id)
     settings = InfillingSettings(lines=3, max_seq_len=len(truth), max_line_tokens=40)
@@ -329,13 +324,18 @@ def test_wilson_interval_by_hand():
     assert wilson_interval(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
 
 
+def test_wilson_interval_holds_the_share_where_all_hit_or_none():
+    for trials in range(1, 500):
+        assert wilson_interval(0, trials)[0] == 0 and wilson_interval(trials, trials)[1] == 1
+
+
 @pytest.mark.parametrize("call, says", [
     (lambda m, t: perplexity_bound(m, t, []), "nothing to evaluate"),
     (lambda m, t: perplexity_bound(m, t, [Document(TEXT, "a")], HeldOutSettings(max_seq_len=300)), "256 positions"),
     (lambda m, t: line_infilling(m, t, [Document("", "a")]), "nothing to infill"),
     (lambda m, t: HeldOutSettings(shares=(0.5, 1.5)), "shares must be"),
     (lambda m, t: HeldOutSettings(samples=0), "samples must be at least 1, not 0"),
-    (lambda m, t: InfillingSettings(max_seq_len=10, max_line_tokens=10), "leaves no room"),
+    (lambda m, t: InfillingSettings(max_seq_len=10, max_line_tokens=10), "to leave room around a line"),
 ])
 def test_what_cannot_be_measured_is_refused_with_the_reason(model, tokenizer, call, says):
     with pytest.raises(UserError, match=says):

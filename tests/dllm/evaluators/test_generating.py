@@ -1,25 +1,29 @@
-"""Whole evaluations on code benchmarks by a tiny model: what a run writes, how it continues, how it is refused."""
+"""Whole evaluations on code benchmarks by a tiny model: files of a run, continuing it, refusals."""
 
 import json
 import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from dllm import cli
+from dllm.diffusion_lm import DiffusionLM
 from dllm.errors import UserError
-from dllm.evaluators import generating, sandbox
-from dllm.evaluators.generating import RunSettings, finish_text, generate_samples
-from dllm.evaluators.presets import CODE_STOPS, MBPP_STOPS, PRESETS
-from dllm.evaluators.scoring import RunningScore
-from dllm.evaluators.tasks import TaskSet, read_tasks
-from dllm.model import DiffusionLM
-from dllm.tokenizer import load_tokenizer
-from tests.dllm import record_evaluation
+from dllm.evaluators.code import generating
+from dllm.evaluators.code.generating import finish_text, generate_samples
+from dllm.evaluators.code.presets import CODE_STOPS, MBPP_STOPS, PRESETS
+from dllm.evaluators.code.tasks import TaskSet, read_tasks
+from dllm.evaluators.code.verdicts import RunningScore
+from dllm.evaluators.sandbox import host as sandbox
+from dllm.evaluators.settings import RunSettings
+from dllm.files import digest_files
+from dllm.model.tokenizer import load_tokenizer
+from tests.dllm.evaluators import record_evaluation
 
 ROWS = [{"task_id": f"HumanEval/{i}", "prompt": f"def add{i}(a, b):\n" + i * "    # words\n", "entry_point": f"add{i}",
          "canonical_solution": "    return a + b\n", "suffix": "",
@@ -41,7 +45,7 @@ def read(name: str, rows: list[dict], folder: Path) -> TaskSet:
 
 
 def lines(folder: Path) -> list[dict]:
-    """Without what the clock says."""
+    """Without the fields that depend on the clock."""
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
@@ -51,6 +55,7 @@ def evaluate(loaded, tasks: TaskSet, folder: Path, source=None, **settings) -> d
                             source, workers=1)
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_samples_its_score_and_what_both_depend_on(loaded, model_folder, tmp_path):
     tasks = read("humaneval", ROWS, tmp_path)
     record = evaluate(loaded, tasks, tmp_path / "run", model_folder, samples=2)
@@ -62,7 +67,7 @@ def test_a_run_writes_its_samples_its_score_and_what_both_depend_on(loaded, mode
     assert {"pass@1", "intervals_95", "verdicts", "unfilled_tokens", "pass@10"} - record.keys() == {"pass@10"}
     assert json.loads(json.dumps(record)) == json.loads((tmp_path / "run" / "results.json").read_text())
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    weights = generating.hash_files(sorted(model_folder.glob("*.safetensors")))
+    weights = digest_files(sorted(model_folder.glob("*.safetensors")))
     assert manifest["weights"] == weights and manifest["data"]["md5"] == tasks.md5
     assert manifest["generation"]["alg"] == "p2" and manifest["generation"]["steps"] == 6 and manifest["samples"] == 2
     assert record["speed"]["tokens"] == sum(row["tokens"] for row in rows) and record["speed"]["tokens_per_forward"] > 0
@@ -72,6 +77,7 @@ def test_a_run_writes_its_samples_its_score_and_what_both_depend_on(loaded, mode
     assert lines(tmp_path / "other") != rows
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_to_the_same_samples(loaded, tmp_path, monkeypatch):
     tasks = read("humaneval", ROWS, tmp_path)
     evaluate(loaded, tasks, tmp_path / "whole", samples=2)
@@ -90,6 +96,7 @@ def test_a_killed_run_continues_to_the_same_samples(loaded, tmp_path, monkeypatc
         assert len(asked) == {0: 3, len(part) - 1: 1, len(part): 0}.get(kept, len(asked)) < 4
 
 
+@pytest.mark.slow
 def test_progress_is_told_with_the_share_that_passes_so_far(loaded, tmp_path, monkeypatch):
     told, judged = [], []
     monkeypatch.setattr(RunningScore, "add", lambda self, rows: judged.extend(rows))
@@ -128,6 +135,7 @@ def test_a_sandbox_that_lacks_layers_is_refused_before_anything_is_generated(loa
         generate_samples(*loaded, read("humaneval", ROWS, tmp_path), tmp_path / "run", RunSettings(), require="strict")
 
 
+@pytest.mark.slow
 def test_several_processes_share_the_batches(loaded, tmp_path, monkeypatch):
     tasks = read("humaneval", ROWS, tmp_path)
     evaluate(loaded, tasks, tmp_path / "one", samples=2)
@@ -142,8 +150,32 @@ def test_several_processes_share_the_batches(loaded, tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "two").glob("part-*")} == {"part-0.jsonl", "part-1.jsonl"}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [{}, {"block_causal": True, "block_length": 4}])
+def test_a_sample_does_not_depend_on_the_size_of_the_batch(loaded, tmp_path, family):
+    """Prompts of different lengths touch different numbers of blocks."""
+    model, tokenizer = loaded
+    model = DiffusionLM(replace(model.config, **family)).eval()
+    tasks = read("humaneval", [{**row, "prompt": f"# {'x' * 3 * i}\n" + row["prompt"]} for i, row in enumerate(ROWS)],
+                 tmp_path)
+    texts = []
+    for size in (1, 8):
+        evaluate((model, tokenizer), tasks, tmp_path / str(size), batch_size=size, samples=2,
+                 generation={"max_new_tokens": 16, "steps": 12, "temperature": 0.8, "alg": "maskgit_plus"})
+        texts.append([row["completion"] for row in lines(tmp_path / str(size))])
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("generation, steps", [({"block_length": 32, "max_new_tokens": 96}, 129),
+                                               ({"block_length": 32}, 128), ({"block_length": 32, "steps": 8}, 8)])
+def test_the_steps_of_a_preset_fit_the_blocks_asked_for(generation, steps):
+    assert RunSettings(generation=generation).resolve(infills=False)[1].steps == steps
+    assert RunSettings(generation=generation).resolve(infills=True)[1].steps == generation.get("steps", 512)
+
+
+@pytest.mark.slow
 def test_a_recorded_evaluation_is_made_again_exactly(tmp_path, capsys):
-    """Whatever the threads and the processor's instructions. Another torch may round, and so draw, otherwise."""
+    """The same for any threads and instructions of the processor. Another torch may round, and so draw, differently."""
     recorded = json.loads(record_evaluation.RECORD.read_text())
     made = json.loads(json.dumps(record_evaluation.evaluate(tmp_path)))
     version, recorded_version = made.pop("torch"), recorded.pop("torch")
@@ -152,6 +184,7 @@ def test_a_recorded_evaluation_is_made_again_exactly(tmp_path, capsys):
     assert made == recorded and "pass" in recorded["verdicts"] and "fail" in recorded["verdicts"]
 
 
+@pytest.mark.slow
 def test_gaps_of_every_length(loaded, tmp_path):
     gaps = [{**row, "prompt": row["prompt"] + "    x = ", "canonical_solution": "a + b\n",
              "suffix": "    return x\n" if i else ""} for i, row in enumerate(ROWS[:2])]
@@ -191,12 +224,13 @@ def test_what_follows_an_answer_is_cut_and_gaps_are_not(name, text, wanted):
 
 
 def test_no_stop_cuts_a_solution(shared):
-    """But those that are known to: two of MBPP's."""
+    """Two of MBPP's are known exceptions."""
     for name, stops, cut in (("humaneval", CODE_STOPS, set()), ("mbpp", MBPP_STOPS, {"64", "342"})):
         tasks = read_tasks(name, str(shared / "data")).tasks.values()
         assert {task.task_id for task in tasks if any(s in task.canonical.replace("\r\n", "\n") for s in stops)} == cut
 
 
+@pytest.mark.slow
 def test_another_run_in_the_folder_is_refused_by_name(loaded, tmp_path):
     tasks = read("humaneval", ROWS[:2], tmp_path)
     evaluate(loaded, tasks, tmp_path / "run", samples=1)
@@ -212,7 +246,7 @@ def test_another_run_in_the_folder_is_refused_by_name(loaded, tmp_path):
     whole = part.read_text()
     for line in ("{", "[]", '{"task_id": "HumanEval/0"}'):
         part.write_text(f"{whole}{line}\n")
-        with pytest.raises(UserError, match=r"part-0.jsonl: line 3 is no sample of this run .* take the line out"):
+        with pytest.raises(UserError, match=r"part-0.jsonl: line 3 is no sample of this run .* delete the line"):
             evaluate(loaded, read("humaneval", ROWS[:2], tmp_path), tmp_path / "run", samples=1)
     (tmp_path / "run" / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="manifest.json is no manifest"):
@@ -224,7 +258,7 @@ def test_another_run_in_the_folder_is_refused_by_name(loaded, tmp_path):
     ({"samples": 0}, "samples must be at least 1, not 0"),
     ({"length": "long"}, "length must be a number of tokens, oracle, average or auto, not 'long'"),
     ({"length": 0}, "length must be a number of tokens"), ({"length": 8}, "length is for tasks with a gap"),
-    ({"generation": {"temperature": -1}}, "temperature must be 0 or more")])
+    ({"generation": {"temperature": -1}}, "temperature must be at least 0, not -1")])
 def test_settings_that_cannot_work(settings, message):
     with pytest.raises(UserError, match=message):
         RunSettings(**settings).resolve(infills=False)
@@ -236,9 +270,10 @@ def test_every_preset_can_be_resolved():
             RunSettings(preset=preset).resolve(infills)
 
 
+@pytest.mark.slow
 def test_the_command(model_folder, tmp_path, capsys):
     read("humaneval", ROWS, tmp_path)
-    command = ["eval", "humaneval", "--model", str(model_folder), "--data", str(tmp_path / "tasks.jsonl"),
+    command = ["eval", "humaneval", str(model_folder), "--data", str(tmp_path / "tasks.jsonl"),
                "--output-dir", str(tmp_path / "run"), "--samples", "1", "--limit", "2", "--steps", "2",
                "--max-new-tokens", "4"]
     assert cli.main(command) == 0
@@ -255,11 +290,11 @@ def test_the_command(model_folder, tmp_path, capsys):
 @pytest.mark.slow
 def test_the_command_under_torchrun(model_folder, tmp_path):
     read("humaneval", ROWS, tmp_path)
-    command = ["-m", "dllm", "eval", "humaneval", "--model", str(model_folder), "--data", str(tmp_path / "tasks.jsonl"),
+    command = ["-m", "dllm", "eval", "humaneval", str(model_folder), "--data", str(tmp_path / "tasks.jsonl"),
                "--samples", "2", "--steps", "2", "--max-new-tokens", "4", "--batch-size", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    for launcher, name in (([], "one"), (["-m", "torch.distributed.run", "--nproc-per-node", "2"], "two")):
-        done = subprocess.run([sys.executable, *launcher, *command, "--output-dir", str(tmp_path / name)],
-                              env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
+    assert cli.main([*command[2:], "--output-dir", str(tmp_path / "one")]) == 0
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *command,
+                           "--output-dir", str(tmp_path / "two")], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert lines(tmp_path / "one") == lines(tmp_path / "two")

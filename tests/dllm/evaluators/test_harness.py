@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,18 +14,19 @@ import pytest
 import torch
 
 from dllm import cli
+from dllm.diffusion_lm import DiffusionLM
 from dllm.errors import UserError
-from dllm.families import ModelConfig
-from dllm.model import DiffusionLM
-from dllm.sampler import MDMGenerationConfig, generate
+from dllm.generation.config import MDMGenerationConfig
+from dllm.generation.sampler import generate
+from dllm.model.families import ModelConfig
 
 pytest.importorskip("lm_eval")
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from dllm.evaluators.harness import TASKS, HarnessLM, evaluate_task  # noqa: E402
+from dllm.evaluators.harness.lm import TASKS, HarnessLM, evaluate_task  # noqa: E402
 from dllm.evaluators.scoreboard import make_scoreboard  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1", "LMEVAL_LOG_LEVEL": "WARNING"}
 ADD = [{"task_id": f"HumanEval/{i}", "prompt": f"def add{i}(a, b):\n", "entry_point": f"add{i}", "suffix": "",
         "canonical_solution": "    return a + b\n",
@@ -59,6 +61,7 @@ def write_task(folder: Path) -> None:
         "doc_to_choice: [\"zz\", \"b\"]\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n")
 
 
+@pytest.mark.slow
 def test_their_own_command_runs_the_model_and_our_tasks_offline(model_folder, tmp_path):
     write_task(tmp_path)
     write_rows(tmp_path, "HumanEval.jsonl", ADD)
@@ -186,8 +189,8 @@ def test_rolling_likelihoods_count_every_token_once(lm, monkeypatch):
 
 def test_prompts_too_long_lose_their_beginning(lm, caplog):
     long = "import os\n" * 90
-    kept = lm._gap(requests((long, {}))[0], {}, lm.config({"max_gen_toks": 6}), 0)
-    assert kept.before.tolist() == lm.tok_encode(long)[-250:] and "cut on the left" in caplog.text
+    kept = lm._continue(long, lm.config({"max_gen_toks": 6}))
+    assert kept.prefix.tolist() == lm.tok_encode(long)[-250:] and "cut on the left" in caplog.text
     with pytest.raises(UserError, match="256 new tokens leave no room for a prompt: the model has 256 positions"):
         lm.generate_until(requests(("a", {"max_gen_toks": 256})), disable_tqdm=True)
     with pytest.raises(UserError, match="a continuation of 256 tokens cannot be scored"):
@@ -199,9 +202,9 @@ def test_prompts_too_long_lose_their_beginning(lm, caplog):
     ({"pretrained": None}, "model_args needs pretrained=MODEL"),
     ({"batch_size": "auto"}, "batch_size must be a number, not 'auto'"),
     ({"likelihood_samples": 1}, "likelihood_samples must be a number of at least 2, not 1"),
-    ({"dtype": "int8"}, "dtype must be auto, float32, bfloat16 or float16, not 'int8'"),
-    ({"device": "tpu"}, "device must be auto, cpu or cuda, not 'tpu'"),
-    ({"steps": "many"}, "model_args has a value of the wrong kind"),
+    ({"dtype": "int8"}, "dtype must be auto, float32, bfloat16, float16 or float64, not 'int8'"),
+    ({"device": "tpu"}, "device must be auto, cpu, cuda or cuda:N, not 'tpu'"),
+    ({"steps": "many"}, "steps must be a whole number, not 'many'"),
     ({"alg": "best"}, "alg must be one of"),
 ])
 def test_bad_model_args(arguments, message, model_folder):
@@ -222,8 +225,8 @@ def test_chat_template_and_cache_are_refused_where_they_cannot_be(lm):
 def test_gaps_are_filled_between_the_documents_texts(lm):
     doc = {"before": "def f(x):\n", "after": "\n    return y\n", "canonical": "    y = x"}
     text, = lm.generate_until(requests(("", {"gap": "oracle", "until": []}), doc=doc), disable_tqdm=True)
-    gap = lm._gap(requests(("", {}), doc=doc)[0], {"gap": "oracle"}, lm.config({"gap": "oracle"}), 0)
-    assert gap.length == len(lm.tok_encode(doc["canonical"])) and gap.after.tolist() == lm.tok_encode(doc["after"])
+    gap = lm._read_gap(requests(("", {}), doc=doc)[0], {"gap": "oracle"}, lm.config({"gap": "oracle"}))
+    assert gap.length == len(lm.tok_encode(doc["canonical"])) and gap.suffix.tolist() == lm.tok_encode(doc["after"])
     assert text != lm.generate_until(requests(("", {"gap": 2}), doc=doc), disable_tqdm=True)[0]
     with pytest.raises(UserError, match="gap must be a number of tokens or oracle, not 'long'"):
         lm.generate_until(requests(("", {"gap": "long"}), doc=doc), disable_tqdm=True)
@@ -243,9 +246,10 @@ ALL = [("humaneval", ADD[0], "HumanEval.jsonl", "    return a - b\n"),
          for kind, name in (("single_line", "SingleLine"), ("multi_line", "MultiLine"), ("random_span", "RandomSpan")))]
 
 
+@pytest.mark.slow
 def test_every_task_file_passes_the_right_answer_and_fails_the_wrong_one(tmp_path, monkeypatch):
-    """A wrong answer here is one that the base arguments do not find, and a right one of a gap ends with a line's
-    end: the tests of lm-eval's own mbpp_plus and single-line infilling would say otherwise of both."""
+    """The base arguments do not find the wrong answer, and the right answer to a gap ends with a newline. The tests of
+    lm-eval's own mbpp_plus and single-line infilling would judge both differently."""
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"data": str(tmp_path)})
     assert manager.all_tasks == sorted(f"dllm_{name}" for name, *_ in ALL)
@@ -260,10 +264,11 @@ def test_every_task_file_passes_the_right_answer_and_fails_the_wrong_one(tmp_pat
         assert task.process_results(doc, [[wrong, right]]) == {"pass@1": 0.5}, name
 
 
+@pytest.mark.slow
 def test_dllm_eval_hands_other_tasks_to_lm_eval(model_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     write_task(tmp_path)
-    command = ["eval", "chosen", "--model", str(model_folder), "--include-path", str(tmp_path), "--limit", "2",
+    command = ["eval", "chosen", str(model_folder), "--include-path", str(tmp_path), "--limit", "2",
                "--likelihood-samples", "4", "--output-dir", str(tmp_path / "run"), "--device", "cpu"]
     assert cli.main(command) == 0
     shown = json.loads(capsys.readouterr().out)
@@ -272,7 +277,7 @@ def test_dllm_eval_hands_other_tasks_to_lm_eval(model_folder, tmp_path, capsys, 
     assert results["manifest"] == manifest == shown["manifest"] and "samples" not in shown
     assert len(results["samples"]["chosen"]) == 2 and manifest["likelihood_samples"] == 4
     assert set(manifest) >= {"weights", "tokenizer", "data", "versions"} and "lm_eval" in manifest["versions"]
-    group, = make_scoreboard([tmp_path]).groups
+    group, = make_scoreboard([tmp_path]).comparisons
     assert group.title == "chosen" and group.runs[0].scores.keys() >= {"acc"}
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)  # without theirs, which take seconds
     lm = HarnessLM.create_from_arg_obj({"pretrained": str(model_folder), "likelihood_samples": 4, "device": "cpu"})
@@ -282,16 +287,47 @@ def test_dllm_eval_hands_other_tasks_to_lm_eval(model_folder, tmp_path, capsys, 
         evaluate_task(lm, "chosen", manager, tmp_path / "run", limit=3)
 
 
+def test_special_tokens_are_those_of_the_chat_template_alone(lm, monkeypatch):
+    text, tokenizer = "a<|mask|>b<|endoftext|>", lm.tokenizer
+    assert tokenizer.decode(lm.tok_encode(text)) == text and tokenizer.mask_token_id not in lm.tok_encode(text)
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}")
+    monkeypatch.setattr(lm, "chats", False)
+    ids = lm.tok_encode(lm.apply_chat_template([{"role": "user", "content": text}]))
+    assert ids[-1] == tokenizer.eos_token_id and ids[:-1] == tokenizer(text, split_special_tokens=True)["input_ids"]
+
+
+def test_answers_of_whole_blocks_end_at_the_tasks_length(lm):
+    other = HarnessLM(lm.model, lm.tokenizer, block_length=8, remasking="low_confidence")
+    config = other.config({"max_gen_toks": 13})
+    assert config.steps == 16
+    text, = other.generate_until(requests(("a = ", {"max_gen_toks": 13, "until": []})), disable_tqdm=True)
+    whole = generate(lm.model, lm.tokenizer("a = ")["input_ids"], None, replace(config, max_new_tokens=16))
+    assert lm.tokenizer.decode(whole.sequences[0, 2:]).startswith(text) or len(text) <= 13 * 8
+
+
+def test_whether_a_model_writes_a_continuation_does_not_depend_on_longer_ones():
+    from tests.dllm.tiny_models import tiny_of
+
+    model = tiny_of("sdar", vocab_size=400, block_length=4, mask_token_id=2)
+    lm = HarnessLM.__new__(HarnessLM)
+    lm.model, lm.batch_size, lm.generation = model, 8, {"seed": 0}
+    context = tuple(range(10, 15))
+    alone = lm._write_surest([(context, (0,) * 8)])
+    together = lm._write_surest([(context, (0,) * 8), (context[:3], (0,) * 30), (context[:2], (0,))])
+    assert together[context, 8] == alone[context, 8]
+
+
+@pytest.mark.slow
 def test_an_unknown_task_is_one_line(capsys, tmp_path):
-    assert cli.main(["eval", "perplexty", "--model", "m", "--output-dir", str(tmp_path)]) == 2
+    assert cli.main(["eval", "perplexty", "m", "--output-dir", str(tmp_path)]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("dllm: error: there is no task 'perplexty'; did you mean perplexity?")
 
 
 def test_without_lm_eval_its_tasks_say_what_to_install(capsys, tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, "dllm.evaluators.harness")
-    monkeypatch.delattr("dllm.evaluators.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "dllm.evaluators.harness.lm")
+    monkeypatch.delattr("dllm.evaluators.harness.lm", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
-    assert cli.main(["eval", "gsm8k", "--model", "m", "--output-dir", str(tmp_path)]) == 2
+    assert cli.main(["eval", "gsm8k", "m", "--output-dir", str(tmp_path)]) == 2
     assert "dllm: error: gsm8k needs lm-eval; dllm's own tasks are perplexity" in (error := capsys.readouterr().err)
     assert "pip install 'dllm[eval]'" in error

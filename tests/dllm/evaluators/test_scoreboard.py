@@ -1,4 +1,4 @@
-"""The scoreboard: what is shown of runs, what is not compared, and what a damaged or unfinished run does."""
+"""The scoreboard: the rows of runs, those that are not compared, and damaged or unfinished runs."""
 
 import json
 import re
@@ -8,21 +8,22 @@ from pathlib import Path
 import pytest
 
 from dllm import cli
+from dllm.diffusion_lm import DiffusionLM
 from dllm.errors import UserError
-from dllm.evaluators.generating import RunSettings, generate_samples
+from dllm.evaluators.code.generating import generate_samples
+from dllm.evaluators.code.scoring import summarize
+from dllm.evaluators.code.tasks import read_tasks
 from dllm.evaluators.scoreboard import make_scoreboard, read_run, to_markdown
-from dllm.evaluators.scoreboard_page import spread, to_page
-from dllm.evaluators.scoring import summarize
-from dllm.evaluators.tasks import read_tasks
-from dllm.model import DiffusionLM
-from dllm.tokenizer import load_tokenizer
+from dllm.evaluators.settings import RunSettings
+from dllm.model.tokenizer import load_tokenizer
+from dllm.pages.scoreboard import spread, to_page, unbeaten
 
 LIMITS = {"memory": 4294967296, "files": 4096}
 
 
 def write_run(folder: Path, passes=(1, 0), samples: int = 2, tokens_per_forward: float = 1.0, repeat: int = 1,
               generation: dict | None = None, manifest: dict | None = None, **record) -> Path:
-    """A finished run of `len(passes) * repeat` tasks, of whose samples so many pass."""
+    """A finished run of `len(passes) * repeat` tasks; `passes` are the numbers of samples that pass."""
     counts = {f"HumanEval/{i}": count for i, count in enumerate(list(passes) * repeat)}
     results = [{"task_id": task, "line": 0, "verdict": "pass" if n < count else "fail"}
                for task, count in counts.items() for n in range(samples)]
@@ -42,8 +43,8 @@ def write_run(folder: Path, passes=(1, 0), samples: int = 2, tokens_per_forward:
 
 def test_a_row_has_the_score_its_interval_the_speed_and_the_method(tmp_path):
     write_run(tmp_path / "deep" / "er", passes=(2, 1, 0, 0), tokens_per_forward=2.5)
-    group, = make_scoreboard([tmp_path]).groups
-    run, = group.runs
+    table, = make_scoreboard([tmp_path]).comparisons
+    run, = table.runs
     assert run.name == f"{tmp_path.name}/deep/er" and run.curve == (0.375, 0.5)
     text = to_markdown(make_scoreboard([tmp_path]))
     assert "| 37.5 [" in text and "| 2.50 | 100 | open_dllm, 2 samples, alg p2, steps 8 |" in text
@@ -59,6 +60,8 @@ def test_a_row_tells_of_remasking_in_the_place_of_alg(tmp_path):
     ({"manifest": {"data": {"sha256": "e" * 64}}}, "data (dddddddddddd, eeeeeeeeeeee)"),
     ({"passes": (1, 0, 1)}, "tasks (3, 2)"),
     ({"settings": {"timeout": 5.0, "limits": LIMITS}}, "seconds of a program ("),
+    ({"settings": {"timeout": 3.0, "timeout_counts": "CPU seconds", "limits": LIMITS}},
+     "clock of the limit (wall-clock seconds, CPU seconds)"),
     ({"settings": {"timeout": 3.0, "limits": {**LIMITS, "memory": 1}}}, "limit of memory ("),
     ({"sandbox": {"seccomp": "not in this kernel"}}, "layers that the sandbox lacks ("),
     ({"python": "3.13.1"}, "Python ("), ({"skipped_lines": ["line 3"]}, "lines left out ("),
@@ -67,10 +70,10 @@ def test_runs_that_answer_different_questions_do_not_share_a_table(other, told, 
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", **other)
     board = make_scoreboard([tmp_path])
-    assert [len(group.runs) for group in board.groups] == [1, 1]
-    for group in board.groups:
-        assert group.warnings[0].startswith("Not to be compared with the other tables of humaneval") and (
-            told in group.warnings[0])
+    assert [len(table.runs) for table in board.comparisons] == [1, 1]
+    for table in board.comparisons:
+        assert table.warnings[0].startswith("Not to be compared with the other tables of humaneval") and (
+            told in table.warnings[0])
     assert to_page(board).count("Not to be compared") == to_markdown(board).count("Not to be compared") == 2
 
 
@@ -82,22 +85,22 @@ def test_runs_that_answer_different_questions_do_not_share_a_table(other, told, 
 def test_runs_by_different_methods_share_a_table_that_says_so(other, told, tmp_path):
     write_run(tmp_path / "a", passes=(1, 1))
     write_run(tmp_path / "b", **{"passes": (1, 0), **other})
-    group, = make_scoreboard([tmp_path]).groups
-    warning, = group.warnings
+    table, = make_scoreboard([tmp_path]).comparisons
+    warning, = table.warnings
     assert told in warning and told in to_page(make_scoreboard([tmp_path]))
 
 
 def test_seed_time_and_machine_are_no_difference(tmp_path):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", generation={"seed": 5}, manifest={"time": "later", "machine": "another"})
-    group, = make_scoreboard([tmp_path]).groups
-    assert len(group.runs) == 2 and not group.warnings
+    table, = make_scoreboard([tmp_path]).comparisons
+    assert len(table.runs) == 2 and not table.warnings
 
 
 def test_tasks_stand_apart_and_both_names_of_single_line_infilling_together(tmp_path):
     for name in ("humaneval", "humaneval_infill", "humaneval_infill_single_line"):
         write_run(tmp_path / name, task=name)
-    titles = {group.title: len(group.runs) for group in make_scoreboard([tmp_path]).groups}
+    titles = {table.title: len(table.runs) for table in make_scoreboard([tmp_path]).comparisons}
     assert titles == {"humaneval": 1, "humaneval_infill_single_line": 2}
 
 
@@ -106,13 +109,13 @@ def test_published_rows_stand_beside_whole_benchmarks_only_and_are_marked(tmp_pa
     write_run(tmp_path / "part" / "run")
     text = to_markdown(make_scoreboard([tmp_path / "whole"]))
     assert "| A | published | LLaDA 8B | 35.4 | " in text and "Open-dLLM's README, 2025" in text
-    assert "issue 17" in text  # the rerun has a source of its own
+    assert "issue 17" in text  # the rerun has its own source
     text = to_markdown(make_scoreboard([tmp_path / "part"]))
     assert "LLaDA" not in text and "The published rows are of 164 tasks and not shown beside 2." in text
 
 
 def test_published_rows_have_a_source_and_are_shares():
-    known = json.loads((Path(cli.__file__).parent / "evaluators" / "published.json").read_text())
+    known = json.loads((Path(cli.__file__).parents[1] / "evaluators" / "published.json").read_text())
     for row in known["rows"]:
         assert row["source"] and row["percent"].keys() <= known["tasks"].keys()
         assert all(0 < value < 100 for scores in row["percent"].values() for value in scores.values())
@@ -134,10 +137,15 @@ def test_the_page_has_everything_in_itself(tmp_path):
     write_run(tmp_path / "a", samples=10, passes=(3, 1))
     write_run(tmp_path / "b", samples=10, passes=(2, 1), tokens_per_forward=4.0)
     page = to_page(make_scoreboard([tmp_path]))
-    assert not re.search(r"(src|href)=\"(?!data:)", page) and "url(" not in page and "@import" not in page
-    assert page.count("<svg") == 2 and "prefers-color-scheme: dark" in page and 'name="viewport"' in page
-    frontier = re.search(r'class="frontier" points="([^"]+)"', page)[1]
-    assert len(frontier.split()) == 3  # b, faster; then up to a, better
+    assert not re.search(r"(src|href)=\"(?!data:|#)|url\((?!#)|@import", page)
+    assert "prefers-color-scheme: dark" in page and 'name="viewport"' in page
+    said = re.findall(r'<svg class="plot" [^>]*role="img" aria-label="([^"]*)"', page)
+    assert said == ["pass@k by k, humaneval, percent: run 1 from 20.0 to 100.0, run 2 from 15.0 to 100.0",
+                    "pass@1 by tokens per forward pass, humaneval, percent: run 1 20.0 at 1, run 2 15.0 at 4"]
+
+
+def test_the_frontier_is_what_no_run_beats_in_both():
+    assert unbeaten([(1, 0.5), (2, 0.3), (4, 0.4), (4, 0.2), (0.5, 0.5)]) == [(4, 0.4), (1, 0.5)]
 
 
 def test_one_sample_of_each_task_makes_no_curve_and_one_run_no_frontier(tmp_path):
@@ -167,7 +175,7 @@ def test_a_damaged_run_is_named_and_the_others_shown(content, tmp_path):
     write_run(tmp_path / "bad")
     (tmp_path / "bad" / "results.json").write_bytes(content.encode("utf-8", "surrogateescape"))
     board = make_scoreboard([tmp_path])
-    assert [run.name for group in board.groups for run in group.runs] == [f"{tmp_path.name}/good"]
+    assert [run.name for table in board.comparisons for run in table.runs] == [f"{tmp_path.name}/good"]
     problem, = board.problems
     assert problem.startswith(f"{tmp_path.name}/bad/results.json is no result of dllm eval, or damaged (")
     assert problem in to_markdown(board).replace("\\", "") and "Not shown" in to_page(board)
@@ -200,8 +208,8 @@ def test_an_unfinished_run_is_listed_and_files_of_others_are_not(tmp_path):
 
 def test_a_run_that_two_folders_have_is_shown_once(tmp_path):
     write_run(tmp_path / "runs" / "a")
-    group, = make_scoreboard([tmp_path, tmp_path / "runs", tmp_path / "runs" / "a"]).groups
-    assert len(group.runs) == 1
+    table, = make_scoreboard([tmp_path, tmp_path / "runs", tmp_path / "runs" / "a"]).comparisons
+    assert len(table.runs) == 1
 
 
 def test_a_run_of_lm_eval_has_a_row(tmp_path):
@@ -218,6 +226,7 @@ def test_a_run_of_lm_eval_has_a_row(tmp_path):
     assert "<svg" not in to_page(board)
 
 
+@pytest.mark.slow
 def test_the_command_tables_what_eval_wrote(model_folder, tmp_path, capsys):
     rows = [{"task_id": f"HumanEval/{i}", "prompt": "def f():\n", "entry_point": "f",
              "canonical_solution": "    pass\n", "test": "def check(candidate):\n    assert candidate() is None\n"}

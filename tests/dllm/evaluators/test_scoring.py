@@ -5,8 +5,12 @@ import gzip
 import itertools
 import json
 import math
+import socket
 import subprocess
 import sys
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +18,15 @@ import pytest
 from benchmarks import reference_executor
 from dllm import cli
 from dllm.errors import Failure, UserError
-from dllm.evaluators import judging, scoring
+from dllm.evaluators.code import scoring, verdicts
+from dllm.evaluators.code.samples import Sample, exact_match, read_samples
+from dllm.evaluators.code.scoring import score_samples
+from dllm.evaluators.code.tasks import BENCHMARKS, TaskSet, read_tasks
+from dllm.evaluators.code.verdicts import Bench
 from dllm.evaluators.estimates import pass_at_k
-from dllm.evaluators.sandbox import LAYERS, Limits, Sandbox
-from dllm.evaluators.scoring import Bench, Sample, exact_match, score_samples
-from dllm.evaluators.tasks import BENCHMARKS, TaskSet, read_tasks
-from tests.dllm.programs import PROGRAMS
+from dllm.evaluators.sandbox import judging
+from dllm.evaluators.sandbox.host import LAYERS, Limits, Outcome, Sandbox
+from tests.dllm.evaluators.programs import PROGRAMS
 
 ROWS = [{"task_id": f"HumanEval/{i}", "prompt": f"def add{i}(a, b):\n", "entry_point": f"add{i}",
          "canonical_solution": "    return a + b\n",
@@ -108,9 +115,9 @@ def test_infilled_programs_join_without_losing_a_character(data):
 
 
 def test_arguments_of_mbpp_plus_are_those_of_its_assertions(data):
-    """The data keeps them as JSON; its text of assertions is Python, and has the tuples, sets and complex numbers.
+    """The arguments are JSON in the data; its assertions are Python, with the tuples, sets and complex numbers.
 
-    Eleven tasks differ in the data itself, and EvalPlus takes them as they are there.
+    Eleven tasks differ in the data itself, and EvalPlus takes those of the JSON.
     """
     rows = [json.loads(line) for line in gzip.open(Path(data) / "mbppplus" / "MbppPlus.jsonl.gz")]
     tasks, compared, differing = read_tasks("mbpp_plus", data).tasks, 0, []
@@ -183,7 +190,7 @@ def test_tasks_and_data_that_do_not_exist(tmp_path):
         read_tasks("mbpp_plus")
 
 
-# What crosses to a judge
+# Values that cross to a judge
 
 
 class Odd(int):
@@ -198,36 +205,37 @@ def test_plain_data_crosses_exactly():
             None, True, 0, -5, 10**6000, 0.1, -0.0, math.inf, 1e-320, 1 + 2j, "", "ä\ud800\0", b"\xff", bytearray(b"x"),
             [], [1, [2.5, (3,)]], (), (1, (2, [3])), {1, 2}, frozenset({(1, 2)}), {"a": [1], (2, 3): {4: None}},
             range(3, 9, 2), [10**5000, 1], {True: 1.0}, list(range(40000)), [(i, str(i)) for i in range(20000)]):
-        back = judging.decode(judging.encode(value))
+        back = judging.decode_value(judging.encode_value(value))
         assert back == value and type(back) is type(value)
         assert str(type(value)) == "<class 'int'>" or value == [10**5000, 1] or repr(back) == repr(value)
 
 
 def test_what_is_not_plain_arrives_as_something_equal_to_nothing():
-    opaque = judging.decode(judging.encode([object(), len, Odd]))
+    opaque = judging.decode_value(judging.encode_value([object(), len, Odd]))
     assert [type(item) for item in opaque] == [judging.Opaque] * 3 and opaque[0] != opaque[1] and opaque[0] == opaque[0]
-    odd = judging.decode(judging.encode(Odd(7)))
-    assert type(odd) is int and odd != 8  # the plain value that it holds
-    assert list(judging.decode(judging.encode(i * i for i in range(3)))) == [0, 1, 4]
+    odd = judging.decode_value(judging.encode_value(Odd(7)))
+    assert type(odd) is int and odd != 8  # its plain value
+    assert list(judging.decode_value(judging.encode_value(i * i for i in range(3)))) == [0, 1, 4]
     nested = []
     for _ in range(10**5):
         nested = [nested]
-    assert isinstance(judging.decode(judging.encode(nested)), judging.Opaque)
+    assert isinstance(judging.decode_value(judging.encode_value(nested)), judging.Opaque)
 
 
 @pytest.mark.parametrize("text", [b"", b"{}", b"[", b'["z", 1]', b'["l", 5]', b'["c", ["x", 1]]', b'["s", [["l", []]]]',
                                   b'["n", "xyz"]', b"\xff", b"[" * 10**5])
 def test_what_is_not_an_encoded_value_is_refused(text):
     with pytest.raises(judging.Ended):
-        judging.decode(text)
+        judging.decode_value(text)
 
 
 def test_large_values_cross_as_their_hash(monkeypatch):
     monkeypatch.setattr(judging, "_LARGE", 1000)
     values = [(i, i + 1) for i in range(30000)]
-    encoded = judging.encode(values)
-    assert len(encoded) < 200 and encoded == judging.encode(list(values))
-    assert encoded != judging.encode(values[:-1] + [(0, 0)]) and isinstance(judging.decode(encoded), judging.Opaque)
+    encoded = judging.encode_value(values)
+    assert len(encoded) < 200 and encoded == judging.encode_value(list(values))
+    assert encoded != judging.encode_value(values[:-1] + [(0, 0)])
+    assert isinstance(judging.decode_value(encoded), judging.Opaque)
 
 
 # EvalPlus' rules
@@ -260,7 +268,7 @@ def test_evalplus_rules(dataset, entry_point, arguments, output, wanted, atol, r
 
 
 def test_the_tolerance_of_floats_stays_for_the_calls_that_follow():
-    rows = [(b"a", judging.encode(value), 4.0) for value in (1, 0.5, 1)]
+    rows = [(b"a", judging.encode_value(value), 4.0) for value in (1, 0.5, 1)]
     table = judging.write_table(rows, "humaneval", "f", 0)
     size, found = 0, []
     while size < len(table):
@@ -270,11 +278,40 @@ def test_the_tolerance_of_floats_stays_for_the_calls_that_follow():
     assert found == [(4.0, 0), (4.0, 1e-6), (4.0, 1e-6)]
 
 
+@pytest.mark.parametrize("seconds, used, answers_after, told", [
+    (0.5, (0.0, 0.1), 0.6, ""),  # in time by its CPU time, not by the wall clock, of which it has 3 s
+    (0.05, (0.0, 0.06), None, "no answer in 0.05 s of CPU time"),
+    (0.05, (0.0, 0.01), None, "no answer in 0.3 s of wall-clock time")])
+def test_a_call_is_limited_by_the_programs_cpu_time(seconds, used, answers_after, told):
+    """used: CPU seconds before the call, then at each question."""
+    (ours, theirs), (asked, asks) = socket.socketpair(), socket.socketpair()
+    with ours, theirs, asked, asks:
+        program, values = judging.Program(ours.fileno(), asks.fileno()), iter(used)
+
+        def clock() -> None:
+            while asked.recv(1):
+                asked.send(judging.struct.pack("<d", next(values, used[-1])))
+
+        def answer() -> None:
+            time.sleep(answers_after)
+            judging.send(theirs.fileno(), b"=5")
+
+        for thread in (clock, answer) if answers_after else (clock,):
+            threading.Thread(target=thread, daemon=True).start()
+        if told:
+            with pytest.raises(judging.TooLong, match=told):
+                program.ask(b"[]", seconds=seconds)
+        else:
+            assert program.ask(b"[]", seconds=seconds) == b"5"
+        asks.shutdown(socket.SHUT_RDWR)
+
+
 PLUS = {"task_id": "HumanEval/0", "prompt": "def f(x):\n", "entry_point": "f",
         "canonical_solution": "    return x / 3\n",
         "base_input": [[1], [2]], "plus_input": [[10], [0]], "atol": 0, "test": ""}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("completion, verdict, base", [
     ("    return x / 3\n", "pass", "pass"), ("    return x / 3 + 1e-9\n", "pass", "pass"),
     ("    return x / 3 + 1e-3\n", "fail", "fail"), ("    return x / 3 if x < 10 else 0\n", "fail", "pass"),
@@ -288,7 +325,7 @@ PLUS = {"task_id": "HumanEval/0", "prompt": "def f(x):\n", "entry_point": "f",
 def test_a_task_judged_by_its_solutions_outputs(completion, verdict, base, tmp_path):
     tasks = read_tasks("humaneval_plus", str(write_lines(tmp_path / "HumanEvalPlus.jsonl", [PLUS])))
     samples = write_lines(tmp_path / "samples.jsonl", [{"task_id": "HumanEval/0", "completion": completion}])
-    record = score_samples(samples, tasks, timeout=0.5, limits=Limits(memory=1 << 30), warn=lambda _: None)
+    record = score_samples(samples, tasks, timeout=0.2, limits=Limits(memory=1 << 30), warn=lambda _: None)
     result, = record["results"]
     assert (result["verdict"], result["base"]) == (verdict, base), result
     assert record["pass@1"] == (verdict == "pass") and record["base_pass@1"] == (base == "pass")
@@ -297,6 +334,7 @@ def test_a_task_judged_by_its_solutions_outputs(completion, verdict, base, tmp_p
 # Scores
 
 
+@pytest.mark.slow
 def test_a_score_of_several_samples(tasks, samples, capsys):
     file = samples(*[(0, RIGHT)] * 3, *[(0, WRONG)] * 7, *[(1, WRONG)] * 10, *[(2, RIGHT)] * 10)
     record = score_samples(file, tasks, workers=2)
@@ -306,6 +344,7 @@ def test_a_score_of_several_samples(tasks, samples, capsys):
     assert 0 <= low < record["pass@1"] < high <= 1
     assert [result["line"] for result in record["results"]] == list(range(1, 31))
     assert record["data"]["md5"] == tasks.md5 and record["settings"]["timeout"] == 3.0
+    assert record["settings"]["timeout_counts"] == "CPU seconds" and record["settings"]["wall_clock_backstop"] == 18
     again = score_samples(file, tasks, workers=1)
     for one in (record, again):
         for result in one["results"]:
@@ -314,15 +353,51 @@ def test_a_score_of_several_samples(tasks, samples, capsys):
         assert again[key] == record[key]
 
 
-def test_the_verdict_of_each_kind_of_sample(tasks, samples):
+def test_of_a_completion_and_a_solution_in_one_sample_the_solution_is_run(tasks, samples):
+    both = {"task_id": "HumanEval/0", "completion": WRONG, "solution": "def add0(a, b):\n    return a + b\n"}
+    found, _, _ = read_samples(samples(both), tasks, skip_bad=True)
+    assert found[0].whole and found[0].text == both["solution"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers, order", [(1, 1), (2, 1), (2, -1)])
+def test_the_verdict_of_each_kind_of_sample(workers, order, tasks, samples):
+    """The result does not depend on the number of workers and the order."""
     kinds = {"pass": RIGHT, "fail": WRONG, "timeout": "    while True: pass\n", "crash": "    import os; os._exit(0)\n",
              "oom": "    return [0] * 10**12\n"}
     lines = [(i, text) for i in range(3) for text in kinds.values()]
     lines.append({"task_id": "HumanEval/0", "solution": "def add0(a, b):\n    return a + b\n"})
-    record = score_samples(samples(*lines), tasks, timeout=0.5, warn=lambda _: None)
-    assert [result["verdict"] for result in record["results"]] == [*kinds] * 3 + ["pass"]
+    record = score_samples(samples(*lines[::order]), tasks, workers=workers, timeout=0.2, warn=lambda _: None)
+    assert [result["verdict"] for result in record["results"]] == ([*kinds] * 3 + ["pass"])[::order]
+    assert record["judged_again"] == 3 == sum("judged_again" in result for result in record["results"])
 
 
+@pytest.mark.parametrize("audit", [False, True])
+def test_what_times_out_is_judged_once_more_alone(audit, tasks, samples, monkeypatch):
+    """A timeout of the first judgement does not count, because a busy machine can reach the backstop."""
+    judge, running, seen = (Bench.audit if audit else Bench.run), set(), []
+
+    def late_at_first(bench: Bench, task, sample: Sample, seconds: float):
+        running.add(sample.line)
+        seen.append((sample.line, len(running)))
+        outcome = judge(bench, task, sample, seconds)
+        time.sleep(0.02)
+        running.discard(sample.line)
+        late = sample.line == 2 and [line for line, _ in seen].count(2) == 1
+        return Outcome(verdict="timeout") if late else outcome
+
+    file = samples(*[(i % 3, RIGHT) for i in range(9)], *[(i % 3, WRONG) for i in range(3)])
+    with monkeypatch.context() as patched:
+        patched.setattr(verdicts, "self_test", lambda bench: None)
+        patched.setattr(Bench, "audit" if audit else "run", late_at_first)
+        record = score_samples(file, tasks, workers=2, audit=audit)
+    assert record["verdicts"] == {"fail": 3, "pass": 9} and record.get("audit", {"pass": 9}) == {"pass": 9}
+    assert seen[-1] == (2, 1) and [line for line, _ in seen].count(2) == 2 and max(count for _, count in seen) == 2
+    assert [result["line"] for result in record["results"] if "judged_again" in result] == [2]
+    assert record["judged_again"] == 1
+
+
+@pytest.mark.slow
 def test_audit_flags_what_passes_by_deception(tasks, samples):
     reads = ("    import dis, sys\n    code = dis.get_instructions(sys._getframe(1).f_code)\n"
              "    found = [i.argval for i in code if type(i.argval) is int and i.opname.startswith('LOAD')]\n"
@@ -336,17 +411,18 @@ def test_audit_flags_what_passes_by_deception(tasks, samples):
                             "HumanEval/1 (line 2), HumanEval/2 (line 3)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, program in PROGRAMS.items()
                                   if name.startswith("ok") or program.verdict == "fail" or name in
                                   ("crlf", "always_eq", "always_eq_int", "os_exit0", "abort", "read_tests")])
 def test_verdicts_agree_with_the_usual_executor(name):
-    """Programs that are harmless enough to run in it."""
-    from tests.dllm.programs import TESTS
+    """The programs are harmless enough for the usual executor."""
+    from tests.dllm.evaluators.programs import TESTS
 
     with Sandbox() as sandbox:
         ours = sandbox.run(PROGRAMS[name].text + TESTS, 3).passed
     if name in ("ok_asyncio", "ok_tempfile"):
-        assert ours  # it takes os.getcwd and the like from programs, which these need
+        assert ours  # it removes os.getcwd and others from programs, which these need
         return
     done = subprocess.run([sys.executable, "-c", "import sys; from benchmarks.reference_executor import check; "
                            "print(check(sys.stdin.buffer.read().decode('utf-8', 'surrogatepass')))"],
@@ -366,6 +442,7 @@ def test_exact_match_by_both_rules(data):
 # The benchmarks' own solutions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, count", [("humaneval", 164)])
 def test_own_solutions_pass_with_and_without_audit(name, count, data, tmp_path):
     tasks = read_tasks(name, data)
@@ -373,15 +450,39 @@ def test_own_solutions_pass_with_and_without_audit(name, count, data, tmp_path):
     assert record["verdicts"] == {"pass": count} == record["audit"]
 
 
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, Outcome]:
+    """Programs with their tests -> outcome; the infilling tasks are all cut from HumanEval's 164 solutions."""
+    return {}
+
+
+all_or_some = pytest.mark.parametrize("chosen", [
+    pytest.param(slice(None), marks=pytest.mark.exhaustive, id="all"),
+    pytest.param(slice(1, None, 10), id="some")])  # of the tenths one without HumanEval/130, which takes 12 seconds
+
+
 @pytest.mark.slow
+@all_or_some
 @pytest.mark.parametrize("name, count", [
     ("humaneval_infill_single_line", 1033), ("humaneval_infill_multi_line", 5815),
     ("humaneval_infill_random_span", 1640),
     ("santacoder_fim", 1043), ("humaneval_plus", 164), ("mbpp_plus", 378)])
-def test_own_solutions_of_every_task_pass(name, count, data, tmp_path):
+def test_own_solutions_pass(name, count, chosen, data, tmp_path, outcomes, monkeypatch):
+    """Equal programs run once."""
+    run = Bench.run
+
+    def run_once(bench: Bench, task, sample: Sample, seconds: float):
+        program = f"{sample.program(task)}\n{task.tests}"
+        if program not in outcomes:
+            outcomes[program] = run(bench, task, sample, seconds)
+        return outcomes[program]
+
+    monkeypatch.setattr(Bench, "run", run_once)
     tasks = read_tasks(name, data)
+    assert len(tasks.tasks) == count
+    tasks = replace(tasks, tasks=dict(list(tasks.tasks.items())[chosen]))
     record = score_samples(canonical_samples(tasks, tmp_path / "samples.jsonl"), tasks)
-    assert record["verdicts"] == {"pass": count} and record["pass@1"] == 1
+    assert record["verdicts"] == {"pass": len(tasks.tasks)} and record["pass@1"] == 1
     if name.endswith("plus"):
         assert record["base_pass@1"] == 1
     if name == "santacoder_fim":
@@ -389,14 +490,19 @@ def test_own_solutions_of_every_task_pass(name, count, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_own_solutions_of_mbpp_pass_and_are_audited(data, tmp_path):
-    """All 974, with ten seconds: 123 takes three. Four pass objects to the function, which no judge outside can."""
+@all_or_some
+def test_own_solutions_of_mbpp_pass_and_are_audited(chosen, data, tmp_path):
+    """With ten seconds, because task 123 takes three. Four tasks pass objects, which no judge outside can."""
     tasks = read_tasks("mbpp", data, every_row=True)
+    assert len(tasks.tasks) == 974
+    tasks = replace(tasks, tasks=dict(list(tasks.tasks.items())[chosen]))
     record = score_samples(canonical_samples(tasks, tmp_path / "samples.jsonl"), tasks, audit=True, timeout=10)
-    assert record["verdicts"] == {"pass": 974} and record["audit"] == {"cannot judge": 4, "pass": 970}
-    assert {r["task_id"] for r in record["results"] if r["audit"] != "pass"} == {"367", "533", "601", "927"}
+    assert record["verdicts"] == {"pass": len(tasks.tasks)}
+    not_judged = {task: "cannot judge" for task in ("367", "533", "601", "927") if task in tasks.tasks}
+    assert {r["task_id"]: r["audit"] for r in record["results"] if r["audit"] != "pass"} == not_judged
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, ids", [
     ("humaneval_plus", ["HumanEval/0", "HumanEval/32", "HumanEval/4", "HumanEval/106"]),
     ("mbpp_plus", [f"Mbpp/{i}" for i in (2, 63, 75, 106, 124, 250, 252, 259, 278, 558, 580, 581, 722)])])
@@ -407,6 +513,7 @@ def test_own_solutions_of_the_plus_tasks_with_rules_or_types_of_their_own(name, 
     assert record["verdicts"] == {"pass": len(ids)}
 
 
+@pytest.mark.slow
 def test_plus_verdicts_agree_with_evalplus(data, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path, str(Path(sys.prefix, "evalplus"))])
     evaluation = pytest.importorskip("evalplus.eval", reason="EvalPlus is not there; make .venv/evalplus puts it there")
@@ -425,7 +532,7 @@ def test_plus_verdicts_agree_with_evalplus(data, monkeypatch):
                              program + f"\n_f = {entry_point}\ndef {entry_point}(*x):\n    y = _f(*x)\n"
                              "    return y + 1e-9 if isinstance(y, float) else y\n"):
                     sample = Sample(task_id=task.task_id, line=1, text=text, whole=True)
-                    ours, = scoring.judge_plus(bench, task, [sample], dataset, 4.0)
+                    ours, = verdicts.judge_plus(bench, task, [sample], dataset, 4.0)
                     theirs = []
                     for calls in (task.base_input, task.plus_input):
                         expected, times = groundtruth.trusted_exec(program, list(calls), entry_point, record_time=True)
@@ -444,7 +551,7 @@ def test_bad_lines_are_named_by_number_and_the_rest_scored_only_if_asked(tasks, 
     with pytest.raises(UserError) as error:
         score_samples(file, tasks)
     assert str(error.value) == (
-        f"{file}: line 2 is not JSON; line 3 is of task HumanEval/7, which humaneval has not; line 4 has no task_id; "
+        f"{file}: line 2 is not JSON; line 3 is of task HumanEval/7, which is not in humaneval; line 4 has no task_id; "
         "line 7 has neither completion nor solution as text; line 8 has no task_id; correct them, or score the rest "
         "with --skip-bad")
     warnings = []
@@ -483,13 +590,14 @@ def test_data_other_than_the_manifests_is_refused(tasks, samples, tmp_path):
         score_samples(file, tasks)
 
 
+@pytest.mark.slow
 def test_fewer_layers_are_refused_when_strict_and_warned_of_else(tasks, samples):
     file = samples(*((i, RIGHT) for i in range(3)))
     without = tuple(layer for layer in LAYERS if layer != "seccomp")
     with pytest.raises(UserError, match=r"--require-sandbox strict: this machine lacks seccomp \(switched off\): "
                                         "programs may start processes"):
         score_samples(file, tasks, require="strict", layers=without)
-    for layers, wanted in ((without, "the sandbox lacks "), ((), "no layer of the sandbox can be had here")):
+    for layers, wanted in ((without, "the sandbox lacks "), ((), "no layer of the sandbox works on this machine")):
         warnings = []
         assert score_samples(file, tasks, layers=layers, warn=warnings.append)["pass@1"] == 1
         assert warnings[0].startswith(wanted)
@@ -497,11 +605,12 @@ def test_fewer_layers_are_refused_when_strict_and_warned_of_else(tasks, samples)
 
 @pytest.mark.parametrize("broken, told", [("pass", "wanted fail and got pass"), ("fail", "wanted pass and got fail")])
 def test_the_self_test_finds_a_sandbox_that_judges_everything_the_same(broken, told, tasks, samples, monkeypatch):
-    monkeypatch.setattr(Sandbox, "run", lambda *_: scoring.Outcome(verdict=broken))
+    monkeypatch.setattr(Sandbox, "run", lambda *_: Outcome(verdict=broken))
     with pytest.raises(Failure, match=told):
         score_samples(samples(*((i, RIGHT) for i in range(3))), tasks)
 
 
+@pytest.mark.slow
 def test_a_sandbox_that_breaks_is_renewed_once(tasks, samples, monkeypatch):
     run, broken = Sandbox.run, []
 
@@ -533,7 +642,7 @@ def test_the_command_prints_the_score_and_writes_every_sample(tasks, samples, tm
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--task", "humanevil"], "there is no task 'humanevil'"),
+    (["--task", "humanevil"], "not 'humanevil'; did you mean humaneval?"),
     (["--task", "humaneval", "--timeout", "0"], "must be above 0"),
     (["--task", "humaneval", "--workers", "-1"], "must be above 0"),
     ([], "the following arguments are required: --task"),
@@ -548,7 +657,7 @@ def test_wrong_flags_are_one_line(flags, message, tasks, samples, tmp_path, caps
 
 def test_doctor_tells_the_layers(capsys, monkeypatch):
     from dllm import doctor
-    from dllm.evaluators import sandbox
+    from dllm.evaluators.sandbox import host as sandbox
 
     monkeypatch.setattr(sandbox.Sandbox.__init__, "__defaults__", (("landlock", "seccomp"), None))
     doctor._describe_sandbox()
@@ -558,8 +667,8 @@ def test_doctor_tells_the_layers(capsys, monkeypatch):
 
 
 def test_scoring_needs_no_torch():
-    code = "import sys, dllm.evaluators.scoring; assert not {'torch', 'transformers', 'numpy'} & {*sys.modules}"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(scoring.__file__).parents[2])
+    code = "import sys, dllm.evaluators.code.scoring; assert not {'torch', 'transformers', 'numpy'} & {*sys.modules}"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(scoring.__file__).parents[3])
 
 
 def test_the_flag_for_tasks_names_them(capsys):

@@ -6,14 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_families import tiny
 
-from dllm.cache import KeyValueCache
+from dllm.diffusion_lm import DiffusionLM
 from dllm.errors import UserError
-from dllm.model import DiffusionLM
-from dllm.sampler import MDMGenerationConfig, denoise, fill_after_end
-from dllm.scorers import CachedScorer
-from dllm.strategies import (
+from dllm.generation.config import MDMGenerationConfig
+from dllm.generation.sampler import denoise, fill_after_end
+from dllm.generation.scorers import CachedScorer
+from dllm.generation.strategies import (
     Step,
     Update,
     choose_strategy,
@@ -22,7 +21,10 @@ from dllm.strategies import (
     commit_evenly_or_above,
     commit_scheduled,
 )
+from dllm.model.cache import KeyValueCache
+from dllm.model.layouts import Padded
 from dllm_kernels import token_scores, topk_unmask
+from tests.dllm.tiny_models import tiny_of
 
 MASK = 60
 
@@ -41,6 +43,7 @@ def pad_left(prompts):
     return ids, torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, file, leave_out, alg", [
     ("llada", "generate_llada", (), None),
     ("llada", "generate_fastdllm", ("prefix", "dual"), None),  # no cache; with thresholds and factors
@@ -75,6 +78,7 @@ def test_generations_equal_the_originals(shared, family, file, leave_out, alg):
     assert seen
 
 
+@pytest.mark.slow
 def test_llada2_generations_equal_the_originals(shared):
     model = DiffusionLM.from_pretrained(shared / "golden" / "families" / "llada2" / "checkpoint")
     for case, expected in read_cases(shared, "llada2", "generate_llada2", ("llada21",)):
@@ -103,7 +107,7 @@ def test_edited_generations_equal_the_originals(shared):
 @pytest.mark.parametrize("family", ["a2d_qwen2", "a2d_qwen3"])
 def test_block_diffusion_generations_equal_the_originals(shared, family):
     """BD3-LM's sampler: blocks begin after the prompt; guidance and right shift with the exact cache too. The original
-    takes every token that has the padding's number for padding: what follows a block with a generated one is not equal.
+    takes every token that equals the padding token for padding, so what follows a generated one differs.
     """
     model = DiffusionLM.from_pretrained(shared / "golden" / "families" / family / "checkpoint")
     seen = 0
@@ -161,7 +165,7 @@ def test_fast_dllm_generations_of_dream_equal_the_originals(shared, kind):
 
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 def test_cached_generations_equal_the_originals(shared, cache):
-    """Where a block is full after its first step, Fast-dLLM runs one forward pass more, which commits nothing."""
+    """Fast-dLLM runs one more forward pass, which commits nothing, if a block is full after its first step."""
     model = DiffusionLM.from_pretrained(shared / "golden" / "families" / "llada" / "checkpoint")
     other = {"prefix": "dual", "dual": "prefix"}[cache]
     for case, expected in read_cases(shared, "llada", "generate_fastdllm", ("fast_generate_th", "None", other)):
@@ -176,7 +180,7 @@ def test_cached_generations_equal_the_originals(shared, cache):
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 @pytest.mark.parametrize("shift", [False, True])
 def test_a_cached_row_gets_the_same_tokens_alone_and_in_a_batch(cache, shift):
-    model = tiny("qwen2", shift_logits=shift)
+    model = tiny_of("qwen2", shift_logits=shift)
     canvas, mask = pad_left([[*range(1, n + 1), *[MASK] * 12] for n in (5, 1, 8)])
     config = MDMGenerationConfig(alg="maskgit_plus", steps=30, block_length=4, cache=cache, mask_token_id=MASK, seed=0,
                                  temperature=0.6)
@@ -190,7 +194,7 @@ def test_a_cached_row_gets_the_same_tokens_alone_and_in_a_batch(cache, shift):
                                       {"remasking": "low_confidence"}, {"alg": "p2"}, {"alg": "origin"}])
 def test_blocks_kept_in_the_cache_change_no_token(settings, monkeypatch):
     """Against the whole canvas computed anew in every step; prompts of 5, 1 and 8 tokens, blocks of 4."""
-    model = tiny("a2d-qwen3", block_causal=True, vocab_size=61)
+    model = tiny_of("a2d-qwen3", block_causal=True, vocab_size=61)
     canvas, mask = pad_left([[*range(1, n + 1), *[MASK] * 11] for n in (5, 1, 8)])
     config = MDMGenerationConfig(**{"alg": "maskgit_plus", "steps": 60, "block_length": 4, "mask_token_id": MASK,
                                     "seed": 0, "temperature": 0.6, **settings})
@@ -200,12 +204,12 @@ def test_blocks_kept_in_the_cache_change_no_token(settings, monkeypatch):
     computed = []
     original = DiffusionLM.hidden_states
 
-    def compute_anew(self, input_ids, *, cache, block_length, queries, position_ids, attention_mask):
+    def compute_anew(self, input_ids, layout):
         canvas = cached_scorer[-1].step.tokens
-        rows = cache.rows if cache.rows is not None else torch.arange(len(canvas))
+        rows = layout.rows if layout.rows is not None else torch.arange(len(canvas))
         computed.append(len(rows))
-        whole = original(self, canvas[rows], block_length=block_length)
-        return whole.gather(1, (queries + cache.start).unsqueeze(-1).expand(-1, -1, whole.shape[-1]))
+        whole = original(self, canvas[rows], Padded(block_length=layout.cache.block_length))
+        return Padded(queries=layout.queries + layout.start).wanted(whole)
 
     cached_scorer = []
     at = CachedScorer.at
@@ -216,7 +220,7 @@ def test_blocks_kept_in_the_cache_change_no_token(settings, monkeypatch):
 
 
 def test_a_block_causal_row_gets_the_same_tokens_alone_and_in_a_batch():
-    model = tiny("a2d-qwen3", block_causal=True, block_length=4)
+    model = tiny_of("a2d-qwen3", block_causal=True, block_length=4)
     canvas, mask = pad_left([[*range(1, n + 1), *[MASK] * 11] for n in (5, 1, 8)])
     config = MDMGenerationConfig(alg="maskgit_plus", threshold=0.1, mask_token_id=MASK, seed=0, temperature=0.6)
     together = denoise(model, canvas, config, mask)
@@ -226,17 +230,17 @@ def test_a_block_causal_row_gets_the_same_tokens_alone_and_in_a_batch():
 
 
 def test_blocks_of_the_text_share_any_number_of_steps_alike():
-    """How many they are depends on the prompt: here 3, of which the first has one position to fill."""
+    """Their number depends on the prompt: here 3, and the first has one position to fill."""
     config = MDMGenerationConfig(block_length=4, block_causal=True, mask_token_id=MASK)
     canvas = canvas_of(1, 12)
-    expected = denoise(tiny("llada", head_dim=6), canvas, replace(config, steps=6))
+    expected = denoise(tiny_of("llada", head_dim=6), canvas, replace(config, steps=6))
     for steps in (7, 8):
-        out = denoise(tiny("llada", head_dim=6), canvas, replace(config, steps=steps))
+        out = denoise(tiny_of("llada", head_dim=6), canvas, replace(config, steps=steps))
         assert torch.equal(out.sequences, expected.sequences) and out.steps == expected.steps == 6
 
 
 def test_history_and_steps_of_a_block_causal_model_are_of_the_canvas_given():
-    model = tiny("a2d-qwen3", block_causal=True)
+    model = tiny_of("a2d-qwen3", block_causal=True)
     canvas, mask = pad_left([[1, 2, 3, *[MASK] * 6], [4, *[MASK] * 6]])
     seen = []
     out = denoise(model, canvas, MDMGenerationConfig(steps=6, block_length=4, alg="maskgit_plus", mask_token_id=MASK,
@@ -252,9 +256,9 @@ def test_history_and_steps_of_a_block_causal_model_are_of_the_canvas_given():
 @pytest.mark.parametrize("scale", [0.0, 1.5])
 def test_blocks_after_the_prompt_are_those_of_the_whole_canvas_computed_anew(shift, scale):
     """Prompts of 5, 1 and 8 tokens, blocks of 4 from the first masked position on, the last one shorter."""
-    model = tiny("a2d-qwen3", block_causal=True, vocab_size=61, shift_logits=shift)
+    model = tiny_of("a2d-qwen3", block_causal=True, vocab_size=61, shift_logits=shift)
     with torch.no_grad():
-        model.head_weight[MASK] = 0  # never the surest
+        model.head_weight[MASK] = 0  # never the most likely
     canvas, mask = pad_left([[*range(1, n + 1), *[MASK] * 10] for n in (5, 1, 8)])
     config = MDMGenerationConfig(remasking="low_confidence", threshold=2.0, block_length=4, blocks_from="masked",
                                  mask_token_id=MASK, cfg_scale=scale)
@@ -270,8 +274,8 @@ def test_blocks_after_the_prompt_are_those_of_the_whole_canvas_computed_anew(shi
                 logits = []
                 for known in (padded, padded.clone().index_fill_(1, torch.arange(prompt), MASK)):
                     with torch.no_grad():
-                        hidden = model.hidden_states(known[:, :block.stop], attention_mask=real[None, :block.stop],
-                                                     block_length=4)
+                        hidden = model.hidden_states(known[:, :block.stop],
+                                                     Padded(real[None, :block.stop], block_length=4))
                     logits.append(hidden[0, [i - shift for i in range(block.start, block.stop)]] @ model.head_weight.T)
                 guided = logits[1] + (scale + 1) * (logits[0] - logits[1])
                 best = guided.softmax(-1).max(-1)
@@ -281,7 +285,7 @@ def test_blocks_after_the_prompt_are_those_of_the_whole_canvas_computed_anew(shi
 
 
 def test_rows_whose_gaps_grow_and_shrink_get_the_same_tokens_alone_and_in_a_batch():
-    model = tiny("qwen2", vocab_size=61, eos_token_id=7)
+    model = tiny_of("qwen2", vocab_size=61, eos_token_id=7)
     with torch.no_grad():
         model.head_weight[[7, 8]] *= 3  # 7 deletes, 8 expands
     canvas, mask = pad_left([[*range(10, 10 + n), *[MASK] * 3, 30, 31] for n in (5, 1, 8)])
@@ -302,7 +306,7 @@ def test_rows_whose_gaps_grow_and_shrink_get_the_same_tokens_alone_and_in_a_batc
 @pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
 def test_remasking_at_random_leaves_as_many_masked_as_without(rate):
     """ReMDM keeps the marginals: at each time a position is masked with probability t, whatever the rate."""
-    model, masked = tiny("llada", head_dim=6, vocab_size=61), []
+    model, masked = tiny_of("llada", head_dim=6, vocab_size=61), []
     config = MDMGenerationConfig(alg="remdm", remask_rate=rate, steps=8, mask_token_id=MASK, seed=0,
                                  num_return_sequences=400)
     denoise(model, torch.full((1, 8), MASK), config,
@@ -314,7 +318,7 @@ def test_remasking_at_random_leaves_as_many_masked_as_without(rate):
 
 
 class Counting:
-    """A scorer for which the leftmost positions are the surest, and which notes how many are asked for."""
+    """A scorer that is most confident on the left, and notes the number of positions that are asked for."""
 
     def __init__(self, step):
         self.step, self.k = step, torch.zeros(len(step.tokens), dtype=torch.long)
@@ -337,7 +341,7 @@ def test_counts_of_a_schedule_are_the_originals(shared):
             masked = commit_scheduled(step, scorer, schedule=schedule).tokens == MASK
             counts.append(scorer.k)
         for row, expected in zip(torch.stack(counts, 1).tolist(), recorded[name].tolist(), strict=True):
-            assert [n for n in row if n] == [n for n in expected if n], name  # the originals leave out steps of none
+            assert [n for n in row if n] == [n for n in expected if n], name  # theirs skip empty steps
 
 
 def canvas_of(rows, length):
@@ -347,7 +351,7 @@ def canvas_of(rows, length):
 
 
 def test_blocks_are_filled_from_left_to_right():
-    model, canvas = tiny("llada", head_dim=6), canvas_of(2, 15)
+    model, canvas = tiny_of("llada", head_dim=6), canvas_of(2, 15)
     out = denoise(model, canvas, MDMGenerationConfig(steps=12, block_length=4, remasking="low_confidence",
                                                      mask_token_id=MASK, output_history=True))
     assert out.forwards == 12
@@ -360,7 +364,7 @@ def test_blocks_are_filled_from_left_to_right():
                                       {"remasking": "low_confidence", "cfg_scale": 1.5, "steps": 8},
                                       {"threshold": 0.05, "alg": "topk_margin", "block_length": 4}])
 def test_a_row_gets_the_same_tokens_alone_and_in_a_batch(settings):
-    model, canvas = tiny("llada", head_dim=6), canvas_of(3, 11)
+    model, canvas = tiny_of("llada", head_dim=6), canvas_of(3, 11)
     mask = torch.ones_like(canvas)
     mask[1, :2] = 0
     config = MDMGenerationConfig(**{"alg": "maskgit_plus", "mask_token_id": MASK, "seed": 1, "temperature": 0.7,
@@ -379,32 +383,32 @@ def test_what_follows_the_end_of_text_is_filled_once_nothing_before_it_is_masked
 
 
 def test_a_row_that_has_ended_leaves_the_forward_passes():
-    model = tiny("llada", head_dim=6, eos_token_id=0)
+    model = tiny_of("llada", head_dim=6, eos_token_id=0)
     with torch.no_grad():
-        model.lm_head.weight.zero_()  # every word is as likely, so it is always word 0
+        model.lm_head.weight.zero_()  # all words are equally likely, so it is always word 0
     canvas = canvas_of(2, 15)
     config = MDMGenerationConfig(steps=12, block_length=4, remasking="low_confidence", mask_token_id=MASK)
     stopped = denoise(model, canvas, replace(config, stop_at_eos=True))
     assert stopped.forwards == 1 and (stopped.sequences[:, 3:] == 0).all()
     assert denoise(model, canvas, config).forwards == 12
     with pytest.raises(UserError, match="names no eos_token_id"):
-        denoise(tiny("llada", head_dim=6), canvas, replace(config, stop_at_eos=True))
+        denoise(tiny_of("llada", head_dim=6), canvas, replace(config, stop_at_eos=True))
 
 
 def test_thresholds_take_as_many_steps_as_they_need():
-    model, canvas = tiny("llada", head_dim=6), canvas_of(1, 19)
+    model, canvas = tiny_of("llada", head_dim=6), canvas_of(1, 19)
 
     def forwards(**settings):
         config = MDMGenerationConfig(steps=1, alg="maskgit_plus", mask_token_id=MASK, **settings)
         return denoise(model, canvas, config).forwards
 
-    assert forwards(threshold=2.0) == 16  # nothing is so sure: one position each
+    assert forwards(threshold=2.0) == 16  # no confidence is that high: one position each
     assert forwards(threshold=0.0) == 1
     assert forwards(factor=1e-9) == 16 and forwards(factor=100.0) == 1
 
 
 def test_guidance_of_zero_is_none_and_moves_away_from_the_unconditional():
-    model, canvas = tiny("llada", head_dim=6, vocab_size=61), canvas_of(1, 6)
+    model, canvas = tiny_of("llada", head_dim=6, vocab_size=61), canvas_of(1, 6)
     config = MDMGenerationConfig(steps=3, remasking="low_confidence", mask_token_id=MASK)
     plain, guided = (denoise(model, canvas, replace(config, cfg_scale=scale)) for scale in (0.0, 3.0))
     assert plain.forwards == guided.forwards == 3
@@ -421,29 +425,30 @@ def test_guidance_of_zero_is_none_and_moves_away_from_the_unconditional():
     ({"block_length": 4, "steps": 2, "block_causal": True}, "steps must be at least 3, one for each"),
     ({"block_length": 0}, "block_length must be at least 1, not 0"),
     ({"remasking": "high"}, "remasking must be none or one of low_confidence, random, .*, not 'high'"),
-    ({"cfg_scale": -1.0}, "cfg_scale must be 0 or more, not -1.0"),
+    ({"cfg_scale": -1.0}, "cfg_scale must be at least 0"),
     ({"factor": 0.0}, "factor must be above 0, not 0.0"),
-    ({"cache": "full"}, "cache must be none, prefix or dual, not 'full'"),
+    ({"cache": "full"}, "cache must be one of none, prefix, dual, not 'full'"),
     ({"cache": "dual"}, "cache 'dual' needs a block_length"),
     ({"cache": "dual", "block_length": 4, "cfg_scale": 1.0}, "nor cfg_scale"),
     ({"cache": "dual", "block_length": 4, "block_causal": True}, "neither a block-causal model"),
     ({"remasking": "low_confidence_dynamic"}, "low_confidence_dynamic needs a threshold"),
     ({"alg": "confidence_threshold"}, "confidence_threshold needs a threshold"),
-    ({"editing_threshold": 0.9}, "editing_threshold is for remasking low_confidence_dynamic"),
-    ({"schedule": "linear"}, "schedule linear is for remasking low_confidence without"),
+    ({"editing_threshold": 0.9}, "editing_threshold needs remasking low_confidence_dynamic"),
+    ({"schedule": "linear"}, "schedule linear needs remasking low_confidence without"),
     ({"schedule": "steep"}, "schedule must be one of even, linear, cosine, polynomial, not 'steep'"),
     ({"cuda_graphs": True}, "cuda_graphs needs a model on a GPU, this one is on cpu"),
-    ({"blocks_from": "end"}, "blocks_from must be text, masked or none, not 'end'"),
-    ({"remask_rate": 1.5}, r"remask_rate must be in \[0, 1\], not 1.5"),
+    ({"blocks_from": "end"}, "blocks_from must be none or one of text, masked, not 'end'"),
+    ({"remask_rate": 1.5}, "remask_rate must be at least 0 and at most 1, not 1.5"),
     ({"expand_token_id": 5, "alg": "p2"}, "commits one position a step, by an alg that has confidences"),
-    ({"expand_token_id": 5, "block_length": 4}, "expand_token_id goes with neither blocks nor a constraint"),
+    ({"expand_token_id": 5, "block_length": 4}, "expand_token_id moves positions, and blocks and"),
     ({"expand_token_id": 5000}, "expand_token_id 5000 is outside the model's vocabulary"),
     ({"factor": 1.0, "threshold": 0.9}, "threshold and factor exclude each other"),
-    ({"alg": "p2", "threshold": 0.9}, "need confidences, which p2 has not; choose maskgit_plus, entropy"),
+    ({"alg": "p2", "threshold": 0.9}, "need confidences, p2 has none; choose maskgit_plus, entropy"),
 ])
 def test_settings_that_cannot_work_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
-        denoise(tiny("llada", head_dim=6), canvas_of(1, 11), MDMGenerationConfig(**{"mask_token_id": MASK, **settings}))
+        denoise(tiny_of("llada", head_dim=6), canvas_of(1, 11),
+                MDMGenerationConfig(**{"mask_token_id": MASK, **settings}))
 
 
 def test_the_strategy_of_a_config():
@@ -456,14 +461,14 @@ def test_the_strategy_of_a_config():
 
 
 def test_a_cache_gives_views_of_all_rows_and_names_those_computed_now():
-    config = tiny("llada").config
-    cache = KeyValueCache(config, 4, 12, torch.zeros(0), grows=False)
+    config = tiny_of("llada").config
+    cache = KeyValueCache(config, 4, 12, torch.zeros(0))
     cache.content.zero_()
-    cache.start, cache.rows = 3, torch.tensor([2, 0])
+    rows = torch.tensor([2, 0])
     new = [torch.randn(2, 5, config.num_key_value_heads, config.head_dim) for _ in range(2)]
-    for kept, put in zip(cache.put(1, *new), new, strict=True):
+    for kept, put in zip(cache.put(1, *new, 3, rows), new, strict=True):
         assert kept.shape[:2] == (4, 12) and kept.untyped_storage().data_ptr() == cache.content.data_ptr()
-        assert torch.equal(kept[cache.rows, 3:8], put) and not kept[1].any() and not kept[:, :3].any()
+        assert torch.equal(kept[rows, 3:8], put) and not kept[1].any() and not kept[:, :3].any()
 
 
 class FromLogits:
@@ -488,7 +493,7 @@ def test_selections_are_those_of_fast_dllm(shared):
     where only that one is not sure enough)."""
     recorded = {name: torch.from_numpy(array) for name, array in np.load(
         shared / "golden/families/functions/fastdllm_selection.npz").items()}
-    masked, mask = recorded["mask_index"], 40  # a word that is nowhere the most likely one
+    masked, mask = recorded["mask_index"], 40  # a word that is never the most likely
     step = Step(0, 4, 1e-3, torch.where(masked, mask, 0), masked, masked, mask, None)
     scorer = FromLogits(recorded["logits"], step)
     for bound in (0.3, 0.7, 0.95):

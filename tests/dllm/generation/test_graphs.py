@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from test_model import tiny
 
-from dllm.graphs import GraphedForward, bucket_of
-from dllm.sampler import MDMGenerationConfig, denoise
-from dllm.scorers import HeadScorer
+from dllm.generation.config import MDMGenerationConfig
+from dllm.generation.graphs import GraphedForward, bucket_of
+from dllm.generation.sampler import denoise
+from dllm.generation.scorers import HeadScorer
+from dllm.model.layouts import Padded
+from tests.dllm.tiny_models import tiny
 
 MASK = 60
 
@@ -18,24 +20,14 @@ def test_buckets_are_powers_of_two_within_the_canvas():
 def inputs(rows, length, wanted, seed):
     g = torch.Generator().manual_seed(seed)
     mask = torch.arange(length) >= torch.randint(3, (rows, 1), generator=g)
-    return torch.randint(60, (rows, length), generator=g), {
-        "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "attention_mask": mask,
-        "queries": torch.stack([torch.randperm(length - 3, generator=g)[:wanted] + 3 for _ in range(rows)])}
+    return torch.randint(60, (rows, length), generator=g), Padded(
+        mask, queries=torch.stack([torch.randperm(length - 3, generator=g)[:wanted] + 3 for _ in range(rows)]))
 
 
-def record_without_a_gpu(self, inputs, settings):
+def record_without_a_gpu(self, tokens, layout):
     """Runs the model anew each time, on the places of the inputs and the part of the cache that were recorded."""
-    cache, output = settings.get("cache"), None
-    start = cache and cache.start
-
-    def replay():
-        if cache is not None:
-            assert cache.rows is None
-            cache.start = start
-        output.copy_(self.model.hidden_states(**inputs, **settings))
-
-    output = torch.empty(*inputs["queries"].shape, self.model.config.hidden_size)
-    return inputs, output, replay
+    output = torch.empty(*layout.queries.shape, self.model.config.hidden_size)
+    return tokens, layout, output, lambda: output.copy_(self.model.hidden_states(tokens, layout))
 
 
 def test_what_is_filled_up_changes_nothing(monkeypatch):
@@ -44,9 +36,9 @@ def test_what_is_filled_up_changes_nothing(monkeypatch):
     forward = GraphedForward(model)
     with torch.no_grad():
         for seed, wanted in enumerate((5, 7, 3, 8, 5)):
-            tokens, settings = inputs(2, 13, wanted, seed)
-            expected = model.hidden_states(tokens, **settings)
-            assert torch.allclose(forward(tokens, **settings), expected, atol=1e-6)
+            tokens, layout = inputs(2, 13, wanted, seed)
+            expected = model.hidden_states(tokens, layout)
+            assert torch.allclose(forward(tokens, layout), expected, atol=1e-6)
     assert len(forward.recorded) == 2  # of 4 and of 8 queries
 
 
@@ -75,11 +67,11 @@ def test_replayed_steps_give_the_same_tokens_for_one_canvas_after_the_other(meth
         model.graphs = graphs
         assert torch.equal(plain.sequences, replayed.sequences)
         recorded.append(len(graphs.recorded))
-    assert recorded[0] > 0 and recorded == recorded[:1] * 3  # none was made for the canvases after the first
+    assert recorded[0] > 0 and recorded == recorded[:1] * 3  # the canvases after the first need no new one
 
 
 def with_graphs(original):
-    """Of scorers on a CPU, which the config's cuda_graphs does not allow: whatever `model.graphs` is."""
+    """Make scorers on a CPU use `model.graphs`, which the setting cuda_graphs refuses there."""
     def init(self, model, *arguments):
         original(self, model, *arguments)
         self.forward = model.graphs or self.forward
@@ -92,10 +84,10 @@ def test_replayed_passes_are_those_of_the_model():
     forward = GraphedForward(model)
     with torch.no_grad():
         for seed, wanted in enumerate((5, 7, 3, 8, 5)):
-            tokens, settings = inputs(2, 13, wanted, seed)
-            tokens, settings = tokens.cuda(), {name: x.cuda() for name, x in settings.items()}
-            expected = model.hidden_states(tokens, **settings)
-            assert torch.allclose(forward(tokens, **settings), expected, atol=1e-5)
+            tokens, on_cpu = inputs(2, 13, wanted, seed)
+            tokens, layout = tokens.cuda(), Padded(on_cpu.key_mask.cuda(), queries=on_cpu.queries.cuda())
+            expected = model.hidden_states(tokens, layout)
+            assert torch.allclose(forward(tokens, layout), expected, atol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -113,7 +105,7 @@ def test_tokens_on_a_gpu_are_the_same_with_graphs(method):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("graphs", [False, True])
 def test_steps_do_not_wait_for_the_gpu(graphs):
-    from dllm.sampler import Denoising
+    from dllm.generation.sampler import Denoising
 
     model = tiny().eval().cuda()
     canvas = torch.full((2, 20), MASK, device="cuda")

@@ -1,4 +1,4 @@
-"""The denoising loop: recorded generations to the token, independence of the batch, what a step costs, bad requests."""
+"""The denoising loop: recorded generations to the token, independence of the batch, cost of a step, bad requests."""
 
 import itertools
 import json
@@ -8,13 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_model import tiny
 
+from dllm.diffusion_lm import DiffusionLM
 from dllm.errors import UserError
-from dllm.model import DiffusionLM
-from dllm.sampler import Denoising, MDMGenerationConfig, denoise, generate, start
-from dllm.scorers import previous_token
-from dllm.strategies import STRATEGIES
+from dllm.generation.config import MDMGenerationConfig
+from dllm.generation.infilling import Gap, fill, fits
+from dllm.generation.sampler import Denoising, denoise, generate, start
+from dllm.generation.scorers import previous_token
+from dllm.generation.strategies import STRATEGIES
+from tests.dllm.tiny_models import tiny
 
 MASK = 60
 
@@ -24,6 +26,7 @@ MASK = 60
 EXACT_TIE = "tied_a.topk_margin_topp.27"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tied_a", "untied_a", "tied_b", "untied_b"])
 def test_sequences_and_histories_equal_the_originals(shared, name):
     folder = shared / "golden/open_dllm"
@@ -53,7 +56,7 @@ def test_sequences_and_histories_equal_the_originals(shared, name):
 
 
 def assert_differs_by_a_tie(model, prompt, config, history):
-    """The first step that differs commits other positions of the very same confidence, and the same number of them."""
+    """The first step that differs commits as many other positions of exactly the same confidence."""
     steps = []
     generate(model, prompt, config=config, on_step=lambda step: steps.append((step.tokens, step.confidence)))
     for (tokens, confidence), recorded in zip(steps, history, strict=True):
@@ -137,7 +140,7 @@ def test_rows_that_are_finished_leave_the_forward_pass():
 
 
 def test_the_head_is_multiplied_only_at_masked_positions(monkeypatch):
-    import dllm.scorers as scorers
+    import dllm.generation.scorers as scorers
 
     model, seen = tiny(), []
 
@@ -175,12 +178,61 @@ def test_the_length_of_a_gap_is_that_of_the_surest_infilling():
         assert torch.equal(out.sequences[row][visible], best)
 
 
+@pytest.mark.parametrize("settings, fitting", [
+    ({}, {2, 4, 6, 8, 12, 16, 24}), ({"block_length": 4, "steps": 4}, {4, 8, 16}),
+    ({"block_length": 4}, {4, 8, 12, 16, 24}), ({"block_causal": True, "block_length": 4, "steps": 3}, {2, 4, 6}),
+    ({"block_causal": True, "block_length": 4, "blocks_from": "masked", "steps": 3}, {2, 4, 6, 8, 12})])
+def test_length_auto_leaves_out_what_does_not_fit(settings, fitting):
+    model = tiny(max_position_embeddings=256)
+    config = MDMGenerationConfig(mask_token_id=MASK, **settings)
+    tried = {n for n in config.infill_lengths if fits(model, Gap(torch.ones(226), torch.ones(4), n), config)}
+    assert tried == fitting
+    out = model.infill([1] * 226, [2] * 4, length="auto", mask_token_id=MASK, **settings)
+    assert out.sequences.shape[1] - 230 in fitting
+    with pytest.raises(UserError, match="none of infill_lengths .* can be filled as the model's 256 positions"):
+        model.infill([1] * 252, [2] * 4, length="auto", mask_token_id=MASK)
+
+
+def test_a_gap_grows_no_further_than_the_models_positions():
+    model = tiny(max_position_embeddings=16, vocab_size=61, eos_token_id=7)
+    with torch.no_grad():
+        model.head_weight[8] *= 9  # always expands
+    out = model.infill([1] * 8, [2], length="auto", mask_token_id=MASK, expand_token_id=8, alg="maskgit_plus")
+    assert out.sequences.shape[1] <= 16 and not (out.sequences == MASK).any()
+
+
 def test_a_gap_that_expands_begins_short():
     model = tiny(vocab_size=61)
     config = MDMGenerationConfig(mask_token_id=MASK, expand_token_id=8, alg="maskgit_plus", infill_lengths=(4, 2),
                                  delete_eos_token=False, max_infill_length=2)
     out = model.infill(torch.tensor([1, 2]), torch.tensor([3]), length="auto", generation_config=config)
     assert out.sequences.shape == (1, 5) and 8 not in out.sequences[0]
+
+
+@pytest.mark.parametrize("settings", [{}, {"cache": "dual", "block_length": 4}, {"temperature": 0.8}])
+def test_gaps_of_different_sides_and_lengths_are_filled_together_as_each_alone(settings):
+    """A cache wants all gaps in the same columns."""
+    model = tiny()
+    config = MDMGenerationConfig(mask_token_id=MASK, steps=8, alg="maskgit_plus", seed=3, **settings)
+    gaps = [Gap(torch.arange(1, 1 + before), torch.arange(9, 9 + after), length)
+            for before, after, length in ((5, 0, 4), (2, 7, 8), (9, 3, 4), (1, 1, 8))]
+    together = fill(model, gaps, config)
+    for gap, answer in zip(gaps, together.answers, strict=True):
+        alone = fill(model, [gap], config)
+        assert alone.answers[0].tolist() == answer.tolist() and len(answer) == gap.length
+        assert alone.output.attention_mask is None
+        whole = torch.cat((gap.prefix, answer, gap.suffix))
+        assert torch.equal(alone.output.sequences[0], whole)
+
+
+def test_copies_of_gaps_stand_next_to_each_other():
+    model = tiny()
+    config = MDMGenerationConfig(mask_token_id=MASK, steps=4, alg="maskgit_plus", temperature=1.0, seed=1,
+                                 num_return_sequences=2)
+    gaps = [Gap(torch.tensor([1, 2]), torch.tensor([3]), 4), Gap(torch.tensor([4]), torch.tensor([]).long(), 6)]
+    answers = fill(model, gaps, config).answers
+    assert [len(answer) for answer in answers] == [4, 4, 6, 6] and answers[0].tolist() != answers[1].tolist()
+    assert answers[2].tolist() == fill(model, gaps[1:], config).answers[0].tolist()
 
 
 def test_on_step_sees_every_step():
@@ -209,8 +261,8 @@ def test_every_committed_token_has_the_confidence_it_was_committed_with(settings
 
 
 class OnGpu(torch.Tensor):
-    """A tensor, and all that is computed from it, that notes what would make the host wait if it were on a GPU: a value
-    that is read, or a shape that depends on values. What the kernels do is left to their own tests."""
+    """A tensor that notes, with every tensor computed from it, each operation for which the host would wait for a GPU:
+    reading a value, or a shape that depends on values. Tests of the kernels cover their own."""
 
     waits: list[str] = []
     READS = {"__bool__", "__float__", "__index__", "__int__", "cpu", "equal", "item", "masked_select", "nonzero",
@@ -236,7 +288,7 @@ class OnGpu(torch.Tensor):
     {"remasking": "low_confidence", "block_length": 4, "cache": "prefix"},
     {"remasking": "low_confidence", "block_length": 4, "block_causal": True, "steps": 12}])
 def test_steps_that_commit_by_count_never_wait_for_a_gpu(settings):
-    """But for one at the end of each block; and their tokens are those of steps that count what is left."""
+    """Except one at the end of each block; the tokens equal those of steps that count the masked positions."""
     model = tiny(shift_logits=False)
     with torch.no_grad():
         model.head_weight[MASK] = 0  # never predicted
@@ -257,7 +309,7 @@ def test_steps_that_commit_by_count_never_wait_for_a_gpu(settings):
     assert torch.equal(denoising.result().sequences.as_subclass(torch.Tensor), counted)
     OnGpu.waits.clear()
     list(Denoising(model, canvas.as_subclass(OnGpu), config))
-    assert OnGpu.waits.count("cpu") > 2 * len(denoising.blocks)  # it would have been seen
+    assert OnGpu.waits.count("cpu") > 2 * len(denoising.blocks)  # the test would have seen it
 
 
 def test_steps_can_be_taken_one_at_a_time():
@@ -281,11 +333,11 @@ def test_the_token_before_skips_padding():
 @pytest.mark.parametrize("field, value, message", [
     ("steps", 0, "steps must be at least 1, not 0"),
     ("alg", "greedy", "alg must be one of origin, maskgit_plus, entropy, .*, not 'greedy'"),
-    ("temperature", -1.0, "temperature must be 0 or more, not -1.0"),
-    ("top_p", 0.0, r"top_p must be in \(0, 1\], not 0.0"),
+    ("temperature", -1.0, "temperature must be at least 0, not -1.0"),
+    ("top_p", 0.0, "top_p must be above 0 and at most 1, not 0.0"),
     ("max_new_tokens", 0, "max_new_tokens must be at least 1"),
-    ("infill_lengths", (), r"infill_lengths must be numbers of 1 or more, not \(\)"),
-    ("eps", 1.0, r"eps must be in \(0, 1\)"),
+    ("infill_lengths", (), r"infill_lengths must be numbers at least 1, not \(\)"),
+    ("eps", 1.0, "eps must be above 0 and below 1, not 1.0"),
 ])
 def test_a_request_that_cannot_work_is_refused(field, value, message):
     with pytest.raises(UserError, match=message):

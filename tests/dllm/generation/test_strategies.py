@@ -1,15 +1,15 @@
-"""What each strategy commits, seen without a model: a scorer that answers from a table."""
+"""The commits of each strategy, without a model: a scorer answers from a table."""
 
 import pytest
 import torch
 
-from dllm.strategies import STRATEGIES, Step, Update
+from dllm.generation.strategies import STRATEGIES, Step, Update
 
 MASK, L = 9, 6
 
 
 class Table:
-    """A scorer with fixed tokens and confidences; it records what it was asked."""
+    """A scorer with fixed tokens and confidences that records its calls."""
 
     def __init__(self, tokens, confidence, canvas):
         self.tokens, self.confidence, self.canvas = torch.tensor([tokens]), torch.tensor([confidence]), canvas

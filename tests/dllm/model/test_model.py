@@ -1,26 +1,20 @@
 """DiffusionLM: recorded logits, padding, packing, folders that come back bit for bit, and folders that are broken."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from dllm.diffusion_lm import DiffusionLM
 from dllm.errors import UserError
-from dllm.families import ModelConfig
-from dllm.model import DiffusionLM
-from dllm.together import arrange
+from dllm.model.cache import KeyValueCache
+from dllm.model.layouts import Cached, Packed, Padded, TwoCopies, Visible
+from dllm.model.ragged import Call, Ragged
+from tests.dllm.tiny_models import tiny
 
 GOLDENS = ["tied_a", "untied_a", "tied_b", "untied_b"]
-TINY = ModelConfig(family="qwen3", vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
-                   num_attention_heads=4, num_key_value_heads=2, head_dim=8, qk_norm=True, mask_token_id=60)
-
-
-def tiny(**changes) -> DiffusionLM:
-    torch.manual_seed(0)
-    return DiffusionLM(replace(TINY, **{"initializer_range": 0.2, **changes})).eval()
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +36,8 @@ def test_logits_equal_the_originals(shared, golden, name):
 def test_block_length_one_is_causal(shared, golden):
     model = DiffusionLM.from_pretrained(shared / "golden/open_dllm/ckpt_untied_b")
     with torch.no_grad():
-        logits = F.linear(model.hidden_states(golden["untied_b.input_ids"].long(), block_length=1), model.head_weight)
+        hidden = model.hidden_states(golden["untied_b.input_ids"].long(), Padded(block_length=1))
+        logits = F.linear(hidden, model.head_weight)
     assert (logits - golden["untied_b.causal_logits"]).abs().max() < 1e-4
 
 
@@ -55,40 +50,39 @@ def test_a_golden_folder_comes_back_bit_for_bit(shared, tmp_path, name):
         assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-def ask(rows: int, length: int, asked: int, seed: int, lengths=None, side: str = "right") -> dict:
+def ask(rows: int, length: int, asked: int, seed: int, lengths=None, side: str = "right") -> Call:
     """A call of the model; lengths: of the tokens of each row, the rest is padding."""
     drawn = torch.Generator().manual_seed(seed)
-    call = {"input_ids": torch.randint(61, (rows, length), generator=drawn),
-            "position_ids": torch.arange(length).expand(rows, length),
-            "queries": torch.stack([torch.randperm(length, generator=drawn)[:asked] for _ in range(rows)])}
-    if lengths is not None:
-        mask = torch.arange(length) < torch.tensor(lengths).unsqueeze(1)
-        mask = mask if side == "right" else mask.flip(1)
-        call |= {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-        seen = 0 if side == "right" else length - 1
-        call["queries"] = call["queries"].where(mask.gather(1, call["queries"]), torch.tensor(seen))
-    return call
+    tokens = torch.randint(61, (rows, length), generator=drawn)
+    queries = torch.stack([torch.randperm(length, generator=drawn)[:asked] for _ in range(rows)])
+    if lengths is None:
+        return Call(tokens, Padded(queries=queries))
+    mask = torch.arange(length) < torch.tensor(lengths).unsqueeze(1)
+    mask = mask if side == "right" else mask.flip(1)
+    seen = 0 if side == "right" else length - 1
+    return Call(tokens, Padded(mask, queries=queries.where(mask.gather(1, queries), torch.tensor(seen))))
 
 
 def test_calls_computed_together_give_what_each_gives_alone_and_padding_is_not_computed(monkeypatch):
     model = tiny(num_hidden_layers=3)
     calls = [ask(2, 9, 3, 0), ask(3, 40, 5, 1, [40, 7, 1]), ask(4, 11, 1, 2, [3, 11, 10, 2], "left"), ask(1, 300, 8, 3)]
     with torch.no_grad():
-        alone = [model.hidden_states(**call) for call in calls]
+        alone = [model.hidden_states(*call) for call in calls]
         seen, embed = [], model.model.embed_tokens.forward
         monkeypatch.setattr(model.model.embed_tokens, "forward", lambda ids: seen.append(ids.shape) or embed(ids))
-        together = model.hidden_states_together(calls)
+        batch = Ragged.of(calls)
+        together = batch.split(model.hidden_states(batch.row, batch))
     assert seen == [(1, 2 * 9 + 48 + 26 + 300)]
     for ours, wanted in zip(together, alone, strict=True):
         torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=0)
 
 
 def test_rows_of_similar_length_are_attended_together():
-    groups = arrange([ask(3, 80, 2, 0), ask(2, 300, 2, 1, [300, 150]), ask(1, 9, 4, 2), ask(2, 60, 1, 3)]).groups
-    assert [group.positions.places.shape for group in groups] == [(2, 300), (5, 80), (1, 9)]
-    assert [group.key_mask is None for group in groups] == [False, False, True]
-    lone, = arrange([ask(3, 8, 2, 0), ask(2, 64, 1, 1)]).groups
-    assert lone.queries.places.shape == (5, 2) and len(lone.queries.kept) == 3 * 2 + 2 * 1
+    groups = Ragged.of([ask(3, 80, 2, 0), ask(2, 300, 2, 1, [300, 150]), ask(1, 9, 4, 2), ask(2, 60, 1, 3)]).groups
+    assert [group.positions.index.shape for group in groups] == [(2, 300), (5, 80), (1, 9)]
+    assert [group.layout.key_mask is None for group in groups] == [False, False, True]
+    lone, = Ragged.of([ask(3, 8, 2, 0), ask(2, 64, 1, 1)]).groups
+    assert lone.queries.index.shape == (5, 2) and len(lone.queries.kept) == 3 * 2 + 2 * 1
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -108,8 +102,8 @@ def test_packed_documents_give_what_they_give_alone():
     documents = [torch.randint(60, (1, n)) for n in lengths]
     cu_seqlens = torch.tensor([0, 3, 4, 10, 12], dtype=torch.int32)
     with torch.no_grad():
-        packed = model.hidden_states(torch.cat(documents, 1), cu_seqlens=cu_seqlens, max_seqlen=6)
-        rows = model.hidden_states(torch.cat(documents, 1).view(2, 6), cu_seqlens=cu_seqlens, max_seqlen=6)
+        packed = model.hidden_states(torch.cat(documents, 1), Packed(cu_seqlens, 6))
+        rows = model.hidden_states(torch.cat(documents, 1).view(2, 6), Packed(cu_seqlens, 6))
         alone = torch.cat([model.hidden_states(document) for document in documents], 1)
     assert (packed - alone).abs().max() < 1e-5
     assert (rows.view_as(packed) - alone).abs().max() < 1e-5
@@ -120,11 +114,39 @@ def test_queries_give_the_hidden_states_of_those_positions():
     queries = torch.tensor([[3, 0, 8], [5, 5, 1]])
     with torch.no_grad():
         all_positions = model.hidden_states(tokens)
-        some = model.hidden_states(tokens, queries=queries)
+        some = model.hidden_states(tokens, Padded(queries=queries))
     for b in range(2):
         assert (some[b] - all_positions[b, queries[b]]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("layout", [
+    Padded(torch.arange(9) < torch.tensor([[9], [5]])), Padded(queries=torch.tensor([[3, 0], [5, 5]])),
+    Packed(torch.tensor([0, 4, 18], dtype=torch.int32), 14, block_length=3), TwoCopies(torch.arange(18).view(2, 9), 4),
+    Visible([torch.ones(9, 9).tril().bool()] * 2)])
+def test_activations_computed_again_give_the_same_gradients(layout):
+    model, tokens, gradients = tiny(), torch.randint(60, (2, 9)), []
+    for model.checkpointing in (False, True):
+        loss = model.hidden_states(tokens, layout).square().sum()
+        gradients.append(torch.autograd.grad(loss, list(model.model.parameters())))
+    assert all(torch.equal(kept, again) for kept, again in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("block_length", [None, 4])
+def test_a_cache_that_holds_everything_before_changes_nothing(block_length):
+    """Padding on the left: the second row's positions begin at 3."""
+    model, tokens = tiny(), torch.randint(60, (2, 12))
+    mask = torch.arange(12) >= torch.tensor([[0], [3]])
+    cache = KeyValueCache(model.config, 2, 12, model.head_weight, block_length)
+    with torch.no_grad():
+        whole = model.hidden_states(tokens, Padded(mask, block_length))
+        first = model.hidden_states(tokens[:, :8] if block_length else tokens, Cached(
+            cache, key_mask=mask[:, :8] if block_length else mask))
+        last = model.hidden_states(tokens[1:, 8:], Cached(cache, 8, torch.tensor([1]), mask[1:]))
+    assert (first - whole[:, :first.shape[1]])[mask[:, :first.shape[1]]].abs().max() < 1e-5
+    assert (last - whole[1:, 8:]).abs().max() < 1e-5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family, changes", [
     ("qwen2", {"qkv_bias": True, "qk_norm": False}),
     ("qwen3", {"tie_word_embeddings": True}),
@@ -134,7 +156,7 @@ def test_queries_give_the_hidden_states_of_those_positions():
         "original_max_position_embeddings": 16}}),
 ])
 def test_transformers_loads_what_we_save_and_agrees(tmp_path, family, changes):
-    """Causal, as Transformers knows no other attention for these classes."""
+    """Causal, because Transformers has no other attention for these classes."""
     from transformers import AutoModelForCausalLM
 
     model = tiny(family=family, **changes)
@@ -146,11 +168,11 @@ def test_transformers_loads_what_we_save_and_agrees(tmp_path, family, changes):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     tokens = torch.randint(60, (2, 40))
     with torch.no_grad():
-        ours = F.linear(model.hidden_states(tokens, block_length=1), model.head_weight)
+        ours = F.linear(model.hidden_states(tokens, Padded(block_length=1)), model.head_weight)
         assert (theirs(tokens).logits - ours).abs().max() < 1e-4
         again = DiffusionLM.from_pretrained(tmp_path)
         assert torch.equal(again(tokens).logits, model(tokens).logits)
-    theirs.save_pretrained(tmp_path / "theirs")  # the configuration as Transformers itself writes it
+    theirs.save_pretrained(tmp_path / "theirs")  # the configuration that Transformers writes
     with torch.no_grad():
         assert torch.equal(DiffusionLM.from_pretrained(tmp_path / "theirs")(tokens).logits, model(tokens).logits)
 
@@ -214,7 +236,6 @@ def truncate(folder):
 @pytest.mark.parametrize("damage, message", [
     (break_config(model_type="gpt_neo"),
      "model_type 'gpt_neo' is not a family this version loads; it loads qwen2, qwen3, llama"),
-    (break_config(hidden_sizes=3), "no configuration key 'hidden_sizes'; did you mean 'hidden_size'"),
     (break_config(hidden_size=None), "qwen3 needs the key hidden_size"),
     (break_config(hidden_act="gelu"), "hidden_act 'gelu' is not supported for qwen3; supported: 'silu'"),
     (break_config(vocab_size=62), "lm_head.weight [61, 24], not [62, 24]"),

@@ -1,9 +1,20 @@
 """Tokenizers: byte-level BPE, mask tokens, vocabularies that do not fit."""
 
+import re
+
 import pytest
 
 from dllm.errors import UserError
-from dllm.tokenizer import check_vocabulary, load_tokenizer, train_tokenizer
+from dllm.model.tokenizer import (
+    check_vocabulary,
+    encode,
+    encode_rendered,
+    encode_with_masks,
+    fill_masks,
+    load_tokenizer,
+    protect,
+    train_tokenizer,
+)
 
 TEXTS = ["def f(x):\n    return x + 1\n\n" * 20, "for i in range(10):\n\tprint(i)  # naïve café ☃\n" * 20]
 
@@ -56,10 +67,17 @@ def test_the_models_mask_token_is_taken_where_the_tokenizer_names_none(maskless)
     assert load_tokenizer(maskless, mask_token_id=5).mask_token_id == 5
 
 
-def test_another_mask_token_than_the_models_is_refused(tokenizer, tmp_path):
+def test_a_mask_token_that_is_asked_for_goes_before_the_folders(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"mask token is 7, that of the tokenizer .* is 2"):
-        load_tokenizer(tmp_path, mask_token_id=7)
+    assert load_tokenizer(tmp_path, mask_token_id=7).mask_token_id == 7
+    assert load_tokenizer(tmp_path, mask_token=tokenizer.convert_ids_to_tokens(250)).mask_token_id == 250
+    assert load_tokenizer(tmp_path, 2, mask_token="<|mask|>").mask_token_id == 2
+    for asked, message in (({"mask_token_id": 300}, "mask token is 300, the tokenizer has 300 tokens; give"),
+                           ({"mask_token": "<gap>"}, "mask_token '<gap>' is none of the tokenizer's"),
+                           ({"mask_token": "<|pad|>"}, "'<|pad|>' is the tokenizer's pad_token already; choose"),
+                           ({"mask_token": "<|mask|>", "mask_token_id": 1}, "has the id 2, not 1; give one")):
+        with pytest.raises(UserError, match=re.escape(message)):
+            load_tokenizer(tmp_path, **asked)
 
 
 def test_a_folder_without_tokenizer_is_refused_in_one_line(tmp_path):
@@ -80,3 +98,28 @@ def test_a_vocabulary_below_the_bytes_is_refused():
     with pytest.raises(UserError, match="at least 259.*not 258"):
         train_tokenizer(TEXTS, 258)
     assert len(train_tokenizer(TEXTS, 259)) == 259
+
+
+def test_special_tokens_that_a_text_spells_stay_text(tokenizer):
+    for text in ("a<|mask|>b", "<|endoftext|>", "<|pad|><|mask|>"):
+        ids = encode(tokenizer, text)
+        assert not {0, 1, 2} & set(ids.tolist()) and tokenizer.decode(ids) == text
+    with pytest.raises(UserError, match="half of a surrogate pair at character 1"):
+        encode(tokenizer, "x\ud800")
+
+
+def test_masks_that_a_text_spells_are_filled_in_it(tokenizer):
+    text = "a<|mask|><|mask|> b <|mask|><|pad|>"
+    ids = encode_with_masks(tokenizer, text)
+    assert (ids == 2).sum() == 3 and not (ids == 1).any()
+    ids[ids == 2] = encode(tokenizer, "xyz")
+    assert fill_masks(tokenizer, text, ids) == "axy b z<|pad|>"
+    assert encode_with_masks(tokenizer, "plain").equal(encode(tokenizer, "plain"))
+
+
+@pytest.mark.parametrize("text", ["plain", "<|mask|>", "\ufdd0", "a\ufdd0<|mask|>\ufdd0\ufdd0b", "<|ma<|mask|>sk|>"])
+def test_a_chat_template_writes_special_tokens_and_its_messages_do_not(tokenizer, text):
+    message, = protect(tokenizer, [{"role": "user", "content": [{"text": text}], "number": 3}])
+    assert message["number"] == 3
+    ids = encode_rendered(tokenizer, f"<|pad|>{message['content'][0]['text']}<|endoftext|>")
+    assert ids[0] == 1 and ids[-1] == 0 and ids[1:-1].equal(encode(tokenizer, text))

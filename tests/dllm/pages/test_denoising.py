@@ -1,4 +1,4 @@
-"""Denoising made visible: what is shown is what happened, in a terminal, in a pipe and as an animation."""
+"""Displays of denoising show the actual steps: in a terminal, in a pipe and as an animation."""
 
 import io
 import json
@@ -8,8 +8,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from dllm.sampler import CanvasStep, MDMGenerationConfig, denoise
-from dllm.visualize import MASK_GLYPH, RAMP, Trace, animation, confidence_level, record, watch
+from dllm.generation.config import MDMGenerationConfig
+from dllm.generation.sampler import CanvasStep, denoise
+from dllm.pages.base import RAMP
+from dllm.pages.demo import write_sample
+from dllm.pages.denoising import MASK_GLYPH, Trace, animation, confidence_level, record, watch
 
 
 @pytest.fixture
@@ -18,14 +21,10 @@ def canvas(model, tokenizer):
     return torch.tensor([*ids, *[model.mask_token_id] * 9, *ids[:3]])
 
 
-def data_of(markup: str) -> dict:
-    return json.loads(re.search(r'<script type="application/json">(.*?)</script>', markup, re.DOTALL)[1])
-
-
 @pytest.mark.parametrize("alg", ["entropy", "maskgit_plus", "topk_margin", "p2", "origin"])
 def test_replaying_the_animation_gives_the_denoised_text(model, tokenizer, canvas, alg):
     config = MDMGenerationConfig(alg=alg, steps=6, temperature=1.0, seed=3)
-    data = data_of(animation(record(model, canvas, config), tokenizer))
+    data = animation(record(model, canvas, config), tokenizer)
     pieces = list(data["start"])
     assert [text is None for text in pieces] == (canvas == model.mask_token_id).tolist()
     for changes in data["steps"]:
@@ -41,10 +40,10 @@ def test_replaying_the_animation_gives_the_denoised_text(model, tokenizer, canva
 def test_the_animation_can_show_a_part(model, tokenizer, canvas):
     trace = record(model, canvas, MDMGenerationConfig(steps=4))
     part = range(int((canvas == model.mask_token_id).nonzero()[0]) - 1, len(canvas) - 2)
-    every = data_of(animation(trace, tokenizer))
-    some = data_of(animation(trace, tokenizer, part))
+    every = animation(trace, tokenizer)
+    some = animation(trace, tokenizer, part)
     assert some["start"] == every["start"][part.start:part.stop]
-    assert some["steps"] == [[[place - part.start, *rest] for place, *rest in step] for step in every["steps"]]
+    assert some["steps"] == [[(place - part.start, *rest) for place, *rest in step] for step in every["steps"]]
 
 
 def test_a_gap_that_grows_and_shrinks_is_replayed(tokenizer):
@@ -55,7 +54,7 @@ def test_a_gap_that_grows_and_shrinks_is_replayed(tokenizer):
                                             ([5, 7, 6, 0], committed)]):
         visible = torch.tensor([[True] * 3 + [index < 2]])
         trace(CanvasStep(index, torch.tensor([tokens]), torch.tensor([kept]), torch.tensor([kept]), visible))
-    data = data_of(animation(trace, tokenizer))
+    data = animation(trace, tokenizer)
     five, six, seven = (tokenizer.decode([token]) for token in (5, 6, 7))
     pieces, seen = data["start"], []
     for changes in data["steps"]:
@@ -66,9 +65,12 @@ def test_a_gap_that_grows_and_shrinks_is_replayed(tokenizer):
 
 
 def test_text_that_looks_like_markup_cannot_leave_the_data(model, tokenizer, canvas):
-    markup = animation(record(model, canvas, MDMGenerationConfig(steps=3)), tokenizer)
-    assert "".join(text for text in data_of(markup)["start"] if text).startswith("def f(</script>): <!-- & ")
-    assert markup.count("</script>") == 1 and "<!--" not in markup
+    data = animation(record(model, canvas, MDMGenerationConfig(steps=3)), tokenizer)
+    page = write_sample([data], {"Model": "<i>"}, "dllm sample")
+    written = json.loads(re.search(r'<script type="application/json">(.*?)</script>', page, re.DOTALL)[1])
+    assert "".join(text for text in written["start"] if text).startswith("def f(</script>): <!-- & ")
+    assert written == json.loads(json.dumps(data))
+    assert page.count("</script>") == 2 and "<!--" not in page and "<i>" not in page
 
 
 def test_a_position_masked_again_is_shown_as_masked(tokenizer):
@@ -79,7 +81,7 @@ def test_a_position_masked_again_is_shown_as_masked(tokenizer):
     for index, tokens in enumerate(([5, 7], [5, 7], [5, mask], [5, 8])):
         kept = torch.tensor([[-torch.inf, -torch.inf if tokens[1] == mask else 0.9]])
         trace(CanvasStep(index, torch.tensor([tokens]), confidence, kept, None))
-    steps = data_of(animation(trace, tokenizer))["steps"]
+    steps = animation(trace, tokenizer)["steps"]
     first, second = tokenizer.decode([7]), tokenizer.decode([8])
     assert [[text for _, text, *_ in step] for step in steps] == [[first], [None], [second]]
 

@@ -1,5 +1,6 @@
-"""The scheduler: requests computed together come to what each comes to alone."""
+"""The scheduler: requests computed together give the results that each gives alone."""
 
+import gc
 import queue
 import threading
 import time
@@ -10,21 +11,28 @@ import torch
 
 pytest.importorskip("greenlet")
 
+from dllm.constraints import Regex, json_schema
+from dllm.diffusion_lm import DiffusionLM
 from dllm.errors import Failure, UserError
-from dllm.families import ModelConfig
-from dllm.model import DiffusionLM
-from dllm.sampler import MDMGenerationConfig, generate, infill
-from dllm.server.scheduler import Busy, Ending, Job, Scheduler, TooLate
+from dllm.generation.config import MDMGenerationConfig
+from dllm.generation.infilling import Gap, infill
+from dllm.generation.sampler import generate
+from dllm.model.families import ModelConfig
+from dllm.model.ragged import Ragged
+from dllm.model.tokenizer import train_tokenizer
+from dllm.server.scheduler import Busy, Ending, Job, Scheduler, TooLate, give_way
+from tests.dllm.tiny_models import tiny_of
 
 NOTHING = torch.empty(0, dtype=torch.long)
 
 
 class Request:
-    """A job, and what the scheduler told about it."""
+    """A job and its notifications."""
 
-    def __init__(self, prefix, gap, config, suffix=NOTHING, **keywords):
+    def __init__(self, prefix, length, config, suffix=NOTHING, **keywords):
         self.events = queue.Queue()
-        self.job = Job(torch.as_tensor(prefix), suffix, gap, config, lambda *event: self.events.put(event), **keywords)
+        self.job = Job(Gap(torch.as_tensor(prefix), suffix, length), config, lambda *event: self.events.put(event),
+                       **keywords)
 
     def wait(self) -> dict[int, object]:
         """The last progress of each copy, or the error."""
@@ -69,7 +77,7 @@ def test_requests_of_all_methods_and_lengths_come_to_what_each_comes_to_alone(sc
         scheduler.submit(request.job)
     scheduler.start()
     for request in requests:
-        ids = request.job.prefix
+        ids = request.job.gap.prefix
         alone = generate(model, ids, config=replace(request.job.config, max_new_tokens=12))
         done = request.wait()
         for copy, sequence in enumerate(alone.sequences):
@@ -77,6 +85,7 @@ def test_requests_of_all_methods_and_lengths_come_to_what_each_comes_to_alone(sc
             assert done[copy].confidence == pytest.approx(alone.confidence[copy, len(ids):].tolist(), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_requests_that_join_later_change_nothing(scheduler, model):
     scheduler.start()
     config = MDMGenerationConfig(steps=24, temperature=0.6, alg="maskgit_plus")
@@ -87,8 +96,8 @@ def test_requests_that_join_later_change_nothing(scheduler, model):
         scheduler.submit(requests[-1].job)
         time.sleep(0.004)
     for i, request in enumerate(requests):
-        alone = generate(model, request.job.prefix, config=replace(request.job.config, max_new_tokens=12 + 4 * i))
-        assert request.wait()[0].tokens == alone.sequences[0, len(request.job.prefix):].tolist()
+        alone = generate(model, request.job.gap.prefix, config=replace(request.job.config, max_new_tokens=12 + 4 * i))
+        assert request.wait()[0].tokens == alone.sequences[0, len(request.job.gap.prefix):].tolist()
 
 
 def test_a_block_causal_model_serves_rows_at_different_blocks():
@@ -105,20 +114,20 @@ def test_a_block_causal_model_serves_rows_at_different_blocks():
         scheduler.submit(request.job)
     scheduler.start()
     for request in requests:
-        alone = generate(model, request.job.prefix, config=replace(request.job.config, max_new_tokens=8))
-        assert request.wait()[0].tokens == alone.sequences[0, len(request.job.prefix):].tolist()
+        alone = generate(model, request.job.gap.prefix, config=replace(request.job.config, max_new_tokens=8))
+        assert request.wait()[0].tokens == alone.sequences[0, len(request.job.gap.prefix):].tolist()
     scheduler.drain()
 
 
 def test_gaps_are_filled_as_infill_does_with_the_length_that_the_model_is_surest_of(scheduler, model):
     config = MDMGenerationConfig(steps=8, seed=0, infill_lengths=(2, 5, 8))
     fixed = Request(prompt(6, 0), 7, config, suffix=prompt(9, 1))
-    chosen = Request(prompt(6, 0), None, config, suffix=prompt(9, 1))
+    chosen = Request(prompt(6, 0), "auto", config, suffix=prompt(9, 1))
     scheduler.submit(fixed.job)
     scheduler.submit(chosen.job)
     scheduler.start()
     for request, length in ((fixed, 7), (chosen, "auto")):
-        out = infill(model, request.job.prefix, request.job.suffix, length=length, generation_config=config)
+        out = infill(model, request.job.gap.prefix, request.job.gap.suffix, length=length, generation_config=config)
         assert request.wait()[0].tokens == out.sequences[0, 6:-9].tolist()
 
 
@@ -187,7 +196,7 @@ def test_more_than_the_queue_holds_and_what_comes_after_the_end_are_refused(mode
     scheduler.start()
     ender = threading.Thread(target=scheduler.drain)
     ender.start()
-    assert [len(request.wait()) for request in requests[:2]] == [1, 1]  # those that were taken are answered
+    assert [len(request.wait()) for request in requests[:2]] == [1, 1]  # accepted jobs are answered
     ender.join()
     with pytest.raises(Ending, match="about to end"):
         scheduler.submit(requests[2].job)
@@ -205,18 +214,15 @@ def test_a_request_whose_time_is_over_is_ended_waiting_or_not(scheduler):
 
 
 def test_what_one_request_breaks_the_others_do_not_feel(scheduler, model, monkeypatch, capfd):
-    whole, calls = model.hidden_states, []
+    whole = model.hidden_states
 
-    def together(calls_):
-        raise torch.OutOfMemoryError("all at once")
-
-    def alone(input_ids, **keywords):
-        calls.append(input_ids.shape)
+    def alone(input_ids, layout):
+        if isinstance(layout, Ragged):
+            raise torch.OutOfMemoryError("all at once")
         if input_ids.shape[1] > 30:
             raise torch.OutOfMemoryError("too large")
-        return whole(input_ids, **keywords)
+        return whole(input_ids, layout)
 
-    monkeypatch.setattr(model, "hidden_states_together", together)
     monkeypatch.setattr(model, "hidden_states", alone)
     config = MDMGenerationConfig(steps=4, seed=0)
     small, large = Request(prompt(5, 0), 4, config), Request(prompt(40, 0), 4, replace(config, steps=3))
@@ -246,3 +252,60 @@ def test_a_job_that_ends_between_its_admission_and_its_first_step_is_left_out(sc
     assert second.wait()[0].done
     scheduler.drain()
     assert not scheduler.alive and not scheduler.cohorts
+
+
+@pytest.fixture(scope="module")
+def spelling_model():
+    tokenizer = train_tokenizer(['{"name": "ab", "age": 12}', "2024-01-31", "Grüße"] * 3, 300)
+    return tokenizer, tiny_of("qwen2", vocab_size=len(tokenizer), mask_token_id=2, eos_token_id=0,
+                              max_position_embeddings=512)
+
+
+CONSTRAINTS = [lambda *given: json_schema({"type": "object"}, *given, pause=give_way),
+               lambda *given: Regex(".{0,900}", *given, pause=give_way),
+               lambda *given: Regex("(a|b)*a(a|b){20}", *given, pause=give_way)]  # too large, as is seen late
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", CONSTRAINTS)
+def test_a_constraint_is_built_and_held_between_the_steps_of_others(spelling_model, make):
+    """By the processor time of the denoising thread between two steps, because the machine may be busy."""
+    gc.collect()
+    gc.freeze()  # as `dllm serve` does
+    tokenizer, model = spelling_model
+    scheduler, times = Scheduler(model), []
+    config = MDMGenerationConfig(steps=64, temperature=1.0, seed=1)
+    plain = Request(prompt(5, 0) % 250, 64, config, every_step=True)
+    tell = plain.job.notify
+    plain.job.notify = lambda *event: (times.append(time.thread_time()), tell(*event))
+    constrained = Request(prompt(5, 1) % 250, 64, replace(config, constraint=make(tokenizer, len(tokenizer))))
+    for request in (plain, constrained):
+        scheduler.submit(request.job)
+    scheduler.start()
+    plain.wait()
+    gc.unfreeze()
+    gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    assert len(gaps) > 50 and max(gaps) < 0.15, max(gaps)
+    try:
+        constrained.wait()
+    except UserError as error:
+        assert "needs an automaton of more than 30000 states" in str(error)
+    scheduler.drain()
+
+
+def test_the_deadline_holds_while_an_automaton_is_built(spelling_model):
+    tokenizer, model = spelling_model
+    scheduler = Scheduler(model)
+    constraint = Regex(".{0,900}", tokenizer, len(tokenizer), pause=give_way)
+    config = MDMGenerationConfig(steps=64, seed=1, constraint=constraint)
+    late, next_one = (Request(prompt(5, 0) % 250, 64, config, deadline=time.monotonic() + seconds)
+                      for seconds in (0.05, 60))
+    scheduler.submit(late.job)
+    scheduler.start()
+    began = time.monotonic()
+    with pytest.raises(TooLate):
+        late.wait()
+    assert time.monotonic() - began < 5 and constraint.matcher is None
+    scheduler.submit(next_one.job)  # which builds it from the start
+    assert next_one.wait()[0].done
+    scheduler.drain()

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, whatever happens while they are written; damage is found and said."""
+"""Checkpoints: whole or absent, whatever happens while they are written; damage is found and reported."""
 
 import errno
 import io
@@ -7,8 +7,9 @@ import os
 import pytest
 import torch
 
-from dllm.checkpoint import begin, explain, find_damage, list_checkpoints, load_latest, seal, write_atomically
 from dllm.errors import Failure, UserError
+from dllm.files import write_atomically
+from dllm.training.checkpoint import begin, explain, find_damage, list_checkpoints, load_latest, seal
 
 
 def write_model(folder):

@@ -1,4 +1,4 @@
-"""What a step costs is counted, not guessed: against the counters of PyTorch and the tensors that autograd keeps."""
+"""The cost of a step, against the counters of PyTorch and the tensors that autograd keeps."""
 
 from dataclasses import replace
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dllm.accounting import count_pairs, estimate_memory, layer_matrices, step_flops
-from dllm.config import TrainGroup
-from dllm.families import ModelConfig
-from dllm.model import DiffusionLM
-from dllm.optimizer import build_optimizers, count_states
+from dllm.config.schema import TrainGroup
+from dllm.diffusion_lm import DiffusionLM
+from dllm.model.families import ModelConfig
+from dllm.training.cost import count_pairs, estimate_memory, layer_matrices, step_flops
+from dllm.training.optimizer import build_optimizers, count_states
 
 CONFIG = ModelConfig(family="qwen2", vocab_size=700, hidden_size=96, intermediate_size=256, num_hidden_layers=3,
                      num_attention_heads=6, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, qkv_bias=True,
@@ -25,7 +25,7 @@ def test_flops_are_those_that_pytorch_counts():
         logits.sum().backward()
     counted = counter.get_total_flops()
     ours = step_flops(CONFIG, tokens=128, pairs=4 * 32 * 32, scored=128)
-    attention = 6 * 2 * 3 * 6 * 16 * 4 * 32 * 32  # of which the counter sees nothing in an operator of ours
+    attention = 6 * 2 * 3 * 6 * 16 * 4 * 32 * 32  # our own operator, which the counter does not see
     assert counted in (pytest.approx(ours, rel=0.01), pytest.approx(ours - attention, rel=0.01))
 
 
@@ -37,7 +37,7 @@ def test_matrices_are_those_of_the_layers():
 def test_pairs_are_those_that_attend_to_each_other():
     ends = torch.tensor([0, 3, 5])
     assert count_pairs(ends, "mdm", 32) == 9 + 4 and count_pairs(ends, "ar", 32) == 6 + 3
-    # Noisy blocks of 2, of 8 positions: 2 x (2 + 4 + 6 + 8) pairs, and the clean ones as many.
+    # 8 positions in noisy blocks of 2: 2 x (2 + 4 + 6 + 8) pairs, and the same number in the clean ones.
     assert count_pairs(torch.tensor([0, 8]), "block_diffusion", 2) == 2 * 2 * (2 + 4 + 6 + 8)
     # A shorter last block: 3 x 3 + 3 x 6 + 1 x 7; and a document shorter than a block.
     assert count_pairs(torch.tensor([0, 7, 10]), "block_diffusion", 3) == 2 * (9 + 18 + 7) + 2 * 9
@@ -63,7 +63,7 @@ def test_the_memory_estimate_is_near_what_autograd_keeps(checkpointing):
     count = model.count_parameters()
     estimate = estimate_memory(CONFIG, count, count, 2 * count, settings, tokens.numel(), 1, bf16=False)
     assert hidden.shape[-1] == 96
-    if checkpointing:  # the layer that is computed again is in the estimate, and not among what was kept
+    if checkpointing:  # the estimate has the recomputed layer, which autograd does not keep
         whole = estimate_memory(CONFIG, count, count, 2 * count, replace(settings, enable_gradient_checkpointing=False),
                                 tokens.numel(), 1, bf16=False)
         assert measured < estimate["activations"] < whole["activations"]

@@ -1,4 +1,4 @@
-"""What a run leaves for others: a folder that loads everywhere, and says what made it."""
+"""The export of a run: a folder that loads everywhere, with a record of the run."""
 
 import json
 import shutil
@@ -8,8 +8,8 @@ import torch
 
 import dllm
 from dllm.cli import main
-from dllm.config import Config, DataGroup, ModelGroup, TrainGroup
-from dllm.trainer import train
+from dllm.config.schema import Config, DataGroup, ModelGroup, TrainGroup
+from dllm.training.trainer import train
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_a_damaged_checkpoint_is_named_and_a_cut_line_of_metrics_left_out(run, t
     copy = tmp_path / "run"
     shutil.copytree(run.output_dir, copy)
     with open(copy / "metrics.jsonl", "a") as file:
-        file.write('{"step": 5, "lo')  # what a kill leaves
+        file.write('{"step": 5, "lo')  # a leftover of a kill
     assert main(["export", str(copy), "--output-dir", str(tmp_path / "out")]) == 0
     damaged = copy / "checkpoints/global_step_2"
     (damaged / "trainer_state.pt").write_bytes(b"half")

@@ -1,17 +1,17 @@
-"""A tiny model learns 64 lines by heart, whatever share of them is masked, and then writes each of them exactly."""
+"""A tiny model learns 64 lines by heart, at any share of masking, and then writes each of them exactly."""
 
 import json
 
 import pytest
 import torch
 
-from dllm.batches import forward, make_batches
-from dllm.config import Config, DataGroup, ModelGroup, TrainGroup
+from dllm.config.schema import Config, DataGroup, ModelGroup, TrainGroup
 from dllm.data import open_training_data, read_corpus
-from dllm.model import DiffusionLM
-from dllm.sampler import MDMGenerationConfig
-from dllm.tokenizer import load_tokenizer
-from dllm.trainer import train
+from dllm.diffusion_lm import DiffusionLM
+from dllm.generation.config import MDMGenerationConfig
+from dllm.model.tokenizer import load_tokenizer
+from dllm.training.batches import forward, make_batches
+from dllm.training.trainer import train
 
 TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
 NAMES = ["alpha", "bravo", "delta", "gamma", "omega", "sigma", "theta", "kappa"]
@@ -19,7 +19,7 @@ NAMES = ["alpha", "bravo", "delta", "gamma", "omega", "sigma", "theta", "kappa"]
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Config:
-    """Each line is an answer; the question, which is never masked, says which: all masked, a line is no secret."""
+    """Each line is the answer to a question that is never masked, so a fully masked line is determined."""
     folder = tmp_path_factory.mktemp("overfitting")
     lines = [f"    {one}_{other} = max({other}[{i}], {one} + {j})" for i, one in enumerate(NAMES)
              for j, other in enumerate(NAMES)]

@@ -4,28 +4,26 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-import dllm.trainer as trainer
-from dllm.batches import Opening, draw_visible, forward, make_batches, opened_share
-from dllm.config import Config, DataGroup, ModelGroup, TrainGroup, load_config
+import dllm.training.trainer as trainer
+from dllm.config.reading import load_config
+from dllm.config.schema import Config, DataGroup, ModelGroup, TrainGroup
 from dllm.data import PackedDataset
+from dllm.diffusion_lm import DiffusionLM
 from dllm.errors import Failure, UserError
-from dllm.families import ModelConfig
-from dllm.model import DiffusionLM
-from dllm.optimizer import Muon, build_optimizers, learning_rate, orthogonalize
-from dllm.sampler import MDMGenerationConfig
+from dllm.generation.config import MDMGenerationConfig
+from dllm.model.families import ModelConfig
+from dllm.model.layouts import Padded
 from dllm.train import main
-from dllm.trainer import train
-
-ROOT = Path(__file__).parents[2]
+from dllm.training.batches import AttentionAnneal, draw_visible, forward, make_batches, opened_share
+from dllm.training.optimizer import Muon, build_optimizers, learning_rate, orthogonalize
+from dllm.training.trainer import train
+from tests import processes
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +40,7 @@ def make_config(corpus, tmp_path):
     def make(**train_keys) -> Config:
         keys = {"output_dir": str(tmp_path / "run"), "lr": 3e-3, "micro_batch_size": 4, "max_steps": 12,
                 "save_steps": 4, "num_train_epochs": 100, "device": "cpu", "lr_warmup_ratio": 0.2,
-                "lr_decay_style": "cosine", **train_keys}
+                "lr_decay_style": "cosine", "precision": "fp32", **train_keys}  # auto's probe depends on the load
         model = ModelGroup(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                            num_attention_heads=2, num_key_value_heads=1)
         return Config(model=model, data=DataGroup(train_path=str(corpus), max_seq_len=48, validation_share=0.1),
@@ -59,6 +57,7 @@ def read_metrics(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [
     {"objective": "mdm", "path_term": True, "eval_every": 4},
     {"objective": "elbo", "optimizer": "muon", "schedule": "cosine"},
@@ -76,7 +75,7 @@ def test_every_objective_lowers_the_loss_and_leaves_a_checkpoint_that_loads(make
     assert measured == ([*range(4, 30, 4), 30] if "eval_every" in keys else [30])
     model = DiffusionLM.from_pretrained(result.checkpoint)
     assert model.dtype == torch.float32 and model.mask_token_id == 2 == model.config.mask_token_id
-    blocks = keys["objective"] == "block_diffusion"  # then it is sampled block by block, unasked
+    blocks = keys["objective"] == "block_diffusion"  # it is then sampled block by block by default
     assert (model.config.block_causal, model.config.block_length) == ((True, 8) if blocks else (False, None))
     settings = MDMGenerationConfig(steps=2, max_new_tokens=8)
     assert model.diffusion_generate(torch.tensor([[5, 6, 7]]), generation_config=settings).sequences.shape == (1, 11)
@@ -106,7 +105,7 @@ def test_stopping_and_continuing_gives_the_same_losses_bit_for_bit(make_config, 
     output = tmp_path / "run"
     assert len(read_metrics(output)) == 8
     with open(output / "metrics.jsonl", "a") as file:
-        file.write('{"step": 9, "lo')  # what a kill in the middle of a line leaves
+        file.write('{"step": 9, "lo')  # a kill in the middle of a line
     resumed = train(config)
     assert losses(resumed.history) == losses(whole.history) == losses(read_metrics(output))
     before, after = (DiffusionLM.from_pretrained(r.checkpoint).state_dict() for r in (whole, resumed))
@@ -121,43 +120,37 @@ def interrupt_at(wanted):
     return interrupting
 
 
-DIES_WHILE_SAVING = """
-import os, signal, sys, torch
-write = torch.save
-def write_half_and_die(state, file):
-    if isinstance(state, dict) and state["step"] == {step}:
-        file.write_bytes(b"half of it")
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(state, file)
-torch.save = write_half_and_die
-from dllm.train import main
-sys.exit(main(sys.argv[1:]))
-"""
+def die_in_the_save_of_step_20(arguments):
+    write = torch.save
+
+    def write_half_and_die(state, file):
+        if isinstance(state, dict) and state["step"] == 20:
+            file.write_bytes(b"half of it")
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(state, file)
+
+    torch.save = write_half_and_die
+    return main(arguments)
 
 
+@pytest.mark.slow
 def test_kill_9_in_a_step_and_in_a_save_changes_nothing(make_config, tmp_path):
     config = make_config(max_steps=40, save_steps=10, optimizer="muon", eval_every=7)
     whole = train(replace(config, train=replace(config.train, output_dir=str(tmp_path / "whole"))))
     path = tmp_path / "config.yaml"
     path.write_text(config.to_yaml())
     output = tmp_path / "run"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1",
-                   "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "dllm.train", str(path)]
 
-    dying = subprocess.run([sys.executable, "-c", DIES_WHILE_SAVING.format(step=20), str(path)], env=environment)
-    assert dying.returncode == -signal.SIGKILL
+    assert processes.end(processes.start(die_in_the_save_of_step_20, [path], tmp_path / "told")) == -signal.SIGKILL
     assert [folder.name for folder in (output / "checkpoints").glob("[!.]*")] == ["global_step_10"]
 
-    running = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not (output / "checkpoints/global_step_20").exists() or len(read_lines(output)) < 24:
-        assert running.poll() is None and time.monotonic() < deadline
-        time.sleep(0.001)
+    running = processes.start(main, [path], tmp_path / "told")
+    processes.wait_until(lambda: (output / "checkpoints/global_step_20").exists() and len(read_lines(output)) >= 24,
+                         running)
     running.kill()
-    running.wait()
+    assert processes.end(running) == -signal.SIGKILL
 
-    assert subprocess.run(command, env=environment).returncode == 0
+    assert processes.end(processes.start(main, [path], tmp_path / "told")) == 0
     assert losses(read_metrics(output)) == losses(whole.history)
 
 
@@ -198,7 +191,7 @@ def test_gaps_do_not_depend_on_who_computes_them_and_lose_nothing():
     for (start, end), (first, last) in zip(whole.cu_seqlens.unfold(0, 2, 1).tolist(),
                                            packed.cu_seqlens.unfold(0, 2, 1).tolist(), strict=True):
         document, text, place = said[start:end].tolist(), packed.tokens[first:last].tolist(), 0
-        for token in document:  # an expansion stands for its own token and those left out after it
+        for token in document:  # an expansion replaces its own token and those left out after it
             if token == 62:
                 place += 1
             elif token != 61:
@@ -227,7 +220,7 @@ def test_block_diffusion_is_the_sum_over_blocks_given_the_clean_ones_before(long
         for first in range(start, end, block_length):
             last = min(first + block_length, end)
             seen = torch.cat((clean[start:first], noisy[first:last]))[None]
-            logits = model.hidden_states(seen, block_length=block_length)[0] @ model.head_weight.T
+            logits = model.hidden_states(seen, Padded(block_length=block_length))[0] @ model.head_weight.T
             for place in range(max(first, start + 1) if shift else first, last):
                 if corrupted[place]:
                     about = logits[place - start - shift]
@@ -268,7 +261,7 @@ def test_a_rows_draws_do_not_depend_on_who_computes_it_and_those_of_packed_rows_
     assert torch.equal(torch.cat([part.targets.weights for part in parts]), whole.targets.weights)
     times = (1 / whole.targets.weights)[whole.cu_seqlens[:-1].long()].sort().values
     gaps = times.diff(prepend=torch.zeros(1), append=torch.ones(1)) * len(times)
-    assert len(times) > 100 and gaps.max() < 4  # of as many independent draws the largest is about log(200) = 5.3
+    assert len(times) > 100 and gaps.max() < 4  # the largest of 200 independent draws is about log(200) = 5.3
 
 
 @pytest.mark.parametrize("shift", [False, True])
@@ -315,6 +308,7 @@ def test_muon_equals_one_matrix_at_a_time():
     assert all(torch.allclose(got, want, atol=1e-6) for got, want in zip(together, expected, strict=True))
 
 
+@pytest.mark.slow
 def test_a_time_limit_ends_the_run_and_the_learning_rate_with_it(make_config):
     result = train(make_config(max_minutes=0.02, max_steps=10**6, lr_decay_style="linear"))
     assert 0 < result.steps < 10**5 and result.history[-1]["seconds"] < 5
@@ -366,6 +360,7 @@ def test_another_run_in_the_same_folder_is_refused_naming_the_difference(make_co
     assert all(part in str(error.value) for part in parts)
 
 
+@pytest.mark.slow
 def test_after_a_full_disk_the_run_goes_on_from_the_last_checkpoint(make_config, tmp_path, monkeypatch):
     config = make_config()
     write = torch.save
@@ -439,9 +434,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted_and_the_next_ones_lear
 def test_a_last_step_that_is_not_finite_ends_the_run_which_says_so(make_config, monkeypatch, capsys):
     forward_once = trainer.forward
 
-    def poisoned(model, batch, device, teacher=None):
+    def poisoned(*arguments):
         poisoned.calls += 1
-        sums = forward_once(model, batch, device, teacher)
+        sums = forward_once(*arguments)
         return sums._replace(loss=sums.loss * math.nan) if poisoned.calls == 12 else sums
 
     poisoned.calls = 0
@@ -449,7 +444,7 @@ def test_a_last_step_that_is_not_finite_ends_the_run_which_says_so(make_config, 
     config = make_config(save_steps=0)
     result = train(replace(config, data=replace(config.data, validation_share=0.0)))
     assert result.finished and result.history[-1]["skipped"] == 1
-    assert "the last 1 steps were skipped, for their loss or gradient was not finite" in capsys.readouterr().err
+    assert "the last 1 steps were skipped, because loss or gradient was not finite" in capsys.readouterr().err
     assert all(parameter.isfinite().all() for parameter in DiffusionLM.from_pretrained(result.checkpoint).parameters())
 
 
@@ -476,6 +471,7 @@ def test_no_checkpoint_is_written_of_weights_whose_loss_is_not_finite(make_confi
     assert sorted(int(folder.name.split("_")[-1]) for folder in folders) == [1]
 
 
+@pytest.mark.slow
 def test_adapters_alone_are_trained_and_merged_into_the_model_for_others(make_config, tmp_path):
     start = train(make_config(max_steps=2, output_dir=str(tmp_path / "start"))).checkpoint
     config = make_config(lora_rank=4, max_steps=8, save_steps=3, lr=3e-2)
@@ -531,12 +527,12 @@ def test_the_teacher_sees_clean_text_and_no_later_token():
     settings = TrainGroup(output_dir="x", micro_batch_size=8)
     batch, = make_batches(dataset, 0, range(8), 8, settings, 1, model)
     calls = []
-    teacher.hidden_states = lambda ids, **keys: calls.append((ids, keys)) or DiffusionLM.hidden_states(
-        teacher, ids, **keys)
+    teacher.hidden_states = lambda ids, layout, **keys: calls.append((ids, layout)) or DiffusionLM.hidden_states(
+        teacher, ids, layout, **keys)
     forward(model, batch, torch.device("cpu"), teacher)
-    (ids, keys), = calls
-    assert torch.equal(ids[0], dataset.read(range(8)).tokens) and keys["block_length"] == 1
-    assert keys["cu_seqlens"] is batch.cu_seqlens
+    (ids, layout), = calls
+    assert torch.equal(ids[0], dataset.read(range(8)).tokens) and layout.block_length == 1
+    assert layout.cu_seqlens is batch.cu_seqlens
 
 
 def test_attention_opens_linearly_from_causal_to_both_directions():
@@ -565,7 +561,7 @@ def test_which_later_tokens_are_seen_depends_on_seed_step_and_slot_and_on_no_cut
     def draw(slots: range, step=3, seed=1, opened=0.3) -> list[torch.Tensor]:
         settings = TrainGroup(output_dir="x", micro_batch_size=len(slots))
         batch, = make_batches(dataset, step, slots, 12, settings, seed, model, opened)
-        return draw_visible(batch.opening, torch.device("cpu"))
+        return draw_visible(batch.anneal, torch.device("cpu"))
 
     whole, parts = draw(range(12)), draw(range(5)) + draw(range(5, 12))
     assert all(torch.equal(mine, other) for mine, other in zip(whole, parts, strict=True))
@@ -576,12 +572,13 @@ def test_which_later_tokens_are_seen_depends_on_seed_step_and_slot_and_on_no_cut
     assert torch.cat(later).double().mean().item() == pytest.approx(0.3, abs=0.03)
     first = {str(mask[:8, :8].tolist()) for mask in whole if len(mask) >= 8}
     assert len(first) == sum(len(mask) >= 8 for mask in whole) > 8
-    opening = Opening(0.3, 1, 3, [(0, 0, 8)])
-    others = [opening, opening._replace(seed=2), opening._replace(step=4), opening._replace(documents=[(1, 0, 8)]),
-              opening._replace(documents=[(0, 8, 8)])]
+    anneal = AttentionAnneal(0.3, 1, 3, [(0, 0, 8)])
+    others = [anneal, anneal._replace(seed=2), anneal._replace(step=4), anneal._replace(documents=[(1, 0, 8)]),
+              anneal._replace(documents=[(0, 8, 8)])]
     assert len({str(draw_visible(other, torch.device("cpu"))[0].tolist()) for other in others}) == 5
 
 
+@pytest.mark.slow
 def test_annealed_training_learns_and_continues_bit_for_bit(make_config, tmp_path):
     keys = {"anneal_attention_ratio": 0.5, "save_steps": 3}
     whole = train(make_config(output_dir=str(tmp_path / "whole"), **keys))
@@ -597,6 +594,7 @@ def align(make_config, start: Path, **keys) -> Config:
     return replace(make_config(repr_align_wt=10.0, **keys), model=ModelGroup(model_path=str(start)))
 
 
+@pytest.mark.slow
 def test_aligned_training_counts_the_term_lowers_it_and_continues_bit_for_bit(make_config, tmp_path):
     start = train(make_config(max_steps=2, objective="ar", output_dir=str(tmp_path / "start"))).checkpoint
     config = align(make_config, start, max_steps=12, save_steps=3, path_term=True)
@@ -648,8 +646,10 @@ def test_activations_computed_again_train_alike(make_config, tmp_path):
 
 @pytest.mark.slow
 def test_compiled_layers_train_alike(make_config, tmp_path):
-    plain = train(make_config(max_steps=4))
-    compiled = train(make_config(max_steps=4, enable_compile=True, output_dir=str(tmp_path / "compiled")))
+    plain, compiled = (make_config(max_steps=3, save_steps=0, output_dir=str(tmp_path / name), enable_compile=compile)
+                       for name, compile in (("plain", False), ("compiled", True)))
+    plain, compiled = (train(replace(config, model=replace(config.model, num_hidden_layers=1),
+                                     data=replace(config.data, validation_share=0.0))) for config in (plain, compiled))
     for ours, theirs in zip(losses(compiled.history), losses(plain.history), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
@@ -692,15 +692,16 @@ def test_a_changed_model_or_tokenizer_is_refused_naming_the_difference(make_conf
         train(config)
 
 
+@pytest.mark.slow
 def test_checkpoints_are_evaluated_and_what_fails_is_told(make_config, corpus, tmp_path, capfd):
-    tasks = f"perplexity --data {corpus} --windows 2 --samples 1; nonsense --limit 1"
+    tasks = f"perplexity --data {corpus} --windows 2 --samples 1; masked_accuracy --nonsense"
     result = train(make_config(max_steps=4, save_steps=2, eval_tasks=tasks))
     assert len(result.history) == 4
     lines = [json.loads(line) for line in (tmp_path / "run/evaluations.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
     assert lines[1]["perplexity/nats_per_token"] < lines[0]["perplexity/nats_per_token"] < 10
     assert (tmp_path / "run/evaluations/global_step_4/perplexity.json").exists()
-    assert "note: evaluation nonsense of global_step_2 failed: " in capfd.readouterr().err
+    assert "note: evaluation masked_accuracy of global_step_2 failed: " in capfd.readouterr().err
 
 
 def test_other_documents_are_refused(make_config, functions, tmp_path):

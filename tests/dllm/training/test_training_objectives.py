@@ -1,16 +1,17 @@
-"""Every objective on micro-batches: packed as alone, in parts as whole, and each what its definition says."""
+"""Every objective on micro-batches: packed as alone, in parts as whole, and equal to its definition."""
 
 import pytest
 import torch
 
-from dllm.batches import MicroBatch, forward, make_batches
-from dllm.config import TrainGroup
+from dllm.config.schema import TrainGroup
 from dllm.data import PackedDataset
-from dllm.families import ModelConfig
-from dllm.gaps import make_gaps
-from dllm.loss import Targets
-from dllm.model import DiffusionLM
-from dllm.sampler import MDMGenerationConfig, infill
+from dllm.diffusion.expansion import make_gaps
+from dllm.diffusion.objectives import Targets
+from dllm.diffusion_lm import DiffusionLM
+from dllm.generation.config import MDMGenerationConfig
+from dllm.generation.infilling import infill
+from dllm.model.families import ModelConfig
+from dllm.training.batches import MicroBatch, forward, make_batches
 
 CPU = torch.device("cpu")
 EOS, EXPAND, MASK = 60, 62, 63

@@ -1,0 +1,1 @@
+"""The configuration of a run: groups and keys (schema), YAML files and flags (reading)."""

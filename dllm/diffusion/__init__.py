@@ -1,0 +1,1 @@
+"""The mathematics of training: how text is corrupted, and what is learnt from it."""

@@ -1,0 +1,73 @@
+"""DiffusionLM: the Transformer, and what users do with it: generate, infill, bound the likelihood of a text."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from dllm.errors import UserError
+from dllm.evaluators.likelihood import Likelihood, bound_likelihood
+from dllm.generation import infilling, sampler
+from dllm.generation.config import MDMGenerationConfig, published_settings
+from dllm.generation.inputs import read_prompts
+from dllm.generation.sampler import Denoising, GenerationOutput
+from dllm.model.transformer import Transformer
+
+
+class DiffusionLM(Transformer):
+    """A masked diffusion language model. `from_pretrained` loads a published or a trained one.
+
+    Prompts are token ids as tensors, arrays, lists or a tokenizer's output. Settings are a `generation_config`, keyword
+    arguments that override it, or both; without a generation_config, the folder's generation_config.json gives what the
+    arguments do not. A TypeError names a setting that there is not.
+    """
+
+    def diffusion_generate(self, inputs: Any = None, attention_mask: Any = None,
+                           generation_config: MDMGenerationConfig | None = None, **settings) -> GenerationOutput:
+        """Append `max_new_tokens` masked positions to each prompt and denoise them; see `sampler.generate`."""
+        return sampler.generate(self, *read_call(self, inputs, attention_mask, generation_config, settings))
+
+    def diffusion_steps(self, inputs: Any = None, attention_mask: Any = None,
+                        generation_config: MDMGenerationConfig | None = None, **settings) -> Denoising:
+        """`diffusion_generate` one denoising step at a time: `for step in model.diffusion_steps(ids)`."""
+        return sampler.start(self, *read_call(self, inputs, attention_mask, generation_config, settings))
+
+    def infill(self, prefix_ids: Any, suffix_ids: Any, *, length: int | str,
+               generation_config: MDMGenerationConfig | None = None, **settings) -> GenerationOutput:
+        """Denoise `length` masked positions between a prefix and a suffix; see `generation.infilling.infill`."""
+        return infilling.infill(self, prefix_ids, suffix_ids, length=length,
+                                generation_config=read_settings(self, generation_config, settings))
+
+    def perplexity_bound(self, input_ids: Any, attention_mask: Any = None, **settings) -> Likelihood:
+        """Bound the negative log-likelihood of sequences; see `evaluators.likelihood.bound_likelihood`."""
+        return bound_likelihood(self, *read_prompts(self, input_ids, attention_mask, name="input_ids"), **settings)
+
+    def _mdm_sample(self, x: Tensor, attention_mask: Tensor | None = None,
+                    generation_config: MDMGenerationConfig | None = None) -> GenerationOutput:
+        """Fill the masked positions of x; Open-dLLM's evaluation of infilling calls it by this name."""
+        x, attention_mask = read_prompts(self, x, attention_mask, name="x")
+        return sampler.denoise(self, x, read_settings(self, generation_config, {}), attention_mask)
+
+
+def read_call(model: Transformer, inputs: Any, attention_mask: Any, config: Any, settings: dict[str, Any]):
+    """Inputs, attention mask and settings of a call in any of its published forms.
+
+    Open-dLLM's and Dream's second argument is the config; input_ids is Transformers' name for inputs.
+    """
+    if isinstance(attention_mask, MDMGenerationConfig) and config is None:
+        attention_mask, config = None, attention_mask
+    if "input_ids" in settings and inputs is None:
+        inputs = settings.pop("input_ids")
+    return inputs, attention_mask, read_settings(model, config, settings)
+
+
+def read_settings(model: Transformer, config: Any, settings: Mapping[str, Any]) -> MDMGenerationConfig:
+    if isinstance(config, Mapping):
+        config, settings = None, {**config, **settings}
+    if not isinstance(config, MDMGenerationConfig | None):
+        raise UserError(f"generation_config must be an MDMGenerationConfig, not {type(config).__name__}")
+    if config is None:
+        greedy = {"do_sample": False} if settings.get("do_sample") is False else {}
+        settings = {**published_settings({**(model.generation_defaults or {}), **greedy}), **settings}
+        config = MDMGenerationConfig()
+    return config.changed(settings)

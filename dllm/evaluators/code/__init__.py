@@ -1,0 +1,1 @@
+"""Code benchmarks: tasks, presets, samples, and their verdicts."""

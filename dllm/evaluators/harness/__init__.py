@@ -1,0 +1,1 @@
+"""The model of lm-eval's harness, and its task files."""

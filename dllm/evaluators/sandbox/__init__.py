@@ -1,0 +1,1 @@
+"""The sandbox that runs programs: its host, the isolation inside, the judge."""

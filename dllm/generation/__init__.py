@@ -1,0 +1,1 @@
+"""Denoising: settings, the one loop, strategies, scorers, canvases, gaps to fill."""

@@ -1,0 +1,167 @@
+"""MDMGenerationConfig: how to denoise. Flags, request fields, lm-eval's arguments and docs/sampling.md derive from it.
+
+Nothing here imports torch. The names are those of the tables in strategies.py and diffusion/corruption.py.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import InitVar, dataclass, fields, replace
+from math import isfinite
+from typing import Any, Literal
+
+from dllm.config.fields import check, check_kind, require, setting, settings_of
+from dllm.errors import UserError, did_you_mean
+
+# The score that an algorithm ranks positions by, as dllm_kernels names it. The others have none.
+CONFIDENCES = {"maskgit_plus": "prob", "entropy": "entropy", "topk_margin": "margin", "confidence_threshold": "prob",
+               "low_confidence": "prob"}
+
+DEFAULT_STEPS = 512  # Open-dLLM's
+UNUSED = ("pad_token_id", "bos_token_id", "do_sample", "return_dict_in_generate")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MDMGenerationConfig:
+    """How to denoise. The fields up to output_history and their meanings are Open-dLLM's, the others ours."""
+
+    max_new_tokens: int = setting(128, "masked positions appended to the prompt", at_least=1)
+    steps: int = setting(DEFAULT_STEPS, "denoising steps at most; those that commit nothing cost nothing; 512 is "
+                         "rounded up to what the blocks divide", at_least=1, per_request=True)
+    temperature: float = setting(0.0, "divides the logits; 0 takes the most likely token", at_least=0)
+    top_p: float | None = setting(None, "keep the most likely tokens until their probability passes this", above=0,
+                                  at_most=1, none="all tokens")
+    top_k: int | None = setting(None, "then keep the k most likely tokens; 0: all", at_least=0, none="all tokens",
+                                per_request=True)
+    alg: Literal["origin", "maskgit_plus", "entropy", "topk_margin", "p2", "remdm", "confidence_threshold"] = setting(
+        "entropy", "how a step chooses the positions it commits", per_request=True)
+    alg_temp: float = setting(0.0, "Gumbel noise on the confidences, in their units; without effect on p2 and origin",
+                              at_least=0, per_request=True)
+    eps: float = setting(1e-3, "diffusion time after the last step", above=0, below=1)
+    mask_token_id: int | None = setting(None, "the mask token", at_least=0, none="the checkpoint's or tokenizer's")
+    num_return_sequences: int = setting(1, "texts for each prompt, next to each other in the output", at_least=1)
+    output_history: bool = False  # in Python only: keep the canvas after each step
+    seed: int | None = setting(None, "seed of the random numbers", none="drawn anew")
+    block_length: int | None = setting(None, "block size in masked positions; blocks are denoised left to right",
+                                       at_least=1, none="one block", per_request=True)
+    blocks_from: Literal["text", "masked"] | None = setting(
+        None, "count blocks from the first token (text), or from the first masked position",
+        none="text for block-causal models, else masked")
+    remasking: Literal["low_confidence", "random", "low_confidence_dynamic"] | None = setting(
+        None, "LLaDA's samplers, instead of alg", none="alg", per_request=True)
+    schedule: Literal["even", "linear", "cosine", "polynomial"] = setting(
+        "even", "with remasking low_confidence: commit the same number each step, or follow a corruption schedule",
+        per_request=True)
+    threshold: float | None = setting(None, "commit every position at least this sure, and at least one", none="off",
+                                      per_request=True)
+    factor: float | None = setting(
+        None, "like threshold, with a bound that rises with the number of positions committed together", above=0,
+        none="off", per_request=True)
+    editing_threshold: float | None = setting(
+        None, "with threshold: replace committed tokens when this sure of another (LLaDA2.1)", none="off",
+        per_request=True)
+    max_post_steps: int = setting(
+        16, "with editing_threshold: most steps that edit a block after its last mask is gone", at_least=0,
+        per_request=True)
+    remask_rate: float = setting(0.02, "remdm: the largest probability that a step masks a committed token again",
+                                 at_least=0, at_most=1, per_request=True)
+    cfg_scale: float = setting(
+        0.0, "classifier-free guidance: logits + cfg_scale * (logits - those without the prompt)", at_least=0,
+        below=float("inf"), per_request=True)
+    cache: Literal["none", "prefix", "dual"] = setting(
+        "none", "reuse keys and values before the block (prefix), or on both sides (dual), from the block's first step",
+        per_request=True)
+    stop_at_eos: bool = setting(False, "end a text at its first end-of-text token that has no mask before it")
+    expand_token_id: int | None = setting(
+        None, "token that becomes two masked positions, so that gaps grow (DreamOn); steps commit one position each",
+        at_least=0, none="gaps keep their length", per_request=True)
+    delete_eos_token: bool = setting(True, "where gaps grow: remove end-of-text tokens from them")
+    pad_eos_to_right: bool = setting(False, "where gaps grow: turn masks after an end-of-text token into end-of-text")
+    max_infill_length: int = setting(64, "where gaps grow: longest gap, in positions", at_least=1)
+    infill_lengths: tuple[int, ...] = setting((2, 4, 6, 8, 12, 16, 24, 32, 48, 64),
+                                              "lengths that infilling with length auto chooses from", at_least=1)
+    eos_token_id: int | Sequence[int] | None = None  # in Python only: tokens that end a text; None: the checkpoint's
+    constraint: Any = None  # in Python only: a `dllm.constraints.Constraint` on the new text
+    cuda_graphs: bool = setting(False, "on a GPU: replay recorded forward passes, which saves launching each kernel")
+    block_causal: bool | None = setting(None, "blocks see no later block; they count from the first token",
+                                        none="as the model was trained")
+    # Open-dLLM's and Dream's scripts give these; they change nothing here.
+    pad_token_id: InitVar[int | None] = None
+    bos_token_id: InitVar[int | None] = None
+    do_sample: InitVar[bool | None] = None  # temperature says it
+    return_dict_in_generate: InitVar[bool | None] = None  # there is no other output
+
+    def __post_init__(self, pad_token_id, bos_token_id, do_sample, return_dict_in_generate):
+        for name in ("temperature", "alg_temp"):  # Dream allows None
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, 0.0)
+        if do_sample is False and self.temperature != 0:
+            raise UserError(f"do_sample=False contradicts temperature {self.temperature}; leave do_sample out, or set "
+                            "the temperature to 0")
+        if return_dict_in_generate is False:
+            raise UserError("return_dict_in_generate=False is not supported; leave it out, and take .sequences of the "
+                            "output")
+        if isinstance(self.eos_token_id, list | tuple):
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        if isinstance(self.infill_lengths, list):  # read from JSON
+            object.__setattr__(self, "infill_lengths", tuple(self.infill_lengths))
+        check(self)
+        for name, its in settings_of(MDMGenerationConfig).items():
+            if its.kind is float and not isfinite(getattr(self, name) or 0):
+                raise UserError(f"{name} must be finite, not {getattr(self, name)}")
+        name, bounded = self.method, (self.threshold, self.factor) != (None, None)
+        if name in ("low_confidence_dynamic", "confidence_threshold") and (self.threshold is None or self.factor):
+            raise UserError(f"{name} needs a threshold (0.9, say), and no factor")
+        if self.threshold is not None and self.factor is not None:
+            raise UserError("threshold and factor exclude each other: each says how many positions a step commits")
+        if bounded and name not in (*CONFIDENCES, "low_confidence_dynamic"):
+            raise UserError(f"threshold and factor need confidences, {name} has none; choose {', '.join(CONFIDENCES)}")
+        if self.editing_threshold is not None and name != "low_confidence_dynamic":
+            raise UserError("editing_threshold needs remasking low_confidence_dynamic (LLaDA2.1)")
+        if self.schedule != "even" and (name != "low_confidence" or bounded):
+            raise UserError(f"schedule {self.schedule} needs remasking low_confidence without threshold and factor")
+        if self.expand_token_id is not None and (name not in CONFIDENCES or self.remasking or bounded):
+            raise UserError("expand_token_id commits one position a step, by an alg that has confidences: "
+                            "maskgit_plus, entropy or topk_margin, without remasking, threshold and factor")
+
+    def changed(self, settings: Mapping[str, Any]) -> "MDMGenerationConfig":
+        """The config with some settings replaced.
+
+        Raises: TypeError naming a setting that there is not; UserError as the constructor.
+        """
+        names = [field.name for field in fields(self)] + list(UNUSED)
+        for name in settings:
+            if name not in names:
+                raise TypeError(f"there is no setting {name!r}{did_you_mean(name, names)}")
+        return replace(self, **settings)
+
+    @property
+    def method(self) -> str:
+        """The name of the strategy: `remasking`, where it is given, else `alg`."""
+        return self.remasking or self.alg
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether a committed token may still change."""
+        return self.method in ("p2", "remdm") or self.editing_threshold is not None
+
+
+# Settings that a generation_config.json may give. The mask token and the tokens that end a text are the model's.
+_PUBLISHED = ("max_new_tokens", "steps", "temperature", "top_p", "top_k", "alg", "alg_temp", "eps", "block_length",
+              "threshold", "remasking")
+
+
+def published_settings(raw: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The settings that a folder's generation_config.json, read as `raw`, gives: defaults that arguments go before.
+
+    As in Transformers, temperature, top_p and top_k are without effect where it says `"do_sample": false`.
+    Raises: UserError for a value that does not fit.
+    """
+    settings = {name: raw[name] for name in _PUBLISHED if (raw or {}).get(name) is not None}
+    if (raw or {}).get("do_sample") is False:
+        settings = {name: value for name, value in settings.items() if name not in ("temperature", "top_p", "top_k")}
+    elif (raw or {}).get("do_sample"):
+        settings.setdefault("temperature", 1.0)
+    for name, value in settings.items():
+        its = settings_of(MDMGenerationConfig)[name]
+        check_kind(f"generation_config.json: {name}", value, its)
+        require(f"generation_config.json: {name}", value, its.holds(value), its.wanted)
+    return settings

@@ -1,0 +1,1 @@
+"""The Transformer of every family: its layers, how published folders map to it, its tokenizer and caches."""

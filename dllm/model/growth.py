@@ -1,0 +1,57 @@
+"""Vocabulary growth: rows of embedding and head for added tokens, such as the mask, that a model has no row for."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from dllm.model.transformer import Transformer
+
+MULTIPLE = 64  # rows, because matrix units want it
+NOISE = 0.02  # of a new row, as a share of the old rows' standard deviation
+
+
+def rows_needed(tokenizer, vocab_size: int) -> int:
+    """The rows that the tokenizer's added tokens need: `vocab_size` where they fit, else a multiple of 64.
+
+    Only added tokens make a vocabulary grow. Where other tokens lie beyond it the tokenizer is another model's, and
+    `vocab_size` stays as it is, for `check_vocabulary` to refuse.
+    """
+    beyond = {word: row for word, row in tokenizer.get_vocab().items() if row >= vocab_size}
+    if not beyond or beyond.keys() - tokenizer.get_added_vocab().keys():
+        return vocab_size
+    return -(-(max(beyond.values()) + 1) // MULTIPLE) * MULTIPLE
+
+
+def describe_growth(tokenizer, before: int, after: int) -> str:
+    words = [word for word, row in tokenizer.get_added_vocab().items() if row >= before]
+    return (f"the vocabulary grows from {before:,} to {after:,} rows, because the model has none for "
+            f"{', '.join(words)}; model.mask_token can name a token that it has")
+
+
+def grow(model: Transformer, vocab_size: int, seed: int) -> Transformer:
+    """Give the embedding, and the head if it is not tied, new rows up to `vocab_size`, in place; returns the model.
+
+    A new row is the mean of the old ones plus normal noise, so its logit is at first near the average one and the
+    distribution over the old tokens hardly changes (Hewitt 2021). The same seed gives the same rows.
+    """
+    old = model.config.vocab_size
+    if vocab_size == old:
+        return model
+    generator = torch.Generator().manual_seed(seed)
+    for module in (model.model.embed_tokens, model.lm_head):
+        if module is not None:
+            module.weight = nn.Parameter(torch.cat((module.weight.detach(),
+                                                    new_rows(module.weight, vocab_size - old, generator))))
+    model.model.embed_tokens.num_embeddings = vocab_size
+    if model.lm_head is not None:
+        model.lm_head.out_features = vocab_size
+    model.config = replace(model.config, vocab_size=vocab_size)
+    return model
+
+
+def new_rows(matrix: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """[count, D], in the dtype and on the device of the matrix [V, D]."""
+    old = matrix.detach().float()
+    noise = torch.randn(count, old.shape[1], generator=generator).to(old.device)
+    return (old.mean(0) + NOISE * old.std(0) * noise).to(matrix.dtype)

@@ -1,0 +1,170 @@
+"""Layouts: how the tokens [B, L] of a forward pass lie, how they are numbered, and which keys a query sees.
+
+`Transformer.hidden_states` takes one; ragged.py adds `Ragged`, a batch of several calls.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from dllm.model.cache import KeyValueCache
+from dllm.model.ulysses import heads_to_positions, positions_to_heads
+from dllm_kernels import bidirectional_attention, bidirectional_attention_varlen, block_diffusion_attention
+
+
+class Layout:
+    """Base of all layouts: frozen dataclasses with `attend(q, k, v, layer)`, from q [B, Q, H, E] of the wanted and
+    k, v [B, L, Hkv, E] of all positions that are computed to [B, Q, H, E]."""
+
+    __slots__ = ()
+    key_mask: Tensor | None = None
+    queries: Tensor | None = None  # [B, Q] int64: the only positions whose hidden states are wanted
+    start = 0
+
+    @property
+    def inner(self) -> Self:
+        """The layout of all layers but the last, which compute every position."""
+        return self if self.queries is None else replace(self, queries=None)
+
+    def wanted(self, x: Tensor) -> Tensor:
+        """x [B, L, ...] at the queries, [B, Q, ...]; all of it without queries."""
+        if self.queries is None:
+            return x
+        return x.take_along_dim(self.queries.view(*self.queries.shape, *[1] * (x.ndim - 2)), dim=1)
+
+    def tokens(self, input_ids: Tensor) -> Tensor:
+        """The tokens to embed."""
+        return input_ids
+
+    def number(self, input_ids: Tensor) -> Tensor:
+        """Positions of the tokens in their documents, int64; padding takes none."""
+        end = self.start + input_ids.shape[1]
+        if self.key_mask is None:
+            return torch.arange(self.start, end, device=input_ids.device).expand(input_ids.shape)
+        return (self.key_mask.long().cumsum(1) - 1).clamp_(min=0)[:, self.start:end]
+
+    def length(self, input_ids: Tensor) -> int:
+        """Positions of the longest document."""
+        return self.start + input_ids.shape[1]
+
+    def result(self, x: Tensor, shifted: bool) -> Tensor:
+        """The hidden states to return, from those of the last layer; shifted: see `ModelConfig.shift_logits`."""
+        return x
+
+
+@dataclass(frozen=True, slots=True)
+class Padded(Layout):
+    """Rows padded on either side or not at all; padding is never attended, so a row gives what it gives alone."""
+
+    key_mask: Tensor | None = None  # [B, L] bool, True where there is a token; None: everywhere
+    block_length: int | None = None  # of block-causal attention (see `bidirectional_attention`); 1 is causal
+    queries: Tensor | None = None  # with block_length, positions of the last block
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        blocks = self.block_length if self.queries is None else None  # the last block sees every position
+        return bidirectional_attention(q, k, v, key_mask=self.key_mask, block_length=blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class Cached(Layout):
+    """The n positions from `start` on, beside those whose keys and values the cache keeps; theirs are kept too."""
+
+    cache: KeyValueCache
+    start: int = 0
+    rows: Tensor | None = None  # [B] int64: which rows of the cache these are; None: all
+    key_mask: Tensor | None = None  # [B, seen] bool: of all positions that these may see
+    queries: Tensor | None = None  # places among the n; in a growing cache, of the last block
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        k, v = self.cache.put(layer, k, v, self.start, self.rows)
+        blocks = self.cache.block_length if self.queries is None else None
+        return bidirectional_attention(q, k, v, key_mask=self.key_mask, block_length=blocks, cache_rows=self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Packed(Layout):
+    """Documents one after the other in the B * L flattened positions; no attention across them."""
+
+    cu_seqlens: Tensor  # [S + 1] int32, the ends of the documents, beginning with 0
+    max_seqlen: int  # tokens of the longest document; to read it from cu_seqlens would stall a GPU
+    block_length: int | None = None  # as in `Padded`
+    group: dist.ProcessGroup | None = None  # processes that share the positions (ulysses.py), an equal part each
+
+    def number(self, input_ids: Tensor) -> Tensor:
+        first = 0 if self.group is None else dist.get_rank(self.group) * input_ids.numel()
+        places = torch.arange(first, first + input_ids.numel(), device=input_ids.device)
+        document = torch.searchsorted(self.cu_seqlens[1:].long(), places, right=True)
+        return (places - self.cu_seqlens.long()[document]).view(input_ids.shape)
+
+    def length(self, input_ids: Tensor) -> int:
+        return self.max_seqlen
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        if self.group is not None:
+            q, k, v = (positions_to_heads(x, self.group) for x in (q, k, v))
+        out = bidirectional_attention_varlen(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), self.cu_seqlens,
+                                             self.max_seqlen, block_length=self.block_length).view(q.shape)
+        return out if self.group is None else heads_to_positions(out, self.group)
+
+
+@dataclass(frozen=True, slots=True)
+class TwoCopies(Layout):
+    """A noisy text, and beside it the clean one, for training by block diffusion (`block_diffusion_attention`).
+
+    The hidden states are the noisy copy's. With shifted logits, what is said about the first token of a block is that
+    of the clean position before it, as in sampling.
+    """
+
+    clean_ids: Tensor  # [B, L] int64
+    block_length: int
+    copy: Padded | Packed = Padded()  # how one copy lies; no padding
+
+    def tokens(self, input_ids: Tensor) -> Tensor:
+        return torch.cat((input_ids, self.clean_ids), 1)
+
+    def number(self, input_ids: Tensor) -> Tensor:
+        return self.copy.number(input_ids).repeat(1, 2)
+
+    def length(self, input_ids: Tensor) -> int:
+        return self.copy.length(input_ids)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        ends = self.copy.cu_seqlens if isinstance(self.copy, Packed) else None
+        return block_diffusion_attention(q, k, v, self.block_length, cu_seqlens=ends)
+
+    def result(self, x: Tensor, shifted: bool) -> Tensor:
+        noisy, clean = x.chunk(2, dim=1)
+        if not shifted:
+            return noisy
+        before_a_block = (self.copy.number(self.clean_ids) + 1) % self.block_length == 0
+        return torch.where(before_a_block.unsqueeze(-1), clean, noisy)
+
+
+@dataclass(frozen=True, slots=True)
+class Visible(Layout):
+    """Documents as in `Packed`, each with a mask that says which keys its queries see.
+
+    PyTorch's attention with a mask: it has no fast kernel, and the masks take n * n bytes for a document of n tokens.
+    """
+
+    masks: Sequence[Tensor]  # [n, n] bool for each document of n tokens
+
+    def number(self, input_ids: Tensor) -> Tensor:
+        return torch.cat([torch.arange(len(mask), device=mask.device) for mask in self.masks]).view(input_ids.shape)
+
+    def length(self, input_ids: Tensor) -> int:
+        return max(map(len, self.masks))
+
+    @torch.compiler.disable  # it would be compiled again for every list of lengths
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        copies = q.shape[2] // k.shape[2]
+        heads = (x.flatten(0, 1).transpose(0, 1).unsqueeze(0).split([len(mask) for mask in self.masks], dim=2)
+                 for x in (q, k.repeat_interleave(copies, dim=2), v.repeat_interleave(copies, dim=2)))
+        out = [F.scaled_dot_product_attention(*parts, attn_mask=mask)
+               for *parts, mask in zip(*heads, self.masks, strict=True)]
+        return torch.cat(out, dim=2)[0].transpose(0, 1).reshape(q.shape)

@@ -1,0 +1,34 @@
+"""A model for use and its tokenizer, on the device and in the dtype asked for."""
+
+import os
+import warnings
+
+from dllm.errors import Notice
+from dllm.model.devices import find_device
+from dllm.model.tokenizer import check_vocabulary, load_tokenizer
+from dllm.model.transformer import Transformer
+
+
+def load_with_tokenizer(path_or_hub_id: str | os.PathLike, device: str = "auto", dtype: str = "auto", *,
+                        mask_token_id: int | None = None, mask_token: str | None = None,
+                        trust_remote_code: bool = False):
+    """A model for use, and its tokenizer.
+
+    Args:
+        device: cpu, cuda, cuda:N, or auto: the GPU if there is one.
+        dtype: float32, bfloat16, float16, or auto: bfloat16 on a GPU, else float32.
+        mask_token_id, mask_token: the mask token, where the folder does not name it or names another.
+        trust_remote_code: let the folder's own code make the tokenizer.
+    Raises: UserError if they cannot be loaded, do not fit each other, or there is no such device.
+    """
+    place = find_device(device)
+    if dtype == "auto":
+        dtype = "float32" if place.type == "cpu" else "bfloat16"
+    model = Transformer.from_pretrained(path_or_hub_id, dtype, place, mask_token_id=mask_token_id,
+                                        mask_token=mask_token, trust_remote_code=trust_remote_code)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Notice)  # the model has told them
+        tokenizer = load_tokenizer(path_or_hub_id, model.mask_token_id, trust_remote_code=trust_remote_code)
+    check_vocabulary(tokenizer, model.config.vocab_size)
+    model.end_token_ids = tokenizer.end_token_ids
+    return model, tokenizer

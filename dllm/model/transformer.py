@@ -1,0 +1,284 @@
+"""The one Transformer behind every masked-diffusion family.
+
+tokens [B, L] -> embedding [B, L, D] -> n x (RMSNorm, bidirectional grouped-query attention with RoPE, RMSNorm, SwiGLU)
+-> RMSNorm -> hidden [B, L, D] -> head [V, D] -> logits [B, L, V]. What differs between families is in `ModelConfig`.
+The loss is in diffusion/objectives.py, the denoising in generation/sampler.py; both take `hidden_states` and
+`head_weight`, because the logits of positions that are not masked are never needed.
+"""
+
+import json
+import operator
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dllm.errors import UserError
+from dllm.files import read_json, write_atomically
+from dllm.model.devices import find_device, find_dtype, own_dtype
+from dllm.model.experts import FeedForward, MixtureOfExperts
+from dllm.model.families import ModelConfig, own_code, read_config, write_config
+from dllm.model.layouts import Layout, Padded
+from dllm.model.rotary import Rotary, rotate
+from dllm.model.special_tokens import as_ids, read_special_tokens
+from dllm.model.tokenizer import load_tokenizer
+from dllm.model.weights import check_parameters, find_model, fit_config, read_weights, to_ours, to_published
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOutput:
+    logits: Tensor  # [B, L, V]
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x**2) + eps) * weight over the last dimension, the statistics in fp32 (arXiv:1910.07467)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Under autocast a query is bf16 and the weight fp32; PyTorch's fused kernel wants one dtype.
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention in both directions."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        D, E = config.hidden_size, config.head_dim
+        self.head_dim = E
+        self.q_proj = nn.Linear(D, config.num_attention_heads * E, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(D, config.num_key_value_heads * E, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(D, config.num_key_value_heads * E, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * E, D, bias=config.output_bias)
+        self.q_norm = RMSNorm(E, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(E, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout, layer: int) -> Tensor:
+        """x [B, L, D] -> [B, L, D], or [B, Q, D] for the layout's queries."""
+        heads = -1, self.head_dim
+        k = rotate(self.k_norm(self.k_proj(x).unflatten(-1, heads)), *rotary)
+        v = self.v_proj(x).unflatten(-1, heads)
+        q = self.q_norm(self.q_proj(layout.wanted(x)).unflatten(-1, heads))
+        q = rotate(q, *map(layout.wanted, rotary))
+        return self.o_proj(layout.attend(q, k, v, layer).flatten(2))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__()
+        self.self_attn = Attention(config)
+        experts = config.has_experts(index)
+        self.mlp = MixtureOfExperts(config) if experts else FeedForward(config, config.intermediate_size)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout, layer: int) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), rotary, layout, layer)
+        x = layout.wanted(x) + attended
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Backbone(nn.Module):
+    """Everything but the head, under the name `model` that the published parameter names begin with."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Transformer(nn.Module):
+    """A masked diffusion language model: one bidirectional Transformer, driven by `ModelConfig`.
+
+    `Transformer(config)` is randomly initialised (normal, standard deviation `initializer_range`; biases zero, norms
+    one) from torch's global generator; `from_pretrained` loads a published or a trained one.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.mask_token_id = config.mask_token_id  # or, after from_pretrained, another that the folder names
+        self.end_token_ids = as_ids(config.eos_token_id)  # each ends a text; after from_pretrained, all that it names
+        self.generation_defaults: dict | None = None  # generation_config.json
+        self.code: dict[str, bytes] = {}  # the Python files of the folder, which are never run, kept for saving
+        self.checkpointing = False  # while training: compute activations inside layers again, instead of keeping them
+        self.graphs = None  # of sampling with cuda_graphs (graphs.py)
+        self.rotary = Rotary(config)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=config.initializer_range)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """[V, D], the matrix that turns hidden states into logits (the embedding itself where they are tied)."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.head_weight.device
+
+    def count_parameters(self, trainable: bool = False) -> int:
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head_weight.dtype
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> ModelOutput:
+        """Logits [B, L, V] as the checkpoint's head gives them: not shifted, whatever `config.shift_logits` says.
+
+        Args:
+            input_ids: [B, L] int64.
+            attention_mask: [B, L] bool or int, nonzero where there is a token; see `Padded`.
+        Raises: UserError if the input is longer than the model's positions, or the shapes differ.
+        """
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise UserError(f"attention_mask has shape {list(attention_mask.shape)}, input_ids "
+                            f"{list(input_ids.shape)}; they must be the same")
+        layout = Padded(None if attention_mask is None else attention_mask.bool())
+        return ModelOutput(F.linear(self.hidden_states(input_ids, layout), self.head_weight))
+
+    def hidden_states(self, input_ids: Tensor, layout: Layout | None = None, *,
+                      levels: list[Tensor] | None = None) -> Tensor:
+        """The hidden states after the final norm, [B, L, D]; with queries [B, Q, D], the last layer computes no others.
+
+        Args:
+            input_ids: [B, L] int64.
+            layout: how they lie and which keys a query sees, see layouts.py; None: rows without padding.
+            levels: gets the embeddings, what each layer but the last gives, and the result.
+        Raises: UserError if the input is longer than the model's positions.
+        """
+        layout = Padded() if layout is None else layout
+        if input_ids.ndim != 2:
+            raise UserError(f"the model takes input_ids [B, L], not {list(input_ids.shape)}; add a batch dimension")
+        if (length := layout.length(input_ids)) > self.config.max_position_embeddings:
+            raise UserError(f"the input has {length} positions, the model {self.config.max_position_embeddings}; "
+                            "shorten it")
+        x = self.model.embed_tokens(layout.tokens(input_ids))
+        rotary = self.rotary(layout.number(input_ids), x.dtype)
+        inner, last, run = layout.inner, len(self.model.layers) - 1, operator.call
+        if self.checkpointing and torch.is_grad_enabled():
+            run = partial(checkpoint, use_reentrant=False)
+        for index, layer in enumerate(self.model.layers):
+            if levels is not None:
+                levels.append(x)
+            x = run(layer, x, rotary, layout if index == last else inner, index)
+        x = self.model.norm(layout.result(x, self.config.shift_logits))
+        if levels is not None:
+            levels.append(x)
+        return x
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: str | os.PathLike, dtype: torch.dtype | str | None = None,
+                        device: str | int | torch.device = "cpu", *, torch_dtype: torch.dtype | str | None = None,
+                        mask_token_id: int | None = None, mask_token: str | None = None,
+                        trust_remote_code: bool = False, **unknown) -> Self:
+        """Load a model in evaluation mode: a Hugging Face folder or hub repository of any family in families.py, or a
+        GGUF file of a Llama or Qwen.
+
+        Args:
+            dtype: of the weights, by name too; "auto" is the checkpoint's own, None float32. `torch_dtype` is the same.
+            mask_token_id, mask_token: the mask token, where the folder does not name it or names another.
+            trust_remote_code: let the folder's code make the tokenizer, where one is needed; the model's is never run.
+        Raises: UserError naming the file and the remedy: no such folder or repository, an unknown family, a
+            configuration that is not computed here, missing or unknown parameters, wrong shapes, a truncated or corrupt
+            file; no such device or dtype, or an argument that there is not.
+        """
+        if unknown:
+            raise UserError(f"from_pretrained has no argument {next(iter(unknown))}; it takes dtype, device, "
+                            "mask_token_id, mask_token and trust_remote_code")
+        device, dtype = find_device(device), find_dtype(torch_dtype if dtype is None else dtype)
+        folder = find_model(path_or_hub_id)
+        raw = read_json(folder / "config.json")
+        config = read_config(raw, where=str(folder / "config.json"))
+        state = read_weights(folder)
+        dtype = own_dtype(raw, state) if dtype is None else dtype
+        config = fit_config(config, state, str(folder))
+        with torch.device("meta"):
+            model = cls(config)
+        state = {name: tensor for name, tensor in state.items() if not name.endswith("rotary_emb.inv_freq")}
+        expected = to_published(config, model.state_dict())
+        check_parameters({name: tensor.shape for name, tensor in expected.items()},
+                         {name: tensor.shape for name, tensor in state.items()}, where=str(folder))
+        state = {name: tensor.to(device, torch.float32 if name.endswith("expert_bias") else dtype)
+                 for name, tensor in to_ours(config, state).items()}
+        model.load_state_dict(state, assign=True)
+        if mask_token is not None:
+            mask_token_id = load_tokenizer(folder, mask_token_id, mask_token=mask_token,
+                                           trust_remote_code=trust_remote_code).mask_token_id
+        model.adopt(folder, mask_token_id)
+        return model.requires_grad_(True).eval()
+
+    def adopt(self, folder: Path, mask_token_id: int | None = None) -> None:
+        """Take what a folder says beside configuration and weights: special tokens, generation defaults, its code.
+
+        Args:
+            mask_token_id: the mask token that goes before those which the folder names.
+        """
+        tokens = read_special_tokens(folder, mask_is_given=mask_token_id is not None)
+        self.mask_token_id = tokens.mask
+        if mask_token_id is not None:
+            self.config, self.mask_token_id = replace(self.config, mask_token_id=mask_token_id), mask_token_id
+        self.end_token_ids = [*tokens.ends]
+        if (folder / "generation_config.json").exists():
+            self.generation_defaults = read_json(folder / "generation_config.json")
+        self.code = {file.name: file.read_bytes() for file in folder.glob("*.py")}
+
+    def save_pretrained(self, folder: str | os.PathLike, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write config.json, model.safetensors (5 GB shards) and, if they were loaded, generation_config.json and the
+        code that config.json names.
+
+        Transformers and the original project load the folder. Each file is written beside its place and renamed into
+        it; config.json comes last, so a folder with one is whole.
+
+        Args:
+            state: the weights by their names here, in the place of the model's own; an empty one writes none.
+        Raises: Failure if the disk is full or the folder cannot be written.
+        """
+        from huggingface_hub import split_torch_state_dict_into_shards
+        from safetensors.torch import save
+
+        folder = Path(folder)
+        config = write_config(self.config, str(self.dtype).removeprefix("torch."))
+        code = self.code if own_code(config) else {}
+        if not own_code(config) <= code.keys():
+            del config["auto_map"]  # of a folder that came without its code
+            code = {}
+        state = self.state_dict() if state is None else state
+        state = to_published(self.config, state) if state else {}
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        shards = split_torch_state_dict_into_shards(state, max_shard_size="5GB")
+        for file, names in shards.filename_to_tensors.items():
+            write_atomically(folder / file, save({name: state[name] for name in names}, metadata={"format": "pt"}))
+        if shards.is_sharded:
+            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+            write_atomically(folder / "model.safetensors.index.json", _dump(index))
+        for name, content in code.items():
+            write_atomically(folder / name, content)
+        if (defaults := self.generation_defaults) is not None:
+            if defaults.get("mask_token_id") is not None:
+                defaults = {**defaults, "mask_token_id": self.mask_token_id}
+            write_atomically(folder / "generation_config.json", _dump(defaults))
+        write_atomically(folder / "config.json", _dump(config))
+
+
+def _dump(content: dict) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()

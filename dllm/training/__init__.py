@@ -1,0 +1,1 @@
+"""A training run: batches, the loop, optimizers, processes, checkpoints, what it costs, export."""

@@ -1,0 +1,77 @@
+"""Validation during training: every measurement takes the same held-out rows with the same corruption."""
+
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from dllm.config.schema import Config, TrainGroup
+from dllm.data import TrainingData
+from dllm.diffusion.objectives import BOUNDS
+from dllm.model.transformer import Transformer
+from dllm.training.batches import MicroBatch, make_batches, share_positions
+from dllm.training.distributed import Shared, World
+
+
+class Validation(NamedTuple):
+    loss: list[MicroBatch]  # for the loss of the objective
+    bound: list[MicroBatch]  # for the likelihood bound; the same list if the objective is a bound
+    tokens_per_byte: float  # in the held-out text
+
+
+def draw_validation(data: TrainingData, config: Config, model: Transformer) -> Validation | None:
+    """None if nothing is held out."""
+    if data.held_out is None:
+        return None
+
+    def draw(settings: TrainGroup, by_ratio: bool) -> list[MicroBatch]:
+        return make_batches(data.held_out, 0, range(rows), rows, settings, config.train.seed + 1, model,
+                            by_ratio=by_ratio)
+
+    rows = min(len(data.held_out), max(1, config.train.eval_tokens // config.data.max_seq_len))
+    loss = bound = draw(config.train, config.train.objective in BOUNDS)
+    if config.train.objective not in (*BOUNDS, "ar"):
+        bound = draw(replace(config.train, objective="elbo", path_term=False, mask_at_least_one=False,
+                             corrupt_prompt=False, expand_token_id=None), True)
+    return Validation(loss, bound, data.held_out.num_tokens / max(data.held_out_bytes, 1))
+
+
+@torch.no_grad()
+def validate(shared: Shared, validation: Validation, world: World) -> dict[str, float]:
+    """Measure the held-out rows.
+
+    Returns: validation_loss of the objective; validation_bound, that of "elbo" in nats per token, if the objective is
+        no bound; validation_bits_per_byte of that bound; validation_nll_0_25 and so on, nats per token that was masked
+        with a probability of 0 to 25%.
+    """
+    shared.eval()
+    losses, by_ratio = sum_validation(shared, validation.loss, world)
+    result = {"validation_loss": losses / max(sum(batch.normaliser for batch in validation.loss), 1)}
+    if validation.bound is not validation.loss:
+        losses, by_ratio = sum_validation(shared, validation.bound, world)
+        result["validation_bound"] = losses / max(sum(batch.normaliser for batch in validation.bound), 1)
+    bound = result.get("validation_bound", result["validation_loss"])
+    result["validation_bits_per_byte"] = bound * validation.tokens_per_byte / math.log(2)
+    for quarter, (nll, scored) in enumerate(zip(*by_ratio, strict=True)):
+        if scored:
+            result[f"validation_nll_{25 * quarter}_{25 * quarter + 25}"] = nll / scored
+    shared.train()
+    return result
+
+
+def sum_validation(shared: Shared, batches: list[MicroBatch], world: World) -> tuple[float, list[list[float]]]:
+    """The sum of the losses, and [2, 4] sums of nll and counts by quarter of the masking probability.
+
+    The micro-batches are dealt to the processes. All compute equally many, because with fsdp2 they exchange weights.
+    """
+    groups, group = world.size // world.sequence_size, world.rank // world.sequence_size
+    mine = []
+    for first in range(0, len(batches), groups):
+        batch = batches[min(first + group, len(batches) - 1)]
+        sums = shared(share_positions(batch, world.sequence_rank, world.sequence_size))
+        by_ratio = [0.0] * 8 if sums.by_ratio is None else sums.by_ratio.flatten().tolist()
+        if first + group < len(batches):
+            mine.append([sums.loss.item(), *by_ratio])
+    loss, *by_ratio = map(math.fsum, zip(*(sums for part in world.gather(mine) for sums in part), strict=True))
+    return loss, [by_ratio[:4], by_ratio[4:]]
