@@ -54,16 +54,16 @@ def same(ours, theirs) -> None:
         assert (mine - its).norm() <= 1e-4 * its.norm()
 
 
-# Against eager PyTorch over all positions, at half of them corrupted: an AMD Zen 4 measures 2.3 to 2.5, a Zen 3
-# (without AVX-512) 1.9 to 2.2.
-OVER_ALL = 2.5 if "avx512f" in processor_flags() else 2.1
+# Against eager PyTorch at half of the positions corrupted. Over all of them an AMD Zen 4 measures 2.3 to 2.5 and a
+# Zen 3 (without AVX-512) 1.9 to 2.2; over the corrupted ones the Zen 3 measured 1.13 and more.
+OVER_ALL, OF_CORRUPTED = (2.5, 1.4) if "avx512f" in processor_flags() else (2.1, 1.2)
 
 
 @pytest.mark.parametrize("baseline, share, threads, at_least", [
     pytest.param(eager, 0.15, 1, 5.0, id="eager-15%"), pytest.param(eager, 0.5, 1, OVER_ALL, id="eager"),
     pytest.param(eager, 0.5, 2, OVER_ALL, id="eager-2threads"),
-    pytest.param(eager_of_corrupted, 0.5, 1, 1.4, id="eager_of_corrupted"),
-    pytest.param(eager_of_corrupted, 0.5, 2, 1.4, id="eager_of_corrupted-2threads"),
+    pytest.param(eager_of_corrupted, 0.5, 1, OF_CORRUPTED, id="eager_of_corrupted"),
+    pytest.param(eager_of_corrupted, 0.5, 2, OF_CORRUPTED, id="eager_of_corrupted-2threads"),
     pytest.param(pytorch_of_corrupted, 0.5, 1, 1.0, id="pytorch_of_corrupted")])
 def bench_linear_masked_cross_entropy(paired, baseline, share, threads, at_least):
     if baseline is pytorch_of_corrupted and not hasattr(F, "linear_cross_entropy"):

@@ -1,11 +1,14 @@
-"""python -m benchmarks.gate RESULTS.json: fail where a speed ratio or a counter is not what a benchmark promises.
+"""python -m benchmarks.gate RESULTS.json [--again]: fail where a ratio or a counter is not what a benchmark promises.
 
-A ratio may be 15% below its promise before it fails, because machines are noisy. Counters must be equal. Milliseconds
-are printed, never judged.
+A ratio may be 15% below its promise before it fails, because machines are noisy. --again measures a benchmark that
+fails once more, in a process of its own, and judges by that. Counters must be equal. Milliseconds are printed, never
+judged.
 """
 
 import json
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +53,31 @@ def judge(info: dict) -> list[str]:
     return wrong
 
 
-def main(path: str) -> int:
+def fails(info: dict) -> bool:
+    return "ratio" in info and bool(judge(info))
+
+
+def measure_again(path: Path) -> None:
+    """Measure what fails once more; the new result takes the old one's place, which it keeps as `first_ratio`."""
+    results = json.loads(path.read_text())
+    first = {bench["fullname"]: bench["extra_info"]["ratio"] for bench in results["benchmarks"]
+             if fails(bench["extra_info"])}
+    if not first:
+        return
+    print(f"measuring again: {', '.join(name.removeprefix('benchmarks/') for name in first)}\n", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        again = Path(folder) / "again.json"
+        subprocess.run([sys.executable, "-m", "pytest", "-q", f"--benchmark-json={again}", *first], check=True)
+        measured = {bench["fullname"]: bench for bench in json.loads(again.read_text())["benchmarks"]}
+    for name, bench in measured.items():
+        bench["extra_info"]["first_ratio"] = round(first[name], 3)
+    results["benchmarks"] = [measured.get(bench["fullname"], bench) for bench in results["benchmarks"]]
+    path.write_text(json.dumps(results, indent=4))
+
+
+def main(path: str, again: bool = False) -> int:
+    if again:
+        measure_again(Path(path))
     run = read_run(path)
     print(f"{run.machine}\n{run.command}\n")
     width = max(map(len, run.benchmarks), default=0)
@@ -70,6 +97,6 @@ def main(path: str) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) not in (2, 3) or sys.argv[2:] not in ([], ["--again"]):
         sys.exit(__doc__.splitlines()[0])
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1], again=len(sys.argv) == 3))

@@ -43,6 +43,31 @@ def test_no_result_is_a_failure(tmp_path, capsys):
     assert "holds no paired benchmark" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("second, code", [(3.0, 0), (1.2, 1)])
+def test_what_fails_is_measured_once_more_and_judged_by_that(second, code, tmp_path, capsys, monkeypatch):
+    path = results(tmp_path / "r.json", {"ratio": 5.0, "at_least": 3.0}, {"ratio": 1.0, "at_least": 3.0})
+
+    def run(command, check):
+        assert command[-1] == "benchmarks/bench_1" and check
+        target = Path(command[-2].removeprefix("--benchmark-json="))
+        measured = json.loads(Path(path).read_text())["benchmarks"][1]
+        measured["extra_info"]["ratio"] = second
+        target.write_text(json.dumps({"benchmarks": [measured]}))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert gate.main(path, again=True) == code
+    assert "measuring again: bench_1" in capsys.readouterr().out
+    infos = [bench["extra_info"] for bench in json.loads(Path(path).read_text())["benchmarks"]]
+    assert [info["ratio"] for info in infos] == [5.0, second] and infos[1]["first_ratio"] == 1.0
+    assert "first_ratio" not in infos[0]
+
+
+def test_nothing_is_measured_again_where_every_promise_holds(tmp_path, monkeypatch):
+    path = results(tmp_path / "r.json", {"ratio": 5.0, "at_least": 3.0})
+    monkeypatch.setattr(subprocess, "run", None)
+    assert gate.main(path, again=True) == 0
+
+
 @pytest.mark.alone
 def test_paired_calls_both_in_turns_and_leaves_the_ratio_of_the_minima(tmp_path):
     (tmp_path / "conftest.py").write_text((ROOT / "benchmarks" / "conftest.py").read_text())
