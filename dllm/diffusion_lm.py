@@ -8,6 +8,7 @@ from torch import Tensor
 from dllm.errors import UserError
 from dllm.evaluators.likelihood import Likelihood, bound_likelihood
 from dllm.generation import infilling, sampler
+from dllm.generation.canvas import fit_folder_settings
 from dllm.generation.config import MDMGenerationConfig, published_settings
 from dllm.generation.inputs import read_prompts
 from dllm.generation.sampler import Denoising, GenerationOutput
@@ -19,7 +20,8 @@ class DiffusionLM(Transformer):
 
     Prompts are token ids as tensors, arrays, lists or a tokenizer's output. Settings are a `generation_config`, keyword
     arguments that override it, or both; without a generation_config, the folder's generation_config.json gives what the
-    arguments do not. A TypeError names a setting that there is not.
+    arguments do not, its max_new_tokens cut to what fits after the prompt. A TypeError names a setting that there is
+    not.
     """
 
     def diffusion_generate(self, inputs: Any = None, attention_mask: Any = None,
@@ -58,7 +60,11 @@ def read_call(model: Transformer, inputs: Any, attention_mask: Any, config: Any,
         attention_mask, config = None, attention_mask
     if "input_ids" in settings and inputs is None:
         inputs = settings.pop("input_ids")
-    return inputs, attention_mask, read_settings(model, config, settings)
+    chosen = read_settings(model, config, settings)
+    if model.generation_defaults and not isinstance(config, MDMGenerationConfig):
+        inputs, attention_mask = read_prompts(model, inputs, attention_mask)
+        chosen = fit_folder_settings(model, chosen, {**(config or {}), **settings}, inputs.shape[1])
+    return inputs, attention_mask, chosen
 
 
 def read_settings(model: Transformer, config: Any, settings: Mapping[str, Any]) -> MDMGenerationConfig:

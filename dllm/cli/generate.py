@@ -64,6 +64,7 @@ def length(text: str) -> int | str:
 
 
 def run_sample(args: argparse.Namespace) -> int:
+    from dllm.generation.canvas import fit_folder_settings
     from dllm.generation.infilling import Gap
     from dllm.generation.sampler import generate
     from dllm.model.tokenizer import cut_at_end, decode_after, encode_with_masks, fill_masks
@@ -73,8 +74,9 @@ def run_sample(args: argparse.Namespace) -> int:
     prompt = read_prompt(args)
     config = generation_config(args)
     model, tokenizer = load_model(args)
-    config = folder_defaults(config, args, model, constraint=read_constraint(args, tokenizer, model))
     ids = encode_with_masks(tokenizer, prompt)
+    config = folder_defaults(config, args, model, constraint=read_constraint(args, tokenizer, model))
+    config = fit_folder_settings(model, config, vars(args), len(ids))
     out, seconds, traces = denoise_shown(args, config, model, tokenizer, Gap(ids, ids[:0], config.max_new_tokens),
                                          lambda on_step: generate(model, ids.unsqueeze(0), None, config, on_step))
     rows = out.sequences.cpu()

@@ -1,5 +1,7 @@
 """How a canvas is denoised: which positions form a block, in whole blocks, or with gaps that grow and shrink."""
 
+from collections.abc import Container
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -104,6 +106,35 @@ def block_of_text(model: Transformer, config: MDMGenerationConfig) -> int | None
 def positions_of(model: Transformer, config: MDMGenerationConfig) -> int:
     """Masked positions for `max_new_tokens` tokens: rounded up to whole blocks, where blocks begin with them."""
     return round_up(config.max_new_tokens, block_of_gap(model, config) or 1)
+
+
+def fit_new_tokens(model: Transformer, config: MDMGenerationConfig, given: int,
+                   at_most: int | None = None) -> MDMGenerationConfig:
+    """A `max_new_tokens` that nobody asked for, cut to what the model's positions leave in whole blocks; at least 1.
+
+    given: tokens of the longest prompt. at_most: another limit.
+    """
+    block = block_of_gap(model, config) or 1
+    room = (model.config.max_position_embeddings - given) // block * block
+    return replace(config, max_new_tokens=max(1, min(config.max_new_tokens, room, at_most or room)))
+
+
+def fit_folder_settings(model: Transformer, config: MDMGenerationConfig, asked: Container[str],
+                        given: int) -> MDMGenerationConfig:
+    """Fit what generation_config.json chose, and no argument did, to a prompt: its max_new_tokens and its steps.
+
+    asked: names of the settings that the arguments gave. given: tokens of the longest prompt.
+    """
+    folder = model.generation_defaults or {}
+    chose = {name for name in folder if folder[name] is not None and name not in asked}
+    if "max_new_tokens" in chose:
+        config = fit_new_tokens(model, config, given)
+    if "steps" not in chose:
+        return config
+    if block := block_of_gap(model, config):
+        return replace(config, steps=round_up(config.steps, max(1, config.max_new_tokens // block)))
+    counted = block_of_text(model, config) or config.max_new_tokens  # the first and last block may be touched in part
+    return replace(config, steps=max(config.steps, -(-(config.max_new_tokens - 1) // counted) + 1))
 
 
 class AsGiven:

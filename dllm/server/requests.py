@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from dllm.errors import UserError
-from dllm.generation.canvas import block_of_gap, block_of_text, positions_of, round_up
+from dllm.generation.canvas import block_of_gap, block_of_text, fit_new_tokens, positions_of, round_up
 from dllm.generation.config import DEFAULT_STEPS, MDMGenerationConfig
 from dllm.model.transformer import Transformer
 from dllm.server.guard import RequestError
@@ -189,20 +189,13 @@ async def make_plan(body: Common, prompt: Prompt, texts: Texts, limits: ServerLi
     if config.steps > MAX_STEPS:
         raise RequestError(400, f"diffusion.steps must be at most {MAX_STEPS}", param="diffusion.steps")
     if prompt.max_tokens is None:
-        config = fit_answer(config, prompt, texts.model, limits)
+        taken = max(map(len, prompt.prefixes)) + len(prompt.suffix)
+        config = fit_new_tokens(texts.model, config, taken, limits.max_tokens)
     gap = positions_of(texts.model, config) if length is None else length
     config = fit_gap(config, gap, texts.model, choices)
     check_positions(prompt, min(config.infill_lengths) if gap == "auto" else gap, texts)
     limit = config.max_new_tokens if length in (None, "auto") else gap
     return Plan(body=body, prompt=prompt, config=config, gap=gap, limit=limit, stops=stops)
-
-
-def fit_answer(config: MDMGenerationConfig, prompt: Prompt, model: Transformer,
-               limits: ServerLimits) -> MDMGenerationConfig:
-    """The server's default of max_tokens, for a request that names none, cut to what the limits and positions leave."""
-    room = model.config.max_position_embeddings - max(map(len, prompt.prefixes)) - len(prompt.suffix)
-    block = block_of_gap(model, config) or 1
-    return replace(config, max_new_tokens=max(1, min(config.max_new_tokens, limits.max_tokens, room // block * block)))
 
 
 def fit_gap(config: MDMGenerationConfig, gap: Length, model: Transformer,

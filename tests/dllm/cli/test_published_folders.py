@@ -95,6 +95,15 @@ def test_commands_follow_generation_config_json_where_no_flag_is_given(run, tmp_
         assert tuple(settings[name] for name in ("max_new_tokens", "steps", "alg", "temperature")) == expected
 
 
+def test_sample_cuts_the_folders_new_tokens_to_what_fits(run, tmp_path):
+    folder = publish("dream", tmp_path / "model")
+    change(folder / "generation_config.json", max_new_tokens=4096, steps=3)
+    change(folder / "config.json", max_position_embeddings=32)
+    run("sample", folder, "--prompt", "x", "--output", tmp_path / "record.json")
+    assert json.loads((tmp_path / "record.json").read_text())["settings"]["max_new_tokens"] == 31
+    assert cli.main(["sample", str(folder), "--prompt", "x", "--max-new-tokens", "32"]) == 2
+
+
 def test_warnings_are_one_line_each(run, tmp_path):
     folder = publish("llada", tmp_path / "model")
     change(folder / "config.json", novelty=3)

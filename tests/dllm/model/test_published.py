@@ -414,6 +414,37 @@ def test_a_call_without_settings_has_those_of_the_folder(copy):
         max_new_tokens=2, steps=2)).sequences.shape == (1, 4)
 
 
+@pytest.mark.parametrize("folder_says, asked, new, steps", [
+    (dict(max_new_tokens=4096), {}, "room", None),
+    (dict(max_new_tokens=4096, block_length=4, remasking="low_confidence", steps=7), {}, "room in blocks", "multiple"),
+    (dict(max_new_tokens=4096), dict(max_new_tokens=3), 3, None),
+    (dict(block_length=4, remasking="low_confidence", steps=4), dict(max_new_tokens=12), 12, "multiple"),
+    (dict(block_length=4, steps=2), dict(max_new_tokens=12), 12, "multiple")])
+def test_what_a_folder_chose_is_fitted_to_the_prompt(folder_says, asked, new, steps, copy):
+    folder = copy("dream")
+    change(folder / "generation_config.json", **folder_says)
+    change(folder / "config.json", max_position_embeddings=32)
+    model = DiffusionLM.from_pretrained(folder)
+    out = model.diffusion_generate({"input_ids": [[5, 6, 7]]}, **asked)
+    new = {"room": 29, "room in blocks": 28}.get(new, new)
+    assert out.sequences.shape == (1, 3 + new)
+    if steps == "multiple":
+        assert out.steps % (new // 4) == 0
+
+
+def test_what_an_argument_chose_is_not_fitted(copy):
+    folder = copy("dream")
+    change(folder / "generation_config.json", max_new_tokens=4096)
+    change(folder / "config.json", max_position_embeddings=32)
+    model, prompt = DiffusionLM.from_pretrained(folder), torch.tensor([[5, 6, 7]])
+    with pytest.raises(UserError, match="need 33 positions, the model has 32"):
+        model.diffusion_generate(prompt, max_new_tokens=30)
+    with pytest.raises(UserError, match="need 4099 positions"):
+        model.diffusion_generate(prompt, generation_config=MDMGenerationConfig(max_new_tokens=4096))
+    with pytest.raises(UserError, match="need 33 positions"):  # not one token fits
+        model.diffusion_generate(torch.arange(5, 37))
+
+
 # Saving
 
 
