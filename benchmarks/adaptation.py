@@ -66,6 +66,8 @@ VARIANTS = {  # name -> keys of train, over COMMON; what no key says is in `rend
     "elbo": {"objective": "elbo"},
     "cart": {"objective": "cart"},
     **{f"blocks of {n}": {"objective": "block_diffusion", "block_length": n} for n in (4, 8, 32)},
+    "blocks of 4, lr 5e-5": {"objective": "block_diffusion", "block_length": 4, "lr": 5e-5},
+    "blocks of 4, LoRA of rank 16": {"objective": "block_diffusion", "block_length": 4, "lora_rank": 16, "lr": 1e-3},
     "annealed": {"anneal_attention_ratio": 0.3},
     "lr 5e-5": {"lr": 5e-5},
     "lr 1e-3": {"lr": 1e-3},

@@ -81,30 +81,31 @@ def test_paired_calls_both_in_turns_and_leaves_the_ratio_of_the_minima(tmp_path)
         "    ratio = paired(ours=lambda: call('o', 0.02), baseline=lambda: call('b', 0.08), rounds=4, at_least=3,\n"
         "                   exactly={'calls': (len(calls), 0)}, size=7, check=lambda o, b: {'sum': o + b})\n"
         "    assert ''.join(calls) == 'ob' + 'boobboob' and 2 < ratio < 8\n")
-    info = run_benchmark(tmp_path)
+    [info] = run_benchmarks(tmp_path)
     assert 2 < info["ratio"] < 8 and info["size"] == 7 and info["threads"] == 1 and info["sum"] == 5
     assert gate.main(str(tmp_path / "r.json")) == 0
 
 
-def run_benchmark(tmp_path: Path) -> dict:
-    """The extra_info of the one benchmark in bench_x.py, in a process of its own."""
+def run_benchmarks(tmp_path: Path) -> list[dict]:
+    """The extra_info of each benchmark in bench_x.py, in a process of its own."""
     flags = ["-q", "-c", "/dev/null", "--rootdir", ".", "-o", "python_functions=bench_*", "--benchmark-json=r.json"]
     done = subprocess.run([sys.executable, "-m", "pytest", *flags, "bench_x.py"], cwd=tmp_path, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stdout
-    return json.loads((tmp_path / "r.json").read_text())["benchmarks"][0]["extra_info"]
+    return [bench["extra_info"] for bench in json.loads((tmp_path / "r.json").read_text())["benchmarks"]]
 
 
 @pytest.mark.slow
 def test_rounds_are_as_many_as_fit_in_the_seconds_and_at_least_two(tmp_path):
     (tmp_path / "conftest.py").write_text((ROOT / "benchmarks" / "conftest.py").read_text())
-    for seconds, rounds in (("30", 6), ("0.01", 2), ("None", 6)):
-        (tmp_path / "bench_x.py").write_text(
-            "import time\n"
-            "def bench_x(paired):\n"
-            "    wait = lambda: time.sleep(0.05)\n"
-            f"    paired(ours=wait, baseline=wait, rounds=6, seconds={seconds})\n")
-        assert run_benchmark(tmp_path)["rounds"] == rounds
+    (tmp_path / "bench_x.py").write_text(
+        "import time\n"
+        "import pytest\n"
+        "@pytest.mark.parametrize('seconds', [30, 0.01, None])\n"
+        "def bench_x(paired, seconds):\n"
+        "    wait = lambda: time.sleep(0.05)\n"
+        "    paired(ours=wait, baseline=wait, rounds=6, seconds=seconds)\n")
+    assert [info["rounds"] for info in run_benchmarks(tmp_path)] == [6, 2, 6]
 
 
 AMD, INTEL = {"id": 40 * "a"}, {"id": 40 * "b", "vendor": "GenuineIntel"}

@@ -86,9 +86,11 @@ def test_gaps_of_several_lengths_get_steps_by_their_own_blocks():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("new, block", [(96, 32), (160, 32), (200, 40), (7, 1), (600, 1), (36, 12)])
-@pytest.mark.parametrize("settings", [{"remasking": "low_confidence"}, {"alg": "maskgit_plus"},
-                                      {"blocks_from": "text"}, {"block_causal": True}])
+@pytest.mark.parametrize("new, block, settings", [
+    *((new, block, settings) for new, block in ((96, 32), (160, 32), (200, 40), (7, 1), (36, 12))
+      for settings in ({"remasking": "low_confidence"}, {"alg": "maskgit_plus"}, {"blocks_from": "text"},
+                       {"block_causal": True})),
+    (600, 1, {"remasking": "low_confidence"}), (600, 1, {"alg": "maskgit_plus"})])  # more blocks than the default's 512
 def test_the_default_of_steps_fits_any_blocks(new, block, settings):
     with torch.no_grad():
         model = tiny(max_position_embeddings=1024)

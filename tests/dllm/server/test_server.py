@@ -388,7 +388,7 @@ def soak(url: str, seconds: float, clients: int, expected) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seconds", [4, pytest.param(60, marks=[pytest.mark.slow, pytest.mark.alone])])
+@pytest.mark.parametrize("seconds", [4, pytest.param(60, marks=pytest.mark.exhaustive)])
 def test_many_clients_at_once_get_what_each_would_get_alone(served, model, tokenizer, seconds):
     url, app = served
     known = {}
