@@ -140,7 +140,12 @@ DLLM_BY_WIDTH(multiply_turned, (const Head& head, int64_t M, const float* x_turn
 class Product {
  public:
   Product(const Head& head, const float* x, int64_t M) : head_(head), x_(x), M_(M) {
-    if (head.dtype == ScalarType::BFloat16 && head.D % 2 == 0 && bf16::available() && bf16::exact(x, M * head.D)) {
+    const bool narrow = head.dtype == ScalarType::BFloat16 && bf16::available() && bf16::exact(x, M * head.D);
+    if (narrow && M <= bf16::kFewRows) {
+      form_ = kNarrowDots;
+      packed_.emplace((M * head.D + 1) / 2);
+      bf16::narrow(x, M * head.D, reinterpret_cast<uint16_t*>(packed_->get()));
+    } else if (narrow && head.D % 2 == 0) {
       form_ = kPairs;
       packed_.emplace(round_up(M, bf16::kWidth) * head.D / 2);
       bf16::pack(x, M, head.D, reinterpret_cast<uint32_t*>(packed_->get()));
@@ -155,7 +160,7 @@ class Product {
   struct Workspace {
     explicit Workspace(const Product& product)
         : staged(product.form_ == kTurned ? kWords * product.head_.D : 0),
-          tile(product.form_ == kDots ? 0 : kWords * kBlock) {}
+          tile(product.form_ == kTurned || product.form_ == kPairs ? kWords * kBlock : 0) {}
     Buffer staged, tile;
   };
 
@@ -166,6 +171,8 @@ class Product {
                              out_stride);
     if (form_ == kPairs) {
       multiply_pairs(first, end, work.tile.get(), out, out_stride);
+    } else if (form_ == kNarrowDots) {
+      multiply_narrow(first, end, out, out_stride);
     } else if (head_.dtype == ScalarType::Float) {
       dot::multiply(x_, M_, static_cast<const float*>(head_.weight), head_.stride, head_.D, first, end, out,
                     out_stride);
@@ -179,7 +186,7 @@ class Product {
   }
 
  private:
-  enum Form { kDots, kTurned, kPairs };
+  enum Form { kDots, kTurned, kPairs, kNarrowDots };
 
   void multiply_pairs([[maybe_unused]] int64_t first, [[maybe_unused]] int64_t end, [[maybe_unused]] float* z,
                       [[maybe_unused]] float* out, [[maybe_unused]] int64_t out_stride) const {
@@ -192,6 +199,15 @@ class Product {
       for (int64_t m = 0; m < M_; ++m)
         for (int64_t v = 0; v < words; ++v) out[m * out_stride + v] = z[v * kBlock + m];
     }
+#endif
+  }
+
+  void multiply_narrow([[maybe_unused]] int64_t first, [[maybe_unused]] int64_t end, [[maybe_unused]] float* out,
+                       [[maybe_unused]] int64_t out_stride) const {
+#if DLLM_BF16_PRODUCTS
+    const auto* w = static_cast<const BFloat16*>(head_.weight);
+    bf16::dots(reinterpret_cast<const uint16_t*>(packed_->get()), M_, w + first * head_.stride, head_.stride,
+               end - first, head_.D, out, out_stride);
 #endif
   }
 

@@ -19,6 +19,7 @@
 namespace dllm::bf16 {
 
 constexpr int kWidth = 16, kColumns = 3, kPanel = kColumns * kWidth;
+constexpr int64_t kFewRows = 16;  // up to so many, sums along D are faster than panels, whose lanes would be empty
 
 inline bool available() {
 #if DLLM_BF16_PRODUCTS
@@ -47,6 +48,11 @@ inline void pack(const float* x, int64_t M, int64_t D, uint32_t* panels) {
             m < M ? std::bit_cast<uint32_t>(pair[0]) >> 16 | (std::bit_cast<uint32_t>(pair[1]) & 0xffff0000) : 0;
       }
   }
+}
+
+// x [M, D] in bf16.
+inline void narrow(const float* x, int64_t n, uint16_t* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = std::bit_cast<uint32_t>(x[i]) >> 16;
 }
 
 #if DLLM_BF16_PRODUCTS
@@ -92,6 +98,49 @@ DLLM_FOR_BF16 inline void multiply(const torch::headeronly::BFloat16* w, int64_t
     if (columns == 2) run.template operator()<8, 2>(), run.template operator()<1, 2>();
     if (columns == 1) run.template operator()<8, 1>(), run.template operator()<1, 1>();
   }
+}
+
+constexpr int kAhead = 16;  // words from a tile to those that it prefetches
+
+template <int rows, int words>
+DLLM_FOR_BF16 inline void dots_of_tile(const uint16_t* x, const torch::headeronly::BFloat16* w, int64_t w_stride,
+                                       int64_t D, float* out, int64_t out_stride) {
+  __m512 sums[rows][words] = {};
+  for (int64_t d = 0; d < D; d += 2 * kWidth) {
+    const __mmask32 inside = D - d >= 2 * kWidth ? ~0u : (1u << (D - d)) - 1;
+    __m512bh b[words];
+#pragma GCC unroll 4
+    for (int v = 0; v < words; ++v) {
+      b[v] = (__m512bh)_mm512_maskz_loadu_epi16(inside, w + v * w_stride + d);
+      __builtin_prefetch(w + (v + kAhead) * w_stride + d);
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < rows; ++m) {
+      const auto a = (__m512bh)_mm512_maskz_loadu_epi16(inside, x + m * D + d);
+#pragma GCC unroll 4
+      for (int v = 0; v < words; ++v) sums[m][v] = _mm512_dpbf16_ps(sums[m][v], a, b[v]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < rows; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < words; ++v) out[m * out_stride + v] = _mm512_reduce_add_ps(sums[m][v]);
+}
+
+// out[m * out_stride + v] of `words` words w [words, D] and the rows x [M, D], a few of both at a time.
+DLLM_FOR_BF16 inline void dots(const uint16_t* x, int64_t M, const torch::headeronly::BFloat16* w, int64_t w_stride,
+                               int64_t words, int64_t D, float* out, int64_t out_stride) {
+  constexpr int kRows = 4, kWords = 4;
+  const auto all_rows = [&]<int some>(int64_t v) DLLM_FOR_BF16 {
+    const auto* from = w + v * w_stride;
+    int64_t m = 0;
+    for (; m + kRows <= M; m += kRows)
+      dots_of_tile<kRows, some>(x + m * D, from, w_stride, D, out + m * out_stride + v, out_stride);
+    for (; m < M; ++m) dots_of_tile<1, some>(x + m * D, from, w_stride, D, out + m * out_stride + v, out_stride);
+  };
+  int64_t v = 0;
+  for (; v + kWords <= words; v += kWords) all_rows.template operator()<kWords>(v);
+  for (; v < words; ++v) all_rows.template operator()<1>(v);
 }
 #endif
 

@@ -323,6 +323,19 @@ def test_linear_form_equals_the_logits_form(backend, dtype, weight_dtype, bias):
         assert torch.allclose(scores.confidence, want.confidence.flatten()[positions], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("D", [1, 31, 33, 66])  # no vector divides them
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_number_of_rows_from_hidden_states(dtype, D):
+    """The product's form depends on the number of rows, on D and on the type."""
+    generator = torch.Generator().manual_seed(D)
+    weight = torch.randn(531, D, generator=generator).to(dtype)
+    for rows in (1, 3, 4, 5, 16, 17, 33):
+        hidden = torch.randn(rows, D, generator=generator).to(dtype)
+        exact = (hidden.double() @ weight.double().T).softmax(-1).amax(-1)
+        scores = linear_token_scores(hidden, weight, torch.arange(rows), backend="cpu")
+        assert torch.allclose(scores.confidence.double(), exact, rtol=1e-5), rows
+
+
 def as_bits(allowed):
     """[..., V] bool as int32, by the definition: bit v % 32 of number v // 32."""
     rows = allowed.flatten(0, -2) if allowed.ndim > 1 else allowed[None]
