@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.compiled import SHELVES
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: `make test` runs one process for each core
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(SHELVES / "inductor"))  # of layers compiled by torch.compile
 
 SHARED = Path(__file__).parents[2] / "shared"
 
