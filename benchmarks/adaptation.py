@@ -31,6 +31,7 @@ import torch
 from dllm.config.reading import load_config
 from dllm.data import Document, read_documents, split_documents
 from dllm.data.packing import Packed, RowSource, merge
+from dllm.demo import left_to_right
 from dllm.diffusion import objectives
 from dllm.diffusion.corruption import T_MIN, Corruption
 from dllm.errors import UserError, run_command
@@ -65,7 +66,7 @@ VARIANTS = {  # name -> keys of train, over COMMON; what no key says is in `rend
     INDEPENDENT: {},
     "elbo": {"objective": "elbo"},
     "cart": {"objective": "cart"},
-    **{f"blocks of {n}": {"objective": "block_diffusion", "block_length": n} for n in (4, 8, 32)},
+    **{f"blocks of {n}": {"objective": "block_diffusion", "block_length": n} for n in (2, 4, 8, 32)},
     "blocks of 4, lr 5e-5": {"objective": "block_diffusion", "block_length": 4, "lr": 5e-5},
     "blocks of 4, LoRA of rank 16": {"objective": "block_diffusion", "block_length": 4, "lora_rank": 16, "lr": 1e-3},
     "annealed": {"anneal_attention_ratio": 0.3},
@@ -187,9 +188,10 @@ def measure(checkpoint: Path, documents: Sequence[Document], args: argparse.Name
     bound = perplexity_bound(model, tokenizer, documents, held_out)
     masked = masked_accuracy(model, tokenizer, documents, held_out)
     exact = line_infilling(model, tokenizer, documents, lines)
+    words = line_infilling(model, tokenizer, documents, replace(lines, hide="word"))
     return {"bits_per_byte": bound.bits_per_byte, "bits_per_byte_stderr": bound.bits_per_byte_stderr,
             "accuracy": {f"{result.share:.0%}": result.accuracy for result in masked},
-            "lines": exact.lines, "exact": exact.exact_match,
+            "lines": exact.lines, "exact": exact.exact_match, "words": words.exact_match,
             "exact_automatic": infill_automatically(model, tokenizer, documents, lines) if args.automatic else None,
             "passed": args.tasks and pass_tasks(model, tokenizer, checkpoint.parents[2] / "tasks", args.tasks)}
 
@@ -218,16 +220,20 @@ def infill_automatically(model: Transformer, tokenizer, documents: Sequence[Docu
 
 
 @torch.no_grad()
-def autoregressive_bits_per_byte(path: str, documents: Sequence[Document], args: argparse.Namespace) -> float:
-    """Of the same windows, by the model as it was, from left to right."""
-    model, tokenizer = Transformer.from_pretrained(path), load_tokenizer(path)
-    windows, nats = cut_windows(tokenizer, documents, settings(args)[0]), 0.0
+def measure_autoregressive(path: str, documents: Sequence[Document], args: argparse.Namespace) -> dict:
+    """What the model as it was knows of the same windows, words and lines, from left to right."""
+    model, tokenizer = left_to_right(path, torch.device("cpu")), load_tokenizer(path)
+    held_out, lines = settings(args)
+    exact, words = (line_infilling(model, tokenizer, documents, replace(lines, hide=kind)).exact_match
+                    for kind in ("line", "word"))
+    windows, nats = cut_windows(tokenizer, documents, held_out), 0.0
     for window in windows:
         ids = window.tokens.unsqueeze(0)
         hidden = model.hidden_states(ids, Padded(block_length=1))[0, :-1]
         scored = torch.ones(len(hidden), dtype=torch.bool)
         nats += linear_masked_cross_entropy(hidden, model.head_weight, ids[0, 1:], scored, reduction="sum").item()
-    return nats / math.log(2) / sum(window.bytes for window in windows)
+    bits = nats / math.log(2) / sum(window.bytes for window in windows)
+    return {"bits_per_byte": bits, "words": words, "exact": exact}
 
 
 def tokens_to_reach(curve: Sequence[Sequence[float]], bits: float) -> float | None:
@@ -245,13 +251,15 @@ def show(record: dict) -> str:
         rows.append([name, f"{its['bits_per_byte']:.3f}", *(f"{100 * its['accuracy'][share]:.1f}%"
                                                            for share in ("15%", "50%")),
                      *("" if its[name] is None else f"{100 * its[name]:.1f}%"
-                       for name in ("exact", "exact_automatic", "passed")), f"{its['tokens']:,}",
+                       for name in ("words", "exact", "exact_automatic", "passed")), f"{its['tokens']:,}",
                      f"{its['minutes']:.1f}", f"{its['tokens_per_second']:,}",
                      "" if reached is None else f"{reached:,}"])
-    head = ["variant", "bits per byte", "right at 15%", "at 50%", "lines exact", "at automatic length",
+    head = ["variant", "bits per byte", "right at 15%", "at 50%", "words exact", "lines exact", "at automatic length",
             "HumanEval infilling", "tokens", "minutes", "tokens a second", "tokens to Open-dLLM's bound"]
     table = "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
-    return f"{table}\n\nAutoregressive, before: {record['autoregressive_bits_per_byte']:.3f} bits per byte."
+    before = record["autoregressive"]
+    return (f"{table}\n\nAutoregressive, before: {before['bits_per_byte']:.3f} bits per byte, {before['words']:.1%} of "
+            f"the words and {before['exact']:.1%} of the lines.")
 
 
 def study(args: argparse.Namespace) -> int:
@@ -261,10 +269,10 @@ def study(args: argparse.Namespace) -> int:
     path = args.output_dir / "results.json"
     record = json.loads(path.read_text()) if path.exists() else {"variants": {}}
     _, held_out = split_documents(read_documents(args.data and [args.data], ["text"]), 0.05)
-    if "autoregressive_bits_per_byte" not in record:
+    if "autoregressive" not in record:
         record |= {"command": " ".join(sys.argv), "machine": f"{name_processor()}, {torch.get_num_threads()} threads",
                    "versions": {"python": platform.python_version(), "torch": torch.__version__}, "common": COMMON,
-                   "autoregressive_bits_per_byte": autoregressive_bits_per_byte(args.model, held_out, args)}
+                   "autoregressive": measure_autoregressive(args.model, held_out, args)}
     for name in names:
         if name in record["variants"]:
             continue

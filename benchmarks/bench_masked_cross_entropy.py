@@ -54,8 +54,8 @@ def same(ours, theirs) -> None:
         assert (mine - its).norm() <= 1e-4 * its.norm()
 
 
-# Against eager PyTorch at half of the positions corrupted, over all of them and over these: an AMD Zen 4 measures 2.2 to
-# 2.4 and 1.2 to 1.3, a Zen 3 (without AVX-512) 1.9 to 2.2 and 1.13 or more.
+# Against eager PyTorch at half of the positions corrupted, over all of them and over these: an AMD Zen 4 measures 2.2
+# to 2.4 and 1.2 to 1.3, a Zen 3 (without AVX-512) 1.9 to 2.2 and 1.13 or more.
 OVER_ALL, OF_CORRUPTED = (2.4, 1.3) if "avx512f" in processor_flags() else (2.1, 1.2)
 
 

@@ -89,5 +89,5 @@ def test_a_study_measures_goes_on_and_is_shown(model_folder, tmp_path):
     record = json.loads((tmp_path / "results.json").read_text())
     assert record["variants"]["mdm"] == first and first["tokens"] > 0 and len(record["variants"]) == 5
     assert all(f"| {name} | " in table for name in others)
-    assert 0 < record["autoregressive_bits_per_byte"] < 20 and 0 < first["bits_per_byte"] < 20
+    assert 0 < record["autoregressive"]["bits_per_byte"] < 20 and 0 < first["bits_per_byte"] < 20
     assert "| mdm | " in table
