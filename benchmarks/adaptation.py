@@ -60,7 +60,6 @@ COMMON = {"micro_batch_size": ROWS, "global_batch_size": ROWS, "lr": 2e-4, "lr_d
 OPEN_DLLM = "Open-dLLM as shipped"
 OWN_TOKEN, COMPLEMENTS, INDEPENDENT = "own token", "complementary masks", "independent times"
 LOWER = ",".join(["embed_tokens", *(f"layers.{i}." for i in range(15))])  # half of SmolLM2-135M
-TWO_ROWS = {"micro_batch_size": 2, "global_batch_size": 2}
 VARIANTS = {  # name -> keys of train, over COMMON; what no key says is in `rendition` and `prepare`
     "mdm": {},
     OWN_TOKEN: {},
@@ -71,11 +70,9 @@ VARIANTS = {  # name -> keys of train, over COMMON; what no key says is in `rend
     **{f"blocks of {n}": {"objective": "block_diffusion", "block_length": n} for n in (2, 4, 8, 32)},
     "blocks of 4, lr 5e-5": {"objective": "block_diffusion", "block_length": 4, "lr": 5e-5},
     "blocks of 4, LoRA of rank 16": {"objective": "block_diffusion", "block_length": 4, "lora_rank": 16, "lr": 1e-3},
-    "blocks of 4, 2 rows a step": {"objective": "block_diffusion", "block_length": 4, **TWO_ROWS},
+    "blocks of 4, 2 rows a step": {"objective": "block_diffusion", "block_length": 4, "micro_batch_size": 2,
+                                   "global_batch_size": 2},
     "blocks of 4, upper layers": {"objective": "block_diffusion", "block_length": 4, "freeze_layers": LOWER},
-    "blocks of 4, upper layers, 2 rows a step": {"objective": "block_diffusion", "block_length": 4,
-                                                 "freeze_layers": LOWER, **TWO_ROWS},
-    "2 rows a step": TWO_ROWS,
     "annealed": {"anneal_attention_ratio": 0.3},
     "lr 5e-5": {"lr": 5e-5},
     "lr 1e-3": {"lr": 1e-3},
