@@ -59,6 +59,7 @@ COMMON = {"micro_batch_size": ROWS, "global_batch_size": ROWS, "lr": 2e-4, "lr_d
           "use_tensorboard": False}
 OPEN_DLLM = "Open-dLLM as shipped"
 OWN_TOKEN, COMPLEMENTS, INDEPENDENT = "own token", "complementary masks", "independent times"
+EQUAL = "blocks of 4, equal weights"
 LOWER = ",".join(["embed_tokens", *(f"layers.{i}." for i in range(15))])  # half of SmolLM2-135M
 VARIANTS = {  # name -> keys of train, over COMMON; what no key says is in `rendition` and `prepare`
     "mdm": {},
@@ -73,6 +74,7 @@ VARIANTS = {  # name -> keys of train, over COMMON; what no key says is in `rend
     "blocks of 4, 2 rows a step": {"objective": "block_diffusion", "block_length": 4, "micro_batch_size": 2,
                                    "global_batch_size": 2},
     "blocks of 4, upper layers": {"objective": "block_diffusion", "block_length": 4, "freeze_layers": LOWER},
+    EQUAL: {"objective": "block_diffusion", "block_length": 4},
     "annealed": {"anneal_attention_ratio": 0.3},
     "lr 5e-5": {"lr": 5e-5},
     "lr 1e-3": {"lr": 1e-3},
@@ -139,6 +141,12 @@ def independent_times(packed: Packed, ends: torch.Tensor, first_slot: int, of: i
     return torch.rand(len(ends) - 1, generator=generator).clamp(T_MIN, 1 - T_MIN)
 
 
+def equal_weights(*args, **keywords) -> objectives.Targets:
+    """Every masked token alike, instead of 1 / t."""
+    targets = objectives.choose_targets(*args, **keywords)
+    return targets._replace(weights=None, normaliser=targets.scored.sum())
+
+
 @contextmanager
 def rendition(name: str) -> Iterator[None]:
     """Train as a variant does where no key of the trainer says so."""
@@ -151,6 +159,7 @@ def rendition(name: str) -> Iterator[None]:
 
     own = batches.corrupt_rows
     patches = {OPEN_DLLM: [(batches, "sum_losses", shipped_losses), (trainer, "make_batches", make(Discarding))],
+               EQUAL: [(batches, "choose_targets", equal_weights)],
                COMPLEMENTS: [(batches, "corrupt_rows", corrupt), (trainer, "make_batches", make(Twice))],
                INDEPENDENT: [(batches, "spread_times", independent_times)]}
     with ExitStack() as stack:
