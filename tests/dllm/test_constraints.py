@@ -7,6 +7,7 @@ import random
 import re
 import unicodedata
 
+import numpy as np
 import pytest
 import torch
 
@@ -110,6 +111,8 @@ def test_a_set_of_tokens_holds_for_every_method(tokenizer):
         config = MDMGenerationConfig(steps=6, seed=0, constraint=AllowedTokens(words, len(tokenizer)), **settings)
         out = denoise(model, masked(tokenizer, 2, 9), config).sequences[:, 2:]
         assert {*out.flatten().tolist()} <= {*words}
+    for kind in (torch.tensor, np.array, set, dict.fromkeys):  # as callers have them
+        assert torch.equal(AllowedTokens(kind(words), len(tokenizer)).bits, config.constraint.bits)
 
 
 def test_tokens_are_spelt_as_they_decode(tokenizer):
@@ -144,8 +147,13 @@ def test_tokens_of_a_tokenizer_with_byte_fallback_are_spelt_as_they_decode():
     (lambda t: Regex("(" * 5000 + ")" * 5000, t, 300), "cannot be used: it is nested too deeply"),
     (lambda t: json_schema("{", t, 300), "the JSON schema cannot be used: Expecting property name"),
     (lambda t: json_schema({"type": "colour"}, t, 300), "the JSON schema cannot be used: type is one of object, array"),
-    (lambda t: AllowedTokens([], 300), r"must be one or more numbers in \[0, 300\), not \[\]"),
-    (lambda t: AllowedTokens([300], 300), r"in \[0, 300\), not \[300\]"),
+    (lambda t: json_schema({"enum": {1, 2}}, t, 300), "must be JSON, or a dict of it"),
+    (lambda t: json_schema(dict, t, 300), "must be JSON, or a dict of it"),
+    (lambda t: Regex(re.compile("a"), t, 300), "a regular expression is text, not Pattern"),
+    (lambda t: AllowedTokens([0.5], 300), r"must be one or more numbers in \[0, 300\), not '\[0.5\]'"),
+    (lambda t: AllowedTokens(5, 300), r"in \[0, 300\), not '5'"),
+    (lambda t: AllowedTokens([], 300), r"must be one or more numbers in \[0, 300\), not '\[\]'"),
+    (lambda t: AllowedTokens([300], 300), r"in \[0, 300\), not '\[300\]'"),
 ])
 def test_constraints_that_cannot_be_are_refused(tokenizer, make, message):
     with pytest.raises(UserError, match=message):
