@@ -28,6 +28,7 @@ __all__ = ["AllowedTokens", "Constraint", "Regex", "json_schema", "token_bytes"]
 class Constraint(Protocol):
     """What the positions to fill may take."""
 
+    vocab_size: int  # of the model
     final: bool  # whether tokens fit only together, so that a step may commit fewer than were chosen
 
     def fits(self, length: int) -> bool:
@@ -52,6 +53,7 @@ class AllowedTokens:
     final = False
 
     def __init__(self, token_ids: Iterable[int], vocab_size: int):
+        self.vocab_size = vocab_size
         try:
             ids = [index(token) for token in token_ids]
         except TypeError:  # no whole numbers, or not several
@@ -96,7 +98,7 @@ class Regex:
 
     def __init__(self, pattern: str, tokenizer, vocab_size: int, *, ends: Sequence[int] = (),
                  pause: Pause | None = None, schema: str | None = None):
-        self.tree, self.pattern = parse(pattern), pattern
+        self.tree, self.pattern, self.vocab_size = parse(pattern), pattern, vocab_size
         self.kind, self.shown = "regular expression", shorten(pattern)
         if schema is not None:
             self.kind, self.shown = "JSON schema", shorten(schema)

@@ -285,3 +285,14 @@ def test_a_tokenizer_that_does_not_say_what_its_tokens_add_is_refused():
     words.decoder = decoders.WordPiece()
     with pytest.raises(UserError, match="need a tokenizer that is byte-level or marks spaces .* decodes by WordPiece"):
         token_bytes(PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"block_causal": True, "block_length": 4}])
+def test_a_text_in_pieces_is_refused_instead_of_matching_across_them(tokenizer, settings):
+    model, mask = random_model(tokenizer), tokenizer.mask_token_id
+    config = MDMGenerationConfig(steps=6, seed=0, constraint=Regex("yes|no", tokenizer, len(tokenizer)), **settings)
+    with pytest.raises(UserError, match="a text in one piece; take the masks out of the prompt"):
+        denoise(model, torch.tensor([[7, mask, 8, mask, mask, mask]]), config)
+    padded = torch.tensor([[7, 9, 8, mask, 0, mask, mask]])  # padding within is no gap
+    rows = denoise(model, padded, config, padded != 0).sequences
+    assert tokenizer.decode(rows[0, [3, 5, 6]], skip_special_tokens=True) in ("yes", "no")
