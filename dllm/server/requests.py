@@ -18,10 +18,18 @@ from dllm.server.guard import RequestError
 from dllm.server.limits import ServerLimits
 from dllm.server.texts import ANY_JSON, Texts
 
+# Fields of OpenAI's and of other servers that ask for what we lack, or say in another place what we have.
+LACKING = ("frequency_penalty", "presence_penalty", "logit_bias", "functions", "top_logprobs", "prompt_logprobs",
+           "min_p", "min_tokens", "ignore_eos", "stop_token_ids", "bad_words", "allowed_token_ids",
+           "logits_processors", "use_beam_search")
+ELSEWHERE = {"top_k": "diffusion.top_k", **dict.fromkeys(
+    ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "json_schema", "regex",
+     "grammar"), "response_format")}
 
-class Common(BaseModel):
-    """Fields that all requests share. OpenAI's fields that ask for nothing we lack are accepted and ignored; null is as
-    good as left out."""
+
+class Common(BaseModel, extra="allow"):
+    """Fields that all requests share. Others that ask for nothing we lack are accepted and ignored; null is as good as
+    left out."""
 
     @model_validator(mode="before")
     @classmethod
@@ -46,9 +54,10 @@ class Common(BaseModel):
     logit_bias: dict[str, float] | None = None
 
 
-class Message(BaseModel):
+class Message(BaseModel, extra="allow"):
     role: Annotated[str, Field(max_length=32)]
     content: str | list[dict[str, Any]] | None = None
+    tool_calls: list[dict[str, Any]] | None = None
 
     @property
     def text(self) -> str:
@@ -58,6 +67,24 @@ class Message(BaseModel):
                 raise RequestError(400, "messages hold text alone here", param="messages")
             return "".join(parts)
         return self.content or ""
+
+    def for_template(self) -> dict[str, Any]:
+        """The message with all its fields, as chat templates read them: arguments of tools as objects."""
+        given = {**self.model_extra, "role": self.role, "content": self.text,
+                 "tool_calls": [read_arguments(call) for call in self.tool_calls or ()]}
+        return {name: value for name, value in given.items() if value not in (None, [])}
+
+
+def read_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """A call of a tool, whose arguments OpenAI writes as the text of a JSON object."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except ValueError:
+        raise RequestError(400, "the arguments of a tool call are no JSON", param="messages") from None
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 class ChatRequest(Common):
@@ -132,7 +159,7 @@ def read_chat(body: ChatRequest, texts: Texts) -> Prompt:
     if body.tools or body.logprobs:
         raise RequestError(400, "tools and logprobs are not supported; response_format is",
                            param="tools" if body.tools else "logprobs")
-    prefix = texts.render([{"role": message.role, "content": message.text} for message in body.messages])
+    prefix = texts.render([message.for_template() for message in body.messages])
     return Prompt(prefixes=[prefix], suffix=prefix[:0], max_tokens=body.max_completion_tokens or body.max_tokens)
 
 
@@ -191,7 +218,9 @@ async def make_plan(body: Common, prompt: Prompt, texts: Texts, limits: ServerLi
     if prompt.max_tokens is None:
         taken = max(map(len, prompt.prefixes)) + len(prompt.suffix)
         config = fit_new_tokens(texts.model, config, taken, limits.max_tokens)
-    gap = positions_of(texts.model, config) if length is None else length
+    gap = length
+    if length is None:  # whole blocks are cut to max_tokens, but not a text that must match
+        gap = positions_of(texts.model, config) if pattern is None else config.max_new_tokens
     config = fit_gap(config, gap, texts.model, choices)
     check_positions(prompt, min(config.infill_lengths) if gap == "auto" else gap, texts)
     limit = config.max_new_tokens if length in (None, "auto") else gap
@@ -227,11 +256,14 @@ def fit_gap(config: MDMGenerationConfig, gap: Length, model: Transformer,
 
 
 def refuse_unsupported(body: Common) -> None:
-    asked = [name for name in ("frequency_penalty", "presence_penalty", "logit_bias") if getattr(body, name)]
+    asked = [name for name in LACKING if getattr(body, name, None)]
     if body.repetition_penalty not in (None, 1):
         asked.append("repetition_penalty")
     if asked:
         raise RequestError(400, f"{asked[0]} is not supported; leave it out", param=asked[0])
+    for name, place in ELSEWHERE.items():
+        if (value := getattr(body, name, None)) and value != -1:  # a top_k of -1 is all
+            raise RequestError(400, f"{name} is not read here; say it by {place}", param=name)
 
 
 def check_length(length: Any, prompt: Prompt, limits: ServerLimits) -> Length | None:
