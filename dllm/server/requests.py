@@ -24,7 +24,8 @@ LACKING = ("frequency_penalty", "presence_penalty", "logit_bias", "functions", "
            "logits_processors", "use_beam_search")
 ELSEWHERE = {"top_k": "diffusion.top_k", **dict.fromkeys(
     ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "json_schema", "regex",
-     "grammar"), "response_format")}
+     "grammar"), "response_format"), "messages": "prompt, or ask /v1/chat/completions",
+    **dict.fromkeys(("prompt", "suffix"), "messages, or ask /v1/completions")}
 
 
 class Common(BaseModel, extra="allow"):
@@ -38,6 +39,7 @@ class Common(BaseModel, extra="allow"):
 
     model: str = ""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None  # the newer name; it goes first
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     stop: str | list[str] | None = None
@@ -52,6 +54,10 @@ class Common(BaseModel, extra="allow"):
     presence_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
+
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
 
 
 class Message(BaseModel, extra="allow"):
@@ -89,7 +95,6 @@ def read_arguments(call: dict[str, Any]) -> dict[str, Any]:
 
 class ChatRequest(Common):
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     tools: list[Any] | None = None
     logprobs: bool | None = None
 
@@ -152,7 +157,7 @@ def read_completion(body: CompletionRequest, texts: Texts) -> Prompt:
     if body.echo:
         echo = [text if isinstance(text, str) else texts.decode(suffix[:0], text) for text in prompts]
     return Prompt(prefixes=prefixes, suffix=suffix, fills=bool(body.suffix), length="auto" if body.suffix else None,
-                  max_tokens=body.max_tokens, echo=echo)
+                  max_tokens=body.most_tokens, echo=echo)
 
 
 def read_chat(body: ChatRequest, texts: Texts) -> Prompt:
@@ -160,15 +165,15 @@ def read_chat(body: ChatRequest, texts: Texts) -> Prompt:
         raise RequestError(400, "tools and logprobs are not supported; response_format is",
                            param="tools" if body.tools else "logprobs")
     prefix = texts.render([message.for_template() for message in body.messages])
-    return Prompt(prefixes=[prefix], suffix=prefix[:0], max_tokens=body.max_completion_tokens or body.max_tokens)
+    return Prompt(prefixes=[prefix], suffix=prefix[:0], max_tokens=body.most_tokens)
 
 
 def read_edit(body: EditRequest, texts: Texts) -> Prompt:
     before, old, after = split_edit(body.messages[0].text)
     prefix, suffix, length = texts.encode(before), texts.encode(after), max(len(texts.encode(old)), 1)
-    if body.max_tokens is not None:
-        length = min(length, body.max_tokens)
-    return Prompt(prefixes=[prefix], suffix=suffix, fills=True, length=length, max_tokens=body.max_tokens)
+    if body.most_tokens is not None:
+        length = min(length, body.most_tokens)
+    return Prompt(prefixes=[prefix], suffix=suffix, fills=True, length=length, max_tokens=body.most_tokens)
 
 
 def split_edit(text: str) -> tuple[str, str, str]:
@@ -262,7 +267,7 @@ def refuse_unsupported(body: Common) -> None:
     if asked:
         raise RequestError(400, f"{asked[0]} is not supported; leave it out", param=asked[0])
     for name, place in ELSEWHERE.items():
-        if (value := getattr(body, name, None)) and value != -1:  # a top_k of -1 is all
+        if (value := body.model_extra.get(name)) and value != -1:  # a top_k of -1 is all
             raise RequestError(400, f"{name} is not read here; say it by {place}", param=name)
 
 
@@ -299,10 +304,13 @@ def check_positions(prompt: Prompt, gap: int, texts: Texts) -> None:
 
 def read_pattern(wanted: dict[str, Any] | None) -> tuple[str, str] | None:
     """The pattern that `response_format` demands: "schema" or "regex", and its text."""
-    kind = (wanted or {}).get("type", "text")
+    kind = "text" if wanted is None else wanted.get("type")
     if kind == "text":
         return None
     if kind == "json_object":
+        if wanted.get("schema") is not None:  # as some servers have it
+            raise UserError("response_format of type json_object takes no schema; give it as json_schema.schema, with "
+                            "the type json_schema")
         return "schema", json.dumps(ANY_JSON)
     if kind == "json_schema":
         schema = wanted.get("json_schema")

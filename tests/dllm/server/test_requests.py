@@ -104,6 +104,27 @@ def test_a_field_that_asks_for_what_there_is_not_is_named(http, field, value, me
         assert status == 400 and message in answer["error"]["message"] and answer["error"]["param"] == field
 
 
+@pytest.mark.parametrize("path, body, message", [
+    ("completions", CHAT, "messages is not read here; say it by prompt, or ask /v1/chat/completions"),
+    ("chat/completions", {**CHAT, "prompt": "x"}, "prompt is not read here; say it by messages"),
+    ("completions", {"prompt": "x", "response_format": {"regex": "a"}}, "response_format.type is text, json_object"),
+    ("completions", {"prompt": "x", "response_format": {}}, "response_format.type is text, json_object"),
+    ("completions", {"prompt": "x", "response_format": {"type": "json_object", "schema": {"type": "object"}}},
+     "json_object takes no schema")])
+def test_what_is_said_in_the_wrong_place_is_told_the_right_one(http, path, body, message):
+    status, answer = ask(http, body, path)
+    assert status == 400 and message in answer["error"]["message"]
+
+
+def test_both_names_of_the_tokens_at_most_hold_everywhere(http):
+    edit = {"messages": [{"role": "user", "content": "<|code_to_edit|>abcdefgh<|/code_to_edit|>"}]}
+    for path, body in (("completions", {"prompt": "x"}), ("fim/completions", {"prompt": "x", "suffix": "y"}),
+                       ("chat/completions", CHAT), ("edit/completions", edit)):
+        for more in ({"max_tokens": 2}, {"max_completion_tokens": 2}, {"max_completion_tokens": 2, "max_tokens": 4}):
+            status, answer = ask(http, {**body, **more}, path)
+            assert status == 200 and answer["usage"]["completion_tokens"] <= 2
+
+
 def test_fields_that_ask_for_nothing_are_ignored(http):
     nothing = {"user": "u", "store": True, "metadata": {"a": "b"}, "tool_choice": "none", "top_k": -1, "min_p": 0,
                "guided_json": None, "ignore_eos": False, "parallel_tool_calls": True}
