@@ -12,7 +12,7 @@ from dllm.generation.canvas import fit_folder_settings
 from dllm.generation.config import MDMGenerationConfig, published_settings
 from dllm.generation.inputs import read_prompts
 from dllm.generation.sampler import Denoising, GenerationOutput
-from dllm.model.transformer import Transformer
+from dllm.model.transformer import ModelOutput, Transformer
 
 
 class DiffusionLM(Transformer):
@@ -23,6 +23,10 @@ class DiffusionLM(Transformer):
     arguments do not, its max_new_tokens cut to what fits after the prompt. A TypeError names a setting that there is
     not.
     """
+
+    def forward(self, input_ids: Any, attention_mask: Any = None) -> ModelOutput:
+        """Logits [B, L, V] of token ids in any form of a prompt; see `Transformer.forward`."""
+        return super().forward(*read_prompts(self, input_ids, attention_mask, name="input_ids"))
 
     def diffusion_generate(self, inputs: Any = None, attention_mask: Any = None,
                            generation_config: MDMGenerationConfig | None = None, **settings) -> GenerationOutput:

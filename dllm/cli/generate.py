@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from dllm.cli.flags import Parser, add_model, load_model, path, read_text, utf8, whole
 from dllm.config.fields import add_fields, given
 from dllm.errors import UserError
-from dllm.files import check_outputs, write_atomically, write_json
+from dllm.files import check_outputs, decode_text, write_atomically, write_json
 from dllm.generation.config import MDMGenerationConfig, published_settings
 
 
@@ -138,8 +138,8 @@ def read_prompt(args: argparse.Namespace) -> str:
     if args.prompt_file is not None:
         return read_text(args.prompt_file)
     try:
-        return "" if sys.stdin.isatty() else utf8(sys.stdin.read())
-    except (UnicodeDecodeError, argparse.ArgumentTypeError):
+        return "" if sys.stdin.isatty() else decode_text(sys.stdin.buffer.read())
+    except UnicodeDecodeError:
         raise UserError("the prompt on standard input is not UTF-8 text; convert it") from None
 
 

@@ -8,8 +8,8 @@ the same step were allowed each for itself: taken from the surest on, one that l
 it is not committed.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from operator import index
 from typing import Protocol
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dllm.constraints.matching import Matcher
 from dllm.constraints.regular import Pause, compile_automaton, parse, shorten
-from dllm.constraints.schemas import schema_pattern
+from dllm.constraints.schemas import schema_pattern, schema_text
 from dllm.constraints.spelling import Spelling, functions_of, token_bytes
 from dllm.errors import UserError
 from dllm_kernels import pack_allowed
@@ -28,6 +28,7 @@ __all__ = ["AllowedTokens", "Constraint", "Regex", "json_schema", "token_bytes"]
 class Constraint(Protocol):
     """What the positions to fill may take."""
 
+    vocab_size: int  # of the model
     final: bool  # whether tokens fit only together, so that a step may commit fewer than were chosen
 
     def fits(self, length: int) -> bool:
@@ -51,12 +52,17 @@ class AllowedTokens:
 
     final = False
 
-    def __init__(self, token_ids: Sequence[int], vocab_size: int):
-        if not token_ids or min(token_ids) < 0 or max(token_ids) >= vocab_size:
+    def __init__(self, token_ids: Iterable[int], vocab_size: int):
+        self.vocab_size = vocab_size
+        try:
+            ids = [index(token) for token in token_ids]
+        except TypeError:  # no whole numbers, or not several
+            ids = []
+        if not ids or min(ids) < 0 or max(ids) >= vocab_size:
             raise UserError(f"the allowed tokens must be one or more numbers in [0, {vocab_size}), not "
-                            f"{list(token_ids)[:8]}")
+                            f"{shorten(str(ids or token_ids))}")
         words = torch.zeros(vocab_size, dtype=torch.bool)
-        words[list(token_ids)] = True
+        words[ids] = True
         self.bits = pack_allowed(words)
 
     def fits(self, length: int) -> bool:
@@ -92,13 +98,13 @@ class Regex:
 
     def __init__(self, pattern: str, tokenizer, vocab_size: int, *, ends: Sequence[int] = (),
                  pause: Pause | None = None, schema: str | None = None):
-        self.pattern = pattern
+        self.tree, self.pattern, self.vocab_size = parse(pattern), pattern, vocab_size
         self.kind, self.shown = "regular expression", shorten(pattern)
         if schema is not None:
             self.kind, self.shown = "JSON schema", shorten(schema)
         own = tokenizer.eos_token_id
         self.ends = sorted({end for end in (*ends, own) if end is not None and end < vocab_size})
-        self.tree, self.spelling = parse(pattern), Spelling.of(tokenizer, vocab_size)
+        self.spelling = Spelling.of(tokenizer, vocab_size)
         self.pause = pause or (lambda: None)
         self.matcher: Matcher | None = None
         self.mask_token_id: int | None = None  # that the matcher knows
@@ -179,5 +185,5 @@ def json_schema(schema: dict | str, tokenizer, vocab_size: int, *, ends: Sequenc
     Args: see `Regex`.
     Raises: UserError as `Regex`, or if the schema is no JSON or asks for what is not supported, by name.
     """
-    text = schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False)
+    text = schema_text(schema)
     return Regex(schema_pattern(text), tokenizer, vocab_size, ends=ends, pause=pause, schema=text)

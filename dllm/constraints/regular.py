@@ -44,6 +44,8 @@ def parse(pattern: str, flags: int = 0) -> Node:
     flags: 0 or SCHEMA.
     Raises: UserError if it is wrong, or has what no automaton can hold.
     """
+    if not isinstance(pattern, str):
+        raise UserError(f"a regular expression is text, not {type(pattern).__name__}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", FutureWarning)

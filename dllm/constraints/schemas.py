@@ -17,6 +17,7 @@ MAX_PATTERN = 300_000  # characters
 NOTES = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$schema", "$id",
          "$anchor", "$comment", "$defs", "definitions", "discriminator"}  # they say nothing about what is accepted
 BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
+LARGEST_INTEGER = 10**15 - 1  # where the schema gives no bound: a double holds it exactly
 LARGEST = 10**9 - 1  # of bounded numbers: a double has more digits than they and six decimals
 KEYWORDS = {"object": {"properties", "required", "additionalProperties"},
             "array": {"items", "prefixItems", "minItems", "maxItems"},
@@ -32,6 +33,7 @@ NUMBER = r"-?(?:0|[1-9][0-9]{0,14})(?:\.[0-9]{1,15})?(?:[eE][+-]?[0-9]{1,2})?"
 DATE = (r"[1-9][0-9]{3}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
         r"|02-(?:0[1-9]|1[0-9]|2[0-8]))")
 TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,6})?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
+NOTHING = r"[^\x00-\U0010ffff]"  # matches no text
 BYTE = "(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 FORMATS = {"date": DATE, "time": TIME, "date-time": f"{DATE}T{TIME}",
            "uuid": "[0-9a-f]{8}-[0-9a-f]{4}-[1-5][0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}",
@@ -47,11 +49,20 @@ def schema_pattern(schema: dict | str) -> str:
     try:
         schema = json.loads(schema) if isinstance(schema, str) else schema
         return _Reader(schema).value(schema)
-    except (UserError, json.JSONDecodeError) as error:
+    except ValueError as error:  # a UserError, or what json cannot read
         reason = first_line(error)
     except RecursionError:
         reason = "it is nested too deeply"
     raise UserError(f"the JSON schema cannot be used: {reason}")
+
+
+def schema_text(schema: Any) -> str:
+    """A schema as JSON, which is given as such or as what json.loads made of it."""
+    try:
+        return schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError("the JSON schema cannot be used: it must be JSON, or a dict of it "
+                        f"({first_line(error)})") from None
 
 
 class _Reader:
@@ -143,7 +154,7 @@ class _Reader:
         values = [value for value in values if types is None or any(_is(value, kind) for kind in types)]
         if not values:
             raise UserError("no value of enum or const has the type of the schema")
-        return either(re.escape(json.dumps(value, ensure_ascii=False)) for value in values)
+        return either(re.escape(json.dumps(value, ensure_ascii=False, allow_nan=False)) for value in values)
 
     def _typed(self, said: dict, depth: int) -> str:
         types = _types(said)
@@ -157,8 +168,9 @@ class _Reader:
 
     def _object(self, said: dict, depth: int) -> str:
         properties, required = said.get("properties", {}), said.get("required", [])
-        if not isinstance(properties, dict) or not isinstance(required, list):
-            raise UserError("properties takes an object, and required a list")
+        if not isinstance(properties, dict) or not isinstance(required, list) or not all(
+                isinstance(name, str) for name in required):
+            raise UserError("properties takes an object, and required a list of names")
         more = said.get("additionalProperties", True)
         if not properties and not required:
             if more is False:
@@ -246,49 +258,61 @@ def _string(said: dict, depth: int) -> str:
         if name == "pattern":
             if not isinstance(said[name], str):
                 raise UserError("pattern takes a regular expression")
-            return f'"{_quoted(parse(said[name], SCHEMA))}"'
+            return f'"{_quoted(parse(said[name], SCHEMA), first=True, last=True)}"'
         if said[name] not in FORMATS:
             raise UserError(f"the format {_short(said[name])} is not supported; there are {', '.join(FORMATS)}")
         return f'"{FORMATS[said[name]]}"'
     return f'"{CHARACTER}{{{least},{"" if most is None else most}}}"'
 
 
-def _quoted(node: Node) -> str:
-    """A pattern of texts as a pattern of these texts in JSON."""
+def _quoted(node: Node, first: bool, last: bool) -> str:
+    """A pattern of texts as a pattern of these texts in JSON, which match as a whole.
+
+    first, last: whether nothing of the text comes before or after the node; else its anchors never hold.
+    """
     kind, value = node[0], node[1] if len(node) > 1 else None
     if kind == "cat":
-        return "".join(map(_quoted, value))
+        inner = [place for place, part in enumerate(value) if part[0] not in ("begin", "end")]
+        low, high = (inner[0], inner[-1]) if inner else (len(value), -1)
+        return "".join(_quoted(part, first and place <= low, last and place >= high)
+                       for place, part in enumerate(value))
     if kind == "alt":
-        return f"(?:{'|'.join(map(_quoted, value))})"
+        return f"(?:{'|'.join(_quoted(part, first, last) for part in value)})"
     if kind == "repeat":
-        return f"(?:{_quoted(value)}){{{node[2]},{'' if node[3] is None else node[3]}}}"
-    if kind != "set":  # anchors: the text is matched as a whole
-        return {"begin": r"", "end": r""}[kind]
+        once = node[3] == 1
+        return f"(?:{_quoted(value, first and once, last and once)}){{{node[2]},{'' if node[3] is None else node[3]}}}"
+    if kind != "set":
+        return "" if (first if kind == "begin" else last) else NOTHING
     outside = complement(value)
     plain = complement(union([*outside, *complement(PLAIN)]))
     forms = ["[" + "".join(rf"\U{low:08x}-\U{high:08x}" for low, high in plain) + "]"] if plain else []
     forms += [re.escape(f"\\{escape}") for character, escape in ESCAPES.items() if character != "/"
               and any(low <= ord(character) <= high for low, high in value)]
-    return either(forms) if forms else "[^\\x00-\\U0010ffff]"
+    return either(forms) if forms else NOTHING
 
 
 def _integer(said: dict, depth: int) -> str:
-    low, low_open, high, high_open = _range(said)
+    low, low_open, high, high_open = _range(said, LARGEST_INTEGER)
     if not said.keys() & BOUNDS:
         return INTEGER
     low, high = low + low_open, high - high_open
     if low > high:
-        raise UserError(f"no whole number is at least {low} and at most {high}")
+        raise UserError(f"no whole number is at least {low} and at most {high}; one side without a bound ends at "
+                        f"{LARGEST_INTEGER}")
     parts = [f"-(?:{_between(max(-high, 1), -low)})"] if low < 0 else []
     return either([*parts, *([_between(max(low, 0), high)] if high >= 0 else [])])
 
 
 def _number(said: dict, depth: int) -> str:
-    low, low_open, high, high_open = _range(said)
+    low, low_open, high, high_open = _range(said, LARGEST)
     if not said.keys() & BOUNDS:
         return NUMBER
-    if max(-low, high) > LARGEST or low > high or (low == high and (low_open or high_open)):
-        raise UserError(f"no number that can be written is at least {low} and at most {high}")
+    if low < -LARGEST:  # smaller and larger ones are not written
+        low, low_open = -LARGEST, False
+    if high > LARGEST:
+        high, high_open = LARGEST, False
+    if low > high or (low == high and (low_open or high_open)):
+        raise UserError(f"no number from {-LARGEST} to {LARGEST}, which can be written, is within its bounds")
     negative = _decimals(max(-high, 0), high_open and high <= 0, -low, low_open) if low < 0 else []
     positive = _decimals(max(low, 0), low_open and low >= 0, high, high_open) if high >= 0 else []
     return either([*(f"-{form}" for form in negative), *positive])
@@ -304,15 +328,18 @@ def _decimals(low: int, low_open: bool, high: int, high_open: bool) -> list[str]
     return forms if high_open else [*forms, f"{high}{zeros}"]
 
 
-def _range(said: dict) -> tuple[int, bool, int, bool]:
-    """The least and the largest number, each with whether it is itself left out."""
+def _range(said: dict, largest: int) -> tuple[int, bool, int, bool]:
+    """The least and the largest number, each with whether it is itself left out.
+
+    largest: of numbers without a bound, by their size.
+    """
     for name in BOUNDS & said.keys():
         if isinstance(said[name], bool) or not isinstance(said[name], (int, float)) or said[name] % 1:
             raise UserError(f"{name} takes a whole number here, not {_short(said[name])}")
     low = max([(int(said[name]), name == "exclusiveMinimum") for name in ("minimum", "exclusiveMinimum")
-               if name in said], default=(-LARGEST, False))
+               if name in said], default=(-largest, False))
     high = min([(int(said[name]), name == "maximum") for name in ("maximum", "exclusiveMaximum")
-                if name in said], default=(LARGEST, True))
+                if name in said], default=(largest, True))
     return *low, high[0], not high[1]
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from dllm.config.fields import check_kind, settings_of
 from dllm.data import Document
 from dllm.errors import UserError
 from dllm.evaluators.held_out import HeldOutSettings, Window, corrupt_share, cut_windows, ratio_with_error
@@ -132,6 +133,9 @@ def bound_likelihood(model: Transformer, input_ids: Tensor, attention_mask: Tens
     else:
         scored = read_mask(scored, input_ids, "input_ids", "scored", "where a token counts, else zero")
         scored = scored.to(real.device) & real
+    wanted = settings_of(HeldOutSettings)
+    for name, value in (("samples", samples), ("seed", seed), ("batch_tokens", batch_tokens)):
+        check_kind(name, value, wanted[name])
     if samples < 2:
         raise UserError(f"samples must be at least 2, for a standard error, not {samples}")
     if not scored.any(1).all():
@@ -140,7 +144,7 @@ def bound_likelihood(model: Transformer, input_ids: Tensor, attention_mask: Tens
         raise UserError("a model with shifted logits cannot predict the first token; leave it out of `scored`")
     windows, weights = [], []
     for tokens, visible, wanted in zip(input_ids.cpu(), real.cpu(), scored.cpu(), strict=True):
-        generator = torch.Generator().manual_seed(seed)  # anew, so that a row's bound does not depend on the others
+        generator = torch.Generator().manual_seed(int(seed))  # anew, so that rows do not depend on others
         parts = split_by_block(model, wanted[visible].nonzero().flatten())
         offsets = [float(torch.rand((), generator=generator, dtype=torch.float64, device="cpu")) for _ in parts]
         for sample in range(samples):
@@ -217,7 +221,7 @@ def score_positions(model: Transformer, windows: Sequence[Window], corrupted: Se
     longest = max(len(window.tokens) for window in windows)
     if longest > model.config.max_position_embeddings:
         raise UserError(f"windows of {longest} tokens, but the model has {model.config.max_position_embeddings} "
-                        "positions; lower max_seq_len")
+                        "positions; shorten them, or lower max_seq_len")
     results: list[tuple[Tensor, Tensor | None] | None] = [None] * len(windows)
     for batch in batches_of_similar_length([len(window.tokens) for window in windows], batch_tokens):
         tokens, where = [windows[i].tokens for i in batch], [corrupted[i] for i in batch]

@@ -6,6 +6,7 @@ Nothing here imports torch. The names are those of the tables in strategies.py a
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, fields, replace
 from math import isfinite
+from operator import index
 from typing import Any, Literal
 
 from dllm.config.fields import check, check_kind, require, setting, settings_of
@@ -99,8 +100,11 @@ class MDMGenerationConfig:
         if return_dict_in_generate is False:
             raise UserError("return_dict_in_generate=False is not supported; leave it out, and take .sequences of the "
                             "output")
-        if isinstance(self.eos_token_id, list | tuple):
-            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        if self.eos_token_id is not None:
+            object.__setattr__(self, "eos_token_id", _as_tokens("eos_token_id", self.eos_token_id))
+        if self.constraint is not None and not hasattr(self.constraint, "allowed"):
+            raise UserError(f"constraint must be one of dllm.constraints, not {type(self.constraint).__name__}; make "
+                            "it by Regex, json_schema or AllowedTokens")
         if isinstance(self.infill_lengths, list):  # read from JSON
             object.__setattr__(self, "infill_lengths", tuple(self.infill_lengths))
         check(self)
@@ -142,6 +146,17 @@ class MDMGenerationConfig:
     def rewrites(self) -> bool:
         """Whether a committed token may still change."""
         return self.method in ("p2", "remdm") or self.editing_threshold is not None
+
+
+def _as_tokens(name: str, value: Any) -> tuple[int, ...]:
+    """The tokens that a number, or any collection of numbers, names."""
+    try:
+        tokens = (index(value),) if hasattr(value, "__index__") and not getattr(value, "ndim", 0) else tuple(
+            map(index, value))
+    except TypeError:  # a text, say
+        tokens = ()
+    require(name, value, len(tokens) > 0 and min(tokens) >= 0, "a token id or several, each at least 0")
+    return tokens
 
 
 # Settings that a generation_config.json may give. The mask token and the tokens that end a text are the model's.

@@ -25,7 +25,8 @@ class Gap:
     length: int | Literal["auto"]
 
     def __post_init__(self):
-        if self.length != "auto" and (not isinstance(self.length, Integral) or self.length < 1):
+        whole = isinstance(self.length, Integral) and not isinstance(self.length, bool)
+        if self.length != "auto" and not (whole and self.length >= 1):
             raise UserError(f"length must be at least 1 or 'auto', not {self.length!r}: the number of tokens to "
                             "fill in")
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -126,9 +127,7 @@ class Denoising:
         self._check()
         self._lay_out(canvas.to(model.device), attention_mask)
         if config.constraint is not None:
-            for length in self._constrained().sum(1).unique().tolist():
-                if length:
-                    config.constraint.check(length)
+            self._check_constraint()
         self._number_rows(sequence, seeds)
         self.scorer = self._make_scorer()
         self.blocks = self._split()
@@ -349,9 +348,7 @@ class Denoising:
     @property
     def ends(self) -> list[int]:
         named = self.config.eos_token_id
-        if named is None:
-            return find_ends(self.model)
-        return list(named) if isinstance(named, tuple) else [named]
+        return find_ends(self.model) if named is None else [*named]
 
     def _check(self) -> None:
         config = self.config
@@ -364,9 +361,27 @@ class Denoising:
             if config.block_length is not None or config.constraint is not None or self.causal:
                 raise UserError("expand_token_id moves positions, and blocks and constraints need them to stay; leave "
                                 "out block_length, constraint and block-causal models")
-            if not 0 <= config.expand_token_id < self.model.config.vocab_size:
-                raise UserError(f"expand_token_id {config.expand_token_id} is outside the model's vocabulary of "
-                                f"{self.model.config.vocab_size}")
+        words = self.model.config.vocab_size
+        named = [("eos_token_id", token) for token in config.eos_token_id or ()]
+        for name, token in [("expand_token_id", config.expand_token_id or 0), *named]:
+            if token >= words:
+                raise UserError(f"{name} {token} is outside the model's vocabulary of {words}")
+
+    def _check_constraint(self) -> None:
+        constraint, wanted = self.config.constraint, self._constrained()
+        if constraint.vocab_size != (words := self.model.config.vocab_size):
+            raise UserError(f"the constraint is for a vocabulary of {constraint.vocab_size}, the model has {words}; "
+                            "make it with model.config.vocab_size")
+        for length in wanted.sum(1).unique().tolist():
+            if length:
+                constraint.check(length)
+        if not constraint.final:
+            return
+        real = torch.ones_like(wanted) if self.key_mask is None else self.key_mask
+        for row, seen in zip(wanted, real, strict=True):
+            if sum(here > before for before, here in pairwise([False, *row[seen].tolist()])) > 1:
+                raise UserError("a constraint holds a text in one piece; take the masks out of the prompt, or leave "
+                                "the constraint out")
 
 
 def denoise(model: Transformer, canvas: Tensor, config: MDMGenerationConfig, attention_mask: Tensor | None = None,
@@ -400,7 +415,8 @@ def find_mask_token(model: Transformer, config: MDMGenerationConfig) -> int:
 def find_ends(model: Transformer) -> list[int]:
     """The end-of-text tokens that the checkpoint names."""
     if not model.end_token_ids:
-        raise UserError("stop_at_eos: the checkpoint names no eos_token_id; leave stop_at_eos out")
+        raise UserError("the checkpoint names no end-of-text token, which stop_at_eos and growing gaps need; set "
+                        "eos_token_id")
     return model.end_token_ids
 
 

@@ -33,10 +33,11 @@ class Exchange:
         self.queue: asyncio.Queue = asyncio.Queue()
         self.answers: list[Answer] = []
         self.jobs: list[Job] = []
+        whole = plan.prompt.fills or plan.config.constraint is not None
         numbers = number_equal([prefix.numpy().tobytes() for prefix in plan.prompt.prefixes])
         for prefix, number in zip(plan.prompt.prefixes, numbers.tolist(), strict=True):
             first = len(self.answers)
-            self.answers += [Answer(texts, prefix, plan.stops, plan.limit, plan.prompt.fills, plan.config.rewrites)
+            self.answers += [Answer(texts, prefix, plan.stops, plan.limit, whole, plan.config.rewrites)
                              for _ in range(plan.config.num_return_sequences)]
             self.jobs.append(Job(Gap(prefix, plan.prompt.suffix, plan.gap), plan.config, partial(self._notify, first),
                                  every_step=plan.body.stream, deadline=deadline,

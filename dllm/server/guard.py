@@ -150,6 +150,10 @@ class Guard:
                                "timeout_error") from None
         if body is not None:
             check_text(body)
+            kind = dict(scope["headers"]).get(b"content-type", b"").partition(b";")[0].strip().lower()
+            if kind != b"application/json" and not kind.endswith(b"+json"):  # which pages of other origins cannot send
+                raise RequestError(400, "the body must be sent as Content-Type: application/json, not "
+                                        f"{kind.decode('latin-1') or 'without a type'}")
         messages = [] if body is None else [{"type": "http.request", "body": body, "more_body": False}]
 
         async def again():

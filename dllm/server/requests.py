@@ -18,10 +18,19 @@ from dllm.server.guard import RequestError
 from dllm.server.limits import ServerLimits
 from dllm.server.texts import ANY_JSON, Texts
 
+# Fields of OpenAI's and of other servers that ask for what we lack, or say in another place what we have.
+LACKING = ("frequency_penalty", "presence_penalty", "logit_bias", "functions", "top_logprobs", "prompt_logprobs",
+           "min_p", "min_tokens", "ignore_eos", "stop_token_ids", "bad_words", "allowed_token_ids",
+           "logits_processors", "use_beam_search")
+ELSEWHERE = {"top_k": "diffusion.top_k", **dict.fromkeys(
+    ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "json_schema", "regex",
+     "grammar"), "response_format"), "messages": "prompt, or ask /v1/chat/completions",
+    **dict.fromkeys(("prompt", "suffix"), "messages, or ask /v1/completions")}
 
-class Common(BaseModel):
-    """Fields that all requests share. OpenAI's fields that ask for nothing we lack are accepted and ignored; null is as
-    good as left out."""
+
+class Common(BaseModel, extra="allow"):
+    """Fields that all requests share. Others that ask for nothing we lack are accepted and ignored; null is as good as
+    left out."""
 
     @model_validator(mode="before")
     @classmethod
@@ -30,6 +39,7 @@ class Common(BaseModel):
 
     model: str = ""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None  # the newer name; it goes first
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     stop: str | list[str] | None = None
@@ -45,10 +55,15 @@ class Common(BaseModel):
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
 
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
 
-class Message(BaseModel):
+
+class Message(BaseModel, extra="allow"):
     role: Annotated[str, Field(max_length=32)]
     content: str | list[dict[str, Any]] | None = None
+    tool_calls: list[dict[str, Any]] | None = None
 
     @property
     def text(self) -> str:
@@ -59,10 +74,27 @@ class Message(BaseModel):
             return "".join(parts)
         return self.content or ""
 
+    def for_template(self) -> dict[str, Any]:
+        """The message with all its fields, as chat templates read them: arguments of tools as objects."""
+        given = {**self.model_extra, "role": self.role, "content": self.text,
+                 "tool_calls": [read_arguments(call) for call in self.tool_calls or ()]}
+        return {name: value for name, value in given.items() if value not in (None, [])}
+
+
+def read_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """A call of a tool, whose arguments OpenAI writes as the text of a JSON object."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except ValueError:
+        raise RequestError(400, "the arguments of a tool call are no JSON", param="messages") from None
+    return {**call, "function": {**function, "arguments": arguments}}
+
 
 class ChatRequest(Common):
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     tools: list[Any] | None = None
     logprobs: bool | None = None
 
@@ -125,23 +157,23 @@ def read_completion(body: CompletionRequest, texts: Texts) -> Prompt:
     if body.echo:
         echo = [text if isinstance(text, str) else texts.decode(suffix[:0], text) for text in prompts]
     return Prompt(prefixes=prefixes, suffix=suffix, fills=bool(body.suffix), length="auto" if body.suffix else None,
-                  max_tokens=body.max_tokens, echo=echo)
+                  max_tokens=body.most_tokens, echo=echo)
 
 
 def read_chat(body: ChatRequest, texts: Texts) -> Prompt:
     if body.tools or body.logprobs:
         raise RequestError(400, "tools and logprobs are not supported; response_format is",
                            param="tools" if body.tools else "logprobs")
-    prefix = texts.render([{"role": message.role, "content": message.text} for message in body.messages])
-    return Prompt(prefixes=[prefix], suffix=prefix[:0], max_tokens=body.max_completion_tokens or body.max_tokens)
+    prefix = texts.render([message.for_template() for message in body.messages])
+    return Prompt(prefixes=[prefix], suffix=prefix[:0], max_tokens=body.most_tokens)
 
 
 def read_edit(body: EditRequest, texts: Texts) -> Prompt:
     before, old, after = split_edit(body.messages[0].text)
     prefix, suffix, length = texts.encode(before), texts.encode(after), max(len(texts.encode(old)), 1)
-    if body.max_tokens is not None:
-        length = min(length, body.max_tokens)
-    return Prompt(prefixes=[prefix], suffix=suffix, fills=True, length=length, max_tokens=body.max_tokens)
+    if body.most_tokens is not None:
+        length = min(length, body.most_tokens)
+    return Prompt(prefixes=[prefix], suffix=suffix, fills=True, length=length, max_tokens=body.most_tokens)
 
 
 def split_edit(text: str) -> tuple[str, str, str]:
@@ -191,7 +223,9 @@ async def make_plan(body: Common, prompt: Prompt, texts: Texts, limits: ServerLi
     if prompt.max_tokens is None:
         taken = max(map(len, prompt.prefixes)) + len(prompt.suffix)
         config = fit_new_tokens(texts.model, config, taken, limits.max_tokens)
-    gap = positions_of(texts.model, config) if length is None else length
+    gap = length
+    if length is None:  # whole blocks are cut to max_tokens, but not a text that must match
+        gap = positions_of(texts.model, config) if pattern is None else config.max_new_tokens
     config = fit_gap(config, gap, texts.model, choices)
     check_positions(prompt, min(config.infill_lengths) if gap == "auto" else gap, texts)
     limit = config.max_new_tokens if length in (None, "auto") else gap
@@ -227,11 +261,14 @@ def fit_gap(config: MDMGenerationConfig, gap: Length, model: Transformer,
 
 
 def refuse_unsupported(body: Common) -> None:
-    asked = [name for name in ("frequency_penalty", "presence_penalty", "logit_bias") if getattr(body, name)]
+    asked = [name for name in LACKING if getattr(body, name, None)]
     if body.repetition_penalty not in (None, 1):
         asked.append("repetition_penalty")
     if asked:
         raise RequestError(400, f"{asked[0]} is not supported; leave it out", param=asked[0])
+    for name, place in ELSEWHERE.items():
+        if (value := body.model_extra.get(name)) and value != -1:  # a top_k of -1 is all
+            raise RequestError(400, f"{name} is not read here; say it by {place}", param=name)
 
 
 def check_length(length: Any, prompt: Prompt, limits: ServerLimits) -> Length | None:
@@ -267,10 +304,13 @@ def check_positions(prompt: Prompt, gap: int, texts: Texts) -> None:
 
 def read_pattern(wanted: dict[str, Any] | None) -> tuple[str, str] | None:
     """The pattern that `response_format` demands: "schema" or "regex", and its text."""
-    kind = (wanted or {}).get("type", "text")
+    kind = "text" if wanted is None else wanted.get("type")
     if kind == "text":
         return None
     if kind == "json_object":
+        if wanted.get("schema") is not None:  # as some servers have it
+            raise UserError("response_format of type json_object takes no schema; give it as json_schema.schema, with "
+                            "the type json_schema")
         return "schema", json.dumps(ANY_JSON)
     if kind == "json_schema":
         schema = wanted.get("json_schema")

@@ -103,7 +103,7 @@ def find_stop(text: str, stops: Sequence[str]) -> int | None:
 class Answer:
     """A text as it grows: the part that is certain, and at the end the reason why it stopped.
 
-    fills: the text fills a whole gap; otherwise it may end where the model or a stop string says.
+    fills: the text is whole, because it fills a gap or matches a pattern; otherwise its length may cut it.
     rewrites: committed tokens may change, so nothing is certain before the end.
     """
 

@@ -39,6 +39,9 @@ SCHEMAS = [
     {"type": "object", "properties": {"a": {}, "b": {"type": "null"}}, "required": ["b", "z"]},
     {"type": "integer", "minimum": -12, "maximum": 345}, {"type": "integer", "exclusiveMinimum": 7, "maximum": 1000},
     {"type": "number", "exclusiveMinimum": 0, "maximum": 2}, {"type": "number", "minimum": -3, "exclusiveMaximum": -1},
+    {"type": "integer", "minimum": 1_600_000_000_000}, {"type": "number", "minimum": -1e12, "exclusiveMaximum": 2**53},
+    {"type": "string", "pattern": "^a|b$"}, {"type": "string", "pattern": "(x|^a)(b|c$|$c){2}"},
+    {"type": "string", "pattern": "(?:^a|b){2}"},
     {"oneOf": [{"type": "string"}, {"type": "integer"}]}, {"anyOf": [{"type": "integer"}, {"type": "number"}]},
     {"oneOf": [{"type": "object", "required": ["k"], "properties": {"k": {"const": name}}} for name in "xy"]},
     {"allOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"type": "boolean"}}, "description": "a flag"},
@@ -87,6 +90,10 @@ def test_bounds_of_whole_numbers_are_exact(low, high):
     ({"type": "integer", "enum": ["a"]}, "no value of enum or const has the type of the schema"),
     ({"type": "string", "minLength": 5, "maxLength": 2}, "minLength 5 is more than maxLength 2"),
     ({"required": ["a"], "properties": {"b": {}}, "additionalProperties": False}, "property 'a' is none of the"),
+    ({"required": [1]}, "required a list of names"),
+    ({"type": "number", "minimum": 2e9}, "no number from -999999999 to 999999999"),
+    ({"type": "integer", "minimum": 10**15}, "one side without a bound ends at 999999999999999"),
+    ('{"enum": [NaN]}', "not JSON compliant"), ('{"const": ' + "9" * 5000 + "}", "4300 digits"),
     (False, "a schema is an object or true, not False"), ("[1]", "a schema is an object or true, not \\[1\\]"),
     ({"$defs": {str(n): {"type": "array", "prefixItems": [{"$ref": f"#/$defs/{n + 1}"}] * 2} for n in range(40)}
       | {"40": {}}, "$ref": "#/$defs/0"}, "more than 300000 characters; write a smaller one"),
@@ -94,6 +101,12 @@ def test_bounds_of_whole_numbers_are_exact(low, high):
 def test_what_cannot_be_held_is_refused_by_name(schema, message):
     with pytest.raises(UserError, match=f"the JSON schema cannot be used: .*{message}"):
         schema_pattern(schema)
+
+
+@pytest.mark.parametrize("pattern", ["a^b", "x+^a", "a$b*", "(?:^a){2}"])
+def test_an_anchor_within_a_text_never_holds(tokenizer, pattern):
+    with pytest.raises(UserError, match="no text matches it"):
+        json_schema({"type": "string", "pattern": pattern}, tokenizer, len(tokenizer))
 
 
 PARTS = ["a", "b", "1", "é", "日", ".", '[^"]', "[a-c]", "[^a-z]", r"\d", r"\w", r"\s", r"\S", r"\W", '"', ",", "ab",

@@ -7,6 +7,7 @@ import random
 import re
 import unicodedata
 
+import numpy as np
 import pytest
 import torch
 
@@ -110,6 +111,8 @@ def test_a_set_of_tokens_holds_for_every_method(tokenizer):
         config = MDMGenerationConfig(steps=6, seed=0, constraint=AllowedTokens(words, len(tokenizer)), **settings)
         out = denoise(model, masked(tokenizer, 2, 9), config).sequences[:, 2:]
         assert {*out.flatten().tolist()} <= {*words}
+    for kind in (torch.tensor, np.array, set, dict.fromkeys):  # as callers have them
+        assert torch.equal(AllowedTokens(kind(words), len(tokenizer)).bits, config.constraint.bits)
 
 
 def test_tokens_are_spelt_as_they_decode(tokenizer):
@@ -144,8 +147,13 @@ def test_tokens_of_a_tokenizer_with_byte_fallback_are_spelt_as_they_decode():
     (lambda t: Regex("(" * 5000 + ")" * 5000, t, 300), "cannot be used: it is nested too deeply"),
     (lambda t: json_schema("{", t, 300), "the JSON schema cannot be used: Expecting property name"),
     (lambda t: json_schema({"type": "colour"}, t, 300), "the JSON schema cannot be used: type is one of object, array"),
-    (lambda t: AllowedTokens([], 300), r"must be one or more numbers in \[0, 300\), not \[\]"),
-    (lambda t: AllowedTokens([300], 300), r"in \[0, 300\), not \[300\]"),
+    (lambda t: json_schema({"enum": {1, 2}}, t, 300), "must be JSON, or a dict of it"),
+    (lambda t: json_schema(dict, t, 300), "must be JSON, or a dict of it"),
+    (lambda t: Regex(re.compile("a"), t, 300), "a regular expression is text, not Pattern"),
+    (lambda t: AllowedTokens([0.5], 300), r"must be one or more numbers in \[0, 300\), not '\[0.5\]'"),
+    (lambda t: AllowedTokens(5, 300), r"in \[0, 300\), not '5'"),
+    (lambda t: AllowedTokens([], 300), r"must be one or more numbers in \[0, 300\), not '\[\]'"),
+    (lambda t: AllowedTokens([300], 300), r"in \[0, 300\), not '\[300\]'"),
 ])
 def test_constraints_that_cannot_be_are_refused(tokenizer, make, message):
     with pytest.raises(UserError, match=message):
@@ -277,3 +285,14 @@ def test_a_tokenizer_that_does_not_say_what_its_tokens_add_is_refused():
     words.decoder = decoders.WordPiece()
     with pytest.raises(UserError, match="need a tokenizer that is byte-level or marks spaces .* decodes by WordPiece"):
         token_bytes(PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"block_causal": True, "block_length": 4}])
+def test_a_text_in_pieces_is_refused_instead_of_matching_across_them(tokenizer, settings):
+    model, mask = random_model(tokenizer), tokenizer.mask_token_id
+    config = MDMGenerationConfig(steps=6, seed=0, constraint=Regex("yes|no", tokenizer, len(tokenizer)), **settings)
+    with pytest.raises(UserError, match="a text in one piece; take the masks out of the prompt"):
+        denoise(model, torch.tensor([[7, mask, 8, mask, mask, mask]]), config)
+    padded = torch.tensor([[7, 9, 8, mask, 0, mask, mask]])  # padding within is no gap
+    rows = denoise(model, padded, config, padded != 0).sequences
+    assert tokenizer.decode(rows[0, [3, 5, 6]], skip_special_tokens=True) in ("yes", "no")

@@ -44,7 +44,8 @@ _GENERATION = {name: its for name, its in settings_of(MDMGenerationConfig).items
 _TOKENS = ("mask_token", "mask_token_id", "trust_remote_code")
 _ARGUMENTS = ("pretrained", "device", "dtype", "batch_size", "likelihood_samples", "mask_token", "trust_remote_code",
               *_GENERATION)
-_FROM_TASK = {"until", "do_sample", "max_gen_toks", "temperature", "top_p", "top_k", "gap"}
+_LENGTHS = {"max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"}  # lm-eval's names of one setting
+_FROM_TASK = {"until", "do_sample", "temperature", "top_p", "top_k", "gap", *_LENGTHS}
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +129,7 @@ class HarnessLM(TemplateLM):
 
     def config(self, wanted: dict) -> MDMGenerationConfig:
         """The settings of a request: those of the task's generation_kwargs, overridden by those of the model."""
+        wanted = {name: value for name, value in wanted.items() if value is not None}
         for name in wanted.keys() - _FROM_TASK:
             _warn_once(f"the task's generation setting {name} means nothing to a diffusion model; it is left out")
         wanted = normalize_gen_kwargs(wanted)
@@ -191,7 +193,7 @@ class HarnessLM(TemplateLM):
                     if "gap" not in requests[index].args[1]:
                         answer = answer[:config.max_new_tokens]  # of whole blocks
                     text = decode_after(self.tokenizer, request.gap.prefix, cut_at_end(self.tokenizer, answer))
-                    for stop in [until] if isinstance(until, str) else until:
+                    for stop in filter(None, [until] if isinstance(until, str) else until):
                         text = text.split(stop)[0]
                     texts[index] = text
                     bar.update()
@@ -239,6 +241,7 @@ class HarnessLM(TemplateLM):
             if not 0 < len(continuation) < limit:
                 raise UserError(f"a continuation of {len(continuation)} tokens cannot be scored: it must have one at "
                                 f"least, and with one before it fit the model's {limit} positions")
+            context = context or [self.prefix_token_id]  # of a blank, which goes to the continuation
             pairs.append((tuple(context[len(continuation) - limit:]), tuple(continuation)))
         written = self._write_surest(pairs)
         return [(self._bound(context, continuation), written[context, len(continuation)] == continuation)

@@ -100,6 +100,16 @@ def test_standard_input_that_is_no_unicode_is_refused(model_folder):
         b"dllm: error: the prompt on standard input is not UTF-8 text; convert it\n")
 
 
+@pytest.mark.parametrize("content", [b"\xef\xbb\xbfdef f:\r\n", "def f:\r\n".encode("utf-16")])
+def test_standard_input_is_read_as_a_file_is(content, model_folder, capsys, monkeypatch, tmp_path):
+    (tmp_path / "prompt").write_bytes(content)
+    monkeypatch.setattr(sys, "stdin", open(tmp_path / "prompt"))
+    flags = ["sample", str(model_folder), "--seed", "1", "--max-new-tokens", "4"]
+    assert cli.main(flags) == cli.main([*flags, "--prompt-file", str(tmp_path / "prompt")]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("def f:\r\n") and out == out[:len(out) // 2] * 2
+
+
 def test_infill_with_length_auto_takes_what_fits_near_the_limit(model_folder, capsys):
     assert cli.main(["infill", str(model_folder), "--prefix", "x " * 125, "--suffix", "y", "--steps", "4"]) == 0
     assert capsys.readouterr().out.startswith("x x ")

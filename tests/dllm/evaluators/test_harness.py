@@ -117,15 +117,31 @@ def test_samples_depend_on_seed_and_repeat_and_on_nothing_else(model_folder):
     assert write(["a"], temperature=1.0, seed=1) != [a]
 
 
-def test_what_a_task_asks_holds_where_model_args_say_nothing(lm):
+def test_what_a_task_asks_holds_where_model_args_say_nothing(lm, caplog):
     config = lm.config({"max_gen_toks": 20, "temperature": 0.5, "do_sample": True, "top_p": 0.9, "until": ["x"]})
     assert (config.max_new_tokens, config.steps, config.temperature, config.top_p) == (20, 20, 0.5, 0.9)
     assert lm.config({"temperature": 0.5, "do_sample": False}).temperature == 0
+    caplog.clear()
+    for name in ("max_new_tokens", "max_tokens", "max_completion_tokens"):  # lm-eval's other names
+        assert lm.config({name: 20, "max_gen_toks": None, "temperature": None, "top_p": None}).max_new_tokens == 20
+    assert not caplog.messages
     own = HarnessLM(lm.model, lm.tokenizer, max_new_tokens=32, block_length=8, temperature=0.0, cache="dual")
     config = own.config({"max_gen_toks": 20, "temperature": 0.5, "do_sample": True})
     assert (config.max_new_tokens, config.steps, config.temperature, config.cache) == (32, 32, 0.0, "dual")
     texts = own.generate_until(requests(("a", {}), ("import os", {})), disable_tqdm=True)  # prompts of unequal length
     assert texts[0] == own.generate_until(requests(("a", {})), disable_tqdm=True)[0]
+
+
+def test_an_empty_stop_string_stops_nothing(lm):
+    plain, stopped = (lm.generate_until(requests(("a", {"max_gen_toks": 6, "until": until})), disable_tqdm=True)
+                      for until in ([], ["", "\0\0"]))
+    assert plain == stopped
+
+
+def test_a_blank_context_is_the_beginning_of_a_text(lm):
+    """lm-eval moves the blank to the continuation, and nothing is left."""
+    blank, empty = lm.loglikelihood(requests((" ", "b"), ("", " b")), disable_tqdm=True)
+    assert blank == empty
 
 
 def test_likelihoods_are_the_bound_by_enumeration(tokenizer):

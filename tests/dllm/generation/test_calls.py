@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import BatchEncoding
 
+from dllm.constraints import AllowedTokens
 from dllm.errors import UserError
 from dllm.generation.config import MDMGenerationConfig
 from tests.dllm.tiny_models import tiny
@@ -80,10 +81,45 @@ def test_anything_else_is_refused_in_one_sentence(inputs, mask, message):
     (lambda model: model.diffusion_generate(IDS, generation_config="x"), "must be an MDMGenerationConfig, not str"),
     (lambda model: model.diffusion_generate(IDS, do_sample=False, temperature=0.5), "do_sample=False contradicts"),
     (lambda model: model.diffusion_generate(IDS, return_dict_in_generate=False), "take .sequences of the output"),
+    (lambda model: model.infill([5], [6], length=True), "length must be at least 1 or 'auto', not True"),
+    (lambda model: model.perplexity_bound(IDS, samples=4.0), "samples must be a whole number, not 4.0"),
+    (lambda model: model.perplexity_bound(IDS, seed=2**64), "seed must be a whole number, not one beyond 64 bits"),
+    *((lambda model, ends=ends: model.diffusion_generate(IDS, eos_token_id=ends), "eos_token_id must be a token id or")
+      for ends in ("x", ["x"], [], -1, [5, -1], 0.5)),
+    (lambda model: model.diffusion_generate(IDS, eos_token_id=[5, 61]), "eos_token_id 61 is outside the model's"),
+    (lambda model: model.diffusion_generate(IDS, stop_at_eos=True), "names no end-of-text token, which stop_at_eos"),
+    (lambda model: model.infill([5], [6], length=2, expand_token_id=5), "and growing gaps need; set eos_token_id"),
+    (lambda model: model.diffusion_generate(IDS, constraint="a+"), "must be one of dllm.constraints, not str; make it"),
+    (lambda model: model.diffusion_generate(IDS, constraint=AllowedTokens([5], 99)),
+     "the constraint is for a vocabulary of 99, the model has 61; make it with model.config.vocab_size"),
 ])
 def test_settings_and_gaps_that_cannot_work_are_one_sentence(call, message):
     with pytest.raises(UserError, match=message):
         call(tiny(max_position_embeddings=2048))
+
+
+@pytest.mark.parametrize("inputs", [
+    IDS.int(), IDS.numpy(), IDS.tolist(), BatchEncoding({"input_ids": IDS, "attention_mask": np.ones((2, 3))})])
+def test_a_model_takes_what_its_methods_take(inputs):
+    model = tiny()
+    expected = model(IDS).logits
+    assert torch.equal(model(inputs).logits, expected)
+    assert torch.equal(model(inputs, [[1] * 3] * 2).logits, expected) and model(IDS[0]).logits.shape == (1, 3, 61)
+
+
+@pytest.mark.parametrize("inputs, mask, message", [
+    ([[5, 61]], None, "input_ids have the id 61, outside the model's vocabulary of 61"),
+    (IDS.float(), None, "input_ids must be token ids, whole numbers"), ("text", None, "must be token ids, not text"),
+    (IDS, torch.ones(2, 1, 3, 3), r"attention_mask has the shape \[2, 1, 3, 3\], input_ids \[2, 3\]")])
+def test_a_model_refuses_what_its_methods_refuse(inputs, mask, message):
+    with pytest.raises(UserError, match=message):
+        tiny()(inputs, mask)
+
+
+@pytest.mark.parametrize("ends", [5, np.int64(5), [5], (5, 7), {5, 7}, torch.tensor(5), torch.tensor([5, 7]),
+                                  np.array([5, 7])])
+def test_tokens_that_end_a_text_may_be_of_any_kind(ends):
+    assert MDMGenerationConfig(eos_token_id=ends).eos_token_id in ((5,), (5, 7))
 
 
 def test_open_dllms_sample_script():

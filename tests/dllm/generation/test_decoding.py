@@ -391,7 +391,7 @@ def test_a_row_that_has_ended_leaves_the_forward_passes():
     stopped = denoise(model, canvas, replace(config, stop_at_eos=True))
     assert stopped.forwards == 1 and (stopped.sequences[:, 3:] == 0).all()
     assert denoise(model, canvas, config).forwards == 12
-    with pytest.raises(UserError, match="names no eos_token_id"):
+    with pytest.raises(UserError, match="names no end-of-text token"):
         denoise(tiny_of("llada", head_dim=6), canvas, replace(config, stop_at_eos=True))
 
 

@@ -1,6 +1,8 @@
 """What a request may hold: damaged text, numbers of any size, null, special tokens, lengths, blocks, other origins."""
 
+import copy
 import json
+import re
 
 import pytest
 import torch
@@ -11,9 +13,13 @@ from fastapi.testclient import TestClient  # noqa: E402
 from dllm.generation.config import MDMGenerationConfig  # noqa: E402
 from dllm.model.tokenizer import train_tokenizer  # noqa: E402
 from dllm.server.app import make_app  # noqa: E402
+from dllm.server.guard import RequestError  # noqa: E402
 from dllm.server.limits import ServerLimits  # noqa: E402
+from dllm.server.requests import ChatRequest, read_chat  # noqa: E402
+from dllm.server.texts import Texts  # noqa: E402
 from tests.dllm.tiny_models import tiny_of  # noqa: E402
 
+CHAT = {"messages": [{"role": "user", "content": "x"}]}
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
@@ -82,6 +88,88 @@ def test_a_chat_of_damaged_text_is_refused_with_400(http, content):
     assert status == 400 and "surrogate" in answer["error"]["message"]
     whole = {"messages": [{"role": "user", "content": "\U0001f600"}]}  # sent as two halves
     assert ask(http, whole, "chat/completions")[0] == 200
+
+
+@pytest.mark.parametrize("field, value, message", [
+    *((name, 1, f"{name} is not supported; leave it out") for name in (
+        "functions", "top_logprobs", "min_p", "min_tokens", "ignore_eos", "stop_token_ids")),
+    ("frequency_penalty", -1, "frequency_penalty is not supported"),
+    ("top_k", 5, "top_k is not read here; say it by diffusion.top_k"),
+    *((name, "a+", "say it by response_format")
+      for name in ("guided_regex", "structured_outputs", "regex", "grammar"))])
+def test_a_field_that_asks_for_what_there_is_not_is_named(http, field, value, message):
+    """vLLM's and others' fields, dropped in silence, would give a text that is not what was asked for."""
+    for path, prompt in (("completions", {"prompt": "x"}), ("chat/completions", CHAT)):
+        status, answer = ask(http, {**prompt, field: value}, path)
+        assert status == 400 and message in answer["error"]["message"] and answer["error"]["param"] == field
+
+
+@pytest.mark.parametrize("path, body, message", [
+    ("completions", CHAT, "messages is not read here; say it by prompt, or ask /v1/chat/completions"),
+    ("chat/completions", {**CHAT, "prompt": "x"}, "prompt is not read here; say it by messages"),
+    ("completions", {"prompt": "x", "response_format": {"regex": "a"}}, "response_format.type is text, json_object"),
+    ("completions", {"prompt": "x", "response_format": {}}, "response_format.type is text, json_object"),
+    ("completions", {"prompt": "x", "response_format": {"type": "json_object", "schema": {"type": "object"}}},
+     "json_object takes no schema")])
+def test_what_is_said_in_the_wrong_place_is_told_the_right_one(http, path, body, message):
+    status, answer = ask(http, body, path)
+    assert status == 400 and message in answer["error"]["message"]
+
+
+def test_both_names_of_the_tokens_at_most_hold_everywhere(http):
+    edit = {"messages": [{"role": "user", "content": "<|code_to_edit|>abcdefgh<|/code_to_edit|>"}]}
+    for path, body in (("completions", {"prompt": "x"}), ("fim/completions", {"prompt": "x", "suffix": "y"}),
+                       ("chat/completions", CHAT), ("edit/completions", edit)):
+        for more in ({"max_tokens": 2}, {"max_completion_tokens": 2}, {"max_completion_tokens": 2, "max_tokens": 4}):
+            status, answer = ask(http, {**body, **more}, path)
+            assert status == 200 and answer["usage"]["completion_tokens"] <= 2
+
+
+def test_fields_that_ask_for_nothing_are_ignored(http):
+    nothing = {"user": "u", "store": True, "metadata": {"a": "b"}, "tool_choice": "none", "top_k": -1, "min_p": 0,
+               "guided_json": None, "ignore_eos": False, "parallel_tool_calls": True}
+    expected = ask(http, {**CHAT, "seed": 1}, "chat/completions")[1]["choices"]
+    assert ask(http, {**CHAT, **nothing, "seed": 1}, "chat/completions")[1]["choices"] == expected
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
+def test_a_body_of_another_type_is_told_the_type(http, kind):
+    answer = http.post("/v1/completions", content=b'{"prompt": "x"}', headers={"Content-Type": kind})
+    assert answer.status_code == 400 and "Content-Type: application/json, not" in answer.json()["error"]["message"]
+    assert http.post("/v1/completions", content=b'{"prompt": "x"}',
+                     headers={"Content-Type": "Application/JSON; charset=utf-8"}).status_code == 200
+
+
+def test_messages_come_to_the_template_with_all_their_fields(model, tokenizer):
+    """As training renders them; of a call, OpenAI writes the arguments as text, and templates read an object."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }} {{ m.name }} {{ m.content }}{% for call in m.tool_calls %}"
+        "{{ call.function.name }} {{ call.function.arguments | tojson }}{% endfor %}{{ m.tool_call_id }}\n{% endfor %}")
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"x": "<|mask|>"}'}}
+    messages = [{"role": "user", "name": "Bo", "content": "hi"},
+                {"role": "assistant", "content": None, "tool_calls": [call]},
+                {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "3"}]}]
+    prompt = read_chat(ChatRequest(messages=messages), Texts(model, tokenizer, MDMGenerationConfig()))
+    assert tokenizer.decode(prompt.prefixes[0]) == (
+        'user Bo hi\nassistant  add {"x": "<|mask|>"}\ntool  3c1\n') and 2 not in prompt.prefixes[0]
+    call["function"]["arguments"] = "{"
+    with pytest.raises(RequestError, match="the arguments of a tool call are no JSON"):
+        read_chat(ChatRequest(messages=messages), Texts(model, tokenizer, MDMGenerationConfig()))
+
+
+@pytest.mark.parametrize("settings", [{}, {"block_length": 4}, {"block_length": 4, "block_causal": True}])
+def test_a_constrained_text_is_whole_whatever_its_length(model, tokenizer, settings):
+    """Clients take 'length' for a text that was cut; blocks that are cut to max_tokens would leave one that is."""
+    with client(model, tokenizer, **settings) as http:
+        for most in (5, 6, 8):
+            pattern = {"type": "regex", "regex": f"[0-9]{{{most}}}"}  # one token a digit
+            status, answer = ask(http, {"prompt": "x", "max_tokens": most, "response_format": pattern})
+            assert status == 200 and re.fullmatch(pattern["regex"], answer["choices"][0]["text"]), answer
+            assert answer["choices"][0]["finish_reason"] == "stop"
+        pattern = {"type": "regex", "regex": "[0-9]{8}"}
+        status, answer = ask(http, {"prompt": "x", "max_tokens": 6, "response_format": pattern})
+        assert status == 400 and "at least 8 tokens are needed" in answer["error"]["message"]
 
 
 NULLS = ["model", "max_tokens", "temperature", "top_p", "n", "stream", "stop", "seed", "logit_bias", "user",
