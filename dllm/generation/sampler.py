@@ -6,9 +6,7 @@ have the same, the step and the position. So a prompt gives the same text alone 
 others, and different prompts draw independently.
 """
 
-import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -28,6 +26,7 @@ from dllm.generation.canvas import (
 )
 from dllm.generation.config import MDMGenerationConfig
 from dllm.generation.inputs import read_prompts
+from dllm.generation.rows import contents_of, name_rows, number_equal
 from dllm.generation.scorers import CachedScorer, HeadScorer, StaleScorer
 from dllm.generation.strategies import Step, begin_with_first, choose_strategy
 from dllm.model.transformer import Transformer
@@ -418,28 +417,6 @@ def find_ends(model: Transformer) -> list[int]:
         raise UserError("the checkpoint names no end-of-text token, which stop_at_eos and growing gaps need; set "
                         "eos_token_id")
     return model.end_token_ids
-
-
-def contents_of(canvas: Tensor, mask: Tensor | None) -> list[bytes]:
-    """The tokens of each row of [B, L], without padding."""
-    canvas = canvas.cpu()
-    mask = torch.ones_like(canvas, dtype=torch.bool) if mask is None else mask.cpu()
-    return [row[real].numpy().tobytes() for row, real in zip(canvas, mask, strict=True)]
-
-
-def name_rows(contents: Sequence[bytes], numbers: Tensor) -> Tensor:
-    """[B] int64 below 2**32: by what rows of these contents, with these numbers [B] among equal ones, draw."""
-    return (torch.tensor([zlib.crc32(content) for content in contents], device="cpu") + numbers) % 2**32
-
-
-def number_equal(contents: Sequence[bytes]) -> Tensor:
-    """[B] int64: how many rows before each have the same content."""
-    seen: Counter[bytes] = Counter()
-    numbers = []
-    for content in contents:
-        numbers.append(seen[content])
-        seen[content] += 1
-    return torch.tensor(numbers, dtype=torch.long, device="cpu")
 
 
 def fill_after_end(tokens: Tensor, editable: Tensor, mask_token_id: int, ends: list[int]) -> Tensor:

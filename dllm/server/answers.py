@@ -14,7 +14,7 @@ from functools import partial
 from fastapi import Request
 
 from dllm.generation.infilling import Gap
-from dllm.generation.sampler import number_equal
+from dllm.generation.rows import number_equal
 from dllm.pages.denoising import MASK_GLYPH
 from dllm.server.guard import Metrics, RequestError, as_request_error
 from dllm.server.requests import Plan

@@ -22,7 +22,8 @@ from torch import Tensor
 from dllm.errors import Failure, UserError
 from dllm.generation.config import MDMGenerationConfig
 from dllm.generation.infilling import Gap, lay_out, settle_length
-from dllm.generation.sampler import Denoising, contents_of, find_mask_token, name_rows
+from dllm.generation.rows import contents_of, name_rows
+from dllm.generation.sampler import Denoising, find_mask_token
 from dllm.model.ragged import Call, Ragged
 from dllm.model.transformer import Transformer
 
