@@ -108,7 +108,10 @@ def _parse_json(text: str) -> Any:
 
 
 def _find_json_rows(path: Path, choose: Choose) -> Iterator[Row]:
-    """The records of a list of objects, or of one object per line, or one with the columns; other files are texts."""
+    """The records of a list of objects, or of one object per line, or one with the columns; other files are texts.
+
+    Raises: BadRecord if records with the columns are found below a key.
+    """
     text = _read_text(path)
     try:
         value = json.loads(text)
@@ -120,12 +123,19 @@ def _find_json_rows(path: Path, choose: Choose) -> Iterator[Row]:
     if isinstance(value, list) and any(isinstance(record, dict) for record in value):
         return ((number, partial(lambda record: record, record)) for number, record in enumerate(value, start=1))
     if isinstance(value, dict):
-        try:
-            choose(value)
+        if _has_columns(value, choose):
             return iter([(1, lambda: value)])
-        except BadRecord:
-            pass
+        if below := [key for key, part in value.items() if isinstance(part, list) and any(
+                isinstance(record, dict) and _has_columns(record, choose) for record in part)]:
+            raise BadRecord(f"its records are below the key {below[0]!r}; save them as a list, or one a line")
     return iter([(0, lambda: text)])
+
+
+def _has_columns(record: dict, choose: Choose) -> bool:
+    try:
+        return bool(choose(record))
+    except BadRecord:
+        return False
 
 
 def _find_csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
@@ -143,7 +153,7 @@ def _find_csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
 def _check_fields(record: dict) -> dict:
     if None in record:
         raise BadRecord("more fields than the header")
-    return record
+    return {name: value for name, value in record.items() if value is not None}  # a short line lacks columns
 
 
 def _find_arrow_rows(path: Path, choose: Choose) -> Iterator[Row]:
