@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from dllm.errors import UserError
@@ -47,8 +47,16 @@ class Common(BaseModel):
 
 
 class Message(BaseModel):
+    model_config = ConfigDict(extra="allow")  # tool_calls, name and others, for the chat template
+
     role: Annotated[str, Field(max_length=32)]
     content: str | list[dict[str, Any]] | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as conversations are trained on: with all its fields that are not null, and a null content beside
+        them."""
+        others = {name: value for name, value in (self.model_extra or {}).items() if value is not None}
+        return {"role": self.role, "content": None if others and self.content is None else self.text, **others}
 
     @property
     def text(self) -> str:
@@ -132,7 +140,7 @@ def read_chat(body: ChatRequest, texts: Texts) -> Prompt:
     if body.tools or body.logprobs:
         raise RequestError(400, "tools and logprobs are not supported; response_format is",
                            param="tools" if body.tools else "logprobs")
-    prefix = texts.render([{"role": message.role, "content": message.text} for message in body.messages])
+    prefix = texts.render([message.for_template() for message in body.messages])
     return Prompt(prefixes=[prefix], suffix=prefix[:0], max_tokens=body.max_completion_tokens or body.max_tokens)
 
 

@@ -1,5 +1,6 @@
 """What a request may hold: damaged text, numbers of any size, null, special tokens, lengths, blocks, other origins."""
 
+import copy
 import json
 
 import pytest
@@ -100,6 +101,25 @@ def test_null_is_as_good_as_left_out(http):
             "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": None}]}
     assert ask(http, chat, "chat/completions")[0] == 200
     assert ask(http, {"messages": None}, "chat/completions")[0] == 400
+
+
+CALLS = TEMPLATE.replace("{{ m.content }}", "{% if m.content is not none %}{{ m.content }}{% endif %}"
+                         "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}{{ m.name }}")
+
+
+def test_messages_keep_the_fields_that_training_renders(model, tokenizer):
+    talker = copy.deepcopy(tokenizer)
+    talker.chat_template = CALLS
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    messages = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": None, "tool_calls": [call]},
+                {"role": "tool", "name": "add", "content": "1"}]
+    rendered = talker.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert '{"name": "add"' in rendered
+    with client(model, talker) as http:
+        given = [{**message, "refusal": None, "function_call": None} for message in messages]
+        status, answer = ask(http, {"messages": given}, "chat/completions")
+        assert status == 200 and answer["usage"]["prompt_tokens"] == len(
+            talker(rendered, add_special_tokens=False)["input_ids"])
 
 
 def tokens_of(http, body, path="completions"):
