@@ -26,7 +26,8 @@ def set_chat_template(tokenizer, chat_template: str) -> None:
     """
     if chat_template != "default":
         try:
-            tokenizer.chat_template = decode_text(Path(chat_template).expanduser().read_bytes())
+            text = decode_text(Path(chat_template).expanduser().read_bytes())
+            tokenizer.chat_template = text.replace("\r\n", "\n")  # as Jinja does, and as a saved one comes back
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
             raise UserError(f"cannot read the chat template {chat_template}: {reason}; set data.chat_template to "
