@@ -21,6 +21,7 @@ _HUB = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[\w.-]+))?(@
 _SPLIT = re.compile(r"(?:^|[^a-z])(train|training|test|testing|eval|evaluation|dev|validation|valid|val)(?![a-z])")
 _DESCRIBES = re.compile(r"(readme|licen[cs]e|copying|notice|citation|changelog|authors|contributing)\b.*"
                         r"|(dataset_infos?|dataset_dict|state|croissant)\.json|.*\.lock|cache-.*\.arrow", re.IGNORECASE)
+_COPY = re.compile(r".*(~|\.(bak|orig|old|swp|tmp|temp|part|partial|incomplete|crdownload))|#.*#", re.IGNORECASE)
 
 
 class Shard(NamedTuple):
@@ -104,7 +105,7 @@ def find_files(root: Path, skipped: Skipped) -> list[str]:
     Links are followed, and each folder is read once. Hidden files and folders are none of the data, and neither are the
     folders of runs and models. Beside tables and .txt files, and where all others are .json files, files that describe
     them are left out; beside tables, .json and .txt files of a training split, those of other splits. Of a folder that
-    `datasets` saved, only the split train is read.
+    `datasets` saved, only the split train is read. Backups of editors and unfinished downloads are left out.
     Raises: UserError if such a folder has other splits only.
     """
     names = sorted(_Walk(root, skipped).files())
@@ -118,6 +119,8 @@ def find_files(root: Path, skipped: Skipped) -> list[str]:
         split = splits.get(name)
         if described and name in describing:
             skipped.leave_out(name, "describes the data")
+        elif _COPY.fullmatch(name.rpartition("/")[2]):
+            skipped.leave_out(name, "a backup, or not whole")
         elif trains and split not in (None, "train", "training"):
             skipped.leave_out(name, f"the split {split}")
         else:

@@ -24,7 +24,7 @@ def save(texts, folder):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.jsonlines", "a.JSONL", "a.NdJson", "a.JSONL.GZ",
-                                  "a.ndjson.gz", "a.JSON", "a.Json.Gz"])
+                                  "a.ndjson.gz", "a.JSON", "a.Json.Gz", "a.jsonl-00000-of-00002"])
 def test_a_table_of_json_is_known_by_any_spelling_of_its_suffix(name, tmp_path):
     content = lines("one", "two").encode()
     (tmp_path / name).write_bytes(gzip.compress(content) if name.lower().endswith("gz") else content)
@@ -171,6 +171,27 @@ def test_lines_with_too_few_fields_are_counted(tmp_path, capsys):
     (tmp_path / "a.csv").write_text("id,text,note\n1\n2,two\n3,,x\n4,four,y\n")
     assert texts_of(tmp_path) == ["two", "four"]
     assert capsys.readouterr().err == "skipped 1 that could not be read as text: a.csv line 1 (no column 'text')\n"
+
+
+def test_backups_and_unfinished_downloads_are_left_out_and_named(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text(lines("one"))
+    copies = ["#a.jsonl#", "a.jsonl.BAK", "a.jsonl.tmp", "a.jsonl~", "b.parquet.incomplete"]
+    for name in copies:
+        (tmp_path / name).write_text(lines("old"))
+    assert texts_of(tmp_path) == ["one"]
+    error = capsys.readouterr().err
+    assert error.startswith("left out 5 not meant for training")
+    assert all(f"{name} (a backup, or not whole)" in error for name in copies)
+
+
+def test_pointers_of_git_lfs_are_no_text(tmp_path, capsys):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123\n"
+    for name in ("a.txt", "b.jsonl", "c.parquet", "d.json.gz"):
+        (tmp_path / name).write_text(pointer)
+    (tmp_path / "e.txt").write_text("one")
+    assert texts_of(tmp_path) == ["one"]
+    assert "skipped 4 that could not be read as text: a.txt (a pointer to it alone; fetch it with git lfs pull), b" \
+        in capsys.readouterr().err
 
 
 def test_source_code_is_read_with_its_readme_and_its_tests(tmp_path):
