@@ -22,7 +22,8 @@ def set_chat_template(tokenizer, chat_template: str) -> None:
 
     Args:
         chat_template: "default", the tokenizer's own; or the path of a Jinja file.
-    Raises: UserError if there is no template, the tokenizer is not a fast one, or the file cannot be read.
+    Raises: UserError if there is no template, it writes the mask token, the tokenizer is not a fast one, or the file
+        cannot be read.
     """
     if chat_template != "default":
         try:
@@ -34,6 +35,9 @@ def set_chat_template(tokenizer, chat_template: str) -> None:
                             "default, or to a Jinja file") from None
     if not tokenizer.chat_template:  # a text, or several by name, of which Transformers chooses
         raise UserError("the tokenizer has no chat template; set data.chat_template to a Jinja file that has one")
+    if tokenizer.mask_token in str(tokenizer.chat_template):
+        raise UserError(f"the chat template writes the mask token {tokenizer.mask_token}, which would be filled in; "
+                        "set model.mask_token to another token")
     if not tokenizer.is_fast:
         raise UserError("conversations need a fast tokenizer, which tells where its tokens lie in the text; give one "
                         "with a tokenizer.json")

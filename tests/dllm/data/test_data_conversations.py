@@ -118,6 +118,12 @@ def test_a_template_that_changes_what_it_rendered_is_refused_with_the_way_out(ch
         == "<think></think>It is 2.\n<|im_end|>\n<|endoftext|>"
 
 
+def test_a_template_that_writes_the_mask_token_is_refused(chat):
+    chat.chat_template, chat.mask_token = CHATML, "<|im_start|>"
+    with pytest.raises(UserError, match=r"template writes the mask token <\|im_start\|>, .*; set model.mask_token to"):
+        set_chat_template(chat, "default")
+
+
 def test_a_template_that_refuses_is_one_line(chat):
     chat.chat_template = "{{ raise_exception('no system please') }}"
     with pytest.raises(UserError, match="refuses a conversation with the roles system, user.*no system please"):
