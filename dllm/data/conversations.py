@@ -22,17 +22,22 @@ def set_chat_template(tokenizer, chat_template: str) -> None:
 
     Args:
         chat_template: "default", the tokenizer's own; or the path of a Jinja file.
-    Raises: UserError if there is no template, the tokenizer is not a fast one, or the file cannot be read.
+    Raises: UserError if there is no template, it writes the mask token, the tokenizer is not a fast one, or the file
+        cannot be read.
     """
     if chat_template != "default":
         try:
-            tokenizer.chat_template = decode_text(Path(chat_template).expanduser().read_bytes())
+            text = decode_text(Path(chat_template).expanduser().read_bytes())
+            tokenizer.chat_template = text.replace("\r\n", "\n")  # as Jinja does, and as a saved one comes back
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
             raise UserError(f"cannot read the chat template {chat_template}: {reason}; set data.chat_template to "
                             "default, or to a Jinja file") from None
-    if not isinstance(tokenizer.chat_template, str):
+    if not tokenizer.chat_template:  # a text, or several by name, of which Transformers chooses
         raise UserError("the tokenizer has no chat template; set data.chat_template to a Jinja file that has one")
+    if tokenizer.mask_token in str(tokenizer.chat_template):
+        raise UserError(f"the chat template writes the mask token {tokenizer.mask_token}, which would be filled in; "
+                        "set model.mask_token to another token")
     if not tokenizer.is_fast:
         raise UserError("conversations need a fast tokenizer, which tells where its tokens lie in the text; give one "
                         "with a tokenizer.json")
@@ -41,7 +46,7 @@ def set_chat_template(tokenizer, chat_template: str) -> None:
 def encode_conversation(tokenizer, messages: list[dict], **values: Any) -> tuple[list[int], list[bool]]:
     """(tokens of a rendered conversation and its end-of-text token, whether each is learnt).
 
-    The model learns the assistant's answers, each with the special token that ends it, and all that stands after the
+    The model learns the assistant's answers, each with the added token that ends it, and all that stands after the
     last one. A template marks an answer with {% generation %}. Without that mark, an answer is the text that it adds to
     the conversation before it, rendered with the generation prompt. A special token that a message mentions is text.
 
@@ -49,7 +54,7 @@ def encode_conversation(tokenizer, messages: list[dict], **values: Any) -> tuple
         values: what the template takes beside the messages: `tools`, `documents`, and others as `chat_template_kwargs`.
     Raises: UserError if the template fails, or renders a conversation differently once it goes on.
     """
-    special = _match_special(tokenizer)
+    special, added = _match_added(tokenizer, special=True), _match_added(tokenizer)
     guard = _choose_guard([messages, values])
     messages, values = _guarded(messages, special, guard), _guarded(values, special, guard)
     values |= values.pop("chat_template_kwargs", {})
@@ -66,33 +71,36 @@ def encode_conversation(tokenizer, messages: list[dict], **values: Any) -> tuple
         if not rendered.exact:
             while last > first and not rendered.text[slice(*offsets[last - 1])].strip():
                 last -= 1
-            if last == first or not special.fullmatch(rendered.text[slice(*offsets[last - 1])]):
+            if last == first or not added.fullmatch(rendered.text[slice(*offsets[last - 1])]):
                 last = position  # nothing but the blank ends the answer
         learnt[first:last] = [True] * (last - first)
     if not ids or ids[-1] != tokenizer.eos_token_id:
         ids.append(tokenizer.eos_token_id)
         learnt.append(False)
-    if any(learnt) and not special.sub("", rendered.text[rendered.answers[-1][1]:]).strip():
+    if any(learnt) and not added.sub("", rendered.text[rendered.answers[-1][1]:]).strip():
         learnt[first:] = [True] * (len(ids) - first)
     return ids, learnt
 
 
 def find_answer_ends(tokenizer) -> list[int]:
-    """The tokens that end an answer: the special token that the template writes after it, if any, and end-of-text.
+    """The tokens that end an answer: the added token that the template writes after it, if any, and end-of-text.
 
     Raises: UserError if the template fails.
     """
-    special, answer = _match_special(tokenizer), "answer"
+    added, answer = _match_added(tokenizer), "answer"
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
     text = _apply(tokenizer, messages, {}, tokenize=False)
-    after = special.match(text[text.rfind(answer) + len(answer):].lstrip()) if answer in text else None
+    after = added.match(text[text.rfind(answer) + len(answer):].lstrip()) if answer in text else None
     named = [tokenizer.convert_tokens_to_ids(after[0])] if after else []
     return list(dict.fromkeys([*named, tokenizer.eos_token_id]))
 
 
-def _match_special(tokenizer) -> re.Pattern:
-    """Matches a special token's text, the longest first; nothing if there is none."""
-    words = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+def _match_added(tokenizer, special: bool = False) -> re.Pattern:
+    """Matches the text of an added token, or of a special one alone, the longest first; nothing if there is none.
+
+    Many a published `<|im_end|>` is added and not special.
+    """
+    words = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special or not special}
     return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)")
 
 
@@ -150,15 +158,22 @@ def _find_answers(tokenizer, messages: list[dict], values: dict[str, Any], text:
     answers = []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = _apply(tokenizer, messages[:index], values, tokenize=False,
-                            add_generation_prompt=True) if index else ""
             through = _apply(tokenizer, messages[:index + 1], values, tokenize=False)
+            before = _apply(tokenizer, messages[:index], values, tokenize=False, add_generation_prompt=True) \
+                if index else _find_opening(tokenizer, messages, values, through)
             if not text.startswith(through) or not through.startswith(before):
                 raise UserError(f"the chat template renders the conversation up to message {index + 1} of "
                                 f"{len(messages)} differently once it goes on, so its answers cannot be told; mark "
                                 "them in the template with {% generation %}, and name it in data.chat_template")
             answers.append((len(before), len(through)))
     return answers
+
+
+def _find_opening(tokenizer, messages: list[dict], values: dict[str, Any], through: str) -> str:
+    """What stands before the answer in the rendering `through` of a conversation that begins with one: templates may
+    refuse to render no messages, so it is all up to where the generation prompt ends."""
+    prompt = _apply(tokenizer, messages[:1], values, tokenize=False, add_generation_prompt=True)[len(through):]
+    return through[:through.find(prompt) + len(prompt)] if prompt in through else ""
 
 
 def _apply(tokenizer, messages: list[dict], values: dict[str, Any], **keywords):

@@ -6,6 +6,7 @@ Text is UTF-8, or what a byte order mark says. Suffixes may be in capitals.
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,8 @@ from dllm.files import decode_text, find_encoding
 _CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
 _ARROW = {".parquet": "Parquet", ".arrow": "Arrow"}
 _JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+_POINTER = b"version https://git-lfs.github.com/spec/"  # in place of a file that Git LFS has not fetched
 TABLES = (*_ARROW, *_JSON_LINES, ".csv", ".tsv")
 Row = tuple[int, Callable[[], Any]]  # (number within the file from 1, or 0 for the whole file; decoder of the record)
 Choose = Callable[[Iterable[str]], list[str]]  # from the columns that there are, those to read; BadRecord for none
@@ -27,8 +30,9 @@ class BadRecord(Exception):
 
 
 def suffix_of(name: str) -> str:
-    """The suffix in small letters, without that of a compression: .jsonl of A.JSONL.GZ."""
-    path = Path(name.lower())
+    """The suffix in small letters, without that of a compression or a shard: .jsonl of A.JSONL.GZ and
+    a.jsonl-00000-of-00002."""
+    path = Path(_SHARD.sub("", name.lower()))
     return path.with_suffix("").suffix if path.suffix in _CODECS else path.suffix
 
 
@@ -37,6 +41,9 @@ def find_rows(path: Path, choose: Choose) -> Iterator[Row]:
 
     Raises: BadRecord or OSError if the file cannot be read on.
     """
+    with open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise BadRecord("a pointer to it alone; fetch it with git lfs pull")
     suffix, packed = suffix_of(path.name), path.suffix.lower() in _CODECS
     if suffix in _ARROW and not packed:
         return _find_arrow_rows(path, choose)
@@ -108,7 +115,10 @@ def _parse_json(text: str) -> Any:
 
 
 def _find_json_rows(path: Path, choose: Choose) -> Iterator[Row]:
-    """The records of a list of objects, or of one object per line, or one with the columns; other files are texts."""
+    """The records of a list of objects, or of one object per line, or one with the columns; other files are texts.
+
+    Raises: BadRecord if records with the columns are found below a key.
+    """
     text = _read_text(path)
     try:
         value = json.loads(text)
@@ -120,12 +130,19 @@ def _find_json_rows(path: Path, choose: Choose) -> Iterator[Row]:
     if isinstance(value, list) and any(isinstance(record, dict) for record in value):
         return ((number, partial(lambda record: record, record)) for number, record in enumerate(value, start=1))
     if isinstance(value, dict):
-        try:
-            choose(value)
+        if _has_columns(value, choose):
             return iter([(1, lambda: value)])
-        except BadRecord:
-            pass
+        if below := [key for key, part in value.items() if isinstance(part, list) and any(
+                isinstance(record, dict) and _has_columns(record, choose) for record in part)]:
+            raise BadRecord(f"its records are below the key {below[0]!r}; save them as a list, or one a line")
     return iter([(0, lambda: text)])
+
+
+def _has_columns(record: dict, choose: Choose) -> bool:
+    try:
+        return bool(choose(record))
+    except BadRecord:
+        return False
 
 
 def _find_csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
@@ -143,14 +160,14 @@ def _find_csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
 def _check_fields(record: dict) -> dict:
     if None in record:
         raise BadRecord("more fields than the header")
-    return record
+    return {name: value for name, value in record.items() if value is not None}  # a short line lacks columns
 
 
 def _find_arrow_rows(path: Path, choose: Choose) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
-    kind = _ARROW[path.suffix.lower()]
+    kind = _ARROW[suffix_of(path.name)]
     try:
         if kind == "Parquet":
             file = pyarrow.parquet.ParquetFile(path, memory_map=True)

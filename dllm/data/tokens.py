@@ -30,7 +30,7 @@ from dllm.data.sources import Document
 from dllm.errors import Failure
 from dllm.files import cache_folder
 
-_VERSION = 2  # of the format of a cache file
+_VERSION = 3  # of a cache file: its format, and how documents are encoded
 _BATCH = 64  # documents that a worker gets at a time
 _FEW = 2048  # documents that this process encodes before another has started
 

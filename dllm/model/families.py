@@ -11,6 +11,7 @@ from dataclasses import MISSING, dataclass, field, fields
 
 from dllm.config.fields import check, setting
 from dllm.errors import UserError, did_you_mean, warn
+from dllm.model.special_tokens import check_ids
 
 # Scalings of the rotary embedding that are computed, and the numbers that each needs.
 ROPE_TYPES = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
@@ -30,30 +31,30 @@ class ModelConfig:
     num_key_value_heads: int = setting(MISSING, "key and value heads, a divisor of num_attention_heads", at_least=1)
     head_dim: int = setting(MISSING, "numbers of a head, even", at_least=1)
     max_position_embeddings: int = setting(32768, "positions; a longer input is refused", at_least=1)
-    rope_theta: float = 10000.0
-    partial_rotary_factor: float = 1.0  # the share of each head, from its first number on, that is rotated
+    rope_theta: float = setting(10000.0, "base of the rotary embedding", above=0)
+    partial_rotary_factor: float = setting(1.0, "share of each head, from its first number on, that is rotated")
     rope_scaling: Mapping | None = None  # None, or {"rope_type": "llama3" or "linear", "factor": ...}
-    rms_norm_eps: float = 1e-6
-    qkv_bias: bool = False
-    output_bias: bool = False  # of the attention's output projection
-    mlp_bias: bool = False
-    qk_norm: bool = False  # RMSNorm of every query and key head, before the rotary embedding
-    tie_word_embeddings: bool = False
-    num_experts: int = 0  # of a mixture in the place of the feed-forward (arXiv:1701.06538); 0: none
-    num_experts_per_tok: int = 1
-    moe_intermediate_size: int = 0  # width of each expert's SwiGLU
-    num_shared_experts: int = 0  # so many times that width, for every token
-    first_k_dense_replace: int = 0  # layers with a feed-forward before those with experts
+    rms_norm_eps: float = setting(1e-6, "added to the mean square", at_least=0)
+    qkv_bias: bool = setting(False, "of the attention's query, key and value projections")
+    output_bias: bool = setting(False, "of the attention's output projection")
+    mlp_bias: bool = setting(False, "of the feed-forward's projections")
+    qk_norm: bool = setting(False, "RMSNorm of every query and key head, before the rotary embedding")
+    tie_word_embeddings: bool = setting(False, "the head is the embedding")
+    num_experts: int = setting(0, "of a mixture in the place of the feed-forward (arXiv:1701.06538); 0: none")
+    num_experts_per_tok: int = setting(1, "experts of a token")
+    moe_intermediate_size: int = setting(0, "width of each expert's SwiGLU")
+    num_shared_experts: int = setting(0, "so many times that width, for every token")
+    first_k_dense_replace: int = setting(0, "layers with a feed-forward before those with experts")
     router_score: str = "softmax"  # or "sigmoid", each of the router's logits
-    router_bias: bool = False  # added to the scores to balance the experts
-    n_group: int = 1  # the experts are in so many groups, of which
-    topk_group: int = 1  # the best so many are chosen from
-    norm_topk_prob: bool = False  # the weights of the chosen experts sum to 1
-    routed_scaling_factor: float = 1.0  # times this
+    router_bias: bool = setting(False, "added to the scores to balance the experts")
+    n_group: int = setting(1, "the experts are in so many groups, of which")
+    topk_group: int = setting(1, "the best so many are chosen from")
+    norm_topk_prob: bool = setting(False, "the weights of the chosen experts sum to 1")
+    routed_scaling_factor: float = setting(1.0, "times this")
     block_causal: bool = False  # trained to see whole blocks up to one's own, so decoded block by block
     block_length: int | None = setting(None, "tokens of a block", at_least=1, none="the checkpoint does not say")
-    initializer_range: float = 0.02  # standard deviation of a random initialisation
-    shift_logits: bool = True  # the logits at position i are about token i + 1, as in autoregressive models
+    initializer_range: float = setting(0.02, "standard deviation of a random initialisation", at_least=0)
+    shift_logits: bool = setting(True, "the logits at position i are about token i + 1, as in autoregressive models")
     mask_token_id: int | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -271,7 +272,7 @@ def read_config(raw: Mapping, where: str = "config.json") -> ModelConfig:
         warn(f"{where}: the folder brings code of its own for a model_type {raw['model_type']!r}, which is not run; "
              f"position i predicts token i + 1, as in {config.family}. If it predicts its own token, add "
              '"shift_logits": false, and if it decodes by blocks, "block_size"')
-    if differing := _differing_rope(raw):
+    for differing in filter(None, (_differing_rope(raw), _differing_dtype(raw), _differing_class(raw, family))):
         warn(f"{where}: {differing}")
     return config
 
@@ -287,6 +288,7 @@ def _parse(raw: Mapping, where: str = "config.json") -> ModelConfig:
     if missing := [key for key in family.required if raw_keys.get(key) is None]:
         raise UserError(f"{where}: {name} needs the key{'s' * (len(missing) > 1)} {', '.join(missing)}")
     _check_values(name, raw_keys, where)
+    check_ids(raw, where)
     values = {target: raw_keys[key] for key, target in family.keys.items() if raw_keys.get(key) is not None}
     values = {"block_causal": "block_length" in values, **family.fixed, **values}
     if (layers := values.get("first_k_dense_replace")) is not None and not isinstance(layers, int):
@@ -417,3 +419,15 @@ def _differing_rope(raw: Mapping) -> str:
     if all(both) and nested != _rope({"rope_parameters": both[1]}):
         return f"rope_scaling {both[0]} and rope_parameters {both[1]} differ; rope_scaling is taken"
     return ""
+
+
+def _differing_dtype(raw: Mapping) -> str:
+    named = [str(raw[key]).removeprefix("torch.") for key in ("dtype", "torch_dtype") if raw.get(key)]
+    return f"dtype is {named[0]}, torch_dtype {named[1]}; dtype is taken" if len(set(named)) > 1 else ""
+
+
+def _differing_class(raw: Mapping, family: Family) -> str:
+    """A class of another family under architectures, such as Dream's beside the model_type qwen2."""
+    known = {other.architecture for other in FAMILIES.values()} - {family.architecture}
+    other = next((name for name in raw.get("architectures") or () if name in known), None)
+    return f"architectures has {other}, model_type is {raw['model_type']!r}, which is taken" if other else ""

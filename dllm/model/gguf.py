@@ -26,12 +26,12 @@ _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf", re.IGNORECASE)
 def as_folder(path: str | os.PathLike) -> str | os.PathLike:
     """The path, or the folder of the model that it names as a GGUF file.
 
-    A folder without config.json stands for the GGUF file in it.
+    A folder without other weights stands for the GGUF file in it, whatever config.json lies beside it.
     Raises: UserError if there are several, or the file cannot be read; Failure if the folder cannot be written.
     """
     place = Path(path)
     files = [place] if place.suffix.lower() == ".gguf" and place.is_file() else []
-    if place.is_dir() and not (place / "config.json").exists():
+    if place.is_dir() and not any(file.suffix in (".safetensors", ".bin") for file in place.iterdir()):
         files = sorted(file for file in place.iterdir() if file.suffix.lower() == ".gguf")
     if not files:
         return path

@@ -27,7 +27,7 @@ def load_with_tokenizer(path_or_hub_id: str | os.PathLike, device: str = "auto",
     model = Transformer.from_pretrained(path_or_hub_id, dtype, place, mask_token_id=mask_token_id,
                                         mask_token=mask_token, trust_remote_code=trust_remote_code)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Notice)  # the model has told them
+        warnings.filterwarnings("ignore", ".*: the tokens that end a text", Notice)  # the model has told of them
         tokenizer = load_tokenizer(path_or_hub_id, model.mask_token_id, trust_remote_code=trust_remote_code)
     check_vocabulary(tokenizer, model.config.vocab_size)
     model.end_token_ids = tokenizer.end_token_ids

@@ -10,8 +10,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from dllm.errors import UserError
-from dllm.files import read_json
+from dllm.errors import UserError, warn
+from dllm.files import decode_text, read_json
 
 _KEPT = ("chat_template.jinja", "chat_template.json", "special_tokens_map.json", "additional_chat_templates")
 
@@ -23,9 +23,10 @@ def open_tokenizer(folder: Path, trust_remote_code: bool = False):
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    settings = read_json(folder / "tokenizer_config.json", missing={})
+    _compare_templates(folder, settings)
     if trust_remote_code:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=True)
-    settings = read_json(folder / "tokenizer_config.json", missing={})
     if (folder / "tokenizer.json").exists():
         if not settings.get("auto_map"):
             return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **_unread_config(folder))
@@ -37,6 +38,14 @@ def open_tokenizer(folder: Path, trust_remote_code: bool = False):
     if (folder / "tokenizer.model").exists():
         return _open_sentencepiece(folder, settings)
     return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+
+
+def _compare_templates(folder: Path, settings: dict) -> None:
+    """Tell of a chat template in tokenizer_config.json that the one in a file of its own replaces."""
+    file, inside = folder / "chat_template.jinja", settings.get("chat_template")
+    if inside and file.exists() and str(inside).strip() != decode_text(file.read_bytes()).strip():
+        warn(f"{folder}: the chat templates in tokenizer_config.json and {file.name} differ; that in {file.name} is "
+             "taken, as in Transformers")
 
 
 def _unread_config(folder: Path) -> dict:

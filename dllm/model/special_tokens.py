@@ -8,11 +8,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dllm.errors import warn
+from dllm.errors import UserError, warn
 from dllm.files import read_json
 
 # What published tokenizers call their mask token; taken where no file says which one it is.
 MASKS = ("<|mask|>", "<|MASK|>", "<|mdm_mask|>", "<[MASK_TOKEN]>", "[MASK]", "<mask>")
+
+_MAP = "special_tokens_map.json"  # older than tokenizer_config.json, which goes before it
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,12 @@ def read_special_tokens(folder: Path, mask_is_given: bool = False) -> SpecialTok
     """
     files = {name: read_json(folder / name, missing={}) for name in ("generation_config.json", "config.json")}
     vocabulary = Vocabulary(folder)
+    for name, raw in files.items():
+        check_ids(raw, str(folder / name))
     masks = {name: raw["mask_token_id"] for name, raw in files.items() if raw.get("mask_token_id") is not None}
     ends = {name: sorted(as_ids(raw.get("eos_token_id"))) for name, raw in files.items()}
-    if (mask := vocabulary.named("mask_token")) is not None:
-        masks["the tokenizer"] = mask
-    if (end := vocabulary.named("eos_token")) is not None:
-        ends["the tokenizer"] = [end]
+    masks |= vocabulary.named("mask_token")
+    ends |= {name: [end] for name, end in vocabulary.named("eos_token").items()}
     ends = {name: ids for name, ids in ends.items() if ids}
     if len(set(masks.values())) > 1 and not mask_is_given:
         warn(f"{folder}: the mask token is {_in_words(masks)}; {next(iter(masks.values()))} is taken")
@@ -44,9 +46,18 @@ def read_special_tokens(folder: Path, mask_is_given: bool = False) -> SpecialTok
     return SpecialTokens(mask, tuple(unique(token for ids in ends.values() for token in ids)))
 
 
+def check_ids(raw: Mapping, where: str) -> None:
+    """Refuse a file that names the mask token or those that end a text otherwise than by whole numbers."""
+    for key, many in (("mask_token_id", False), ("eos_token_id", True)):
+        named = raw.get(key)
+        ids = named if many and isinstance(named, list) else [] if named is None else [named]
+        if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+            raise UserError(f"{where}: {key} must be a whole number{' or a list of them' * many}, not {named!r}")
+
+
 def as_ids(named: int | list[int] | None) -> list[int]:
-    """The tokens that a key such as eos_token_id names."""
-    return [] if named is None else [*named] if isinstance(named, list) else [named]
+    """The tokens that a key such as eos_token_id names. -1 names none, as older configurations have it."""
+    return [token for token in (named if isinstance(named, list) else [named]) if token is not None and token >= 0]
 
 
 def unique(ids: Iterable[int]) -> list[int]:
@@ -63,9 +74,9 @@ class Vocabulary:
     def __init__(self, folder: Path):
         self.folder = folder
         self.settings = read_json(folder / "tokenizer_config.json", missing={})
-        self.added = {token["content"]: int(token_id) for token_id, token
-                      in (self.settings.get("added_tokens_decoder") or {}).items()}
-        self.added |= read_json(folder / "added_tokens.json", missing={})
+        self.added = {**read_json(folder / "added_tokens.json", missing={}), **{
+            token["content"]: int(token_id) for token_id, token
+            in (self.settings.get("added_tokens_decoder") or {}).items()}}
         self._words: Mapping[str, int] | None = None
 
     @property
@@ -82,8 +93,13 @@ class Vocabulary:
     def find(self, text: str) -> int | None:
         return self.added[text] if text in self.added else self.words.get(text)
 
-    def named(self, name: str) -> int | None:
-        """The id of what a key such as mask_token names."""
-        given = self.settings.get(name) or read_json(self.folder / "special_tokens_map.json", missing={}).get(name)
-        text = given.get("content") if isinstance(given, dict) else given
-        return self.find(text) if isinstance(text, str) else None
+    def named(self, name: str) -> dict[str, int]:
+        """The id of what a key such as mask_token names, by its place; two of them where the two files differ."""
+        places = {}
+        for place, raw in (("the tokenizer", self.settings), (_MAP, read_json(self.folder / _MAP, missing={}))):
+            given = raw.get(name)
+            text = given.get("content") if isinstance(given, dict) else given
+            token = self.find(text) if isinstance(text, str) else None
+            if token is not None and token not in places.values():
+                places[place] = token
+        return places

@@ -47,25 +47,27 @@ def load_tokenizer(path_or_hub_id: str | os.PathLike, mask_token_id: int | None 
 
 def set_mask_token(tokenizer, token_id: int | None, text: str | None, named: int | None) -> None:
     """Give a tokenizer the mask token that was asked for, else the one that its folder names, else a new one."""
+    roles = {word: role for role, word in tokenizer.special_tokens_map.items()
+             if isinstance(word, str) and role != "mask_token"}
     if text is not None:
         known = tokenizer.get_vocab().get(text)
-        roles = {word: role for role, word in tokenizer.special_tokens_map.items()
-                 if isinstance(word, str) and role != "mask_token"}
         if known is None:
             free = [word for word in tokenizer.get_added_vocab() if word not in roles]
+            more = f" and {len(free) - 5} more" if len(free) > 5 else ""
             raise UserError(f"mask_token {text!r} is none of the tokenizer's {len(tokenizer):,} tokens; of its added "
-                            f"tokens {', '.join(free) or 'none'} can be chosen")
-        if text in roles:
-            raise UserError(f"mask_token {text!r} is the tokenizer's {roles[text]} already; choose a reserved token")
+                            f"tokens {', '.join(free[:5]) or 'none'}{more} can be chosen")
         if token_id not in (None, known):
             raise UserError(f"mask_token {text!r} has the id {known}, not {token_id}; give one of the two")
         token_id = known
-    token_id = named if token_id is None else token_id
-    if token_id not in (None, tokenizer.mask_token_id):
-        if not 0 <= token_id < len(tokenizer):
-            raise UserError(f"the model's mask token is {token_id}, the tokenizer has {len(tokenizer)} tokens; give "
+    chosen = named if token_id is None else token_id
+    if chosen not in (None, tokenizer.mask_token_id):
+        if not 0 <= chosen < len(tokenizer):
+            raise UserError(f"the model's mask token is {chosen}, the tokenizer has {len(tokenizer)} tokens; give "
                             "the model's own tokenizer, or another mask token")
-        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(token_id)
+        word = tokenizer.convert_ids_to_tokens(chosen)
+        if word in roles and chosen != named:
+            raise UserError(f"mask_token {word!r} is the tokenizer's {roles[word]} already; choose a reserved token")
+        tokenizer.mask_token = word
     if tokenizer.mask_token is None:
         tokenizer.add_special_tokens({"mask_token": MASK})
 

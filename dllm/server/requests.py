@@ -60,7 +60,7 @@ class Common(BaseModel, extra="allow"):
         return self.max_completion_tokens or self.max_tokens
 
 
-class Message(BaseModel, extra="allow"):
+class Message(BaseModel, extra="allow"):  # tool_call_id, name and others, for the chat template
     role: Annotated[str, Field(max_length=32)]
     content: str | list[dict[str, Any]] | None = None
     tool_calls: list[dict[str, Any]] | None = None
@@ -75,10 +75,12 @@ class Message(BaseModel, extra="allow"):
         return self.content or ""
 
     def for_template(self) -> dict[str, Any]:
-        """The message with all its fields, as chat templates read them: arguments of tools as objects."""
-        given = {**self.model_extra, "role": self.role, "content": self.text,
-                 "tool_calls": [read_arguments(call) for call in self.tool_calls or ()]}
-        return {name: value for name, value in given.items() if value not in (None, [])}
+        """The message as conversations are trained on: with all its fields that are not null, and a null content beside
+        them; arguments of tool calls as objects."""
+        others = {name: value for name, value in (self.model_extra or {}).items() if value is not None}
+        if self.tool_calls:
+            others["tool_calls"] = [read_arguments(call) for call in self.tool_calls]
+        return {"role": self.role, "content": None if others and self.content is None else self.text, **others}
 
 
 def read_arguments(call: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import yaml
 
 from dllm.config.schema import Config, ModelGroup, TrainGroup
 from dllm.data import Corpus, TrainingData, open_training_data, read_corpus
-from dllm.data.conversations import find_answer_ends
+from dllm.data.conversations import find_answer_ends, set_chat_template
 from dllm.data.tokens import describe_rules
 from dllm.errors import UserError
 from dllm.files import read_json, write_atomically
@@ -111,12 +111,12 @@ def check_resumable(config: Config, resumed: Checkpoint, output: Path) -> None:
     defaults = {field.name: field.default for field in fields(TrainGroup)}  # for runs older than a key
 
     def describe(groups: dict[str, dict]) -> dict:
-        """The fingerprint of the documents stands for data.train_path, which may name them in another way."""
+        """Documents and chat template are compared themselves; a path may name them in another way."""
         train_group = groups["train"]
         return {**{f"model.{key}": resolve(value) for key, value in groups["model"].items()
                    if key != "trust_remote_code"},
                 **{f"data.{key}": resolve(value) for key, value in groups["data"].items()
-                   if key not in ("num_workers", "train_path")},
+                   if key not in ("num_workers", "train_path", "chat_template")},
                 **{f"train.{key}": train_group.get(key, defaults[key]) for key in fixed},
                 "train.global_batch_size": train_group["global_batch_size"] or train_group["micro_batch_size"]}
 
@@ -205,6 +205,7 @@ def choose_model(config: Config, corpus: Callable[[], Corpus], resumed: Checkpoi
         model_config = as_trained(model_config, tokenizer, config.train)
         if path and Path(path).exists():
             check_unchanged(tokenizer, model_config, config, resumed)
+        check_template(tokenizer, config, resumed)
         return Start(tokenizer, model_config, resumed.hf_folder)
     folder = find_model(path) if path else None
     if folder is not None:
@@ -326,6 +327,17 @@ def check_unchanged(tokenizer, model_config: ModelConfig, config: Config, resume
     if change is not None:
         raise UserError(f"{resumed.folder} continues a model that is no longer in {path}: {change}; put it back, or "
                         "set another train.output_dir")
+
+
+def check_template(tokenizer, config: Config, resumed: Checkpoint) -> None:
+    """Refuse to go on with another chat template than that of the run, which its tokenizer has kept."""
+    if config.data.data_type != "conversation":
+        return
+    before = tokenizer.chat_template
+    set_chat_template(tokenizer, config.data.chat_template)
+    if tokenizer.chat_template != before:
+        raise UserError(f"{resumed.folder} continues a run with another chat template than there is now in "
+                        f"{config.data.chat_template}; put it back, or set another train.output_dir")
 
 
 def check_family(family: str) -> str:

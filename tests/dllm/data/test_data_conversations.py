@@ -9,7 +9,7 @@ import torch
 
 from dllm.config.schema import Config, DataGroup, ModelGroup, TrainGroup
 from dllm.data import open_training_data, read_corpus
-from dllm.data.conversations import encode_conversation, find_answer_ends
+from dllm.data.conversations import encode_conversation, find_answer_ends, set_chat_template
 from dllm.data.finding import find_shards
 from dllm.data.sources import Reader
 from dllm.diffusion_lm import DiffusionLM
@@ -78,6 +78,37 @@ def test_a_conversation_without_an_answer_teaches_nothing_and_one_that_ends_with
     assert ids[-1] == chat.eos_token_id and not marks[-1] and any(marks)
 
 
+def test_of_a_conversation_that_begins_with_an_answer_the_opening_is_not_learnt(chat):
+    greeting = [{"role": "assistant", "content": "Hello."}, *TALK[1:3]]
+    system = CHATML.replace("{% for", "<|im_start|>system\nBe kind.<|im_end|>\n{% for", 1)
+    for template, opening in ((system, "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>assistant\n"),
+                              (CHATML, "<|im_start|>assistant\n"), (PLAIN, "Assistant: "), (INST, "")):
+        chat.chat_template = template
+        ids, marks = encode_conversation(chat, greeting)
+        first = marks.index(True)
+        assert chat.decode(ids[:first]) == opening and chat.decode(ids[first:]).lstrip().startswith("Hello.")
+
+
+def test_an_answers_end_need_not_be_a_special_token(tokenizer):
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.chat_template = CHATML
+    ids, marks = encode_conversation(tokenizer, TALK)
+    assert tokenizer.convert_ids_to_tokens(find_answer_ends(tokenizer)) == ["<|im_end|>", "<|endoftext|>"]
+    start = marks.index(True)
+    assert tokenizer.decode(ids[start:marks.index(False, start)]) == "It is 2.\n<|im_end|>" and all(marks[-3:])
+
+
+def test_of_templates_by_name_that_for_tools_is_taken_where_there_are_tools(chat):
+    chat.chat_template = {"default": CHATML, "tool_use": TOOLS}
+    set_chat_template(chat, "default")
+    for template, values in ((CHATML, {}), (TOOLS, {"tools": [TOOL]})):
+        ids, marks = encode_conversation(chat, TALK, **values)
+        whole = chat.apply_chat_template(TALK, chat_template=template, tokenize=False, **values)
+        assert chat.decode(ids) == whole + chat.eos_token
+        assert chat.decode([i for i, mark in zip(ids, marks, strict=True) if mark]).startswith("It is 2.")
+    assert chat.convert_ids_to_tokens(find_answer_ends(chat)) == ["<|im_end|>", "<|endoftext|>"]
+
+
 def test_a_template_that_changes_what_it_rendered_is_refused_with_the_way_out(chat):
     chat.chat_template = FORGETFUL
     with pytest.raises(UserError, match=r"up to message 3 of 5 differently once it goes on.*{% generation %}"):
@@ -85,6 +116,12 @@ def test_a_template_that_changes_what_it_rendered_is_refused_with_the_way_out(ch
     ids, marks = encode_conversation(chat, TALK[:3])  # only the last answer can be found
     assert chat.decode([i for i, mark in zip(ids, marks, strict=True) if mark]) \
         == "<think></think>It is 2.\n<|im_end|>\n<|endoftext|>"
+
+
+def test_a_template_that_writes_the_mask_token_is_refused(chat):
+    chat.chat_template, chat.mask_token = CHATML, "<|im_start|>"
+    with pytest.raises(UserError, match=r"template writes the mask token <\|im_start\|>, .*; set model.mask_token to"):
+        set_chat_template(chat, "default")
 
 
 def test_a_template_that_refuses_is_one_line(chat):

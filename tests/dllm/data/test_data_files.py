@@ -24,7 +24,7 @@ def save(texts, folder):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.jsonlines", "a.JSONL", "a.NdJson", "a.JSONL.GZ",
-                                  "a.ndjson.gz", "a.JSON", "a.Json.Gz"])
+                                  "a.ndjson.gz", "a.JSON", "a.Json.Gz", "a.jsonl-00000-of-00002"])
 def test_a_table_of_json_is_known_by_any_spelling_of_its_suffix(name, tmp_path):
     content = lines("one", "two").encode()
     (tmp_path / name).write_bytes(gzip.compress(content) if name.lower().endswith("gz") else content)
@@ -134,6 +134,64 @@ def test_splits_of_tables_are_told_by_words_of_their_names(tmp_path):
     for name in ("train.jsonl", "train_2.jsonl"):
         (tmp_path / name).unlink()
     assert len(texts_of(tmp_path)) == 6  # without a training split they are the data
+
+
+@pytest.mark.parametrize("suffix, content", [("json", '[{{"text": "{0}"}}]'), ("JSON", '{{"text": "{0}"}}'),
+                                             ("txt", "{0}")])
+@pytest.mark.parametrize("name", ["{0}.{1}", "{0}/a.{1}", "wiki.{0}.{1}"])
+def test_other_splits_of_json_and_plain_text_are_left_out_too(suffix, content, name, tmp_path, capsys):
+    for split in ("train", "test", "valid"):
+        path = tmp_path / name.format(split, suffix)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content.format(split))
+    assert texts_of(tmp_path) == ["train"]
+    error = capsys.readouterr().err
+    assert error.startswith("left out 2 not meant for training: ") and "(the split test)" in error
+
+
+def test_what_describes_files_of_json_is_left_out_where_there_is_nothing_else(tmp_path, capsys):
+    (tmp_path / "data.json").write_text('[{"text": "one"}]')
+    for name in ("README.md", "LICENSE"):
+        (tmp_path / name).write_text(name)
+    assert texts_of(tmp_path) == ["one"]
+    assert "left out 2 not meant for training: LICENSE (describes the data), README.md" in capsys.readouterr().err
+    (tmp_path / "index.js").write_text("code")
+    assert texts_of(tmp_path) == ["LICENSE", "README.md", "one", "code"]  # source code with a .json file
+
+
+def test_records_below_a_key_are_not_trained_on_as_json(tmp_path, capsys):
+    (tmp_path / "a.json").write_text('{"version": 2, "data": [{"id": 1}, {"text": "one"}]}')
+    (tmp_path / "b.json").write_text('{"name": "package", "files": ["a"], "authors": [{"name": "x"}]}')
+    assert texts_of(tmp_path) == [(tmp_path / "b.json").read_text()]
+    assert "skipped 1 that could not be read as text: a.json (its records are below the key 'data'; save" \
+        in capsys.readouterr().err
+
+
+def test_lines_with_too_few_fields_are_counted(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("id,text,note\n1\n2,two\n3,,x\n4,four,y\n")
+    assert texts_of(tmp_path) == ["two", "four"]
+    assert capsys.readouterr().err == "skipped 1 that could not be read as text: a.csv line 1 (no column 'text')\n"
+
+
+def test_backups_and_unfinished_downloads_are_left_out_and_named(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text(lines("one"))
+    copies = ["#a.jsonl#", "a.jsonl.BAK", "a.jsonl.tmp", "a.jsonl~", "b.parquet.incomplete"]
+    for name in copies:
+        (tmp_path / name).write_text(lines("old"))
+    assert texts_of(tmp_path) == ["one"]
+    error = capsys.readouterr().err
+    assert error.startswith("left out 5 not meant for training")
+    assert all(f"{name} (a backup, or not whole)" in error for name in copies)
+
+
+def test_pointers_of_git_lfs_are_no_text(tmp_path, capsys):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123\n"
+    for name in ("a.txt", "b.jsonl", "c.parquet", "d.json.gz"):
+        (tmp_path / name).write_text(pointer)
+    (tmp_path / "e.txt").write_text("one")
+    assert texts_of(tmp_path) == ["one"]
+    assert "skipped 4 that could not be read as text: a.txt (a pointer to it alone; fetch it with git lfs pull), b" \
+        in capsys.readouterr().err
 
 
 def test_source_code_is_read_with_its_readme_and_its_tests(tmp_path):

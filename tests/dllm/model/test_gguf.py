@@ -107,6 +107,11 @@ def test_the_tokenizer_comes_with_the_file_and_the_folder_of_a_file_is_the_file(
     assert tokenizer.eos_token_id == 0 and tokenizer.pad_token_id == 1
     assert DiffusionLM.from_pretrained(file).mask_token_id == 2  # llama.cpp has a key for it
     assert as_folder(tmp_path) == as_folder(file) != file
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')  # as repositories of GGUF files have it
+    assert as_folder(tmp_path) == as_folder(file)
+    (tmp_path / "model.safetensors").touch()
+    assert as_folder(tmp_path) == tmp_path
+    (tmp_path / "model.safetensors").unlink()
     shutil.copy(file, tmp_path / "other.gguf")
     with pytest.raises(UserError, match="2 GGUF files; name one: other.gguf, some model.gguf"):
         DiffusionLM.from_pretrained(tmp_path)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dllm.diffusion_lm import DiffusionLM
 from dllm.errors import Notice, UserError
@@ -272,6 +272,68 @@ def test_of_two_mask_tokens_the_generation_configs_goes_first_and_the_tokenizers
         assert model.mask_token_id == tokenizer.mask_token_id == other
         model.save_pretrained(folder / "saved")
         assert DiffusionLM.from_pretrained(folder / "saved").mask_token_id == other
+
+
+def test_the_older_special_tokens_map_goes_last_and_a_difference_is_told(copy):
+    folder = copy("dream")
+    words = load_tokenizer(folder).get_vocab()
+    mask, end, other = (words[token] for token in ("<|mask|>", "<|endoftext|>", "<|im_end|>"))
+    change(folder / "special_tokens_map.json", eos_token={"content": "<|im_end|>"}, mask_token="<|im_end|>")
+    change(folder / "config.json", mask_token_id=...)
+    with told(rf"{mask} in the tokenizer, {other} in special_tokens_map.json; {mask} is taken",
+              rf"\[{end}\] in the tokenizer, \[{other}\] in special_tokens_map.json; each of them ends one"):
+        model, tokenizer = load_with_tokenizer(folder, "cpu")
+    assert model.mask_token_id == tokenizer.mask_token_id == mask
+    assert {*model.end_token_ids} == {*tokenizer.end_token_ids} == {end, other}
+    change(folder / "added_tokens.json", **{"<|mask|>": mask + 1})  # older than added_tokens_decoder
+    change(folder / "special_tokens_map.json", eos_token=..., mask_token=...)
+    assert load_tokenizer(folder).mask_token_id == mask == DiffusionLM.from_pretrained(folder).mask_token_id
+
+
+def test_of_two_chat_templates_transformers_choice_is_taken_and_told(copy):
+    folder = copy("qwen2.5")
+    (folder / "chat_template.jinja").write_text("B{{ messages }}\n")
+    for inside, warnings_ in (("B{{ messages }}", 0), ("A{{ messages }}", 1), (
+            [{"name": "default", "template": "B{{ messages }}"}, {"name": "tool_use", "template": "T"}], 1)):
+        change(folder / "tokenizer_config.json", chat_template=inside)
+        with told(*["chat templates in tokenizer_config.json and chat_template.jinja differ; that in"] * warnings_):
+            _, tokenizer = load_with_tokenizer(folder, "cpu")
+        assert tokenizer.chat_template == AutoTokenizer.from_pretrained(folder).chat_template == "B{{ messages }}\n"
+
+
+@pytest.mark.parametrize("twice, message", [
+    ({"dtype": "float16", "torch_dtype": "torch.float32"}, "dtype is float16, torch_dtype float32; dtype is taken"),
+    ({"architectures": ["DreamModel"]}, "architectures has DreamModel, model_type is 'qwen2', which is taken"),
+    ({"dtype": "bfloat16", "torch_dtype": "torch.bfloat16", "architectures": ["Qwen2ForTokenClassification"]}, None)])
+def test_a_dtype_or_a_family_that_is_named_twice_is_told(copy, twice, message):
+    folder = copy("qwen2.5")
+    change(folder / "config.json", **twice)
+    with told(*filter(None, [message])):
+        model = DiffusionLM.from_pretrained(folder, dtype="auto")
+    assert model.dtype == AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype
+    assert model.config.family == "qwen2"
+
+
+@pytest.mark.parametrize("file, values, message", [
+    ("config.json", {"rms_norm_eps": "1e-06"}, "rms_norm_eps must be a number, not '1e-06'"),
+    ("config.json", {"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false, not 'false'"),
+    ("config.json", {"rope_theta": "1e6"}, "rope_theta must be a number"),
+    ("config.json", {"eos_token_id": "<|endoftext|>"}, "config.json: eos_token_id must be a whole number or a list of"),
+    ("generation_config.json", {"mask_token_id": [5]}, r"mask_token_id must be a whole number, not \[5\]")])
+def test_a_value_of_another_kind_is_refused_in_one_line(copy, file, values, message):
+    folder = copy("qwen2.5")
+    change(folder / file, **values)
+    with pytest.raises(UserError, match=message) as error:
+        DiffusionLM.from_pretrained(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_minus_one_names_no_token(copy):
+    folder = copy("qwen2.5")
+    expected = DiffusionLM.from_pretrained(folder).end_token_ids
+    change(folder / "config.json", eos_token_id=-1, pad_token_id=-1)
+    with told():
+        assert DiffusionLM.from_pretrained(folder).end_token_ids == expected
 
 
 @pytest.mark.parametrize("twice, taken, message", [

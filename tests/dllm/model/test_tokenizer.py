@@ -75,9 +75,20 @@ def test_a_mask_token_that_is_asked_for_goes_before_the_folders(tokenizer, tmp_p
     for asked, message in (({"mask_token_id": 300}, "mask token is 300, the tokenizer has 300 tokens; give"),
                            ({"mask_token": "<gap>"}, "mask_token '<gap>' is none of the tokenizer's"),
                            ({"mask_token": "<|pad|>"}, "'<|pad|>' is the tokenizer's pad_token already; choose"),
+                           ({"mask_token_id": 0}, "'<|endoftext|>' is the tokenizer's eos_token already; choose"),
+                           ({"mask_token_id": -1}, "mask token is -1, the tokenizer has 300 tokens; give"),
                            ({"mask_token": "<|mask|>", "mask_token_id": 1}, "has the id 2, not 1; give one")):
         with pytest.raises(UserError, match=re.escape(message)):
             load_tokenizer(tmp_path, **asked)
+
+
+def test_of_many_tokens_that_could_mask_five_are_named(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    more = load_tokenizer(tmp_path)
+    more.add_special_tokens({"additional_special_tokens": [f"<|reserved_{i}|>" for i in range(256)]})
+    more.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"added tokens (<\|\w+\|>, ){4}<\|\w+\|> and 252 more can be chosen$"):
+        load_tokenizer(tmp_path, mask_token="<gap>")
 
 
 def test_a_folder_without_tokenizer_is_refused_in_one_line(tmp_path):

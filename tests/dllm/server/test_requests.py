@@ -190,6 +190,25 @@ def test_null_is_as_good_as_left_out(http):
     assert ask(http, {"messages": None}, "chat/completions")[0] == 400
 
 
+CALLS = TEMPLATE.replace("{{ m.content }}", "{% if m.content is not none %}{{ m.content }}{% endif %}"
+                         "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}{{ m.name }}")
+
+
+def test_messages_keep_the_fields_that_training_renders(model, tokenizer):
+    talker = copy.deepcopy(tokenizer)
+    talker.chat_template = CALLS
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    messages = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": None, "tool_calls": [call]},
+                {"role": "tool", "name": "add", "content": "1"}]
+    rendered = talker.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert '{"name": "add"' in rendered
+    with client(model, talker) as http:
+        given = [{**message, "refusal": None, "function_call": None} for message in messages]
+        status, answer = ask(http, {"messages": given}, "chat/completions")
+        assert status == 200 and answer["usage"]["prompt_tokens"] == len(
+            talker(rendered, add_special_tokens=False)["input_ids"])
+
+
 def tokens_of(http, body, path="completions"):
     return ask(http, body, path)[1]["usage"]["prompt_tokens"]
 

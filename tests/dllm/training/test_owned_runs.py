@@ -1,5 +1,6 @@
 """Runs have an owner, save when they are interrupted, and write over nothing that they read."""
 
+import json
 import os
 import signal
 import socket
@@ -127,6 +128,26 @@ def test_the_same_data_by_another_name_continues_a_run(config, tmp_path, monkeyp
     (data / "a.txt").write_text("other words")
     with pytest.raises(UserError, match="continues a run on other documents"):
         train(again)
+
+
+def test_another_chat_template_is_refused_and_the_same_in_another_file_goes_on(config, tmp_path):
+    template = tmp_path / "template.jinja"
+    content = "{% for m in messages %}{{ m.role }}:\r\n{{ m.content }}{{ eos_token }}{% endfor %}"
+    template.write_text(content, newline="")
+    talks = [[{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i}"}] for i in range(40)]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    data = replace(config.data, train_path=str(tmp_path / "talks.jsonl"), data_type="conversation")
+
+    def run(steps, file):
+        return train(replace(config, data=replace(data, chat_template=str(file)),
+                             train=replace(config.train, max_steps=steps))).steps
+
+    assert run(1, template) == 1
+    template.rename(tmp_path / "moved.jinja")
+    assert run(2, tmp_path / "moved.jinja") == 2 and run(3, "default") == 3
+    template.write_text(content.replace(":", ";"), newline="")
+    with pytest.raises(UserError, match="continues a run with another chat template than there is now in .*put it"):
+        run(4, template)
 
 
 def test_a_run_inside_its_data_is_no_data(config, tmp_path, capsys):
