@@ -279,6 +279,9 @@ def read_config(raw: Mapping, where: str = "config.json") -> ModelConfig:
 
 def _parse(raw: Mapping, where: str = "config.json") -> ModelConfig:
     """`read_config` without its warnings."""
+    for key in ("rope_scaling", "rope_parameters", "auto_map"):
+        if raw.get(key) is not None and not isinstance(raw[key], Mapping):
+            raise UserError(f"{where}: {key} must be a dictionary or null, not {raw[key]!r}")
     name = _family_of(raw)
     if name not in FAMILIES:
         raise UserError(f"{where}: model_type {name!r} is not a family this version loads; "

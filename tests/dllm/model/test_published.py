@@ -476,6 +476,14 @@ def test_a_call_without_settings_has_those_of_the_folder(copy):
         max_new_tokens=2, steps=2)).sequences.shape == (1, 4)
 
 
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters", "auto_map"])
+def test_a_key_that_should_hold_others_is_refused_by_name(key, copy):
+    folder = copy("dream")
+    change(folder / "config.json", **{key: "linear"})
+    with pytest.raises(UserError, match=f"config.json: {key} must be a dictionary or null, not 'linear'"):
+        DiffusionLM.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("folder_says, asked, new, steps", [
     (dict(max_new_tokens=4096), {}, "room", None),
     (dict(max_new_tokens=4096, block_length=4, remasking="low_confidence", steps=7), {}, "room in blocks", "multiple"),
