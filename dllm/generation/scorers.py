@@ -118,10 +118,13 @@ class HeadScorer:
         queries = self.source[asked.rows].gather(1, asked.index).repeat(self.copies, 1)
         return self._guide(self.forward(tokens, Padded(key_mask, queries=queries)))
 
-    def _read(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Tokens and mask of the rows of a forward pass; with guidance, those without the prompt come last."""
+    def _read(self, rows: Tensor, asking: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """Tokens and mask of the rows of a forward pass; with guidance, those without the prompt come last.
+
+        asking: how many of the rows need this pass; the others only come along. None: all.
+        """
         self.forwards += 1
-        self.row_forwards += len(rows)
+        self.row_forwards += len(rows) if asking is None else asking
         tokens = self.step.tokens[rows]
         if self.copies > 1:
             tokens = torch.cat((tokens, tokens.masked_fill(self.prompt[rows], self.mask_token_id)))
@@ -158,7 +161,7 @@ class CachedScorer(HeadScorer):
         everything = torch.arange(len(self.position_ids), device=asked.rows.device)
         if self.finished < start and self.model.config.shift_logits:
             last = torch.full((len(everything), 1), start - 1, device=asked.rows.device)
-            self.before = self._compute(everything, self.finished, start, last).squeeze(1)
+            self.before = self._compute(everything, self.finished, start, last, len(asked.rows)).squeeze(1)
             self.finished = start
         first = self.finished
         # Where blocks were finished since, those of every row are computed along, and kept.
@@ -166,7 +169,7 @@ class CachedScorer(HeadScorer):
         queries = torch.full((len(everything), asked.index.shape[1]), start, device=asked.rows.device)
         sources = torch.where(asked.valid, self.source[asked.rows].gather(1, asked.index), start)
         queries = queries.index_copy(0, asked.rows, sources)[computed]
-        hidden = self._compute(computed, first, end, queries.clamp(min=start))
+        hidden = self._compute(computed, first, end, queries.clamp(min=start), len(asked.rows))
         if self.before is not None:
             before = self.before[self._both(computed)].unsqueeze(1)
             hidden = torch.where((queries < start).repeat(self.copies, 1).unsqueeze(-1), before, hidden)
@@ -174,10 +177,10 @@ class CachedScorer(HeadScorer):
         hidden = self._guide(hidden)
         return hidden[asked.rows] if len(computed) > len(asked.rows) else hidden
 
-    def _compute(self, rows: Tensor, first: int, end: int, queries: Tensor) -> Tensor:
+    def _compute(self, rows: Tensor, first: int, end: int, queries: Tensor, asking: int) -> Tensor:
         """Hidden states of the positions `queries` [R, Q] of some rows, all in the last block before `end`; those from
         `first` on are computed, and their keys and values kept."""
-        tokens, key_mask = self._read(rows)
+        tokens, key_mask = self._read(rows, asking)
         return self.forward(tokens[:, first:end], Cached(
             self.cache, first, None if len(rows) == len(self.position_ids) else self._both(rows),
             None if key_mask is None else key_mask[:, :end].contiguous(), (queries - first).repeat(self.copies, 1)))

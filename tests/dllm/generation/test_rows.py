@@ -85,6 +85,16 @@ def test_gaps_of_several_lengths_get_steps_by_their_own_blocks():
         assert torch.equal(fill(model, [gap], config).answers[0], answer)
 
 
+@pytest.mark.parametrize("family", ["sdar", "a2d-qwen3"])  # each token predicts itself, or the next one
+def test_forward_passes_are_counted_as_if_a_row_were_alone(family):
+    model = tiny_of(family, vocab_size=61, mask_token_id=MASK, **MODELS[family])
+    gaps = [Gap(torch.arange(1, n), torch.arange(2, 9), 3) for n in (3, 7, 15, 23)]  # whole blocks
+    config = MDMGenerationConfig(steps=48, seed=0)
+    alone = [fill(model, [gap], config).output.tokens_per_forward for gap in gaps]
+    together = fill(model, gaps, config).output.tokens_per_forward
+    assert together == pytest.approx(sum(3 for _ in gaps) / sum(3 / each for each in alone))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("new, block, settings", [
     *((new, block, settings) for new, block in ((96, 32), (160, 32), (200, 40), (7, 1), (36, 12))
