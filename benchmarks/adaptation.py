@@ -73,8 +73,6 @@ VARIANTS = {  # name -> keys of train, over COMMON; what no key says is in `rend
     "blocks of 4, 2 rows a step": {"objective": "block_diffusion", "block_length": 4, "micro_batch_size": 2,
                                    "global_batch_size": 2},
     "blocks of 4, attention alone": {"objective": "block_diffusion", "block_length": 4, "freeze_layers": "mlp,embed"},
-    "blocks of 4, attention alone, lr 5e-4": {"objective": "block_diffusion", "block_length": 4,
-                                              "freeze_layers": "mlp,embed", "lr": 5e-4},
     EQUAL: {"objective": "block_diffusion", "block_length": 4},
     "annealed": {"anneal_attention_ratio": 0.3},
     "lr 5e-5": {"lr": 5e-5},
