@@ -285,7 +285,10 @@ class Sandbox:
                 remove_folder(job.folder)
 
     def _receive(self, seconds: float) -> bytes:
-        message = self._control.recv(1 << 16) if _readable(self._control, time.monotonic() + seconds) else b""
+        message = b""
+        with suppress(ConnectionResetError):  # a template that was killed before it had read everything
+            if _readable(self._control, time.monotonic() + seconds):
+                message = self._control.recv(1 << 16)
         if not message:
             raise Failure("the sandbox's template ended, or does not answer; take fewer workers if memory is short")
         return message

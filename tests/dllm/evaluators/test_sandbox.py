@@ -402,6 +402,17 @@ def test_a_template_that_is_killed_is_a_failure_and_not_a_verdict():
             sandbox.run(ADD, 20)
 
 
+def test_a_template_that_dies_with_words_unread_is_a_failure_too():
+    """The system then resets the connection instead of closing it."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.send(b"unread")
+    theirs.close()
+    sandbox = Sandbox.__new__(Sandbox)
+    sandbox._control = ours
+    with ours, pytest.raises(Failure, match="template ended"):
+        sandbox._receive(1)
+
+
 def test_a_template_that_cannot_start_says_why(monkeypatch):
     monkeypatch.setattr(sandbox_module.sys, "executable", shutil.which("false"))
     with pytest.raises(Failure, match="the sandbox cannot start"):
