@@ -25,8 +25,13 @@ class DiffusionLM(Transformer):
     """
 
     def forward(self, input_ids: Any, attention_mask: Any = None) -> ModelOutput:
-        """Logits [B, L, V] of token ids in any form of a prompt; see `Transformer.forward`."""
-        return super().forward(*read_prompts(self, input_ids, attention_mask, name="input_ids"))
+        """Logits [B, L, V] of token ids in any form of a prompt; see `Transformer.forward`.
+
+        Tensors on a GPU are taken as they are, because to check them would wait for it.
+        """
+        if not (isinstance(input_ids, Tensor) and input_ids.is_cuda):
+            input_ids, attention_mask = read_prompts(self, input_ids, attention_mask, name="input_ids")
+        return super().forward(input_ids, attention_mask)
 
     def diffusion_generate(self, inputs: Any = None, attention_mask: Any = None,
                            generation_config: MDMGenerationConfig | None = None, **settings) -> GenerationOutput:

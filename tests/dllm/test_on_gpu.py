@@ -176,6 +176,19 @@ def test_steps_that_commit_by_count_never_wait(family, keys):
     assert (before != after).any()
 
 
+def test_a_forward_pass_never_waits():
+    ours, theirs = on_both("shifted")
+    ids = torch.arange(10, 26).view(2, 8)
+    there = ids.to("cuda")
+    ours(there)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        logits = ours(there).logits
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.allclose(logits.cpu(), theirs(ids).logits, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["shifted", "unshifted"])
 def test_infilling_and_likelihoods_equal_those_on_a_cpu(tokenizer, family):
     prefix, suffix, texts = torch.tensor([[10, 11, 12]]), torch.tensor([[20, 21]]), torch.arange(10, 30).view(2, 10)
