@@ -70,8 +70,7 @@ def test_nothing_is_measured_again_where_every_promise_holds(tmp_path, monkeypat
 
 @pytest.mark.alone
 def test_paired_calls_both_in_turns_and_leaves_the_ratio_of_the_minima(tmp_path):
-    (tmp_path / "conftest.py").write_text((ROOT / "benchmarks" / "conftest.py").read_text())
-    (tmp_path / "bench_x.py").write_text(
+    infos = run_benchmarks(tmp_path, (
         "import time\n"
         "def bench_x(paired):\n"
         "    calls = []\n"
@@ -80,14 +79,16 @@ def test_paired_calls_both_in_turns_and_leaves_the_ratio_of_the_minima(tmp_path)
         "        return {'o': 2, 'b': 3}[name]\n"
         "    ratio = paired(ours=lambda: call('o', 0.02), baseline=lambda: call('b', 0.08), rounds=4, at_least=3,\n"
         "                   exactly={'calls': (len(calls), 0)}, size=7, check=lambda o, b: {'sum': o + b})\n"
-        "    assert ''.join(calls) == 'ob' + 'boobboob' and 2 < ratio < 8\n")
-    [info] = run_benchmarks(tmp_path)
+        "    assert ''.join(calls) == 'ob' + 'boobboob' and 2 < ratio < 8\n"))
+    [info] = infos
     assert 2 < info["ratio"] < 8 and info["size"] == 7 and info["threads"] == 1 and info["sum"] == 5
     assert gate.main(str(tmp_path / "r.json")) == 0
 
 
-def run_benchmarks(tmp_path: Path) -> list[dict]:
-    """The extra_info of each benchmark in bench_x.py, in a process of its own."""
+def run_benchmarks(tmp_path: Path, source: str) -> list[dict]:
+    """The extra_info of each benchmark of the source, in a process of its own."""
+    (tmp_path / "conftest.py").write_text((ROOT / "benchmarks" / "conftest.py").read_text())
+    (tmp_path / "bench_x.py").write_text(source)
     flags = ["-q", "-c", "/dev/null", "--rootdir", ".", "-o", "python_functions=bench_*", "--benchmark-json=r.json"]
     done = subprocess.run([sys.executable, "-m", "pytest", *flags, "bench_x.py"], cwd=tmp_path, capture_output=True,
                           text=True)
@@ -97,15 +98,14 @@ def run_benchmarks(tmp_path: Path) -> list[dict]:
 
 @pytest.mark.slow
 def test_rounds_are_as_many_as_fit_in_the_seconds_and_at_least_two(tmp_path):
-    (tmp_path / "conftest.py").write_text((ROOT / "benchmarks" / "conftest.py").read_text())
-    (tmp_path / "bench_x.py").write_text(
+    infos = run_benchmarks(tmp_path, (
         "import time\n"
         "import pytest\n"
         "@pytest.mark.parametrize('seconds', [30, 0.01, None])\n"
         "def bench_x(paired, seconds):\n"
         "    wait = lambda: time.sleep(0.05)\n"
-        "    paired(ours=wait, baseline=wait, rounds=6, seconds=seconds)\n")
-    assert [info["rounds"] for info in run_benchmarks(tmp_path)] == [6, 2, 6]
+        "    paired(ours=wait, baseline=wait, rounds=6, seconds=seconds)\n"))
+    assert [info["rounds"] for info in infos] == [6, 2, 6]
 
 
 AMD, INTEL = {"id": 40 * "a"}, {"id": 40 * "b", "vendor": "GenuineIntel"}
