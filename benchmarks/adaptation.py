@@ -60,6 +60,8 @@ COMMON = {"micro_batch_size": ROWS, "global_batch_size": ROWS, "lr": 2e-4, "lr_d
 OPEN_DLLM = "Open-dLLM as shipped"
 OWN_TOKEN, COMPLEMENTS, INDEPENDENT = "own token", "complementary masks", "independent times"
 EQUAL = "blocks of 4, equal weights"
+BLOCKS = {"objective": "block_diffusion", "block_length": 4}
+CAUSAL = {**BLOCKS, "causal_blocks": True}
 VARIANTS = {  # name -> keys of train, over COMMON; what no key says is in `rendition` and `prepare`
     "mdm": {},
     OWN_TOKEN: {},
@@ -67,13 +69,16 @@ VARIANTS = {  # name -> keys of train, over COMMON; what no key says is in `rend
     INDEPENDENT: {},
     "elbo": {"objective": "elbo"},
     "cart": {"objective": "cart"},
-    **{f"blocks of {n}": {"objective": "block_diffusion", "block_length": n} for n in (4, 8, 32)},
-    "blocks of 4, lr 5e-5": {"objective": "block_diffusion", "block_length": 4, "lr": 5e-5},
-    "blocks of 4, LoRA of rank 16": {"objective": "block_diffusion", "block_length": 4, "lora_rank": 16, "lr": 1e-3},
-    "blocks of 4, 2 rows a step": {"objective": "block_diffusion", "block_length": 4, "micro_batch_size": 2,
-                                   "global_batch_size": 2},
-    "blocks of 4, attention alone": {"objective": "block_diffusion", "block_length": 4, "freeze_layers": "mlp,embed"},
-    EQUAL: {"objective": "block_diffusion", "block_length": 4},
+    **{f"blocks of {n}": {**BLOCKS, "block_length": n} for n in (4, 8, 32)},
+    "blocks of 4, lr 5e-5": {**BLOCKS, "lr": 5e-5},
+    "blocks of 4, LoRA of rank 16": {**BLOCKS, "lora_rank": 16, "lr": 1e-3},
+    "blocks of 4, 2 rows a step": {**BLOCKS, "micro_batch_size": 2, "global_batch_size": 2},
+    "blocks of 4, attention alone": {**BLOCKS, "freeze_layers": "mlp,embed"},
+    EQUAL: BLOCKS,
+    **{f"causal blocks of {n}": {**CAUSAL, "block_length": n} for n in (4, 8)},
+    "causal blocks of 4, lr 1e-4": {**CAUSAL, "lr": 1e-4},
+    "causal blocks of 4, lr 5e-5": {**CAUSAL, "lr": 5e-5},
+    "causal blocks of 4, LoRA of rank 16": {**CAUSAL, "lora_rank": 16, "lr": 1e-3},
     "annealed": {"anneal_attention_ratio": 0.3},
     "lr 5e-5": {"lr": 5e-5},
     "lr 1e-3": {"lr": 1e-3},
@@ -211,7 +216,7 @@ def pass_tasks(model: Transformer, tokenizer, folder: Path, path: str) -> float:
     """pass@1 of `TASKS` tasks of HumanEval's single-line infilling, spread over all, gaps at their true lengths."""
     tasks = read_tasks("humaneval_infill_single_line", path)
     chosen = dict(list(tasks.tasks.items())[::len(tasks.tasks) // TASKS][:TASKS])
-    settings = RunSettings(length="oracle", generation={"temperature": 0.0, "alg": "maskgit_plus"})
+    settings = RunSettings(length="oracle", generation={"temperature": 0.0, "alg": "maskgit_plus", "threshold": 1.0})
     return generate_samples(model, tokenizer, replace(tasks, tasks=chosen), folder, settings)["pass@1"]
 
 

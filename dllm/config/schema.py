@@ -130,6 +130,9 @@ class TrainGroup:
         "mdm", "equal weights; the bound, 1/t; the bound of blocks (BD3-LM); weights by visible neighbours (Dream); "
         "gaps of unknown length (DreamOn); next token, causal")
     block_length: int | None = setting(None, "block_diffusion: tokens of a block", above=0)
+    causal_blocks: bool | None = setting(
+        None, "block_diffusion: a token sees nothing after itself in its block either, so that an autoregressive model "
+        "keeps what it knows", none="as the model was trained")
     expand_token_id: int | None = setting(
         None, "expansion: the token that becomes two masked ones; end-of-text deletes one")
     path_term: bool = setting(False, "mdm: add Open-dLLM's planner term (P2)")
@@ -235,6 +238,7 @@ class TrainGroup:
                                 f"objective is {self.objective}")
         for name, objectives, why in (
                 ("path_term", ("mdm",), ""),
+                ("causal_blocks", ("block_diffusion",), ""),
                 ("mask_at_least_one", ("mdm",), " (it would bias the bound)"),
                 ("corrupt_prompt", ("mdm",), " (the others model answers to a prompt that is visible)"),
                 ("repr_align_wt", ("mdm", "elbo"), ""),

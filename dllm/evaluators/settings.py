@@ -33,7 +33,9 @@ class InfillingSettings:
     lines: int = setting(100, "lines or words to fill in", at_least=1)
     max_seq_len: int = setting(512, "tokens of the window around the line", at_least=2)
     max_line_tokens: int = setting(64, "tokens of a line at most; longer ones are not drawn", at_least=1)
-    generation: MDMGenerationConfig = MDMGenerationConfig(alg="maskgit_plus", steps=64)  # `seed` replaces its own
+    # One position a step, the surest first. A schedule of steps would fill the last two of a block together. `seed`
+    # replaces its own.
+    generation: MDMGenerationConfig = MDMGenerationConfig(alg="maskgit_plus", threshold=1.0)
     batch_tokens: int = setting(16384, "positions of one forward pass; only speed and memory depend on it", at_least=1)
     seed: int = setting(0, "seed of the lines drawn")
 

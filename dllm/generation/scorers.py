@@ -151,7 +151,8 @@ class CachedScorer(HeadScorer):
     def __init__(self, model: Transformer, config: MDMGenerationConfig, *canvas):
         super().__init__(model, config, *canvas)
         self.block_length = config.block_length
-        self.cache = self._make_cache(self.copies * len(self.position_ids), self.block_length)
+        seen_whole = 1 if model.config.causal_blocks else self.block_length
+        self.cache = self._make_cache(self.copies * len(self.position_ids), seen_whole)
         self.finished = 0  # positions of which everything is kept
         self.before: Tensor | None = None  # [rows, D], under shift: of the last of them, about the one after it
 

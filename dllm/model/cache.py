@@ -14,8 +14,8 @@ from dllm.model.families import ModelConfig
 class KeyValueCache:
     """The keys (rotated) and values of each layer, for B rows and `capacity` positions.
 
-    block_length: of a block-causal model; whole blocks are appended, and see nothing after them. None: new positions
-        replace those that were there, and see all.
+    block_length: of a block-causal model; whole blocks are appended, and see nothing after them. 1 with causal blocks,
+        in which no token sees those after it. None: new positions replace those that were there, and see all.
     """
 
     def __init__(self, config: ModelConfig, rows: int, capacity: int, like: Tensor, block_length: int | None = None):

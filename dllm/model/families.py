@@ -53,6 +53,8 @@ class ModelConfig:
     routed_scaling_factor: float = setting(1.0, "times this")
     block_causal: bool = False  # trained to see whole blocks up to one's own, so decoded block by block
     block_length: int | None = setting(None, "tokens of a block", at_least=1, none="the checkpoint does not say")
+    causal_blocks: bool = setting(False, "a token sees nothing after itself in its block either, so a finished text is "
+                                  "seen as an autoregressive model sees it")
     initializer_range: float = setting(0.02, "standard deviation of a random initialisation", at_least=0)
     shift_logits: bool = setting(True, "the logits at position i are about token i + 1, as in autoregressive models")
     mask_token_id: int | None = None
@@ -73,6 +75,9 @@ class ModelConfig:
         if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
             raise UserError(f"model configuration: mask_token_id {self.mask_token_id} is outside the vocabulary of "
                             f"{self.vocab_size}; enlarge vocab_size or choose an id below it")
+        if self.causal_blocks and not self.block_causal:
+            raise UserError("model configuration: causal_blocks is about the blocks of a block-causal model; add "
+                            "block_size, the tokens of a block, or remove causal_blocks")
         self._check_rope()
 
     def _check_rope(self):
@@ -154,11 +159,12 @@ CHANGING: Mapping[str, tuple] = {name: () for name in """
     residual_multiplier residual_scale scale_depth lm_head_multiplier
 """.split()}
 
-# A block_size, as SDAR calls it, says that the model is block-causal.
+# A block_size, as SDAR calls it, says that the model is block-causal; causal_blocks is a key of ours.
 _COMMON = {"block_size": "block_length", **{name: name for name in (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "max_position_embeddings", "rope_theta", "rope_scaling", "rms_norm_eps", "tie_word_embeddings",
-    "initializer_range", "shift_logits", "mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id")}}
+    "initializer_range", "shift_logits", "causal_blocks", "mask_token_id", "pad_token_id", "bos_token_id",
+    "eos_token_id")}}
 _ONLY = {"hidden_act": ("silu",)}
 
 _WINDOW = ("use_sliding_window", "sliding_window", "max_window_layers")

@@ -25,6 +25,7 @@ class Layout:
     key_mask: Tensor | None = None
     queries: Tensor | None = None  # [B, Q] int64: the only positions whose hidden states are wanted
     start = 0
+    causal = False  # whether a query sees nothing after itself
 
     @property
     def inner(self) -> Self:
@@ -65,6 +66,10 @@ class Padded(Layout):
     block_length: int | None = None  # of block-causal attention (see `bidirectional_attention`); 1 is causal
     queries: Tensor | None = None  # with block_length, positions of the last block
 
+    @property
+    def causal(self) -> bool:
+        return self.block_length == 1
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         blocks = self.block_length if self.queries is None else None  # the last block sees every position
         return bidirectional_attention(q, k, v, key_mask=self.key_mask, block_length=blocks)
@@ -79,6 +84,10 @@ class Cached(Layout):
     rows: Tensor | None = None  # [B] int64: which rows of the cache these are; None: all
     key_mask: Tensor | None = None  # [B, seen] bool: of all positions that these may see
     queries: Tensor | None = None  # places among the n; in a growing cache, of the last block
+
+    @property
+    def causal(self) -> bool:
+        return self.cache.block_length == 1
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         k, v = self.cache.put(layer, k, v, self.start, self.rows)
@@ -123,6 +132,7 @@ class TwoCopies(Layout):
     clean_ids: Tensor  # [B, L] int64
     block_length: int
     copy: Padded | Packed = Padded()  # how one copy lies; no padding
+    causal_blocks: bool = False  # see `ModelConfig`
 
     def tokens(self, input_ids: Tensor) -> Tensor:
         return torch.cat((input_ids, self.clean_ids), 1)
@@ -135,7 +145,7 @@ class TwoCopies(Layout):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         ends = self.copy.cu_seqlens if isinstance(self.copy, Packed) else None
-        return block_diffusion_attention(q, k, v, self.block_length, cu_seqlens=ends)
+        return block_diffusion_attention(q, k, v, self.block_length, cu_seqlens=ends, causal=self.causal_blocks)
 
     def result(self, x: Tensor, shifted: bool) -> Tensor:
         noisy, clean = x.chunk(2, dim=1)

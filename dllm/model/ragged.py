@@ -86,6 +86,10 @@ class Ragged(Layout):
         groups += [_group(some, tokens[0].device) for some in _of_similar_length(rows)]
         return cls(calls, groups, *(torch.cat(parts).unsqueeze(0) for parts in (tokens, position_ids, queries)))
 
+    @property
+    def causal(self) -> bool:
+        return any(layout.causal for _, layout in self.calls)
+
     def number(self, input_ids: Tensor) -> Tensor:
         return self.position_ids
 

@@ -175,12 +175,15 @@ class Transformer(nn.Module):
         x = self.model.embed_tokens(layout.tokens(input_ids))
         rotary = self.rotary(layout.number(input_ids), x.dtype)
         inner, last, run = layout.inner, len(self.model.layers) - 1, operator.call
+        final = inner if layout.causal else layout  # the queries of a causal layout do not all see the same keys
         if self.checkpointing and torch.is_grad_enabled():
             run = partial(checkpoint, use_reentrant=False)
         for index, layer in enumerate(self.model.layers):
             if levels is not None:
                 levels.append(x)
-            x = run(layer, x, rotary, layout if index == last else inner, index)
+            x = run(layer, x, rotary, final if index == last else inner, index)
+        if layout.causal:
+            x = layout.wanted(x)
         x = self.model.norm(layout.result(x, self.config.shift_logits))
         if levels is not None:
             levels.append(x)

@@ -47,6 +47,7 @@ class MicroBatch(NamedTuple):
     pairs: int = 0  # of a query and a key that attend to each other
     anneal: AttentionAnneal | None = None  # None: attention as block_length says
     clean_ids: Tensor | None = None  # as input_ids, for block diffusion, with blocks of block_length
+    causal_blocks: bool = False  # see `ModelConfig`
 
     def pin(self, device: torch.device) -> "MicroBatch":
         """In memory that a GPU copies from while it computes."""
@@ -96,7 +97,8 @@ def make_batches(source: RowSource, step: int, slots: range, of: int, settings: 
             cu_seqlens=None if even else packed.cu_seqlens, max_seqlen=packed.max_seqlen, targets=targets,
             block_length={"ar": 1, "block_diffusion": settings.block_length}.get(settings.objective),
             tokens=len(input_ids), scored=int(targets.scored.sum()), normaliser=int(targets.normaliser),
-            pairs=count_pairs(packed.cu_seqlens, settings.objective, settings.block_length), anneal=anneal,
+            pairs=count_pairs(packed.cu_seqlens, settings.objective, settings.block_length, model.config.causal_blocks),
+            anneal=anneal, causal_blocks=model.config.causal_blocks,
             clean_ids=packed.tokens.view(shape) if settings.objective == "block_diffusion" else None))
     return batches
 
@@ -186,7 +188,9 @@ def choose_layout(batch: MicroBatch, group: ProcessGroup | None = None) -> layou
     rows = layouts.Padded(block_length=batch.block_length)
     if batch.cu_seqlens is not None:
         rows = layouts.Packed(batch.cu_seqlens, batch.max_seqlen, batch.block_length, group)
-    return rows if batch.clean_ids is None else layouts.TwoCopies(batch.clean_ids, batch.block_length, rows)
+    if batch.clean_ids is None:
+        return rows
+    return layouts.TwoCopies(batch.clean_ids, batch.block_length, rows, batch.causal_blocks)
 
 
 def share_positions(batch: MicroBatch, part: int, parts: int) -> MicroBatch:

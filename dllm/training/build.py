@@ -106,8 +106,8 @@ def check_resumable(config: Config, resumed: Checkpoint, output: Path) -> None:
         raise UserError(f"{output} already holds checkpoints up to {resumed.folder.name}; set another "
                         "train.output_dir, or train.auto_resume=true to continue")
     fixed = ("objective", "path_term", "mask_at_least_one", "schedule", "optimizer", "seed", "lora_rank", "lora_alpha",
-             "freeze_layers", "repr_align_wt", "anneal_attention_ratio", "block_length", "expand_token_id",
-             "corrupt_prompt")
+             "freeze_layers", "repr_align_wt", "anneal_attention_ratio", "block_length", "causal_blocks",
+             "expand_token_id", "corrupt_prompt")
     defaults = {field.name: field.default for field in fields(TrainGroup)}  # for runs older than a key
 
     def describe(groups: dict[str, dict]) -> dict:
@@ -305,6 +305,8 @@ def as_trained(model_config: ModelConfig, tokenizer, settings: TrainGroup) -> Mo
     blocks = {}
     if settings.objective == "block_diffusion":
         blocks = {"block_causal": True, "block_length": settings.block_length}
+        if settings.causal_blocks is not None:
+            blocks["causal_blocks"] = settings.causal_blocks
     return replace(model_config, mask_token_id=tokenizer.mask_token_id, eos_token_id=model_config.eos_token_id
                    if model_config.eos_token_id is not None else tokenizer.eos_token_id,
                    pad_token_id=model_config.pad_token_id if model_config.pad_token_id is not None

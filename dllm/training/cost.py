@@ -41,11 +41,13 @@ def step_flops(config: ModelConfig, tokens: float, pairs: float, scored: float) 
     return 6 * (layer_matrices(config) * tokens + attention + config.hidden_size * config.vocab_size * scored)
 
 
-def count_pairs(cu_seqlens: Tensor, objective: str, block_length: int | None) -> int:
+def count_pairs(cu_seqlens: Tensor, objective: str, block_length: int | None, causal_blocks: bool = False) -> int:
     """(query, key) pairs that attend to each other in packed documents, cu_seqlens [S + 1], under an objective."""
     lengths = cu_seqlens.diff().long()
     if objective == "ar":
         return int((lengths * (lengths + 1) // 2).sum())
+    if objective == "block_diffusion" and causal_blocks:  # in both copies a token sees everything up to itself
+        return int((lengths * (lengths + 1)).sum())
     if objective == "block_diffusion":  # in both copies a token sees everything up to the end of its block
         whole, rest = lengths // block_length, lengths % block_length
         return int((block_length**2 * whole * (whole + 1) + 2 * rest * lengths).sum())

@@ -94,7 +94,7 @@ def bidirectional_attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: 
 
 
 def block_diffusion_attention(q: Tensor, k: Tensor, v: Tensor, block_length: int, *, cu_seqlens: Tensor | None = None,
-                              scale: float | None = None, backend: str | None = None) -> Tensor:
+                              causal: bool = False, scale: float | None = None, backend: str | None = None) -> Tensor:
     """Attention of block-diffusion training (BD3-LM, arXiv:2503.09573): a noisy copy of the text, then a clean one.
 
     A noisy block sees itself and the clean blocks before it; a clean block sees the clean blocks up to itself.
@@ -104,11 +104,12 @@ def block_diffusion_attention(q: Tensor, k: Tensor, v: Tensor, block_length: int
         block_length: positions of a block; the last block may be shorter.
         cu_seqlens: [S + 1] int32, from 0 to B * L: documents packed in the rows (of one copy), each within its row; no
             attention across documents, blocks are counted within each. None: each row is one document.
+        causal: of its own block, too, a position sees only itself and what is before it, in both copies.
         scale, backend: as `bidirectional_attention`.
     Returns: [B, 2L, Hq, E] in q's dtype.
     Raises: ValueError as `bidirectional_attention`.
     """
-    mask = Mask("block_diffusion", block_length, cu_seqlens=cu_seqlens)
+    mask = Mask("block_diffusion", block_length, cu_seqlens=cu_seqlens, causal=causal)
     return _attend("block_diffusion_attention", q, k, v, mask, scale, backend)
 
 

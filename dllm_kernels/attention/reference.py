@@ -15,6 +15,7 @@ class Mask(NamedTuple):
     cache_rows: Tensor | None = None  # [B] int64, of dense
     cu_seqlens: Tensor | None = None  # [S + 1] int32
     max_seqlen: int = 0  # of packed
+    causal: bool = False  # of block_diffusion
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -39,7 +40,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
 def visible_keys(q: Tensor, k: Tensor, mask: Mask) -> Tensor | None:
     """[B or 1, Lq, Lk] bool, the keys that each query sees; None where every query sees every key."""
     if mask.kind == "block_diffusion":
-        return block_diffusion_mask(len(q), q.shape[1] // 2, mask.block_length, mask.cu_seqlens, q.device)
+        return block_diffusion_mask(len(q), q.shape[1] // 2, mask.block_length, mask.cu_seqlens, q.device, mask.causal)
     if mask.kind == "packed":
         return varlen_mask(mask.cu_seqlens, q.shape[1], mask.block_length)
     return dense_mask(q, k, mask.key_mask, mask.block_length)
@@ -84,7 +85,8 @@ def varlen_mask(cu_seqlens: Tensor, count: int, block_length: int | None) -> Ten
     return mask.unsqueeze(0)
 
 
-def block_diffusion_mask(batch: int, length: int, block_length: int, cu_seqlens: Tensor | None, device) -> Tensor:
+def block_diffusion_mask(batch: int, length: int, block_length: int, cu_seqlens: Tensor | None, device,
+                         causal: bool = False) -> Tensor:
     """[B or 1, 2L, 2L]: `visible_keys` of `block_diffusion_attention`."""
     if cu_seqlens is None:
         place = torch.arange(length, device=device).view(1, -1)
@@ -95,6 +97,9 @@ def block_diffusion_mask(batch: int, length: int, block_length: int, cu_seqlens:
     same_document = document.unsqueeze(2) == document.unsqueeze(1)
     query, key = block.unsqueeze(2), block.unsqueeze(1)
     noisy_to_noisy, noisy_to_clean, clean_to_clean = query == key, key < query, key <= query
+    if causal:
+        clean_to_clean = place.unsqueeze(1) <= place.unsqueeze(2)
+        noisy_to_noisy = noisy_to_noisy & clean_to_clean
     noisy = torch.cat((noisy_to_noisy & same_document, noisy_to_clean & same_document), 2)
     clean = torch.cat((torch.zeros_like(same_document), clean_to_clean & same_document), 2)
     return torch.cat((noisy, clean), 1)

@@ -37,7 +37,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
     """As `reference.masked_attention`."""
     if mask.kind == "block_diffusion":
-        return block_diffusion(q, k, v, mask.block_length, mask.cu_seqlens, scale)
+        return block_diffusion(q, k, v, mask.block_length, mask.cu_seqlens, scale, mask.causal)
     if mask.kind == "packed":
         alone = Mask("dense", mask.block_length)
         return _by_length(lambda *heads: masked_attention(*heads, alone, scale), mask.cu_seqlens, q, k, v)
@@ -64,7 +64,7 @@ def block_causal(q, k, v, block_length, scale):
     return torch.cat(outputs, 1) if outputs else torch.empty_like(q)
 
 
-def block_diffusion(q, k, v, block_length, cu_seqlens, scale):
+def block_diffusion(q, k, v, block_length, cu_seqlens, scale, causal):
     """Attention of some noisy queries and their clean copies at a time, to the clean keys up to them and noisy ones."""
     if cu_seqlens is not None:
         B, length = len(q), q.shape[1] // 2
@@ -72,7 +72,7 @@ def block_diffusion(q, k, v, block_length, cu_seqlens, scale):
 
         def attend_document(*copies):
             joined = [torch.cat(copies[i:i + 2], 1) for i in (0, 2, 4)]
-            return torch.stack(block_diffusion(*joined, block_length, None, scale).chunk(2, 1), 2)
+            return torch.stack(block_diffusion(*joined, block_length, None, scale, causal).chunk(2, 1), 2)
 
         out = _by_length(attend_document, cu_seqlens, *copies)  # [B * L, 2, Hq, E]
         return out.view(B, length, 2, *q.shape[2:]).transpose(1, 2).reshape(q.shape)
@@ -85,11 +85,13 @@ def block_diffusion(q, k, v, block_length, cu_seqlens, scale):
         queries = torch.cat((noisy_q[:, own], clean_q[:, own]), 1)
         keys, values = (torch.cat((c[:, seen], n[:, own]), 1).to(q.dtype)
                         for c, n in ((clean_k, noisy_k), (clean_v, noisy_v)))
-        block = torch.arange(keys.shape[1] - queries.shape[1] // 2, device=q.device) // block_length
+        place = torch.arange(keys.shape[1] - queries.shape[1] // 2, device=q.device)
+        block = place // block_length
         query = block[own].unsqueeze(1)
-        same = query == block[own]
+        clean_to_clean = place <= place[own].unsqueeze(1) if causal else block <= query
+        same = (query == block[own]) & clean_to_clean[:, own]
         noisy_sees = torch.cat((block < query, same), 1)
-        clean_sees = torch.cat((block <= query, torch.zeros_like(same)), 1)
+        clean_sees = torch.cat((clean_to_clean, torch.zeros_like(same)), 1)
         out = attend(queries, keys, values, torch.cat((noisy_sees, clean_sees)).unsqueeze(0), scale)
         for outputs, part in zip((noisy, clean), out.chunk(2, 1), strict=True):
             outputs.append(part)

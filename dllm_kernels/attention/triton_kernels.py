@@ -9,6 +9,7 @@ B batch, L positions, T packed positions, Hq query and Hkv key heads, E head siz
 A query at place p of a document of `keys` positions sees one range of keys, and a noisy one a second range:
     MASK "all": [0, keys)    "blocks": [0, (p // n + 1) n)
     MASK "diffusion": clean p sees clean [0, (p // n + 1) n); noisy p sees clean [0, p // n n) and its noisy block.
+    MASK "causal": the same up to p alone, clean [0, p] or noisy [p // n n, p].
 Arithmetic gives the tiles of keys that a tile of queries sees, and those that need no test; other tiles are never
 visited. A key mask is scanned for its first and last key: where it has no holes, only tiles at the ends are tested.
 One program sums dk and dv over the queries and the heads of a group, another sums dq. Nothing is added atomically:
@@ -100,6 +101,8 @@ def _seen(p, n, keys, copy, MASK: tl.constexpr):
         end = p * 0 + keys
     elif MASK == "blocks":
         end = tl.minimum((p // n + 1) * n, keys)
+    elif MASK == "causal":
+        end = tl.minimum(tl.where(copy == 0, p // n * n, p + 1), keys)
     else:
         end = tl.minimum((p // n + copy) * n, keys)
     return end
@@ -115,11 +118,15 @@ def _tiles_seen(p_first, p_last, low, high, whole, n, keys, copy, MASK: tl.const
     full = tl.maximum(tl.minimum(_seen(p_first, n, keys, copy, MASK), high) - low, 0) // COLUMNS
     full = tl.where(whole, full, 0)
     own, own_tiles, own_full = full * 0, full * 0, full * 0
-    if MASK == "diffusion":
+    if MASK == "diffusion" or MASK == "causal":
         own = p_first // n * n
-        own_length = tl.where(copy == 0, tl.minimum((p_last // n + 1) * n, keys) - own, 0)
-        own_tiles = tl.cdiv(own_length, COLUMNS)
-        own_full = tl.where(p_first // n == p_last // n, own_length // COLUMNS, 0)
+        if MASK == "causal":
+            own_end, sure_end = p_last + 1, p_first + 1
+        else:
+            own_end = tl.minimum((p_last // n + 1) * n, keys)
+            sure_end = own_end
+        own_tiles = tl.where(copy == 0, tl.cdiv(own_end - own, COLUMNS), 0)
+        own_full = tl.where((copy == 0) & (p_first // n == p_last // n), (sure_end - own) // COLUMNS, 0)
     return tiles, full, own, own_tiles, own_full
 
 
@@ -147,7 +154,7 @@ def _keys_and_visible(t, first, tiles, own, p, seen, k, v, key_mask, k_row, v_ro
     """
     at = first + t * COLUMNS
     row = at
-    if MASK == "diffusion":
+    if MASK == "diffusion" or MASK == "causal":
         noisy = t >= tiles
         at = tl.where(noisy, own + (t - tiles) * COLUMNS, at)
         row = tl.where(noisy, at, at + L)
@@ -158,9 +165,13 @@ def _keys_and_visible(t, first, tiles, own, p, seen, k, v, key_mask, k_row, v_ro
     if TEST:
         if key_mask is not None:
             inside = tl.load(key_mask + c, mask=inside, other=0) != 0
-        if MASK == "diffusion":
+        if MASK == "diffusion" or MASK == "causal":
             block = p // n * n
-            low, high = tl.where(noisy, block, 0), tl.where(noisy, tl.minimum(block + n, keys), seen)
+            if MASK == "causal":
+                own_end = p + 1
+            else:
+                own_end = block + n
+            low, high = tl.where(noisy, block, 0), tl.where(noisy, tl.minimum(own_end, keys), seen)
             visible = (c[None, :] >= low[:, None]) & (c[None, :] < high[:, None])
         else:
             visible = (c[None, :] < seen[:, None]) & inside[None, :]
@@ -206,7 +217,7 @@ def _forward_kernel(out, lse, cache_rows, query, key, value, key_mask, cu_seqlen
     Row b of the batch reads the keys and values of row cache_rows[b], or of row b if that is None. Rows of a tile are
     positions of one head or, PACKED, the GROUP heads of one position and then of the next.
     """
-    COPIES: tl.constexpr = 2 if MASK == "diffusion" else 1
+    COPIES: tl.constexpr = 2 if MASK == "diffusion" or MASK == "causal" else 1
     SHARED: tl.constexpr = GROUP if PACKED else 1  # heads in a tile
     program = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tiles of a document first: they may see most keys
     head, slot = program % (heads // SHARED), program // (heads // SHARED)
@@ -315,7 +326,7 @@ def _query_gradient_kernel(dq, delta, dout, out, lse, query, key, value, key_mas
                            MASK: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
                            ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Write dq [B, positions, Hq, E] and delta [B, Hq, positions]; dout and out are contiguous."""
-    COPIES: tl.constexpr = 2 if MASK == "diffusion" else 1
+    COPIES: tl.constexpr = 2 if MASK == "diffusion" or MASK == "causal" else 1
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     head, slot = program % heads, program // heads
     copy, slot = slot % COPIES, slot // COPIES
@@ -365,13 +376,13 @@ def _key_gradient_tiles(dk, dv, k, v, since, until, count, first, tiles, other, 
     """Add the contributions of `count` tiles of queries, each of GROUP heads, to dk and dv [keys, EP].
 
     The `tiles` from query `first` on belong to the copy of the keys, later ones, from `other` on, to the noisy copy.
-    Queries from since to until, both [keys], see a key; in the noisy copy of clean keys they come n later.
+    Queries from since to until, both [keys], see a key; of the noisy copy clean keys are seen from the next block on.
     """
     r, e = tl.arange(0, ROWS), tl.arange(0, EP)
     for t in range(0, count * GROUP):
         tile, g = t // GROUP, t % GROUP
         at, query_copy = first + tile * ROWS, copy
-        if MASK == "diffusion":
+        if MASK == "diffusion" or MASK == "causal":
             query_copy = tl.where(tile < tiles, copy, 0)
             at = tl.where(tile < tiles, at, other + (tile - tiles) * ROWS)
         i = at + r
@@ -390,6 +401,9 @@ def _key_gradient_tiles(dk, dv, k, v, since, until, count, first, tiles, other, 
             if MASK == "diffusion":
                 place = i - tl.where(tile < tiles, 0, n)
                 visible = (place[None, :] >= since[:, None]) & (place[None, :] < until[:, None])
+            elif MASK == "causal":
+                begin = tl.where(tile < tiles, since, since // n * n + n)
+                visible = (i[None, :] >= begin[:, None]) & (i[None, :] < until[:, None])
             p = tl.where(visible, p, 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
         ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - d[None, :])
@@ -406,7 +420,7 @@ def _key_gradient_kernel(dk, dv, dout, lse, delta, query, key, value, key_mask, 
 
     Each key has its own rows in every product, so keys that are masked or beyond the end need no test until the store.
     """
-    COPIES: tl.constexpr = 2 if MASK == "diffusion" else 1
+    COPIES: tl.constexpr = 2 if MASK == "diffusion" or MASK == "causal" else 1
     kv_heads = heads // GROUP
     program = tl.program_id(0)  # the first tiles of a document first: most queries may see them
     head, slot = program % kv_heads, program // kv_heads
@@ -428,16 +442,18 @@ def _key_gradient_kernel(dk, dv, dout, lse, delta, query, key, value, key_mask, 
     begin, sure, end = queries * 0, queries * 0, queries
     other, other_tested, other_full = queries * 0, queries * 0, queries * 0
     if MASK != "all":
-        begin = first // n * n
-        sure = (tl.minimum(first + COLUMNS, keys) - 1) // n * n
-        if MASK == "diffusion":
-            one_block = begin == sure
+        last = tl.minimum(first + COLUMNS, keys) - 1
+        first_block, last_block = first // n * n, last // n * n
+        begin, sure = first_block, last_block
+        if MASK == "causal":
+            begin, sure = first, last
+        if MASK == "diffusion" or MASK == "causal":
             if copy == 0:
-                end = tl.minimum(sure + n, keys)
-                sure = tl.where(one_block, begin, end)
+                end = tl.minimum(last_block + n, keys)
+                sure = tl.where(first_block == last_block, sure, end)
             else:
-                other = tl.minimum(begin + n, keys)
-                other_tested = tl.cdiv(tl.minimum(sure + n, keys) - other, ROWS)
+                other = tl.minimum(first_block + n, keys)
+                other_tested = tl.cdiv(tl.minimum(last_block + n, keys) - other, ROWS)
                 other_full = tl.cdiv(tl.maximum(keys - other - other_tested * ROWS, 0), ROWS)
         begin, sure = tl.maximum(begin - before, 0), tl.maximum(sure - before, 0)
     tested = tl.cdiv(tl.maximum(tl.minimum(sure, end) - begin, 0), ROWS)
@@ -445,6 +461,8 @@ def _key_gradient_kernel(dk, dv, dout, lse, delta, query, key, value, key_mask, 
 
     since = c // n * n - before
     until = tl.where(copy == 0, since + n, keys)
+    if MASK == "causal":
+        since = c
     j = tl.arange(0, COLUMNS)
     position, kv_head = (start + first + copy * Lk).to(tl.int64), head.to(tl.int64)
     k = key + batch * k_batch * 8 + kv_head * k_head * 8 + position * k_row * 8
@@ -540,7 +558,9 @@ def _arguments(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> dic
     B, Lq, Lk, heads = len(q), q.shape[1] // copies, k.shape[1] // copies, q.shape[2]
     strides = {f"{name}_{dim}": x.stride(d) // 8 for name, x in (("q", q), ("k", k), ("v", v))
                for d, dim in enumerate(("batch", "row", "head"))}
-    visible = "diffusion" if copies == 2 else "all" if mask.block_length is None else "blocks"
+    visible = "all" if mask.block_length is None else "blocks"
+    if copies == 2:
+        visible = "causal" if mask.causal else "diffusion"
     return {"query": q, "key": k, "value": v, "key_mask": key_mask, "cu_seqlens": cu_seqlens, "scale": float(scale),
             **strides, "n": min(mask.block_length or 1, max(Lk, 1)),
             "documents": 0 if cu_seqlens is None else len(cu_seqlens) - 1, "T": B * Lq, "Lq": Lq, "Lk": Lk,

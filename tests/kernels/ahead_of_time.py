@@ -92,7 +92,7 @@ def attention_cases():
     from dllm_kernels.attention import triton_kernels as attention
 
     unused = {"key_mask", "cache_rows"}
-    masks = [("blocks", {"cu_seqlens"}), ("diffusion", unused), ("all", unused)]
+    masks = [("blocks", {"cu_seqlens"}), ("diffusion", unused), ("causal", unused), ("all", unused)]
     for E in (64, 128):
         for name, chosen in attention.TILES[2, E].items():
             few, sizes = name == "few", {"E": E, "EP": E, "GROUP": 7}

@@ -84,12 +84,12 @@ def every_mask(L):
             return bidirectional_attention_varlen(q[0], k[0], v[0], ends, L, block_length=n, backend=backend)[None]
 
         yield f"packed {n}", packed, 1, L, L, reference.varlen_mask(ends, L, n)
-    for cu_seqlens in (None, ends):
-        def diffuse(q, k, v, backend, cu_seqlens=cu_seqlens):
-            return block_diffusion_attention(q, k, v, 5, cu_seqlens=cu_seqlens, backend=backend)
+    for cu_seqlens, causal in ((None, False), (ends, False), (ends, True)):
+        def diffuse(q, k, v, backend, cu_seqlens=cu_seqlens, causal=causal):
+            return block_diffusion_attention(q, k, v, 5, cu_seqlens=cu_seqlens, causal=causal, backend=backend)
 
-        mask = reference.block_diffusion_mask(1, L, 5, cu_seqlens, "cpu")
-        yield f"diffusion {cu_seqlens is not None}", diffuse, 1, 2 * L, 2 * L, mask
+        mask = reference.block_diffusion_mask(1, L, 5, cu_seqlens, "cpu", causal)
+        yield f"diffusion {cu_seqlens is not None} {causal}", diffuse, 1, 2 * L, 2 * L, mask
 
 
 def outcome(function, tensors, dtype=None):
@@ -217,13 +217,13 @@ def test_packed_documents_are_as_if_alone(lengths, block_length, backend):
         assert (mine - theirs).abs().max() < 1e-5
 
 
-def block_diffusion_sees(L, n, document):
-    """BD3-LM, as written in the paper: one row per query of [noisy; clean]."""
+def block_diffusion_sees(L, n, document, causal=False):
+    """BD3-LM, as written in the paper: one row per query of [noisy; clean]. Causal: nothing after the query's place."""
     def sees(b, i):
         place, allowed = i % L, torch.zeros(2 * L, dtype=torch.bool)
         start = min(j for j in range(L) if document[b][j] == document[b][place])
         for j in range(L):
-            if document[b][j] != document[b][place]:
+            if document[b][j] != document[b][place] or causal and j > place:
                 continue
             mine, its = (place - start) // n, (j - start) // n
             allowed[j] = i < L and its == mine
@@ -233,14 +233,16 @@ def block_diffusion_sees(L, n, document):
 
 
 @pytest.mark.parametrize("backend", runnable(BLOCK_DIFFUSION_BACKENDS, ON_CPU))
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("block_length", [1, 3, 4, 20])
-def test_block_diffusion_mask(block_length, backend):
+def test_block_diffusion_mask(block_length, causal, backend):
     q, k, v = make(2, 18, 18, 4, 2, 16)
-    truth = exact(q, k, v, block_diffusion_sees(9, block_length, [[0] * 9] * 2))
-    assert (block_diffusion_attention(q, k, v, block_length, backend=backend) - truth).abs().max() < 1e-5
+    truth = exact(q, k, v, block_diffusion_sees(9, block_length, [[0] * 9] * 2, causal))
+    ours = block_diffusion_attention(q, k, v, block_length, causal=causal, backend=backend)
+    assert (ours - truth).abs().max() < 1e-5
     cu_seqlens = torch.tensor([0, 4, 9, 16, 18], dtype=torch.int32)
-    truth = exact(q, k, v, block_diffusion_sees(9, block_length, [[0] * 4 + [1] * 5, [2] * 7 + [3] * 2]))
-    ours = block_diffusion_attention(q, k, v, block_length, cu_seqlens=cu_seqlens, backend=backend)
+    truth = exact(q, k, v, block_diffusion_sees(9, block_length, [[0] * 4 + [1] * 5, [2] * 7 + [3] * 2], causal))
+    ours = block_diffusion_attention(q, k, v, block_length, cu_seqlens=cu_seqlens, causal=causal, backend=backend)
     assert (ours - truth).abs().max() < 1e-5
 
 
@@ -334,7 +336,7 @@ def test_compiles_whole_and_passes_opcheck():
     torch.library.opcheck(ops.bidirectional_attention_varlen.default,
                           (*packed, *Mask("packed", cu_seqlens=cu_seqlens, max_seqlen=3), *rest))
     torch.library.opcheck(ops.block_diffusion_attention.default,
-                          (*(x[:, :4] for x in (q, k, v)), *Mask("block_diffusion", 2), *rest))
+                          (*(x[:, :4] for x in (q, k, v)), *Mask("block_diffusion", 2, causal=True), *rest))
 
     def both(q, k, v):
         return (bidirectional_attention(q, k, v, key_mask=key_mask)

@@ -186,13 +186,16 @@ def test_few_documents_and_positions_that_belong_to_none(lengths, small_tiles, p
 
 @with_dtypes("L, block_length", [(1, 1), (45, 3), (70, 32), (33, 100)], DTYPES)
 def test_block_diffusion(L, block_length, dtype, small_tiles, poisoned):
-    check(make(1, 2 * L, 2 * L, 2, 1, 32, dtype), Mask("block_diffusion", block_length))
+    for causal in (False, True):
+        check(make(1, 2 * L, 2 * L, 2, 1, 32, dtype), Mask("block_diffusion", block_length, causal=causal))
 
 
 @with_dtypes("block_length", [1, 3, 32], DTYPES)
 def test_block_diffusion_of_packed_documents(block_length, dtype, small_tiles, poisoned):
     cu_seqlens = cumulative([2, 0, 33, 1, 34, 0])  # two rows of 35
-    check(make(2, 70, 70, 1, 1, 32, dtype), Mask("block_diffusion", block_length, cu_seqlens=cu_seqlens))
+    for causal in (False, True):
+        check(make(2, 70, 70, 1, 1, 32, dtype),
+              Mask("block_diffusion", block_length, cu_seqlens=cu_seqlens, causal=causal))
 
 
 @with_dtypes("shape, block_length", product(
@@ -286,11 +289,10 @@ def test_under_torch_compile_the_backward_takes_up_what_the_forward_computed(kin
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter counts")
-@pytest.mark.parametrize("kind, lengths, block_length", [
-    ("dense", (64, 96), None), ("dense", (64, 90), None), ("dense", (64, 64), 32), ("dense", (32, 64), 8),
-    ("block_diffusion", (96, 96), 32), ("block_diffusion", (96, 96), 8)])
-def test_only_tiles_with_something_to_see_are_visited_and_only_mixed_ones_tested(kind, lengths, block_length,
-                                                                                 monkeypatch):
+@pytest.mark.parametrize("mask, lengths", [
+    (Mask("dense"), (64, 96)), (Mask("dense"), (64, 90)), (Mask("dense", 32), (64, 64)), (Mask("dense", 8), (32, 64)),
+    *((Mask("block_diffusion", n, causal=causal), (96, 96)) for n in (32, 8) for causal in (False, True))])
+def test_only_tiles_with_something_to_see_are_visited_and_only_mixed_ones_tested(mask, lengths, monkeypatch):
     size, group = 16, 2
     table = dict.fromkeys(("forward", "few", "query_gradient", "key_gradient"), {"ROWS": size, "COLUMNS": size})
     monkeypatch.setattr(triton_kernels, "TILES", {(4, 32): table})
@@ -307,14 +309,14 @@ def test_only_tiles_with_something_to_see_are_visited_and_only_mixed_ones_tested
 
         monkeypatch.setattr(triton_kernels, name, counted)
     q, k, v = make(1, *lengths, group, 1, 32)
-    outcome(lambda *x: attend(*x, Mask(kind, block_length), 0.2), (q, k, v))
-    mask = reference.visible_keys(q, k, Mask(kind, block_length))
-    mask = torch.ones(1, *lengths, dtype=torch.bool) if mask is None else mask
-    tiles = torch.nn.functional.pad(mask[0], (0, -lengths[1] % size)).unfold(0, size, size).unfold(1, size, size)
+    outcome(lambda *x: attend(*x, mask, 0.2), (q, k, v))
+    visible = reference.visible_keys(q, k, mask)
+    visible = torch.ones(1, *lengths, dtype=torch.bool) if visible is None else visible
+    tiles = torch.nn.functional.pad(visible[0], (0, -lengths[1] % size)).unfold(0, size, size).unfold(1, size, size)
     full, seen = (int(x.sum()) * group for x in (tiles.all(-1).all(-1), tiles.any(-1).any(-1)))
     for name in ("_forward_tiles", "_query_gradient_tiles"):
         assert (visited[name, False], visited[name, True]) == (full, seen - full)
-    last = seen - full if block_length is None else 0  # keys beyond the end need no test in the gradients of keys
+    last = seen - full if mask.block_length is None else 0  # keys beyond the end need no test in the gradients of keys
     assert (visited["_key_gradient_tiles", False], visited["_key_gradient_tiles", True]) == (
         full + last, seen - full - last)
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from dllm.diffusion_lm import DiffusionLM
 from dllm.errors import UserError
 from dllm.generation.config import MDMGenerationConfig
-from dllm.generation.sampler import denoise, fill_after_end
+from dllm.generation.sampler import Denoising, denoise, fill_after_end, finish
 from dllm.generation.scorers import CachedScorer
 from dllm.generation.strategies import (
     Step,
@@ -190,14 +191,15 @@ def test_a_cached_row_gets_the_same_tokens_alone_and_in_a_batch(cache, shift):
         assert torch.equal(alone.sequences[0], together.sequences[row, -prompt - 12:])
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("settings", [{"remasking": "low_confidence_dynamic", "threshold": 0.1}, {"threshold": 0.1},
                                       {"remasking": "low_confidence"}, {"alg": "p2"}, {"alg": "origin"}])
-def test_blocks_kept_in_the_cache_change_no_token(settings, monkeypatch):
+def test_blocks_kept_in_the_cache_change_no_token(settings, causal, monkeypatch):
     """Against the whole canvas computed anew in every step; prompts of 5, 1 and 8 tokens, blocks of 4."""
-    model = tiny_of("a2d-qwen3", block_causal=True, vocab_size=61)
+    model = tiny_of("a2d-qwen3", block_causal=True, vocab_size=61, causal_blocks=causal)
     canvas, mask = pad_left([[*range(1, n + 1), *[MASK] * 11] for n in (5, 1, 8)])
     config = MDMGenerationConfig(**{"alg": "maskgit_plus", "steps": 60, "block_length": 4, "mask_token_id": MASK,
-                                    "seed": 0, "temperature": 0.6, **settings})
+                                    "seed": 3, "temperature": 0.6, **settings})
     cached = denoise(model, canvas, config, mask)
     assert torch.equal(cached.sequences[mask == 0], canvas[mask == 0])
     assert not (cached.sequences == MASK).any()
@@ -208,7 +210,7 @@ def test_blocks_kept_in_the_cache_change_no_token(settings, monkeypatch):
         canvas = cached_scorer[-1].step.tokens
         rows = layout.rows if layout.rows is not None else torch.arange(len(canvas))
         computed.append(len(rows))
-        whole = original(self, canvas[rows], Padded(block_length=layout.cache.block_length))
+        whole = original(self, canvas[rows], Padded(block_length=1 if causal else 4))
         return Padded(queries=layout.queries + layout.start).wanted(whole)
 
     cached_scorer = []
@@ -217,6 +219,28 @@ def test_blocks_kept_in_the_cache_change_no_token(settings, monkeypatch):
     monkeypatch.setattr(DiffusionLM, "hidden_states", compute_anew)
     anew = denoise(model, canvas, config, mask)
     assert torch.equal(anew.sequences, cached.sequences) and len(computed) == cached.forwards
+
+
+def test_causal_blocks_of_one_position_a_step_are_written_as_an_autoregressive_model_writes():
+    """Where a strategy commits the positions from left to right: the masks after them change nothing."""
+    model = tiny_of("a2d-qwen3", block_causal=True, block_length=4, causal_blocks=True, vocab_size=61,
+                    shift_logits=True)
+    with torch.no_grad():
+        model.head_weight[MASK] = 0  # never the most likely
+    prompt = [3, 9, 4, 11, 5, 2]
+    tokens = torch.tensor([prompt])
+    with torch.no_grad():
+        for _ in range(9):
+            hidden = model.hidden_states(tokens, Padded(block_length=1))[:, -1]
+            tokens = torch.cat((tokens, (hidden @ model.head_weight.T).argmax(-1, keepdim=True)), 1)
+
+    def from_left_to_right(step, scorer):
+        first = step.masked & (step.masked.cumsum(1) == 1)
+        return Update(torch.where(first, scorer.score(first).tokens, step.tokens), None)
+
+    denoising = Denoising(model, torch.tensor([prompt + 9 * [MASK]]), MDMGenerationConfig(steps=60, mask_token_id=MASK))
+    denoising.strategy = from_left_to_right
+    assert torch.equal(finish(denoising).sequences, tokens)
 
 
 def test_a_block_causal_row_gets_the_same_tokens_alone_and_in_a_batch():
@@ -252,11 +276,10 @@ def test_history_and_steps_of_a_block_causal_model_are_of_the_canvas_given():
         assert confidence is None or (confidence[mask == 0] == -torch.inf).all()
 
 
-@pytest.mark.parametrize("shift", [False, True])
-@pytest.mark.parametrize("scale", [0.0, 1.5])
-def test_blocks_after_the_prompt_are_those_of_the_whole_canvas_computed_anew(shift, scale):
+@pytest.mark.parametrize("shift, scale, causal", [*product((False, True), (0.0, 1.5), (False,)), (True, 1.5, True)])
+def test_blocks_after_the_prompt_are_those_of_the_whole_canvas_computed_anew(shift, scale, causal):
     """Prompts of 5, 1 and 8 tokens, blocks of 4 from the first masked position on, the last one shorter."""
-    model = tiny_of("a2d-qwen3", block_causal=True, vocab_size=61, shift_logits=shift)
+    model = tiny_of("a2d-qwen3", block_causal=True, vocab_size=61, shift_logits=shift, causal_blocks=causal)
     with torch.no_grad():
         model.head_weight[MASK] = 0  # never the most likely
     canvas, mask = pad_left([[*range(1, n + 1), *[MASK] * 10] for n in (5, 1, 8)])
@@ -275,7 +298,7 @@ def test_blocks_after_the_prompt_are_those_of_the_whole_canvas_computed_anew(shi
                 for known in (padded, padded.clone().index_fill_(1, torch.arange(prompt), MASK)):
                     with torch.no_grad():
                         hidden = model.hidden_states(known[:, :block.stop],
-                                                     Padded(real[None, :block.stop], block_length=4))
+                                                     Padded(real[None, :block.stop], 1 if causal else 4))
                     logits.append(hidden[0, [i - shift for i in range(block.start, block.stop)]] @ model.head_weight.T)
                 guided = logits[1] + (scale + 1) * (logits[0] - logits[1])
                 best = guided.softmax(-1).max(-1)

@@ -84,6 +84,7 @@ def test_a_folder_comes_back(checkpoint, tmp_path, name):
 
 @pytest.mark.parametrize("family, changes", [
     ("Dream", {}), ("a2d-qwen2", {}), ("a2d-qwen3", {}), ("sdar", {"block_length": 8}),
+    ("llama", {"block_causal": True, "block_length": 4, "causal_blocks": True}),
     ("llada", {"head_dim": 6}),
     ("llada_moe", {**EXPERTS, "first_k_dense_replace": 1, "router_bias": True}),
     ("llada2_moe", {**EXPERTS, "num_shared_experts": 2, "n_group": 4, "topk_group": 2, "router_bias": True,
@@ -93,7 +94,7 @@ def test_a_model_of_any_family_made_here_comes_back(family, changes, tmp_path):
     model.save_pretrained(tmp_path)
     again = DiffusionLM.from_pretrained(tmp_path)
     for name in ("family", "hidden_size", "num_experts", "num_shared_experts", "first_k_dense_replace", "block_length",
-                 "block_causal", "shift_logits", "partial_rotary_factor", "router_bias"):
+                 "block_causal", "causal_blocks", "shift_logits", "partial_rotary_factor", "router_bias"):
         assert getattr(again.config, name) == getattr(model.config, name), name
     ids = torch.arange(20).view(2, 10)
     with torch.no_grad():

@@ -119,6 +119,23 @@ def test_queries_give_the_hidden_states_of_those_positions():
         assert (some[b] - all_positions[b, queries[b]]).abs().max() < 1e-5
 
 
+def test_queries_of_a_causal_layout_see_nothing_after_themselves():
+    model, tokens = tiny(), torch.randint(60, (2, 12))
+    queries = torch.tensor([[8, 11, 9], [10, 8, 8]])
+    mask = torch.arange(12) >= torch.tensor([[0], [3]])
+    cache = KeyValueCache(model.config, 2, 12, model.head_weight, 1)
+    with torch.no_grad():
+        whole = model.hidden_states(tokens, Padded(mask, 1)).take_along_dim(queries[:, :, None], 1)
+        some = model.hidden_states(tokens, Padded(mask, 1, queries))
+        model.hidden_states(tokens[:, :8], Cached(cache, key_mask=mask[:, :8]))
+        last = Call(tokens[:, 8:], Cached(cache, 8, None, mask, queries - 8))
+        after = model.hidden_states(*last)
+        batch = Ragged.of([last, last])
+        together = batch.split(model.hidden_states(batch.row, batch))
+    for result in (some, after, *together):
+        assert (result - whole).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("layout", [
     Padded(torch.arange(9) < torch.tensor([[9], [5]])), Padded(queries=torch.tensor([[3, 0], [5, 5]])),
     Packed(torch.tensor([0, 4, 18], dtype=torch.int32), 14, block_length=3), TwoCopies(torch.arange(18).view(2, 9), 4),

@@ -42,6 +42,7 @@ def test_pairs_are_those_that_attend_to_each_other():
     # A shorter last block: 3 x 3 + 3 x 6 + 1 x 7; and a document shorter than a block.
     assert count_pairs(torch.tensor([0, 7, 10]), "block_diffusion", 3) == 2 * (9 + 18 + 7) + 2 * 9
     assert count_pairs(torch.tensor([0, 3]), "block_diffusion", 32) == 2 * 9
+    assert count_pairs(torch.tensor([0, 7, 10]), "block_diffusion", 3, causal_blocks=True) == 2 * (28 + 6)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -62,6 +62,7 @@ def read_metrics(output: Path) -> list[dict]:
     {"objective": "mdm", "path_term": True, "eval_every": 4},
     {"objective": "elbo", "optimizer": "muon", "schedule": "cosine"},
     {"objective": "ar"}, {"objective": "block_diffusion", "block_length": 8},
+    {"objective": "block_diffusion", "block_length": 8, "causal_blocks": True},
     {"objective": "cart"}, {"objective": "expansion", "expand_token_id": 299},
     {"objective": "mdm", "precision": "bf16", "global_batch_size": 8}], ids=str)
 def test_every_objective_lowers_the_loss_and_leaves_a_checkpoint_that_loads(make_config, functions, keys):
@@ -77,6 +78,7 @@ def test_every_objective_lowers_the_loss_and_leaves_a_checkpoint_that_loads(make
     assert model.dtype == torch.float32 and model.mask_token_id == 2 == model.config.mask_token_id
     blocks = keys["objective"] == "block_diffusion"  # it is then sampled block by block by default
     assert (model.config.block_causal, model.config.block_length) == ((True, 8) if blocks else (False, None))
+    assert model.config.causal_blocks == ("causal_blocks" in keys)
     settings = MDMGenerationConfig(steps=2, max_new_tokens=8)
     assert model.diffusion_generate(torch.tensor([[5, 6, 7]]), generation_config=settings).sequences.shape == (1, 11)
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -201,10 +203,11 @@ def test_gaps_do_not_depend_on_who_computes_them_and_lose_nothing():
     assert (said == 62).any() and (said == 61).any()
 
 
-@pytest.mark.parametrize("longest, block_length, shift", [
-    (15, 4, False), (15, 4, True), (60, 6, True), (15, 40, False)])
-def test_block_diffusion_is_the_sum_over_blocks_given_the_clean_ones_before(longest, block_length, shift):
-    model, dataset = make_model(shift_logits=shift).double(), make_dataset(longest=longest)
+@pytest.mark.parametrize("longest, block_length, shift, causal", [
+    (15, 4, False, False), (15, 4, True, False), (60, 6, True, False), (15, 40, False, False), (60, 6, True, True)])
+def test_block_diffusion_is_the_sum_over_blocks_given_the_clean_ones_before(longest, block_length, shift, causal):
+    model = make_model(shift_logits=shift, block_causal=True, causal_blocks=causal).double()
+    dataset = make_dataset(longest=longest)
     settings = TrainGroup(output_dir="x", objective="block_diffusion", block_length=block_length, micro_batch_size=8)
     batch, = make_batches(dataset, 0, range(8), 8, settings, 1, model)
     forward(model, batch, torch.device("cpu")).loss.backward()
@@ -220,7 +223,8 @@ def test_block_diffusion_is_the_sum_over_blocks_given_the_clean_ones_before(long
         for first in range(start, end, block_length):
             last = min(first + block_length, end)
             seen = torch.cat((clean[start:first], noisy[first:last]))[None]
-            logits = model.hidden_states(seen, Padded(block_length=block_length))[0] @ model.head_weight.T
+            logits = model.hidden_states(seen, Padded(block_length=1 if causal else block_length))[0]
+            logits = logits @ model.head_weight.T
             for place in range(max(first, start + 1) if shift else first, last):
                 if corrupted[place]:
                     about = logits[place - start - shift]
