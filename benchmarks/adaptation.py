@@ -228,7 +228,8 @@ def settings(args: argparse.Namespace) -> tuple[HeldOutSettings, InfillingSettin
 def infill_automatically(model: Transformer, tokenizer, documents: Sequence[Document],
                          wanted: InfillingSettings) -> float:
     """Share of the lines of `line_infilling` that come back exactly where their lengths are to be found too."""
-    config = replace(wanted.generation, seed=wanted.seed)
+    lengths = tuple(n for n in wanted.generation.infill_lengths if n <= wanted.max_line_tokens)
+    config = replace(wanted.generation, seed=wanted.seed, infill_lengths=lengths)
     hidden = hide_lines(tokenizer, documents, wanted)
     answers = [fill(model, [replace(part.gap, length="auto")], config).answers[0] for part in hidden]
     return sum(decode(tokenizer, answer).strip() == decode(tokenizer, part.truth).strip()

@@ -230,7 +230,7 @@ def animate_function(model: Transformer, tokenizer, documents: Sequence[Document
     drawn = hide_lines(tokenizer, documents, longer, STATEMENTS_ANIMATED)
     hidden = next((part for part in drawn if part.whole), drawn[0])
     canvas, _ = lay_out([hidden.gap], model.mask_token_id)
-    trace = record(model, canvas[0], MDMGenerationConfig(alg="maskgit_plus", steps=len(hidden.truth), seed=0))
+    trace = record(model, canvas[0], MDMGenerationConfig(alg="maskgit_plus", threshold=1.0, seed=0))
     truth = hidden.prefix + decode(tokenizer, hidden.truth) + hidden.suffix
     return animation(trace, tokenizer, hidden.function), hidden.source, truth.strip("\n")
 

@@ -60,7 +60,7 @@ def make_config(corpus, tmp_path):
 @pytest.mark.parametrize("keys", [
     {"objective": "mdm", "path_term": True, "global_batch_size": 4},
     {"objective": "elbo", "optimizer": "muon", "enable_gradient_checkpointing": True},
-    {"objective": "block_diffusion", "block_length": 8}, {"objective": "ar", "lora_rank": 2},
+    {"objective": "block_diffusion", "block_length": 8, "causal_blocks": True}, {"objective": "ar", "lora_rank": 2},
     {"objective": "expansion", "expand_token_id": 299}, {"objective": "cart"},
     {"objective": "mdm", "anneal_attention_ratio": 0.7},
     {"objective": "mdm", "precision": "bf16"}], ids=str)
@@ -126,7 +126,8 @@ def make_model(**keys) -> DiffusionLM:
 
 
 MODELS = {"shifted": {}, "unshifted": {"shift_logits": False},
-          "block_causal": {"block_causal": True, "block_length": 8, "shift_logits": False}}
+          "block_causal": {"block_causal": True, "block_length": 8, "shift_logits": False},
+          "causal_blocks": {"block_causal": True, "block_length": 8, "causal_blocks": True}}
 METHODS = [  # those of the first part commit by count
     ("shifted", {"alg": "entropy"}), ("shifted", {"alg": "topk_margin"}),
     ("shifted", {"alg": "maskgit_plus", "temperature": 0.5, "alg_temp": 0.3}),
@@ -139,7 +140,7 @@ OTHER_METHODS = [
     ("shifted", {"threshold": 0.3, "block_length": 4, "cache": "prefix"}),
     ("unshifted", {"alg": "maskgit_plus", "factor": 1.0, "block_length": 4, "cache": "dual"}),
     ("shifted", {"alg": "maskgit_plus", "expand_token_id": 5, "pad_eos_to_right": True}),
-    ("block_causal", {"remasking": "low_confidence", "steps": 7}),
+    ("block_causal", {"remasking": "low_confidence", "steps": 7}), ("causal_blocks", {"threshold": 0.3}),
     ("block_causal", {"remasking": "low_confidence_dynamic", "threshold": 0.3, "editing_threshold": 0.2}),
 ]
 

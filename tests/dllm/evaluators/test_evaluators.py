@@ -175,7 +175,8 @@ def test_how_many_tokens_are_corrupted_is_even_in_each_block():
     """A model is less confident the more of a block is masked; its bound is the mean over these numbers."""
     V, length, block, tokens = 20, 8, 3, torch.arange(8)
     model = KnownModel(None, V, V - 1)
-    model.config = type("Config", (model.config,), {"block_causal": True, "block_length": block})
+    blocks = {"block_causal": True, "block_length": block, "causal_blocks": False}
+    model.config = type("Config", (model.config,), blocks)
 
     def hidden_states(noisy, layout):
         masked = (noisy == V - 1).view(-1, length)

@@ -100,14 +100,15 @@ def test_requests_that_join_later_change_nothing(scheduler, model):
         assert request.wait()[0].tokens == alone.sequences[0, len(request.job.gap.prefix):].tolist()
 
 
-def test_a_block_causal_model_serves_rows_at_different_blocks():
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_block_causal_model_serves_rows_at_different_blocks(causal):
     torch.manual_seed(0)
     model = DiffusionLM(ModelConfig(
         family="qwen3", vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=16, qk_norm=True, max_position_embeddings=128, initializer_range=0.2,
-        mask_token_id=1, eos_token_id=0)).eval()
+        mask_token_id=1, eos_token_id=0, block_causal=True, causal_blocks=causal)).eval()
     scheduler = Scheduler(model)
-    config = MDMGenerationConfig(block_causal=True, block_length=4, steps=24, remasking="low_confidence")
+    config = MDMGenerationConfig(block_length=4, steps=24, remasking="low_confidence")
     requests = [Request(torch.arange(2, 7 + 5 * i), 8, replace(config, seed=0, threshold=(None, 0.5)[i % 2]))
                 for i in range(5)]
     for request in requests:

@@ -9,7 +9,7 @@ from dllm.diffusion.expansion import make_gaps
 from dllm.diffusion.objectives import Targets
 from dllm.diffusion_lm import DiffusionLM
 from dllm.generation.config import MDMGenerationConfig
-from dllm.generation.infilling import infill
+from dllm.generation.infilling import Gap, fill
 from dllm.model.families import ModelConfig
 from dllm.training.batches import MicroBatch, forward, make_batches
 
@@ -177,14 +177,16 @@ def test_a_trained_model_shrinks_gaps_that_are_too_long_and_grows_those_that_are
         optimizer.zero_grad()
 
     config = MDMGenerationConfig(alg="maskgit_plus", steps=100, temperature=0.0, expand_token_id=EXPAND)
-    right = {"too long": [], "too short": []}
+    gaps, asked = [], []
     for text in texts:
         for start in range(2, len(text) - 1, 2):
             for length in range(1, min(9, len(text) - start)):
                 for masks, kind in ((2 * length, "too long"), (length // 2, "too short")):
                     if masks:
-                        filled = infill(model.eval(), text[:start], text[start + length:], length=masks,
-                                        generation_config=config).sequences[0]
-                        right[kind].append(filled[:len(text)].tolist() == text.tolist())
+                        gaps.append(Gap(text[:start], text[start + length:], masks))
+                        asked.append((kind, text[start:start + length].tolist()))
+    right = {"too long": [], "too short": []}
+    for (kind, truth), answer in zip(asked, fill(model.eval(), gaps, config).answers, strict=True):
+        right[kind].append(answer.tolist() == truth)
     shares = {kind: sum(values) / len(values) for kind, values in right.items()}
     assert shares["too long"] > 0.85 and shares["too short"] > 0.4, shares
