@@ -2,7 +2,7 @@
 # make bench-record runs the benchmarks and keeps their results under benchmarks/history; make bench-compare REF=<commit or file>
 # compares the last run with a record.
 # make bench-gpu PYTHON=python3 runs the tests and benchmarks of the kernels on a GPU, in the environment of that Python, and
-# writes benchmarks/results/<gpu>.json; BENCH_FLAGS='--device cpu --small --results FILE' tries the command without one.
+# writes benchmarks/results/<gpu>.json; BENCH_FLAGS='--device cpu --small --output-dir DIR' tries the command without one.
 
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check

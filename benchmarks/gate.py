@@ -1,8 +1,8 @@
 """python -m benchmarks.gate RESULTS.json [--again]: fail where a ratio or a counter is not what a benchmark promises.
 
-A ratio may be 15% below its promise before it fails, because machines are noisy. --again measures a benchmark that
-fails once more, in a process of its own, and judges by that. Counters must be equal. Milliseconds are printed, never
-judged.
+A ratio may be 15% below its promise before it fails, because machines are noisy; on a GPU 3%. --again measures a
+benchmark that fails once more, in a process of its own, and judges by that. Counters must be equal. Milliseconds are
+printed, never judged.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 SLACK = 0.85
+SLACK_ON_GPU = 0.97
 COLUMNS = {"ratio", "at_least", "ours_ms", "baseline_ms", "baseline_seconds", "rounds", "exactly", "torch"}
 
 
@@ -45,9 +46,9 @@ def read_run(path: str | Path) -> Run:
 
 def judge(info: dict) -> list[str]:
     """What is wrong with one benchmark's extra_info."""
-    wrong = []
-    if info["at_least"] is not None and info["ratio"] < SLACK * info["at_least"]:
-        wrong.append(f"ratio {info['ratio']:.2f} is under {SLACK} x {info['at_least']:g}")
+    wrong, slack = [], SLACK_ON_GPU if "gpu" in info else SLACK
+    if info["at_least"] is not None and info["ratio"] < slack * info["at_least"]:
+        wrong.append(f"ratio {info['ratio']:.2f} is under {slack} x {info['at_least']:g}")
     wrong += [f"{name} is {measured}, not {promised}" for name, (measured, promised) in info["exactly"].items()
               if measured != promised]
     return wrong

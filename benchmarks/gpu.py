@@ -1,9 +1,10 @@
-"""python -m benchmarks.gpu [--device cpu --small]: every check and benchmark of a GPU, in under nine minutes.
+"""python -m benchmarks.gpu [--device cpu --small] [--group NAME ...]: every check and benchmark of a GPU, in minutes.
 
-In this order: the machine and its packages; the ceilings (copy, matrix product) and a control of a call against itself;
-the tests of the operations, of training and of sampling; compute-sanitizer on a small call of every CUDA C++ kernel,
-where it is installed; the benchmarks. Prints a table and writes benchmarks/results/<gpu>.json. The exit status is 1 if
-a test, the control or a promise fails. A small run on a CPU tries the command and measures nothing.
+What matters most comes first: the machine, its packages and ceilings (copy, matrix product) with a control of a call
+against itself, the tests, then the benchmarks in groups, each with seconds of its own; compute-sanitizer comes last.
+A finished benchmark is a line of records.jsonl, on the disk before the next one begins, and <gpu>.json is written anew
+after each group, so that a run which is cut off keeps what it has measured. The exit status is 1 if a test, the control
+or a promise fails. A small run on a CPU tries the command and measures nothing.
 """
 
 import argparse
@@ -12,13 +13,16 @@ import os
 import platform
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -27,8 +31,32 @@ from dllm.training.cost import peak_flops
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-SECONDS = 8.5 * 60
-SHARES = {"tests": 0.35, "sanitizer": 0.1}  # at most, of the seconds
+MINUTES = 8.5
+SLACK = 30  # seconds after which a group that does not end is ended
+
+
+class Group(NamedTuple):
+    """Benchmarks that run together. seconds: on an H200; afterwards no other benchmark of the group begins."""
+    seconds: float
+    file: str = ""  # bench_gpu_<file>.py
+    names: str = ""  # pytest's -k; empty: all
+
+
+GROUPS = {
+    "tests": Group(60),
+    "loss": Group(25, "masked_cross_entropy", "products_alone"),
+    "logits": Group(20, "topk_unmask", "against_the_memory"),
+    "head": Group(20, "topk_unmask", "bench_head"),
+    "attention": Group(45, "attention", "bench_decoding or bench_dense"),
+    "step": Group(40, "train_step", "bench_step"),
+    "training_attention": Group(60, "attention", "block_diffusion or packed"),
+    "sampler": Group(45, "sampler"),
+    "other_losses": Group(45, "masked_cross_entropy", "not products_alone"),
+    "other_scores": Group(30, "topk_unmask", "not against_the_memory and not bench_head"),
+    "caches": Group(20, "attention", "rows_of_a_cache or new_length"),
+    "layers": Group(40, "train_step", "bench_layers"),
+    "sanitizer": Group(50),
+}
 PACKAGES = ["torch", "triton", "liger-kernel", "cut-cross-entropy", "flash-attn", "transformers"]
 OPERATIONS = ["attention", "masked_cross_entropy", "topk_unmask"]
 TESTS = [f"tests/kernels/test_{name}{part}.py" for name in OPERATIONS for part in ("", "_cuda", "_triton")]
@@ -36,12 +64,17 @@ TESTS.append("tests/dllm/test_on_gpu.py")
 
 
 def environment(device: str) -> dict:
-    def git(*command: str) -> str:
-        return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    """The machine and its packages. The commit is None, and whether files differ from it, where there is no git."""
+    def git(*command: str) -> str | None:
+        if shutil.which("git") is None:
+            return None
+        done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
 
+    changed = git("status", "--porcelain")
     found = {"device": "CPU" if device == "cpu" else torch.cuda.get_device_name(), "machine": platform.machine(),
-             "python": platform.python_version(), "commit": git("rev-parse", "HEAD") or None,
-             "changed": bool(git("status", "--porcelain")),
+             "python": platform.python_version(), "commit": git("rev-parse", "HEAD"),
+             "changed": None if changed is None else bool(changed),
              "command": " ".join(["python -m benchmarks.gpu", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d")}
     for name in PACKAGES:
         try:
@@ -102,19 +135,23 @@ def ceilings(device: str, small: bool) -> dict:
 
 
 def run(command: list[str], seconds: float, **variables: str) -> tuple[int | None, str]:
-    """Exit status, None after `seconds`, and the output."""
-    try:
-        done = subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, timeout=max(seconds, 1), text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        return done.returncode, done.stdout
-    except subprocess.TimeoutExpired as error:
-        return None, (error.stdout or b"").decode(errors="replace")
+    """Exit status, None after `seconds`, and the output. What the command has started ends with it."""
+    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, **variables}, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, start_new_session=True) as process:
+        try:
+            said, _ = process.communicate(timeout=max(seconds, 1))
+            return process.returncode, said
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return None, process.communicate()[0]
 
 
 def tests(small: bool, seconds: float) -> dict:
+    """The tests of operations, training and sampling, in as many processes as there are cores, if xdist is there."""
     files = ["tests/kernels/test_dispatch.py"] if small else TESTS
-    status, said = run([sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-k", "not emulated", "-p",
-                        "no:cacheprovider", *files], seconds)
+    parallel = ["--numprocesses", "auto"] if find_spec("xdist") and not small else []
+    status, said = run([sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-m", "not slow", "-k", "not emulated",
+                        "-p", "no:cacheprovider", *parallel, *files], seconds)
     lines = said.strip().splitlines()
     return {"passed": status == 0, "summary": lines[-1] if status is not None and lines else "not finished in its time",
             "failed": re.findall(r"^(?:FAILED|ERROR) (\S+)", said, re.M)}
@@ -137,19 +174,24 @@ def sanitize(device: str, seconds: float) -> dict[str, str]:
     return found
 
 
-def benchmarks(device: str, small: bool, deadline: float, only: str | None) -> tuple[list[dict], list[str], str | None]:
-    """The results, the reasons why others were skipped, and the problem, if any."""
-    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "benchmarks").glob("bench_gpu_*.py"))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "benchmarks.json")
-        status, said = run([sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider",
-                            f"--benchmark-json={path}", *(["-k", only] if only else []), *files],
-                           deadline + 60 - time.time(), BENCH_DEVICE=device, BENCH_SMALL=str(int(small)),
-                           BENCH_DEADLINE=str(deadline))
-        found = json.loads(path.read_text())["benchmarks"] if path.is_file() and path.stat().st_size else []
+def measure(group: Group, device: str, small: bool, deadline: float, records: Path) -> tuple[list[str], str | None]:
+    """Run a group's benchmarks, whose results go to `records`.
+
+    Returns: why some were skipped, and the problem, if any.
+    """
+    status, said = run([sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider",
+                        *(["-k", group.names] if group.names else []), f"benchmarks/bench_gpu_{group.file}.py"],
+                       deadline + SLACK - time.time(), BENCH_DEVICE=device, BENCH_SMALL=str(int(small)),
+                       BENCH_DEADLINE=str(deadline), BENCH_RECORDS=str(records))
     failed = re.findall(r"^(?:FAILED|ERROR) (.*)", said, re.M)
-    problem = None if status == 0 else "; ".join(failed) or (said.strip().splitlines() or ["no output"])[-1]
-    return found, re.findall(r"^SKIPPED (.*)", said, re.M), problem
+    problem = None if status == 0 else "; ".join(failed) or (
+        "not finished in its time" if status is None else (said.strip().splitlines() or ["no output"])[-1])
+    return re.findall(r"^SKIPPED (.*)", said, re.M), problem
+
+
+def read_records(path: Path) -> list[dict]:
+    """The results of the benchmarks that have finished."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def summarise(bench: dict, limits: dict) -> dict:
@@ -205,52 +247,78 @@ def write(results: dict, path: Path) -> None:
     os.replace(file.name, path)
 
 
-def main() -> int:
+def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--small", action="store_true", help="small shapes and few tests, to try the command")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="limit of the run; later benchmarks are skipped")
-    parser.add_argument("--only", metavar="NAMES", help="pytest's -k for the benchmarks; skips tests and sanitizer")
-    parser.add_argument("--results", type=Path, help="the file to write (default: benchmarks/results/<gpu>.json)")
+    parser.add_argument("--group", action="append", choices=[*GROUPS], help="run this group; several may be named")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="limit of the run; later groups are skipped")
+    parser.add_argument("--output-dir", type=Path, help="folder of the files to write (default: benchmarks/results)")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU here; --device cpu --small tries the command without one")
     if options.device == "cpu" and not options.small:
         parser.error("--device cpu proves nothing about a GPU and would take hours; add --small")
-    if options.device == "cpu" and options.results is None:
-        parser.error("--device cpu needs --results FILE: its numbers do not belong among those of GPUs")
-    start = time.time()
+    if options.device == "cpu" and options.output_dir is None:
+        parser.error("--device cpu needs --output-dir DIR: its numbers do not belong among those of GPUs")
+    return options
+
+
+def main() -> int:
+    options, start = read_options(), time.time()
     machine = environment(options.device)
-    print("\n".join(f"{key}: {'absent' if value is None else value}" for key, value in machine.items()), flush=True)
+    print("\n".join(f"{key}: {'unknown' if value is None else value}" for key, value in machine.items()), flush=True)
     limits = ceilings(options.device, options.small)
     print(f"copy {limits['copy_bytes_per_s'] / 1e12:.3f} TB/s, "
           f"product {limits['product_flop_per_s'] / 1e12:.1f} TFLOP/s, "
           f"a copy against itself {limits['control_ratio']:.3f}", flush=True)
-    void = options.device == "cuda" and abs(limits["control_ratio"] - 1) > 0.03
-    checked, sanitized = None, None
-    if options.only is None:
-        checked = tests(options.small, SHARES["tests"] * options.seconds)
-        print(f"tests: {checked['summary']}", *checked["failed"], sep="\n  ", flush=True)
-        sanitized = sanitize(options.device, SHARES["sanitizer"] * options.seconds)
-        print("compute-sanitizer: " + ", ".join(f"{tool}: {what}" for tool, what in sanitized.items()), flush=True)
-    found, skipped, problem = benchmarks(options.device, options.small, start + options.seconds, options.only)
-    lines = [summarise(bench, limits) for bench in found if "ratio" in bench["extra_info"]]
-    print_table(lines)
-    print("".join(f"\nskipped {reason}" for reason in skipped))
-    path = options.results or RESULTS / (re.sub(r"[^a-z0-9]+", "_", machine["device"].lower()).strip("_") + ".json")
-    write({"machine": machine, "limits": limits, "void": void, "tests": checked, "sanitizer": sanitized,
-           "seconds": time.time() - start, "skipped": skipped, "problem": problem, "benchmarks": lines}, path)
-    wrong = [f"{line['name']}: {', '.join(line['wrong'])}" for line in lines if line["wrong"]]
-    if void:
-        wrong.append(f"void: a copy against itself is off by {limits['control_ratio'] - 1:+.1%}; run again")
-    if checked and not checked["passed"]:
-        wrong.append(f"tests: {checked['summary']}")
-    wrong += [f"{tool}: {what}" for tool, what in (sanitized or {}).items() if "ERROR SUMMARY" in what]
-    if problem:
-        wrong.append(f"benchmarks: {problem}")
-    print(f"\n{path} written after {time.time() - start:.0f} s\n"
+    folder = (options.output_dir or RESULTS).resolve()
+    name = re.sub(r"[^a-z0-9]+", "_", machine["device"].lower()).strip("_")
+    records = folder / f"{name}.records.jsonl"
+    results = {"machine": machine, "limits": limits, "tests": None, "sanitizer": None, "skipped": [], "problems": {},
+               "void": options.device == "cuda" and abs(limits["control_ratio"] - 1) > 0.03, "benchmarks": []}
+    folder.mkdir(parents=True, exist_ok=True)
+    records.unlink(missing_ok=True)
+    end = start + 60 * options.minutes
+    for group in options.group or GROUPS:
+        if (left := end - time.time()) <= 0:
+            results["skipped"].append(f"{group}: out of time")
+            continue
+        take(group, results, options, min(GROUPS[group].seconds, left), records)
+        write(results | {"seconds": time.time() - start}, folder / f"{name}.json")
+    print_table(results["benchmarks"])
+    print("".join(f"\nskipped {reason}" for reason in results["skipped"]))
+    wrong = what_is_wrong(results)
+    print(f"\n{folder / name}.json written after {time.time() - start:.0f} s\n"
           + ("\n".join(f"FAILED {one}" for one in wrong) or "every promise holds"))
     return 1 if wrong else 0
+
+
+def take(name: str, results: dict, options: argparse.Namespace, seconds: float, records: Path) -> None:
+    """Run a group, and put what it found into the results."""
+    if name == "tests":
+        results["tests"] = found = tests(options.small, seconds)
+        print(f"tests: {found['summary']}", *found["failed"], sep="\n  ", flush=True)
+    elif name == "sanitizer":
+        results["sanitizer"] = found = sanitize(options.device, seconds)
+        print("compute-sanitizer: " + ", ".join(f"{tool}: {what}" for tool, what in found.items()), flush=True)
+    else:
+        skipped, problem = measure(GROUPS[name], options.device, options.small, time.time() + seconds, records)
+        results["skipped"] += skipped
+        if problem:
+            results["problems"][name] = problem
+        results["benchmarks"] = [summarise(bench, results["limits"]) for bench in read_records(records)]
+        print(f"{name}: {problem or 'done'}, {len(results['benchmarks'])} results so far", flush=True)
+
+
+def what_is_wrong(results: dict) -> list[str]:
+    wrong = [f"{line['name']}: {', '.join(line['wrong'])}" for line in results["benchmarks"] if line["wrong"]]
+    if results["void"]:
+        wrong.append(f"void: a copy against itself is off by {results['limits']['control_ratio'] - 1:+.1%}; run again")
+    if results["tests"] and not results["tests"]["passed"]:
+        wrong.append(f"tests: {results['tests']['summary']}")
+    wrong += [f"{tool}: {what}" for tool, what in (results["sanitizer"] or {}).items() if "ERROR SUMMARY" in what]
+    return wrong + [f"{group}: {problem}" for group, problem in results["problems"].items()]
 
 
 if __name__ == "__main__":

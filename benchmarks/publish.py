@@ -114,7 +114,9 @@ def of_gpu(run: dict) -> str:
     machine, limits = run["machine"], run["limits"]
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "triton", "cuda") if machine.get(name))
     copy, product = limits["copy_bytes_per_s"] / 1e12, limits["product_flop_per_s"] / 1e12
-    lines = [f"On {machine['device']}, {versions}, at {machine['commit'][:12]} on {machine['date']}: {copy:.2f} TB/s, "
+    commit = machine["commit"]
+    at = f"at {commit[:12]}" if commit else "at an unknown commit"
+    lines = [f"On {machine['device']}, {versions}, {at} on {machine['date']}: {copy:.2f} TB/s, "
              f"bf16 product {product:.0f} TFLOP/s.", ""]
     if run["void"]:
         lines[:0] = ["The run is void: one and the same copy differed by more than 3%.", ""]

@@ -2,8 +2,12 @@
 
 import json
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,27 +23,54 @@ def run(*command, **variables):
                           env={**os.environ, "OMP_NUM_THREADS": "1", **variables})
 
 
+SMALL = ["benchmarks.gpu", "--device", "cpu", "--small", "--output-dir"]
+
+
 @pytest.fixture(scope="module")
 def tried(tmp_path_factory):
-    path = tmp_path_factory.mktemp("results") / "new" / "cpu.json"
-    done = run("benchmarks.gpu", "--device", "cpu", "--small", "--results", str(path), "--only",
-               "products_alone or one_block or host_synchronisations or against_liger")
+    folder = tmp_path_factory.mktemp("results") / "new"
+    done = run(*SMALL, str(folder), "--group", "head", "--group", "loss")
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, json.loads(path.read_text()), path
+    return done.stdout, json.loads((folder / "cpu.json").read_text()), folder
 
 
 @pytest.mark.slow
 def test_a_run_reports_its_machine_its_limits_and_every_benchmark(tried):
-    said, results, path = tried
+    said, results, folder = tried
     assert results["machine"]["device"] == "CPU" and len(results["machine"]["commit"] or 40 * "0") == 40
     assert results["limits"]["copy_bytes_per_s"] > 1e6 and results["limits"]["product_flop_per_s"] > 1e6
     assert {line["name"].split("::")[1] for line in results["benchmarks"]} == {
-        "bench_host_synchronisations", "bench_against_the_products_alone[0.5B]", "bench_against_the_products_alone[7B]",
+        *(f"bench_head_against_product_then_logits[{case}]" for case in ("16-1.1-16", "16-1.1-32", "32-1.0-16",
+                                                                          "32-1.0-32")),
+        "bench_against_the_products_alone[0.5B]", "bench_against_the_products_alone[7B]",
         "bench_head_of_one_block[16]", "bench_head_of_one_block[32]"}
     for line in results["benchmarks"]:
         assert len(line["samples_s"]) == len(line["baseline_samples_s"]) == 2 and line["ours_s"] > 0
         assert line["name"] in said and line["at_least"] is None and not line["wrong"]
-    assert "every promise holds" in said and [file.name for file in path.parent.iterdir()] == ["cpu.json"]
+    assert said.index("head: done, 6 results so far") < said.index("loss: done, 8 results so far")
+    assert "every promise holds" in said
+    assert {file.name for file in folder.iterdir()} == {"cpu.json", "cpu.records.jsonl"}
+
+
+@pytest.mark.slow
+def test_a_killed_run_keeps_what_it_has_measured(tmp_path):
+    records, results = tmp_path / "cpu.records.jsonl", tmp_path / "cpu.json"
+    command = [sys.executable, "-m", *SMALL, str(tmp_path), "--group", "loss", "--group", "head"]
+    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+                          start_new_session=True) as process:
+        while len(gpu.read_records(records)) < 3 and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    names = [bench["fullname"].split("::")[1] for bench in gpu.read_records(records)]
+    assert names[:2] == ["bench_against_the_products_alone[0.5B]", "bench_against_the_products_alone[7B]"]
+    assert "bench_head" in names[2] and len(json.loads(results.read_text())["benchmarks"]) == 2
+
+
+def test_a_machine_without_git_or_a_repository_has_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    assert (gpu.environment("cpu")["commit"], gpu.environment("cpu")["changed"]) == (None, None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert (gpu.environment("cpu")["commit"], gpu.environment("cpu")["changed"]) == (None, None)
 
 
 def bench(ratio=1.0, at_least=None, exactly=None, **extra):
@@ -59,6 +90,7 @@ def test_the_floor_is_the_larger_of_bytes_and_operations():
 
 @pytest.mark.parametrize("given, wrong", [
     (bench(0.8, 1.0), "ratio 0.80 is under 0.85 x 1"), (bench(0.9, 1.0), None),
+    (bench(0.96, 1.0, gpu="NVIDIA H200"), "ratio 0.96 is under 0.97 x 1"), (bench(0.98, 1.0, gpu="NVIDIA H200"), None),
     (bench(exactly={"launches": (6, 5)}), "launches is 6, not 5"),
     (bench(must_multiply_flop=2e11, mfu_at_least=0.45), "20% of the data sheet's rate, not 45%")])
 def test_what_misses_its_promise_says_so(given, wrong):
@@ -67,7 +99,7 @@ def test_what_misses_its_promise_says_so(given, wrong):
 
 @pytest.mark.parametrize("command, message", [
     (["--device", "cpu"], "--device cpu proves nothing about a GPU and would take hours; add --small"),
-    (["--device", "cpu", "--small"], "--device cpu needs --results FILE"),
+    (["--device", "cpu", "--small"], "--device cpu needs --output-dir DIR"),
     ([], "there is no GPU here; --device cpu --small tries the command without one")])
 def test_a_command_that_cannot_work_says_what_to_do(command, message, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["benchmarks.gpu", *command])
@@ -80,6 +112,9 @@ def test_a_command_that_cannot_work_says_what_to_do(command, message, monkeypatc
 def test_what_takes_too_long_is_stopped_and_named():
     code = "print('begun', flush=True); import time; time.sleep(60)"
     assert gpu.run([sys.executable, "-c", code], 1) == (None, "begun\n")
+    started = "import subprocess, sys; subprocess.run([sys.executable, '-c', \"" + code.replace("'", "\\'") + "\"])"
+    begun = time.monotonic()
+    assert gpu.run([sys.executable, "-c", started], 2)[0] is None and time.monotonic() - begun < 20
 
 
 @pytest.mark.slow
@@ -92,14 +127,27 @@ def test_a_section_names_machine_rates_and_what_was_missed(tried):
     assert "On CPU, torch" in section and "triton 3.6.0" in section and "at aaaaaaaaaaaa on" in section
     assert "| 2.00 **missed** |" in section and section.count("**missed**") == 1
     assert "The run is void" in publish.sections([], [results | {"void": True}])
+    results["machine"]["commit"] = None
+    assert "at an unknown commit on" in publish.sections([], [results])
 
 
 @pytest.mark.slow
-def test_every_benchmark_on_a_gpu_has_shapes_for_a_cpu():
+def test_every_benchmark_on_a_gpu_has_shapes_for_a_cpu_and_is_in_one_group():
     """Collected small on a CPU, so that a slip shows before a GPU is there."""
-    files = [str(path) for path in (ROOT / "benchmarks").glob("bench_gpu_*.py")]
-    done = run("pytest", "--collect-only", "-q", *files, BENCH_DEVICE="cpu", BENCH_SMALL="1")
+    files = {path.stem.removeprefix("bench_gpu_"): str(path) for path in (ROOT / "benchmarks").glob("bench_gpu_*.py")}
+    done = run("pytest", "--collect-only", "-q", *files.values(), BENCH_DEVICE="cpu", BENCH_SMALL="1")
     assert done.returncode == 0 and len(files) == 5, done.stdout
+    groups = [group for group in gpu.GROUPS.values() if group.file]
+
+    def takes(group: gpu.Group, file: str, name: str) -> bool:
+        """As pytest's -k decides."""
+        words = re.sub(r"\b(?!and\b|or\b|not\b)\w+", lambda word: str(word[0] in name), group.names)
+        return file == group.file and eval(words or "True")
+
+    found = set(re.findall(r"bench_gpu_(\w+)\.py::(\w+)", done.stdout))
+    assert {group.file for group in groups} == {file for file, _ in found} == files.keys()
+    for file, name in found:
+        assert sum(takes(group, file, name) for group in groups) == 1, name
 
 
 def test_the_tuner_keeps_what_is_faster_and_rewrites_the_table(tmp_path):
