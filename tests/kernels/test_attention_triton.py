@@ -184,18 +184,15 @@ def test_few_documents_and_positions_that_belong_to_none(lengths, small_tiles, p
     check([x[0] for x in make(1, count, count, 2, 1, 32)], packed_mask(lengths))
 
 
-@with_dtypes("L, block_length", [(1, 1), (45, 3), (70, 32), (33, 100)], DTYPES)
-def test_block_diffusion(L, block_length, dtype, small_tiles, poisoned):
-    for causal in (False, True):
-        check(make(1, 2 * L, 2 * L, 2, 1, 32, dtype), Mask("block_diffusion", block_length, causal=causal))
+@with_dtypes("L, block_length, causal", [(1, 1, True), (45, 3, False), (70, 32, True), (33, 100, False)], DTYPES)
+def test_block_diffusion(L, block_length, causal, dtype, small_tiles, poisoned):
+    check(make(1, 2 * L, 2 * L, 2, 1, 32, dtype), Mask("block_diffusion", block_length, causal=causal))
 
 
-@with_dtypes("block_length", [1, 3, 32], DTYPES)
-def test_block_diffusion_of_packed_documents(block_length, dtype, small_tiles, poisoned):
+@with_dtypes("block_length, causal", [(1, False), (3, True), (32, False)], DTYPES)
+def test_block_diffusion_of_packed_documents(block_length, causal, dtype, small_tiles, poisoned):
     cu_seqlens = cumulative([2, 0, 33, 1, 34, 0])  # two rows of 35
-    for causal in (False, True):
-        check(make(2, 70, 70, 1, 1, 32, dtype),
-              Mask("block_diffusion", block_length, cu_seqlens=cu_seqlens, causal=causal))
+    check(make(2, 70, 70, 1, 1, 32, dtype), Mask("block_diffusion", block_length, cu_seqlens=cu_seqlens, causal=causal))
 
 
 @with_dtypes("shape, block_length", product(
