@@ -54,16 +54,16 @@ def test_a_run_reports_its_machine_its_limits_and_every_benchmark(tried):
 
 @pytest.mark.slow
 def test_a_killed_run_keeps_what_it_has_measured(tmp_path):
-    records, results = tmp_path / "cpu.records.jsonl", tmp_path / "cpu.json"
-    command = [sys.executable, "-m", *SMALL, str(tmp_path), "--group", "loss", "--group", "head"]
+    records = tmp_path / "cpu.records.jsonl"
+    command = [sys.executable, "-m", *SMALL, str(tmp_path), "--group", "head"]
     with subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
                           start_new_session=True) as process:
         while len(gpu.read_records(records)) < 3 and process.poll() is None:
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
-    names = [bench["fullname"].split("::")[1] for bench in gpu.read_records(records)]
-    assert names[:2] == ["bench_against_the_products_alone[0.5B]", "bench_against_the_products_alone[7B]"]
-    assert "bench_head" in names[2] and len(json.loads(results.read_text())["benchmarks"]) == 2
+    found = gpu.read_records(records)
+    assert 3 <= len(found) <= 6 and all("bench_head" in bench["fullname"] for bench in found)
+    assert all(gpu.summarise(bench, LIMITS)["ours_s"] > 0 for bench in found)
 
 
 def test_a_machine_without_git_or_a_repository_has_no_commit(tmp_path, monkeypatch):

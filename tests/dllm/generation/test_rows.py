@@ -58,7 +58,7 @@ MODELS = {"sdar": {"block_length": 4}, "a2d-qwen3": {"block_causal": True, "bloc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lengths", [[5], [13], [61], [37, 69], [6, 7, 8], [41, 77, 113, 149]])
+@pytest.mark.parametrize("lengths", [[5], [61], [6, 7, 8], [41, 77, 113, 149]])
 @pytest.mark.parametrize("family, settings", [
     ("sdar", {"steps": 32}), ("sdar", {"steps": 9}), ("a2d-qwen3", {"steps": 30, "alg": "p2"}),
     ("a2d-qwen3", {"steps": 30, "alg": "remdm"}), ("a2d-qwen3", {"steps": 30, "alg": "origin"}),
