@@ -9,6 +9,7 @@ import torch
 from dllm.config.schema import Config, TrainGroup
 from dllm.data import TrainingData
 from dllm.diffusion.objectives import BOUNDS
+from dllm.errors import warn
 from dllm.model.transformer import Transformer
 from dllm.training.batches import MicroBatch, make_batches, share_positions
 from dllm.training.distributed import Shared, World
@@ -21,7 +22,7 @@ class Validation(NamedTuple):
 
 
 def draw_validation(data: TrainingData, config: Config, model: Transformer) -> Validation | None:
-    """None if nothing is held out."""
+    """None if nothing is held out or, which it says, nothing of that is masked: a loss of 0 would mislead."""
     if data.held_out is None:
         return None
 
@@ -34,6 +35,10 @@ def draw_validation(data: TrainingData, config: Config, model: Transformer) -> V
     if config.train.objective not in (*BOUNDS, "ar"):
         bound = draw(replace(config.train, objective="elbo", path_term=False, mask_at_least_one=False,
                              corrupt_prompt=False, expand_token_id=None), True)
+    if not all(sum(batch.scored for batch in batches) for batches in (loss, bound)):
+        warn(f"no held-out token is masked, of {sum(batch.tokens for batch in loss)}, so nothing is measured on them; "
+             "raise data.validation_share")
+        return None
     return Validation(loss, bound, data.held_out.num_tokens / max(data.held_out_bytes, 1))
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,6 +88,28 @@ def test_every_objective_lowers_the_loss_and_leaves_a_checkpoint_that_loads(make
     theirs = AutoModelForCausalLM.from_pretrained(result.checkpoint)
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in model.parameters())
     assert load_config(result.output_dir / "config.yaml") == make_config(max_steps=30, **keys)
+
+
+def test_nothing_is_measured_where_no_held_out_token_is_masked(make_config, tmp_path):
+    """One short answer in two held-out conversations, at times drawn for two rows."""
+    talks = [{"messages": [{"role": "user", "content": f"{i} + 1?"}, {"role": "assistant", "content": "2"}]}
+             for i in range(12)]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    (tmp_path / "chat.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    config = make_config(max_steps=1)
+    config = replace(config, data=replace(
+        config.data, train_path=str(tmp_path / "talks.jsonl"), data_type="conversation", text_keys="messages",
+        chat_template=str(tmp_path / "chat.jinja")))
+    for seed in range(8):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            line, = train(replace(config, train=replace(config.train, seed=seed,
+                                                        output_dir=str(tmp_path / str(seed))))).history
+        said = any("no held-out token is masked, of" in str(warning.message) for warning in told)
+        assert said != ("validation_loss" in line) and line.get("validation_loss") != 0
+        if said:
+            return
+    raise AssertionError("no seed left all held-out tokens as they are")
 
 
 def test_a_finished_run_is_left_as_it_is(make_config):
