@@ -144,6 +144,9 @@ def run(command: list[str], seconds: float, **variables: str) -> tuple[int | Non
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             return None, process.communicate()[0]
+        except BaseException:  # Ctrl-C, which reaches this process alone
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
 
 
 def tests(small: bool, seconds: float) -> dict:

@@ -115,6 +115,11 @@ def test_what_takes_too_long_is_stopped_and_named():
     started = "import subprocess, sys; subprocess.run([sys.executable, '-c', \"" + code.replace("'", "\\'") + "\"])"
     begun = time.monotonic()
     assert gpu.run([sys.executable, "-c", started], 2)[0] is None and time.monotonic() - begun < 20
+    program = f"from benchmarks import gpu; gpu.run([{sys.executable!r}, '-c', {code!r}], 60)"
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(6)
+        process.send_signal(signal.SIGINT)
+        assert "KeyboardInterrupt" in process.communicate(timeout=30)[1]
 
 
 @pytest.mark.slow
