@@ -193,8 +193,9 @@ def measure(group: Group, device: str, small: bool, deadline: float, records: Pa
 
 
 def read_records(path: Path) -> list[dict]:
-    """The results of the benchmarks that have finished."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The results of the benchmarks that have finished, without what was being written when a process was killed."""
+    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def summarise(bench: dict, limits: dict) -> dict:
@@ -264,6 +265,11 @@ def read_options() -> argparse.Namespace:
         parser.error("--device cpu proves nothing about a GPU and would take hours; add --small")
     if options.device == "cpu" and options.output_dir is None:
         parser.error("--device cpu needs --output-dir DIR: its numbers do not belong among those of GPUs")
+    if options.group and options.output_dir is None:
+        parser.error("--group needs --output-dir DIR: a part would replace the results of a whole run")
+    if options.output_dir and (there := sorted(options.output_dir.glob("*.records.jsonl"))):
+        parser.error(f"--output-dir {options.output_dir} holds the results of another run, {there[0].name}; name "
+                     "another folder")
     return options
 
 
