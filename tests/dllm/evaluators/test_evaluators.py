@@ -18,6 +18,7 @@ from dllm.evaluators.held_out import HeldOutSettings, Window, corrupt_share, cut
 from dllm.evaluators.likelihood import bound_likelihood, masked_accuracy, perplexity_bound, score_positions
 from dllm.evaluators.line_infilling import InfillingSettings, find_functions, hide_lines, line_infilling
 from dllm.model.layouts import Padded
+from tests.dllm.tiny_models import tiny_of
 
 TEXT = "".join(f"def function_{i}(a, b):\n    '''Say é.'''\n    c = a * b + {i}\n    return c\n\n\n" for i in range(12))
 DOCUMENTS = [Document(TEXT, "a.py"), Document(TEXT[40:900], "b.py"), Document("x = 1\n", "c.py")]
@@ -191,6 +192,25 @@ def test_how_many_tokens_are_corrupted_is_even_in_each_block():
     scored = torch.arange(length).unsqueeze(0) > 0
     ours = bound_likelihood(model, tokens, scored=scored, samples=600)
     assert ours.nats.item() == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_corrupted_block_sees_what_it_sees_in_sampling(causal):
+    """The blocks before it uncorrupted and, with causal blocks, nothing after each of its own tokens."""
+    model = tiny_of("a2d-qwen3", block_causal=True, block_length=4, causal_blocks=causal, shift_logits=True,
+                    mask_token_id=60, vocab_size=61)
+    tokens, corrupted = torch.arange(10, 20), torch.tensor([0, 1, 0, 1, 1, 0, 1, 0, 1, 1]).bool()
+    (nats, _), = score_positions(model, [Window(tokens, 0, 0)], [corrupted], 64)
+    expected = []
+    for first in range(0, 10, 4):
+        block = slice(first, min(first + 4, 10))
+        seen = torch.cat((tokens[:first], tokens[block].masked_fill(corrupted[block], 60)))
+        with torch.no_grad():
+            hidden = model.hidden_states(seen[None], Padded(block_length=1 if causal else 4))[0]
+        for place in range(10)[block]:
+            if corrupted[place]:
+                expected.append(-(hidden[place - 1] @ model.head_weight.T).log_softmax(-1)[tokens[place]].item())
+    assert nats.tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_windows_hold_every_token_once_and_their_bytes_add_up(tokenizer):
