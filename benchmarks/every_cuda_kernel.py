@@ -2,7 +2,7 @@
 
 import torch
 
-from dllm_kernels import bidirectional_attention, masked_cross_entropy, topk_unmask
+from dllm_kernels import bidirectional_attention, linear_masked_cross_entropy, masked_cross_entropy, topk_unmask
 
 
 def main() -> None:
@@ -20,6 +20,10 @@ def main() -> None:
         logits.requires_grad_()
         for softcap in (None, 30.0):
             masked_cross_entropy(logits, tokens, tokens == 0, softcap=softcap, backend="cuda").backward()
+        hidden, head = (torch.randn(*shape, 8, device="cuda").to(dtype).requires_grad_()
+                        for shape in ((2, 37), (1003,)))
+        for scored in (tokens < 20, tokens > 0):
+            linear_masked_cross_entropy(hidden, head, tokens, scored, backend="cuda").backward()
     for E in (32, 64, 128, 256):
         for queries, keys in ((1, 5), (17, 130)):
             q, cached = torch.randn(2, queries, 4, E, device="cuda"), torch.randn(2, 3, keys, 2, E, device="cuda")

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.device import DEVICE, SMALL, device_name, finish, pick
 from benchmarks.gpu import seconds_of
-from dllm_kernels import bidirectional_attention, linear_masked_cross_entropy, linear_token_scores, tuned
+from dllm_kernels import bidirectional_attention, linear_token_scores, tuned
 
 CANDIDATES = {"num_warps": (4, 8), "num_stages": (2, 3, 4, 5), "ROWS": (64, 128, 256), "WORDS": (64, 128, 256),
               "COLUMNS": (64, 128, 256), "INNER": (32, 64, 128)}
@@ -29,21 +29,6 @@ class Case(NamedTuple):
     tiles: dict  # the module's own table, changed while tuning: shape class -> kernel -> settings
     kernels: list[str]
     call: Callable[[], list[torch.Tensor]]  # runs the operation and returns its results
-
-
-def loss_case() -> Case:
-    from benchmarks import bench_gpu_masked_cross_entropy as bench
-    from dllm_kernels.masked_cross_entropy import triton_kernels
-
-    case = bench.make_case(*bench.SHAPES["0.5B"])
-    dtype = torch.float16 if SMALL else torch.bfloat16  # the interpreter is wrong on bf16
-    hidden, weight = (x.detach().to(dtype).requires_grad_() for x in case[:2])
-
-    def call():
-        loss = linear_masked_cross_entropy(hidden, weight, case[2], case[3], weights=case[4], backend="triton")
-        return [loss, *torch.autograd.grad(loss, (hidden, weight))]
-
-    return Case("masked_cross_entropy", 2, triton_kernels.TILES, list(triton_kernels.TILES[2]), call)
 
 
 def unmask_case() -> Case:
@@ -74,12 +59,12 @@ def attention_case(heads: tuple[int, int, int], few: bool) -> Case:
             out = bidirectional_attention(q, k, v, backend="triton")
         return [out] if few else [out, *torch.autograd.grad(out, (q, k, v), out.detach())]
 
-    kernels = [name for name in triton_kernels.TILES[shape] if (name == "few") == few]
-    return Case("attention", shape, triton_kernels.TILES, kernels, call)
+    own = triton_kernels.BY_ARCHITECTURE.get(tuned.architecture(), {})
+    tiles = own if shape in own else triton_kernels.TILES
+    return Case("attention", shape, tiles, [name for name in tiles[shape] if (name == "few") == few], call)
 
 
 def cases() -> Iterator[Callable[[], Case]]:
-    yield "masked_cross_entropy", loss_case
     yield "topk_unmask", unmask_case
     for heads in pick([(14, 2, 64), (28, 4, 128)], [(2, 1, 32)]):
         for few in (False, True):
@@ -97,7 +82,7 @@ def neighbours(settings: dict[str, int]) -> Iterator[dict[str, int]]:
                     yield changed
 
 
-def tune(case: Case, limit: int | None) -> Iterator[tuple[str, dict[str, int], float]]:
+def tune(case: Case, limit: int) -> Iterator[tuple[str, dict[str, int], float]]:
     """Yields each kernel that becomes faster, its settings, and how many times as fast the operation is."""
     truth = case.call()
     for kernel in case.kernels:
@@ -141,8 +126,8 @@ def rewrite(path: Path, found: dict) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("operations", nargs="*", metavar="OPERATION",
-                        help="masked_cross_entropy, topk_unmask, attention; all by default")
-    parser.add_argument("--limit", type=int, help="most candidates of a kernel")
+                        help="topk_unmask, attention; all by default")
+    parser.add_argument("--limit", type=int, default=8, help="most candidates of a kernel; default: %(default)s")
     parser.add_argument("--table", type=Path, default=Path(tuned.__file__), help="the file to rewrite")
     options = parser.parse_args()
     if unknown := set(options.operations) - {name for name, _ in cases()}:

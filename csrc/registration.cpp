@@ -38,6 +38,11 @@ STABLE_TORCH_LIBRARY(dllm_kernels_native, m) {
   m.def(
       "cross_entropy_gradients_cuda(Tensor logits, Tensor targets, Tensor corrupted, float softcap, Tensor top, "
       "Tensor probability_scale, Tensor target_scale, Tensor(a!) grad) -> ()");
+  // Of logits [C, V], scale, probability_scale and nll [C] fp32: nll and, with gradient, the gradient of the loss in the
+  // place of the logits. Rows from `live`, an int64 scalar, on have nll 0 and, with clear, the gradient 0.
+  m.def(
+      "cross_entropy_rows_cuda(Tensor(a!) logits, Tensor targets, Tensor scale, Tensor? probability_scale, Tensor? live, "
+      "float softcap, bool gradient, bool clear, Tensor(b!) nll) -> ()");
   // attention.cu. q and out [B, Lq, Hq, E], k and v [rows, Lk, Hkv, E], key_mask [B, Lk], cache_rows [B] int64; block_length 0:
   // none.
   m.def(

@@ -70,16 +70,17 @@ class Differentiable:
 
     Args:
         name, instead: what has no second derivative, and what to use instead, for the error.
-        forward: (*inputs) -> a tuple of the result and what else the backward needs.
+        forward: (*inputs) -> a tuple of the results and what else the backward needs.
         backward: (grad, that tuple, wanted, *inputs) -> the gradients of the first `count` inputs, which are tensors or
             None; None where wanted[i] is false.
+        results: how many of the forward's tuple a call returns; the first has the derivative, the others have none.
     """
 
-    def __init__(self, name: str, forward: Callable, backward: Callable, count: int, instead: str):
-        self.name, self.instead, self.count = name, instead, count
+    def __init__(self, name: str, forward: Callable, backward: Callable, count: int, instead: str, results: int = 1):
+        self.name, self.instead, self.count, self.results = name, instead, count, results
         self.forward, self.backward, self.signature = forward, backward, _Signature(forward)
 
-    def __call__(self, *inputs) -> Tensor:
+    def __call__(self, *inputs) -> Tensor | tuple[Tensor, ...]:
         return _Eager.apply(self, *_flatten(inputs))
 
     def register(self, name: str, fake: Callable) -> Callable:
@@ -112,7 +113,12 @@ class Differentiable:
 
         forward.register_autograd(
             differentiate, setup_context=lambda ctx, inputs, output: _remember(ctx, *output, *inputs))
-        return lambda *inputs: forward(*_flatten(inputs))[0]
+
+        def call(*inputs):
+            first, *others = forward(*_flatten(inputs))[:self.results]
+            return (first, *(other.detach() for other in others)) if others else first
+
+        return call
 
 
 class _Eager(torch.autograd.Function):
@@ -121,10 +127,13 @@ class _Eager(torch.autograd.Function):
         outputs = function.forward(*function.signature.nest(flat))
         ctx.function, ctx.saved = function, len(outputs)
         _remember(ctx, *outputs, *flat)
-        return outputs[0]
+        if function.results == 1:
+            return outputs[0]
+        ctx.mark_non_differentiable(*outputs[1:function.results])
+        return tuple(outputs[:function.results])
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, *_):
         function, values = ctx.function, _recall(ctx)
         if torch.is_grad_enabled():  # in a backward, that is create_graph=True
             raise RuntimeError(f"{function.name} has no second derivative, which create_graph=True asks for; "

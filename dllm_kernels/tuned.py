@@ -24,6 +24,6 @@ def apply(operation: str, tiles: dict) -> dict:
     """`tiles`, shape class -> kernel -> settings, updated by the measurements on this architecture."""
     here = architecture()
     for (where, name, shape, kernel), (settings, _) in TILES.items():
-        if (where, name) == (here, operation):
+        if (where, name) == (here, operation) and shape in tiles:
             tiles[shape] = tiles[shape] | {kernel: tiles[shape][kernel] | settings}
     return tiles

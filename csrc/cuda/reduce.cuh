@@ -1,7 +1,7 @@
 // What the threads of a block know of a row, put together.
 #pragma once
 
-#include <cuda_runtime.h>
+#include "numbers.cuh"
 
 namespace dllm {
 
@@ -12,25 +12,18 @@ struct ExpSum {
   float top = kLowest, total = 0.0f;
 };
 
-// One multiplication and the hardware's 2^x; what is below 2^-126 becomes 0. Of an x <= 0, as here, the error stays within
-// a few units of the last place of the largest term.
-__device__ inline float exp_of(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
-  return y;
-}
+// Of an x <= 0, as here, the error stays within a few units of the last place of the largest term.
+__device__ inline float exp_of(float x) { return exp2_of(x * static_cast<float>(kLog2E)); }
 
 __device__ inline ExpSum merge(ExpSum a, ExpSum b) {
   const float top = fmaxf(a.top, b.top);
   return {top, a.total * exp_of(a.top - top) + b.total * exp_of(b.top - top)};
 }
 
-// The same in every thread afterwards. `threads` is a multiple of 32, at most 1,024.
-template <int threads>
-__device__ ExpSum merge_block(ExpSum mine) {
-  __shared__ ExpSum of_warp[threads / 32];
+// The same in every thread afterwards. `threads` is a multiple of 32; of_warp, in shared memory, has room for one of each warp.
+__device__ inline ExpSum merge_block(ExpSum mine, int threads, ExpSum* of_warp) {
   for (int step = 16; step > 0; step /= 2)
-    mine = merge(mine, {__shfl_xor_sync(~0u, mine.top, step), __shfl_xor_sync(~0u, mine.total, step)});
+    mine = merge(mine, {__shfl_xor_sync(kAllLanes, mine.top, step), __shfl_xor_sync(kAllLanes, mine.total, step)});
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = mine;
   __syncthreads();
   ExpSum all = of_warp[0];

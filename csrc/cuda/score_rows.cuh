@@ -10,7 +10,7 @@
 
 #include <cstdint>
 
-#include "tensor_cores.cuh"
+#include "numbers.cuh"
 
 namespace dllm {
 
@@ -18,20 +18,8 @@ constexpr int kScoreThreads = 128, kScoreWarps = kScoreThreads / 32, kPacks = 4;
 constexpr int kCommitThreads = 256, kFindThreads = 1024;
 constexpr int kMostWords = 1 << 20;  // what its segments' numbers leave in shared memory, 80 KB of it at most
 constexpr int kSegmentBytes = kPacks * 32 * 16;
-constexpr unsigned kAllLanes = ~0u;
-constexpr double kLog2E = 1.4426950408889634;
 
 enum class Measure { prob, margin, entropy };
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-__device__ inline float widen(float x) { return x; }
-__device__ inline float widen(BFloat16 x) { return widen<Number::bf16>(x.bits); }
-__device__ inline float widen(Float16 x) { return widen<Number::fp16>(x.bits); }
 
 struct ScoreArguments {
   const void* logits;
@@ -69,8 +57,6 @@ __host__ inline int score_shared_bytes(int V, bool raw) {
   return sizeof(SearchSums) + segments_of<T>(V) * (raw ? 5 : 3) * sizeof(float);
 }
 
-__device__ inline float infinity() { return __builtin_bit_cast(float, 0x7f800000); }
-__device__ inline float not_a_number() { return __builtin_bit_cast(float, 0x7fc00000); }
 __device__ inline float finite(float top) { return top == -infinity() ? 0.0f : top; }  // -inf - -inf would be NaN
 
 template <typename Number, typename Combine>
@@ -82,12 +68,6 @@ template <typename Number>
 __device__ Number sum_of_warp(Number x) {
   return over_warp(x, [](Number a, Number b) { return a + b; });
 }
-
-template <typename T>
-struct alignas(16) Pack {
-  static constexpr int kSize = 16 / sizeof(T);
-  T values[kSize];
-};
 
 // What a lane holds of a segment.
 template <typename T>

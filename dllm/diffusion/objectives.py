@@ -42,6 +42,7 @@ class Targets(NamedTuple):
     path_weights: Tensor | None  # [T] fp32: 1 / r, if there is a path term
     normaliser: Tensor  # int64 scalar: N or M above; divide the sum over all micro-batches of a step by their total
     ratio: Tensor | None = None  # [T] fp32: r, if the losses are wanted by it too
+    count: int | None = None  # how many are scored, if that is known without asking a GPU
 
 
 class LossSums(NamedTuple):
@@ -85,7 +86,8 @@ def choose_targets(tokens: Tensor, cu_seqlens: Tensor, corruption: Corruption | 
     if shift or objective == "ar":  # what wraps around is a first token, which is not scored
         tokens, scored = tokens.roll(-1), scored.roll(-1)
         weights, path_weights, ratio = (None if w is None else w.roll(-1) for w in (weights, path_weights, ratio))
-    return Targets(tokens, scored, weights, path_weights, normaliser, ratio)
+    count = int(scored.sum()) if scored.is_cpu else None
+    return Targets(tokens, scored, weights, path_weights, normaliser, ratio, count)
 
 
 def weigh_by_context(corrupted: Tensor, cu_seqlens: Tensor, p: float = CART_SHARE) -> Tensor:
@@ -113,19 +115,11 @@ def sum_losses(hidden: Tensor, head_weight: Tensor, targets: Targets, *, backend
         targets: of these T positions.
         backend: of `dllm_kernels.linear_masked_cross_entropy`.
     """
-    def nll(reduction: str) -> Tensor:
-        return linear_masked_cross_entropy(hidden.flatten(0, -2), head_weight, targets.tokens, targets.scored,
-                                           reduction=reduction, backend=backend)
-
-    alignment = torch.zeros((), device=hidden.device)
-    if targets.weights is None and targets.path_weights is None and targets.ratio is None:
-        total = nll("sum")  # whose gradients come with the loss, one product with the head less
-        return LossSums(total, total.detach(), alignment)
-    each = nll("none")
-    weights = torch.ones_like(each) if targets.weights is None else targets.weights
-    if targets.path_weights is not None:
-        weights = weights + (-each.detach()).exp() * targets.path_weights
-    return LossSums((each * weights).sum(), each.detach().sum(), alignment, sum_by_ratio(each.detach(), targets))
+    total, each = linear_masked_cross_entropy(
+        hidden.flatten(0, -2), head_weight, targets.tokens, targets.scored, weights=targets.weights,
+        probability_weights=targets.path_weights, count=targets.count, reduction="sum", return_nll=True,
+        backend=backend)
+    return LossSums(total, each.sum(), torch.zeros((), device=hidden.device), sum_by_ratio(each, targets))
 
 
 def sum_by_ratio(each: Tensor, targets: Targets) -> Tensor | None:

@@ -242,7 +242,8 @@ def score_positions(model: Transformer, windows: Sequence[Window], corrupted: Se
             places = places - 1  # padding is on the right, and the first token is not corrupted
         hidden, targets = hidden[rows, places], tokens[where]
         scored = torch.ones_like(targets, dtype=torch.bool)
-        nats = linear_masked_cross_entropy(hidden, model.head_weight, targets, scored, reduction="none").double().cpu()
+        nats = linear_masked_cross_entropy(hidden, model.head_weight, targets, scored, count=len(targets),
+                                           reduction="none").double().cpu()
         best = [None] * len(batch)
         if predict:
             everywhere = torch.arange(len(hidden), device=model.device)

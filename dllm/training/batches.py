@@ -213,6 +213,8 @@ def share_positions(batch: MicroBatch, part: int, parts: int) -> MicroBatch:
         return None if tensor is None else F.pad(tensor.flatten(), (0, extra))[mine]
 
     counts = {} if part == 0 else dict.fromkeys(("tokens", "scored", "normaliser", "pairs"), 0)
-    targets = Targets(*map(cut, batch.targets))._replace(normaliser=batch.targets.normaliser)
+    each = (cut(value) if isinstance(value, Tensor) and value.ndim else value for value in batch.targets)
+    targets = Targets(*each)
+    targets = targets._replace(count=int(targets.scored.sum()))
     return batch._replace(input_ids=cut(batch.input_ids).unsqueeze(0), cu_seqlens=ends, targets=targets,
                           max_seqlen=max(batch.max_seqlen, extra), **counts)

@@ -41,22 +41,30 @@ def _tiles_of(*tiles: tuple[int, int, int, int]) -> dict[str, dict[str, int]]:
 # By bytes per number and head size. Not measured on a GPU: tiles that spill no registers and fit the shared memory of
 # sm_80, sm_90 and sm_100. wgmma gives each group of four warps 64 rows of its own (COLUMNS in "key_gradient"): heads of
 # 256 leave no registers for that, so two groups compute the same, or mma runs instead. "few" is for up to FEW queries.
-# sm_80 keeps both operands of a product in registers, so it has its own tiles where these spill; "few" still spills 8
-# to 24 bytes there with some masks.
 TILES = {
     (2, 32): _tiles_of((128, 128, 8, 3), (64, 64, 4, 3), (128, 32, 8, 3), (64, 128, 8, 2)),
     (2, 64): _tiles_of((128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 8, 3), (32, 128, 8, 2)),
     (2, 128): _tiles_of((128, 64, 8, 3), (128, 32, 8, 3), (128, 64, 8, 2), (16, 128, 8, 2)),
-    (2, 128, "sm_80"): _tiles_of((128, 32, 8, 3), (64, 16, 4, 4), (64, 32, 4, 3), (32, 32, 4, 2)),
     (2, 256): _tiles_of((64, 32, 8, 3), (64, 16, 8, 3), (64, 32, 8, 3), (32, 32, 8, 2)),
     (4, 32): _tiles_of((32, 32, 4, 2), (16, 32, 4, 2), (64, 32, 4, 2), (16, 32, 4, 2)),
     (4, 64): _tiles_of((32, 32, 8, 2), (32, 16, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
     (4, 128): _tiles_of((16, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2)),
-    (4, 128, "sm_80"): _tiles_of((16, 16, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2)),
     (4, 256): _tiles_of((16, 32, 8, 2), (16, 32, 8, 2), (32, 16, 8, 2), (16, 16, 8, 1)),
-    (4, 256, "sm_80"): _tiles_of((16, 32, 8, 2), (16, 16, 8, 1), (32, 16, 8, 2), (16, 16, 8, 1)),
+}
+# sm_80, which stands for all before sm_90, keeps both operands of a product in registers, so others would spill; "few"
+# still spills 8 to 24 bytes there with some masks. On sm_90 heads of 64 leave room for three programs on a
+# multiprocessor, and one waits while the others multiply; heads of 128 take 32 queries instead of 16 in "key_gradient",
+# where 64 spill 112 to 360 bytes and 32 spill 8 with two ranges of keys.
+BY_ARCHITECTURE = {
+    "sm_80": {(2, 128): _tiles_of((128, 32, 8, 3), (64, 16, 4, 4), (64, 32, 4, 3), (32, 32, 4, 2)),
+              (4, 128): _tiles_of((16, 16, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2)),
+              (4, 256): _tiles_of((16, 32, 8, 2), (16, 16, 8, 1), (32, 16, 8, 2), (16, 16, 8, 1))},
+    "sm_90": {(2, 64): _tiles_of((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (32, 128, 8, 2)),
+              (2, 128): _tiles_of((128, 64, 8, 3), (128, 32, 8, 3), (128, 64, 8, 2), (32, 128, 8, 2))},
 }
 TILES = tuned.apply("attention", TILES)
+BY_ARCHITECTURE |= {here: tuned.apply("attention", BY_ARCHITECTURE[here])
+                    for here in {tuned.architecture()} & {*BY_ARCHITECTURE}}
 COMBINE = {"ROWS": 8, "num_warps": 4}
 
 
@@ -576,8 +584,10 @@ def _readable(x: Tensor) -> Tensor:
 
 def _tiles(q: Tensor) -> dict:
     key = q.element_size(), triton.next_power_of_2(q.shape[3])
-    ampere = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] < 9
-    return TILES.get((*key, "sm_80"), TILES[key]) if ampere else TILES[key]
+    if not q.is_cuda or torch.version.hip:
+        return TILES[key]
+    major, minor = torch.cuda.get_device_capability(q.device)
+    return BY_ARCHITECTURE.get(f"sm_{major}{minor}" if major >= 9 else "sm_80", {}).get(key, TILES[key])
 
 
 def _slots(B: int, L: int, size: int, mask: Mask) -> int:

@@ -8,40 +8,49 @@ N positions (batch and length flattened), V words, D hidden size. Half of a batc
 are never read, and with `linear_masked_cross_entropy` the [N, V] logits never exist.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from dllm_kernels import native_extension, triton_support
 from dllm_kernels.custom_op import Differentiable
 from dllm_kernels.dispatch import Backend, choose, takes
-from dllm_kernels.masked_cross_entropy import cpu, cuda, reference, rows
-from dllm_kernels.masked_cross_entropy.rows import Form, Linear, Passes, Scales, Scored
+from dllm_kernels.masked_cross_entropy import cpu, cuda, reference
+from dllm_kernels.masked_cross_entropy.products import three_products
+from dllm_kernels.masked_cross_entropy.rows import Form, Linear, Passes, Scored, scale_of, sums_dtype, two_passes
 
 __all__ = ["linear_masked_cross_entropy", "masked_cross_entropy"]
 
 
-def _on_triton(*passes: str) -> Backend:
-    functions = (triton_support.on_triton("masked_cross_entropy", name) for name in passes)
-    return Backend("triton", Passes(*functions), triton_support.missing, triton_support.refuses)
+_ON_CPU = {"missing": native_extension.why_missing, "refuses": takes("cpu")}
+_ON_CUDA = {"missing": cuda.missing, "refuses": takes("cuda")}
+_ON_TRITON = {"missing": triton_support.missing, "refuses": triton_support.refuses}
 
 
-REFERENCE = Backend("reference", Passes(reference.statistics, reference.gradients))
+def _triton(function: str):
+    return triton_support.on_triton("masked_cross_entropy", function)
+
+
 LOGITS_BACKENDS = (
-    Backend("cpu", Passes(cpu.statistics, cpu.gradients), native_extension.why_missing, takes("cpu")),
-    _on_triton("statistics", "gradients"),
-    Backend("cuda", Passes(cuda.statistics, cuda.gradients), cuda.missing, takes("cuda")),
-    REFERENCE)
+    Backend("cpu", two_passes(cpu.statistics, cpu.gradients), **_ON_CPU),
+    Backend("cuda", two_passes(cuda.statistics, cuda.gradients), **_ON_CUDA),
+    Backend("triton", two_passes(_triton("statistics"), _triton("gradients")), **_ON_TRITON),
+    Backend("reference", two_passes(reference.statistics, reference.gradients)))
 LINEAR_BACKENDS = (
-    Backend("cpu", Passes(cpu.linear_statistics, cpu.linear_gradients), native_extension.why_missing, takes("cpu")),
-    _on_triton("linear_statistics", "linear_gradients"),
-    REFERENCE)
+    Backend("cpu", two_passes(cpu.linear_statistics, cpu.linear_gradients), **_ON_CPU),
+    Backend("cuda", three_products(cuda.row_pass), **_ON_CUDA),
+    Backend("triton", three_products(_triton("row_pass")), **_ON_TRITON),
+    Backend("reference", three_products(reference.row_pass, widen=True)))
 BACKENDS = {"masked_cross_entropy": LOGITS_BACKENDS, "linear_masked_cross_entropy": LINEAR_BACKENDS}
 
 _REDUCTIONS = ("mean", "sum", "none")
 
 
 def masked_cross_entropy(logits: Tensor, targets: Tensor, corrupted: Tensor, *, weights: Tensor | None = None,
-                         reduction: str = "mean", softcap: float | None = None, backend: str | None = None) -> Tensor:
+                         probability_weights: Tensor | None = None, reduction: str = "mean",
+                         softcap: float | None = None, return_nll: bool = False, backend: str | None = None
+                         ) -> Tensor | tuple[Tensor, Tensor]:
     """Negative log-likelihood, in nats, of the tokens that a masked-diffusion batch corrupted, from its logits.
 
     Drop-in for ``F.cross_entropy(logits, targets, reduction="none") * corrupted``, without the rows it zeroes.
@@ -52,42 +61,53 @@ def masked_cross_entropy(logits: Tensor, targets: Tensor, corrupted: Tensor, *, 
             a GPU the check would stall it: there a target out of range reads nothing, and makes its loss NaN.
         corrupted: [...] bool, the positions to score.
         weights: [...] fp32, a factor per position (1/t, document weights); gets no gradient.
+        probability_weights: [...] fp32: adds probability_weights * exp(-nll) to the factor, a constant to the gradient
+            (with 1/r the planner term of path learning).
         reduction: "none" gives weights * nll, [...] fp32, exactly 0 where not corrupted; "sum" its sum; "mean" that sum
             divided by the number corrupted (0 if none is).
         softcap: bounds the logits smoothly; None does not.
+        return_nll: also give the unweighted nll, [...] fp32 without gradient, 0 where not corrupted.
         backend: a name of the backends, None takes the first that can run.
     Raises: ValueError if shapes, dtypes or devices disagree, a target is out of range, or `backend` cannot run here;
         the message says why.
     """
-    op, scored, form = "masked_cross_entropy", Scored(targets, corrupted, weights), Form(reduction, softcap)
+    op, scored = "masked_cross_entropy", Scored(targets, corrupted, weights, probability_weights)
+    form = Form(reduction, softcap)
     _check(op, "logits [..., V]", logits, scored, form)
-    run = _logits_operator if torch.compiler.is_compiling() else _logits
-    loss = run(logits.flatten(0, -2), _flat(scored), form, backend)
-    return loss.view(targets.shape) if reduction == "none" else loss
+    found = _run(_logits, _logits_operator, logits.flatten(0, -2), _flat(scored), form, backend)
+    return _shaped(found, form, targets, return_nll)
 
 
 def linear_masked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, corrupted: Tensor, *,
-                                bias: Tensor | None = None, weights: Tensor | None = None, reduction: str = "mean",
-                                softcap: float | None = None, workspace_bytes: int | None = None, group=None,
-                                backend: str | None = None) -> Tensor:
-    """`masked_cross_entropy` of the logits hidden @ weight.T + bias, which are never stored.
+                                bias: Tensor | None = None, weights: Tensor | None = None,
+                                probability_weights: Tensor | None = None, count: int | None = None,
+                                reduction: str = "mean", softcap: float | None = None,
+                                workspace_bytes: int | None = None, return_nll: bool = False, group=None,
+                                backend: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """`masked_cross_entropy` of the logits hidden @ weight.T + bias, of which only some rows are stored at a time.
 
     Exact for any upstream gradient, per position too. A weight or hidden that needs no gradient costs no product.
+    Except on "cpu" the gradients come with the loss, in three products with the head; "none", whose upstream gradients
+    only the backward knows, takes a fourth. So call it under torch.no_grad() where no gradient is wanted.
 
     Args:
         hidden: [..., D], bf16, fp16 or fp32: the last hidden states. Only corrupted rows are read or multiplied.
         weight: [V, D], the head. Its gradient is summed in fp32.
         bias: [V].
-        targets, corrupted, weights, reduction, softcap, backend: as `masked_cross_entropy`.
-        workspace_bytes: the most memory that the backend takes for logits or their gradients, though always enough for
-            a tile of rows ("triton", 128) or a row ("reference"); "cpu" stores none. None: 1 GiB, 64 MiB on a CPU.
+        targets, corrupted, weights, probability_weights, reduction, softcap, return_nll, backend: as
+            `masked_cross_entropy`.
+        count: how many positions are corrupted, if it is known. On a GPU, where counting would stall the host, it
+            spares copies and products of the others. A wrong one raises on a CPU, and makes the loss NaN on a GPU.
+        workspace_bytes: the most memory for logits, of one row at least; "cpu" stores none. None: 896 MiB, 64 MiB on a
+            CPU. The logits are in the inputs' dtype, in fp32 on "reference".
         group: a process group of torch.distributed each of whose processes holds some of the words, in the order of
             ranks: weight and bias are then this process's, targets count through all of them, and the rest is the same
             in every process, as is the loss. Not under torch.compile(fullgraph=True).
     Raises: ValueError as `masked_cross_entropy`.
     """
     op, inputs = "linear_masked_cross_entropy", Linear(hidden, weight, bias)
-    scored, form = Scored(targets, corrupted, weights), Form(reduction, softcap, workspace_bytes)
+    scored = Scored(targets, corrupted, weights, probability_weights, count)
+    form = Form(reduction, softcap, workspace_bytes)
     _check(op, "hidden [..., D]", hidden, scored, form, weight, bias)
     if workspace_bytes is not None and workspace_bytes < 1:
         raise ValueError(f"{op}: workspace_bytes must be above 0, or None for the default, not {workspace_bytes}")
@@ -99,19 +119,18 @@ def linear_masked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor,
                          "elsewhere take weight.full_tensor(), or weight.to_local() and group=")
     inputs, scored = inputs._replace(hidden=hidden.flatten(0, -2)), _flat(scored)
     if group is not None:
-        loss = _run_parallel(inputs, scored, form, group, backend)
+        found = _run_parallel(inputs, scored, form, group, backend)
     else:
-        run = _linear_operator if torch.compiler.is_compiling() else _linear
-        loss = run(inputs, scored, form, backend)
-    return loss.view(targets.shape) if reduction == "none" else loss
+        found = _run(_linear, _linear_operator, inputs, scored, form, backend)
+    return _shaped(found, form, targets, return_nll)
 
 
 def _check(op: str, name: str, inputs: Tensor, scored: Scored, form: Form, *head: Tensor | None) -> None:
-    shapes = [inputs.shape[:-1], *(x.shape for x in scored if x is not None)]
-    if inputs.ndim < 2 or any(shape != shapes[0] for shape in shapes):
-        got = [list(x.shape) for x in (inputs, *scored) if x is not None]
+    targets, corrupted, *weights, count = scored
+    tensors = [inputs, *(x for x in (targets, corrupted, *weights) if x is not None)]
+    if inputs.ndim < 2 or any(x.shape != inputs.shape[:-1] for x in tensors[1:]):
+        got = [list(x.shape) for x in tensors]
         raise ValueError(f"{op} takes {name}, targets [...], corrupted [...] and weights [...], not {got}")
-    targets, corrupted, _ = scored
     if targets.dtype != torch.int64 or corrupted.dtype != torch.bool or not inputs.is_floating_point():
         raise ValueError(f"{op} takes floating {name}, int64 targets and bool corrupted, not {inputs.dtype}, "
                          f"{targets.dtype} and {corrupted.dtype}")
@@ -122,13 +141,15 @@ def _check(op: str, name: str, inputs: Tensor, scored: Scored, form: Form, *head
     for x in head:
         if x is not None and not x.is_floating_point():
             raise ValueError(f"{op} takes a floating weight and bias, not {x.dtype}")
-    devices = {str(x.device) for x in (inputs, *scored, *head) if x is not None}
+    devices = {str(x.device) for x in (*tensors, *head) if x is not None}
     if len(devices) > 1:
         raise ValueError(f"{op}: inputs are on {', '.join(sorted(devices))}; move them to one device")
+    if count is not None and corrupted.is_cpu and count != corrupted.sum():
+        raise ValueError(f"{op}: count is the number of corrupted positions, {int(corrupted.sum())}, not {count}")
 
 
 def _check_targets(op: str, scored: Scored, words: int) -> None:
-    targets, corrupted, _ = scored
+    targets, corrupted = scored[:2]
     if not targets.is_cpu or not corrupted.any():
         return
     low, high = (int(bound) for bound in targets[corrupted].aminmax())
@@ -138,11 +159,26 @@ def _check_targets(op: str, scored: Scored, words: int) -> None:
 
 
 def _flat(scored: Scored) -> Scored:
-    targets, corrupted, weights = (None if x is None else x.flatten().contiguous() for x in scored)
-    return Scored(targets, corrupted, None if weights is None else weights.detach())
+    *tensors, count = scored
+    targets, corrupted, *weights = (None if x is None else x.flatten().contiguous() for x in tensors)
+    return Scored(targets, corrupted, *(None if x is None else x.detach() for x in weights), count)
 
 
-def _run_parallel(inputs: Linear, scored: Scored, form: Form, group, backend: str | None) -> Tensor:
+def _shaped(found: tuple[Tensor, Tensor], form: Form, targets: Tensor, return_nll: bool):
+    loss, nll = found
+    loss = loss.view(targets.shape) if form.reduction == "none" else loss
+    return (loss, nll.detach().view(targets.shape)) if return_nll else loss
+
+
+def _run(eager: Callable, operator: Callable, inputs: Tensor | Linear, scored: Scored, form: Form,
+         backend: str | None) -> tuple[Tensor, Tensor]:
+    """The loss, and nll [N]."""
+    tensors = inputs if isinstance(inputs, Linear) else (inputs,)
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
+    return (operator if torch.compiler.is_compiling() else eager)(inputs, scored, form, wanted, backend)
+
+
+def _run_parallel(inputs: Linear, scored: Scored, form: Form, group, backend: str | None) -> tuple[Tensor, Tensor]:
     from dllm_kernels.masked_cross_entropy.vocabulary_parallel import combine, count_words
 
     sizes = count_words(inputs.weight, group)
@@ -150,33 +186,42 @@ def _run_parallel(inputs: Linear, scored: Scored, form: Form, group, backend: st
         _check_targets("linear_masked_cross_entropy", scored, int(sizes.sum()))
 
     def slice_nll(inputs, scored):
-        return _linear(inputs, scored._replace(weights=None), form._replace(reduction="none"), backend)
+        scored = scored._replace(weights=None, probability_weights=None)
+        return _run(_linear, _linear_operator, inputs, scored, form._replace(reduction="none"), backend)[0]
 
     nll = combine(slice_nll, inputs, scored, form.softcap, sizes, group)
-    return rows.reduce(nll, rows.scales_of(scored, form.reduction, nll.dtype), form.reduction)
+    return _reduce(nll, scored, form), nll
 
 
-def _define(op: str, kind: type, inputs_with_gradients: int) -> tuple[Differentiable, Differentiable]:
+def _reduce(nll: Tensor, scored: Scored, form: Form) -> Tensor:
+    loss = scale_of(scored, form.reduction, nll.dtype).at(nll.detach()) * nll
+    return loss if form.reduction == "none" else loss.sum()
+
+
+def _define(op: str, kind: type, inputs_with_gradients: int) -> tuple[Callable, Callable]:
     """The operation with inputs of this type, for eager calls and under torch.compile."""
 
-    def run_forward(inputs: kind, scored: Scored, form: Form, backend: str | None
-                    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        tensor, words = (inputs.hidden, len(inputs.weight)) if kind is Linear else (inputs, inputs.shape[1])
-        passes = choose(op, BACKENDS[op], backend, tensor).run
-        _check_targets(op, scored, words)
-        return rows.forward(passes, inputs, scored, form)
+    def passes_for(inputs: kind, backend: str | None) -> Passes:
+        return choose(op, BACKENDS[op], backend, inputs.hidden if kind is Linear else inputs).run
 
-    def run_backward(grad, outputs, wanted, inputs, scored, form, backend):
-        passes = choose(op, BACKENDS[op], backend, inputs.hidden if kind is Linear else inputs).run
-        return rows.backward(passes, grad, Scales(*outputs[1:]), wanted, inputs, scored, form)
+    def run_forward(inputs: kind, scored: Scored, form: Form, needed: Sequence[bool], backend: str | None
+                    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        passes = passes_for(inputs, backend)
+        _check_targets(op, scored, len(inputs.weight) if kind is Linear else inputs.shape[1])
+        nll, kept = passes.forward(inputs, scored, form, needed)
+        return _reduce(nll, scored, form), nll, *kept
 
-    def fake(inputs, scored, form, backend):
-        dtype = torch.promote_types((inputs.hidden if kind is Linear else inputs).dtype, torch.float32)
-        loss, *scales = (torch.empty_like(scored.targets, dtype=dtype) for _ in range(4))
-        return loss if form.reduction == "none" else loss.new_empty(()), *scales
+    def run_backward(grad, outputs, wanted, inputs, scored, form, _, backend):
+        return passes_for(inputs, backend).backward(grad, outputs[2:], inputs, scored, form, wanted)
+
+    def fake(inputs, scored, form, wanted, backend):
+        nll = torch.empty_like(scored.targets, dtype=sums_dtype(inputs))
+        loss = torch.empty_like(nll) if form.reduction == "none" else nll.new_empty(())
+        shapes = passes_for(inputs, backend).shapes(inputs, scored, form, wanted)
+        return loss, nll, *(nll.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
 
     function = Differentiable("masked cross-entropy", run_forward, run_backward, inputs_with_gradients,
-                              "use torch.nn.functional.cross_entropy on the corrupted rows")
+                              "use torch.nn.functional.cross_entropy on the corrupted rows", results=2)
     return function, function.register(op, fake)
 
 

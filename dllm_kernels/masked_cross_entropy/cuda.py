@@ -1,4 +1,4 @@
-"""The CUDA C++ backend from logits (csrc/cuda/masked_cross_entropy.cu), without a host synchronisation.
+"""The CUDA C++ backend (csrc/cuda/masked_cross_entropy.cu), without a host synchronisation.
 
 A target out of range makes the loss NaN.
 """
@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from dllm_kernels import native_extension
-from dllm_kernels.masked_cross_entropy.rows import Form, Scales, Scored, with_rows_contiguous
+from dllm_kernels.masked_cross_entropy.products import Chunk
+from dllm_kernels.masked_cross_entropy.rows import Form, Scale, Scales, Scored, with_rows_contiguous
 
 
 def missing() -> str | None:
@@ -26,3 +27,11 @@ def gradients(logits: Tensor, scored: Scored, form: Form, scales: Scales, wanted
     native_extension.operators().cross_entropy_gradients_cuda(
         with_rows_contiguous(logits), scored.targets, scored.corrupted, form.softcap or 0.0, *scales, out)
     return out,
+
+
+def row_pass(chunk: Chunk, scale: Scale, softcap: float | None, wanted: bool) -> Tensor:
+    """See `products.RowPass`."""
+    nll = torch.empty_like(scale.plain)
+    native_extension.operators().cross_entropy_rows_cuda(
+        chunk.logits, chunk.targets, *scale, chunk.live, softcap or 0.0, wanted, chunk.clear, nll)
+    return nll

@@ -35,7 +35,7 @@ def combine(slice_nll: Callable[[Linear, Scored], Tensor], inputs: Linear, score
         sizes: from `count_words`.
     """
     hidden, weight, bias = inputs
-    targets, corrupted, _ = scored
+    targets, corrupted = scored[:2]
     hidden = _SumGradients.apply(hidden, group)
     place = targets - sizes[:dist.get_rank(group)].sum()
     mine = corrupted & (place >= 0) & (place < len(weight))

@@ -23,7 +23,7 @@ from dllm.generation.infilling import infill
 from dllm.generation.sampler import generate, start
 from dllm.model.families import ModelConfig
 from dllm.training.trainer import train
-from dllm_kernels import native_extension
+from dllm_kernels import linear_masked_cross_entropy, native_extension
 
 RUNS = torch.cuda.is_available()
 
@@ -73,6 +73,32 @@ def test_training_equals_that_on_a_cpu(make_config, keys):
         assert mine["grad_norm"] == pytest.approx(its["grad_norm"], rel=10 * near)
     assert ours[-1]["validation_loss"] == pytest.approx(theirs[-1]["validation_loss"], rel=near)
     assert "peak_memory_gib" in ours[-1]
+
+
+@pytest.mark.parametrize("count", [None, 3])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_loss_of_hidden_states_never_waits(reduction, count):
+    hidden, head = (torch.randn(size, 8, device="cuda").requires_grad_() for size in (9, 21))
+    targets, scored = torch.arange(9, device="cuda"), torch.arange(9, device="cuda") < 3
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss, nll = linear_masked_cross_entropy(hidden, head, targets, scored, count=count, reduction=reduction,
+                                                return_nll=True)
+        gradients = torch.autograd.grad(loss.sum(), (hidden, head))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    leaves = [x.detach().cpu().requires_grad_() for x in (hidden, head)]
+    expected = linear_masked_cross_entropy(*leaves, targets.cpu(), scored.cpu(), reduction=reduction)
+    assert (loss.cpu() - expected).abs().max() <= 1e-5 and (nll.cpu()[3:] == 0).all()
+    for mine, its in zip(gradients, torch.autograd.grad(expected.sum(), leaves), strict=True):
+        assert (mine.cpu() - its).abs().max() <= 1e-5
+
+
+def test_a_wrong_count_shows_in_the_loss():
+    hidden, head = torch.randn(9, 8, device="cuda"), torch.randn(21, 8, device="cuda")
+    targets, scored = torch.arange(9, device="cuda"), torch.arange(9, device="cuda") < 3
+    for count in (2, 4):
+        assert linear_masked_cross_entropy(hidden, head, targets, scored, count=count).isnan()
 
 
 def test_training_beside_a_teacher_and_a_continued_run(make_config, tmp_path):

@@ -13,27 +13,26 @@ from pathlib import Path
 
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # that a program can have, by compute capability * 10
 # Of the arguments, by name; one without an entry points to fp32. "data" points to the operation's dtype.
-DATA = {"bias", "dk", "dout", "dq", "dv", "g", "grad_hidden", "grad_logits", "hidden", "inputs", "key", "logits", "out",
+DATA = {"bias", "dk", "dout", "dq", "dv", "grad_logits", "hidden", "inputs", "key", "logits", "out",
         "query", "value", "weight"}
 IN_FP32 = {("attention_parts", "out")}  # though data elsewhere
 POINTERS = {
     "allowed": "*i32", "cache_rows": "*i64", "committed": "*i1", "corrupted": "*i1", "count": "*i64",
     "cu_seqlens": "*i32", "cuts": "*i32", "filled": "*i64", "ids": "*i32", "k": "*i64", "key_mask": "*i1",
-    "lasts": "*i32", "listed": "*i64", "masked": "*i1", "numbers": "*fp64", "position": "*i64",
+    "lasts": "*i32", "live": "*i64", "listed": "*i64", "masked": "*i1", "numbers": "*fp64", "position": "*i64",
     "rows": "*i64", "sequence": "*i64", "step_pointer": "*i64", "targets": "*i32", "token": "*i64",
     "tokens": "*i64", "uniform": "*fp64"}
 MULTIPLES_OF_16 = {"D", "N", "V", "hidden_stride", "inputs_stride", "logits_stride", "size", "span", "start",
                    "weight_stride", "width"}
 NUMBERS = dict.fromkeys(
-    MULTIPLES_OF_16 | {"L", "R", "allowed_stride", "blocks", "column_tiles", "group", "high", "low", "mask_token_id",
+    MULTIPLES_OF_16 | {"C", "L", "R", "allowed_stride", "blocks", "group", "high", "low", "mask_token_id",
                        "n", "position_stride0", "position_stride1", "row_tiles", "sequence_stride0",
                        "sequence_stride1", "share", "splits", "step", "top_k"}, "i32")
 NUMBERS |= dict.fromkeys({"Lk", "Lq", "T", "documents", "heads"} | {
     f"{name}_{dimension}" for name in "qkv" for dimension in ("batch", "row", "head")}, "i32")
 NUMBERS |= dict.fromkeys(("scale", "softcap", "temperature", "threshold"), "fp32")
 NUMBERS |= dict.fromkeys(("temperature_bits", "top_p_bits"), "i64")
-PRODUCTS = {"statistics", "gradient", "grad_hidden", "grad_weight", "unmask_linear_statistics", "unmask_linear_logits"}
-OPTIONAL = {"bias", "softcap"}
+PRODUCTS = {"unmask_linear_statistics", "unmask_linear_logits"}
 
 
 def cases():
@@ -41,12 +40,13 @@ def cases():
     from dllm_kernels.masked_cross_entropy import triton_kernels as loss
 
     for dtype, size in (("bf16", 2), ("fp32", 4)):
-        rows = {"row_statistics": loss.ROW, "row_gradient": loss.ROW, "grad_bias": loss.GRAD_BIAS}
-        for name, chosen in (rows | loss.TILES[size]).items():
-            kernel = getattr(loss, f"_{name}_kernel")
-            optional = OPTIONAL & {*kernel.arg_names}
-            for absent in (set(), *([optional] if optional else [])):
-                yield name, dtype, kernel, chosen, absent
+        for absent in (set(), {"softcap"}):
+            yield "row_statistics", dtype, loss._row_statistics_kernel, loss.ROW, absent
+            yield "row_gradient", dtype, loss._row_gradient_kernel, loss.ROW, absent
+            for gradient in (False, True):
+                chosen = loss.CHUNK[size] | {"GRADIENT": gradient, "CLEAR": gradient}
+                missing = absent | (set() if gradient else {"live", "probability_scale"})
+                yield "chunk", dtype, loss._chunk_kernel, chosen, missing
     yield from unmask_cases()
     yield from attention_cases()
 
@@ -94,7 +94,7 @@ def attention_cases():
     unused = {"key_mask", "cache_rows"}
     masks = [("blocks", {"cu_seqlens"}), ("diffusion", unused), ("causal", unused), ("all", unused)]
     for E in (64, 128):
-        for name, chosen in attention.TILES[2, E].items():
+        for name, chosen in attention.BY_ARCHITECTURE["sm_90"][2, E].items():
             few, sizes = name == "few", {"E": E, "EP": E, "GROUP": 7}
             kernel = attention._forward_kernel if few else getattr(attention, f"_{name}_kernel")
             for mask, absent in masks[:1] if few else masks:

@@ -52,6 +52,7 @@ def small_tiles(monkeypatch):
         table = {"forward": tiles, "few": tiles, "query_gradient": tiles,
                  "key_gradient": {**tiles, "ROWS": 16, "COLUMNS": 32}}
         monkeypatch.setattr(triton_kernels, "TILES", dict.fromkeys(triton_kernels.TILES, table))
+        monkeypatch.setattr(triton_kernels, "BY_ARCHITECTURE", {})
 
 
 @pytest.fixture

@@ -1,15 +1,23 @@
 """Masked cross-entropy against float64, its gradients for any upstream gradient, and what it never touches."""
 
+import contextlib
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from dllm_kernels import linear_masked_cross_entropy, masked_cross_entropy, native_extension
 from dllm_kernels.dispatch import runnable
-from dllm_kernels.masked_cross_entropy import LINEAR_BACKENDS, LOGITS_BACKENDS, reference
+from dllm_kernels.masked_cross_entropy import LINEAR_BACKENDS, LOGITS_BACKENDS, products
+from dllm_kernels.masked_cross_entropy.rows import Form, Linear, Scored
 
 ON_CPU = torch.zeros(1)
 linear_backends = pytest.mark.parametrize("backend", runnable(LINEAR_BACKENDS, ON_CPU))
@@ -144,18 +152,33 @@ def test_huge_and_infinite_logits(backend):
     assert loss.tolist() == [0.0, 1e4]
 
 
-@pytest.mark.parametrize("frozen", [0, 1])
-@reductions
-def test_what_is_frozen_costs_no_product_on_the_reference(frozen, reduction, monkeypatch):
-    hidden, weight, _, targets, corrupted, _ = make(33, 16, 101)
-    leaves = [hidden.requires_grad_(frozen != 0), weight.requires_grad_(frozen != 1)]
-    found, original = [], reference._add_products
-    monkeypatch.setattr(reference, "_add_products", lambda *a: found.append(a[0]) or original(*a))
-    loss = linear_masked_cross_entropy(*leaves, targets, corrupted, reduction=reduction, backend="reference")
-    assert not found
-    loss.sum().backward()
-    assert all(sums[frozen] is None and sums[1 - frozen] is not None for sums in found) and found
-    assert leaves[frozen].grad is None and leaves[1 - frozen].grad is not None
+def products_of(function) -> float:
+    """How many products of the corrupted rows with the head a call takes, counted in multiplications."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_a_training_step_takes_three_products_and_a_loss_per_position_four(chunk):
+    """What is not corrupted takes none, nor does what is frozen, and without gradients there is one."""
+    hidden, weight, _, targets, corrupted, weights = make(33, 16, 101)
+    room, one = None if chunk is None else chunk * 4 * 104, 2 * int(corrupted.sum()) * weight.numel()
+
+    def step(*wanted, reduction="mean"):
+        leaves = [x.detach().requires_grad_(want) for x, want in zip((hidden, weight), wanted, strict=True)]
+        loss, nll = linear_masked_cross_entropy(*leaves, targets, corrupted, weights=weights, reduction=reduction,
+                                                return_nll=True, workspace_bytes=room, backend="reference")
+        if any(wanted):
+            loss.backward(torch.ones_like(loss))
+        assert [leaf.grad is not None for leaf in leaves] == list(wanted) and not nll.requires_grad
+
+    for wanted, count in (((True, True), 3), ((True, False), 2), ((False, True), 2), ((False, False), 1)):
+        assert products_of(partial(step, *wanted)) == count * one
+    assert products_of(partial(step, True, True, reduction="none")) == 4 * one
+    with torch.no_grad():
+        assert products_of(lambda: linear_masked_cross_entropy(hidden, weight.requires_grad_(), targets, corrupted,
+                                                               backend="reference")) == one
 
 
 @needs_cpu_backend
@@ -249,22 +272,79 @@ def test_weights_of_zero_and_huge_ones(factors, backend):
         assert (ours - true).abs().max() <= 1e-5 * true.abs().max()
 
 
-@pytest.mark.parametrize("backend", ["reference"])
-def test_the_logits_are_never_all_stored(backend, monkeypatch):
-    hidden, weight, _, targets, corrupted, weights = make(33, 16, 1001, share=1.0)
-    sizes, original = [], torch.mm
-
-    def watching(a, b, out=None):
-        sizes.append(out.numel())
-        return original(a, b, out=out)
-
-    monkeypatch.setattr(torch, "mm", watching)
-    hidden.requires_grad_()
-    loss = linear_masked_cross_entropy(hidden, weight, targets, corrupted, weights=weights, backend=backend,
-                                       workspace_bytes=4 * 1001 * 5)  # five rows
-    assert max(sizes) == 5 * 1001
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("room", [1, 4 * 1004 * 5, 4 * 1004 * 200, 1 << 30])
+def test_the_logits_are_never_all_stored(room, share, monkeypatch):
+    """As many rows at a time as fit, one at least; multiples of 128 where those fit, in chunks of equal size."""
+    hidden, weight, _, targets, corrupted, weights = make(300, 16, 1001, share=share)
+    sizes, original = [], products._logits
+    monkeypatch.setattr(products, "_logits", lambda *a: sizes.append(a[0].shape[0]) or original(*a))
+    loss = linear_masked_cross_entropy(hidden.requires_grad_(), weight, targets, corrupted, weights=weights,
+                                       backend="reference", workspace_bytes=room)
+    rows, fitting = int(corrupted.sum()), {1: 1, 4 * 1004 * 5: 5, 4 * 1004 * 200: 128, 1 << 30: 384}[room]
+    assert sum(sizes) == rows and len(sizes) == -(-rows // fitting) and max(sizes, default=0) <= fitting
     truth = exact(F.linear(hidden, weight).double(), targets, corrupted, weights, "mean")
     assert loss.item() == pytest.approx(truth.item(), rel=1e-5)
+
+
+class Allocated(TorchDispatchMode):
+    """The most bytes of tensors that lived at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.living, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for storage in (x.untyped_storage() for x in tree_leaves(result) if isinstance(x, torch.Tensor)):
+            self.living[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.living = {key: (there, size) for key, (there, size) in self.living.items() if not there.expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.living.values()))
+        return result
+
+
+@pytest.mark.parametrize("count", [None, 1 << 15])
+@pytest.mark.parametrize("N, D, most", [(1 << 16, 896, 1.3e9), (1 << 16, 3584, 2.7e9)])
+def test_a_step_in_bf16_takes_little_memory_besides_its_gradients(N, D, most, count, monkeypatch):
+    """By the shapes alone: half of 65,536 positions, 151,936 words, on what is not a CPU."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # there is none for such tensors
+    monkeypatch.setattr(products, "_add_product", lambda *_: None)  # in place
+    passes = products.three_products(lambda chunk, scale, *_: torch.empty_like(scale.plain))
+    with Allocated() as memory:
+        hidden, weight = (torch.empty(size, D, dtype=torch.bfloat16, device="meta") for size in (N, 151_936))
+        targets, corrupted, weights = (torch.empty(N, dtype=kind, device="meta")
+                                       for kind in (torch.int64, torch.bool, torch.float32))
+        batch = Linear(hidden, weight, None), Scored(targets, corrupted, weights, None, count), Form("mean", None)
+        inputs = memory.peak
+        nll, kept = passes.forward(*batch, (True, True, False))
+        found = passes.backward(nll.sum(), kept, *batch, (True, True, False))
+    assert memory.peak - inputs - sum(gradient.nbytes for gradient in found[:2]) < most
+
+
+@pytest.mark.parametrize("operation", ["linear", "logits"])
+@reductions
+def test_the_probability_weighs_as_a_constant(reduction, operation):
+    """weights + probability_weights * p: on every backend of either operation, with the unweighted nll beside it."""
+    hidden, weight, _, targets, corrupted, weights = make(33, 16, 101)
+    hidden, planner = hidden * 0.3, torch.linspace(0, 4, 33)
+    leaves = [x.double().requires_grad_() for x in (hidden, weight)]
+    each = F.cross_entropy(F.linear(*leaves), targets, reduction="none")
+    expected = exact(F.linear(*leaves), targets, corrupted, weights + planner * (-each.detach()).exp(), reduction)
+    upstream = torch.linspace(-1, 2, expected.numel(), dtype=torch.double).view_as(expected)
+    truth = torch.autograd.grad(expected, leaves, upstream)
+    poison = {"weights": weights.masked_fill(~corrupted, torch.nan),
+              "probability_weights": planner.masked_fill(~corrupted, torch.nan)}
+    for backend in runnable(LINEAR_BACKENDS if operation == "linear" else LOGITS_BACKENDS, ON_CPU):
+        ours = [x.clone().requires_grad_() for x in (hidden, weight)]
+        rest = {**poison, "reduction": reduction, "return_nll": True, "backend": backend}
+        if operation == "linear":
+            loss, nll = linear_masked_cross_entropy(*ours, targets, corrupted, count=int(corrupted.sum()), **rest)
+        else:
+            loss, nll = masked_cross_entropy(F.linear(*ours), targets, corrupted, **rest)
+        assert (loss - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert (nll - torch.where(corrupted, each, 0)).abs().max() <= 1e-5 * each.abs().max()
+        for mine, true in zip(torch.autograd.grad(loss, ours, upstream.float()), truth, strict=True):
+            assert (mine - true).abs().max() <= 1e-5 * true.abs().max()
 
 
 @linear_backends
@@ -384,18 +464,21 @@ def test_under_activation_checkpointing(reduction, backend):
 
 @pytest.mark.slow
 @reductions
-def test_compiles_whole_and_passes_opcheck(reduction):
+@linear_backends
+def test_compiles_whole_and_passes_opcheck(reduction, backend):
     hidden, weight, bias, targets, corrupted, weights = make(9, 4, 17)
     hidden.requires_grad_(), weight.requires_grad_()
     ops = torch.ops.dllm_kernels
     torch.library.opcheck(ops.linear_masked_cross_entropy.default,
-                          (hidden, weight, bias, targets, corrupted, weights, reduction, 9.0, 1 << 20, None))
+                          (hidden, weight, bias, targets, corrupted, weights, weights, None, reduction, 9.0, 1 << 20,
+                           [True, True, False], backend))
     logits = F.linear(hidden, weight).detach().requires_grad_()
     torch.library.opcheck(ops.masked_cross_entropy.default,
-                          (logits, targets, corrupted, None, reduction, None, None, None))
+                          (logits, targets, corrupted, None, None, None, reduction, None, None, [True], None))
 
     def loss(hidden, weight):
-        return linear_masked_cross_entropy(hidden * 2, weight, targets, corrupted, weights=weights, reduction=reduction)
+        return linear_masked_cross_entropy(hidden * 2, weight, targets, corrupted, weights=weights, reduction=reduction,
+                                           backend=backend)
 
     eager, compiled = loss(hidden, weight), torch.compile(loss, fullgraph=True, backend="aot_eager")(hidden, weight)
     assert torch.equal(compiled, eager)
@@ -424,6 +507,7 @@ def test_gradients_in_double():
     ({"weight": torch.zeros(17, 4, dtype=torch.int8)}, "takes a floating weight and bias, not torch.int8"),
     ({"weight": torch.zeros(17, 4, device="meta")}, "inputs are on cpu, meta; move them to one device"),
     ({"softcap": 0.0}, "softcap must be above 0, or None for none, not 0.0"),
+    ({"count": 99}, "count is the number of corrupted positions, "),
     ({"targets": torch.full((9,), 17)}, "must be in [0, 17), not 17 to 17; is the vocabulary that of the tokenizer?"),
     ({"targets": torch.full((9,), -100)}, "must be in [0, 17), not -100 to -100"),
     ({"targets": torch.zeros(9, dtype=torch.long, device="meta")}, "inputs are on cpu, meta; move them to one device"),

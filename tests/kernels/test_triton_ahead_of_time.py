@@ -57,8 +57,12 @@ def compiled(request, compile_apart) -> list[dict]:
 
 @pytest.mark.slow
 def test_no_kernel_spills_registers(compiled):
-    """Triton 3.6: a few of the unmasking's, four registers at most."""
-    assert compiled and not [x for x in compiled if x["stack"] > (16 if x["oldest"] else 0)]
+    """But two of attention's gradient of keys with a second range of them; by Triton 3.6 a few of the unmasking's, four
+    at most."""
+    allowed = {("attention_key_gradient", "diffusion"): 8, ("attention_key_gradient", "causal"): 8}
+    spilt = [x for x in compiled if x["stack"] > (16 if x["oldest"] else
+                                                  allowed.get((x["kernel"], x["settings"].get("MASK")), 0))]
+    assert compiled and not spilt
 
 
 @pytest.mark.slow
@@ -66,7 +70,7 @@ def test_kernels_compile_for_amd(compile_apart):
     """Without having run there. What has more shared memory than an MI300 would need smaller tiles."""
     found = compile_apart("hip")
     too_large = {name.split()[0] for name, shared in found.items() if shared > 64 << 10}
-    assert len(found) > 30 and too_large == {"grad_weight"}
+    assert len(found) > 24 and not too_large
 
 
 @pytest.mark.slow
@@ -77,7 +81,7 @@ def test_shared_memory_fits(compiled):
 @pytest.mark.slow
 def test_products_use_the_tensor_cores_of_hopper(compiled):
     hopper = [x for x in compiled if x["kernel"] in PRODUCTS and x["capability"] == 90 and x["dtype"] == "bf16"]
-    assert len(hopper) == 12 and all(x["wgmma"] for x in hopper)
+    assert len(hopper) == 6 and all(x["wgmma"] for x in hopper)
 
 
 @pytest.mark.slow
@@ -88,8 +92,9 @@ def test_attention_uses_the_tensor_cores_of_hopper_and_reads_sixteen_bytes_at_a_
 
 @pytest.mark.slow
 def test_logits_are_read_sixteen_bytes_at_a_time(compiled):
-    # A thread of `unmask_statistics` reads 16 words of a block.
-    loads = {"unmask_statistics": {"bf16": 2, "fp32": 4}, "unmask_cut": {"bf16": 2, "fp32": 4}}
+    # A thread of `unmask_statistics` reads 16 words of a block, as does one of `chunk` in bf16, and 8 in fp32.
+    loads = {"unmask_statistics": {"bf16": 2, "fp32": 4}, "unmask_cut": {"bf16": 2, "fp32": 4},
+             "chunk": {"bf16": 2, "fp32": 2}}
     readers = [x for x in compiled if x["kernel"] in loads]
-    assert len(readers) == (12 if readers[0]["oldest"] else 20)
+    assert len(readers) == (20 if readers[0]["oldest"] else 32)
     assert all(x["wide_loads"] >= loads[x["kernel"]][x["dtype"]] for x in readers)

@@ -73,7 +73,8 @@ def test_packed_documents_train_as_each_of_them_alone(name, shift):
 
 def cut_documents(batch: MicroBatch):
     for start, end in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
-        targets = Targets(*(value if value is None or value.ndim == 0 else value[start:end] for value in batch.targets))
+        parts = [x[start:end] if isinstance(x, torch.Tensor) and x.ndim else x for x in batch.targets]
+        targets = Targets(*parts)._replace(count=None)
         yield batch._replace(
             input_ids=batch.input_ids[:, start:end], cu_seqlens=None, max_seqlen=int(end - start), targets=targets,
             clean_ids=None if batch.clean_ids is None else batch.clean_ids[:, start:end])
