@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from benchmarks import predict
 from benchmarks.gate import Run, read_run
 from benchmarks.gpu import RESULTS, ROOT, rate_of
 from benchmarks.history import HISTORY
@@ -76,7 +77,20 @@ MEMORY = [
 def sections(runs: list[Run], results: list[dict]) -> str:
     """Markdown of all measurements: runs of `make bench`, oldest first, and of `make bench-gpu`."""
     on_gpu = "\n\n".join(map(of_gpu, results)) if results else f"On a GPU: **{NOT_YET}**."
-    return f"### On a CPU\n\n{of_cpu(runs)}\n\n### On a GPU\n\n{on_gpu}"
+    return (f"### On a CPU\n\n{of_cpu(runs)}\n\n"
+            f"### Predicted for an H200, not measured\n\n{of_machine_code(results)}\n\n### On a GPU\n\n{on_gpu}")
+
+
+def of_machine_code(results: list[dict]) -> str:
+    """The predictions, beside what an H200 measured, where one did."""
+    on_h200 = (run for run in results if "H200" in run["machine"]["device"])
+    measured = {line["name"]: line for run in on_h200 for line in run["benchmarks"]}
+    lines = ["From the instructions of the compiled kernels (`benchmarks/predict.py`); a test holds them to what is "
+             "wanted.", "", *row("task", "predicted", "wanted", "counted", "measured"), *row(*["---"] * 5)]
+    for (*cells,), name in zip(predict.table(predict.read()), predict.BENCHMARKS, strict=True):
+        line = measured.get(name)
+        lines += row(*cells, NOT_YET if line is None else f"{1e3 * line['ours_s']:.3g} ms")
+    return "\n".join(lines)
 
 
 def of_cpu(runs: list[Run]) -> str:

@@ -25,11 +25,14 @@ PACKED_UNMEASURED = ("not measured: PyTorch's own first, above all its FlashAtte
                      "lengths and launches once for each")
 BLOCK_DIFFUSION_UNMEASURED = ("not measured but counted: for 4,096 positions in blocks of 32, sdpa takes some 700 "
                               "launches forward, and waits for the lengths of packed documents; triton takes one")
+DECODING_COUNTED = ("not measured but counted: ours read a key once for the query heads that share it, sdpa once for "
+                    "each, and a new length costs sdpa's cuDNN a new graph")
 CHOICES = {  # by machine ("cpu", "sm_90" and so on, or any "cuda") and kind
     **{("cpu", kind): Choice(("sdpa", "reference"), ON_CPU)
        for kind in ("dense", "decoding", "packed", "block_diffusion")},
     ("cuda", "dense"): Choice(("sdpa", "triton", "reference"), UNMEASURED),
     ("cuda", "decoding"): Choice(("sdpa", "triton", "cuda", "reference"), UNMEASURED),
+    ("sm_90", "decoding"): Choice(("cuda", "triton", "sdpa", "reference"), DECODING_COUNTED),
     ("cuda", "packed"): Choice(("torch_varlen", "sdpa", "triton", "flash_attn", "reference"), PACKED_UNMEASURED),
     ("cuda", "block_diffusion"): Choice(("triton", "sdpa", "reference"), BLOCK_DIFFUSION_UNMEASURED),
 }

@@ -36,9 +36,9 @@ def _on_triton(function: str) -> Backend:
                    triton_support.refuses)
 
 
-# Triton before CUDA C++ until a GPU has shown which is faster.
-LOGITS_BACKENDS = (Backend("cpu", cpu.score_rows, native_extension.why_missing, takes("cpu")), _on_triton("score_rows"),
-                   Backend("cuda", cuda.score_rows, cuda.missing, cuda.refuses),
+# CUDA C++ before Triton by the count of instructions (benchmarks/predict.py): 9 to 10 a word against 20 at T = 0.
+LOGITS_BACKENDS = (Backend("cpu", cpu.score_rows, native_extension.why_missing, takes("cpu")),
+                   Backend("cuda", cuda.score_rows, cuda.missing, cuda.refuses), _on_triton("score_rows"),
                    Backend("reference", reference.score_rows))
 LINEAR_BACKENDS = (Backend("cpu", cpu.linear_score_rows, native_extension.why_missing, takes("cpu")),
                    _on_triton("linear_score_rows"), Backend("reference", reference.linear_score_rows))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
+from benchmarks import predict
 from dllm_kernels import native_extension
 from tests.compiled import CSRC, make_once, version_of
 
@@ -84,7 +86,7 @@ def test_kernels_neither_spill_nor_use_local_memory(extension):
             re.findall(r"Function (\w+):\s+REG:\d+ STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", part))
     text = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").iterdir())
     kernels = {*re.findall(r"__global__[^;{]*?(\w+_kernel)\(", text)}
-    assert found.keys() == {*ARCHITECTURES} and len(kernels) == 7
+    assert found.keys() == {*ARCHITECTURES} and len(kernels) == 8
     for usage in found.values():
         assert kernels == {name for name in kernels if any(name in function for function, *_ in usage)}
         assert {number for _, *stack_and_local in usage for number in stack_and_local} == {"0"}, usage
@@ -96,15 +98,26 @@ def test_kernels_read_16_bytes_at_once(extension):
     listing = subprocess.run([disassembler(), "-sass", "-arch", "sm_90", extension.library], capture_output=True,
                              text=True, check=True).stdout
     kernels = listing.split("Function : ")[1:]
-    assert len(kernels) > 7
+    assert len(kernels) > 8
     for kernel in kernels:
         name = kernel.split(None, 1)[0]
         if "find_rows" in name or "commit" in name:  # a few thousand tokens
             continue
         loads = re.findall(r"LDG\.E\.128|LDGSTS\.E\S*\.128", kernel)  # into registers, or straight into shared memory
         assert len(loads) >= 4, f"{name} has fewer than four 16-byte loads in flight"
-        if "gradients" in name:
+        if "gradients" in name or "loss" in name:
             assert "STG.E.128" in kernel, f"{name} does not write 16 bytes at once"
+
+
+@pytest.mark.slow
+@needs_disassembler
+def test_the_machine_code_allows_what_is_promised_and_the_page_says_what_it_counts(extension):
+    counts = predict.count(extension.library, disassembler())
+    for sizes in predict.LOSS_SHAPES.values():
+        assert predict.loss_against_products(counts["loss"], *sizes)[1] <= predict.LOSS_AT_MOST
+    assert predict.scores_against_copy(counts["scores"])[1] >= predict.SCORES_AT_LEAST
+    if f"release {json.loads(predict.COUNTS.read_text())['nvcc']}," in version_of("nvcc"):
+        assert counts == predict.read(), "python -m benchmarks.predict EXTENSION.so CUOBJDUMP, then benchmarks.publish"
 
 
 @pytest.mark.slow
