@@ -8,7 +8,9 @@ from dllm_kernels import attention as _attention
 from dllm_kernels import masked_cross_entropy as _masked_cross_entropy
 from dllm_kernels import topk_unmask as _topk_unmask
 from dllm_kernels.attention import bidirectional_attention, bidirectional_attention_varlen, block_diffusion_attention
+from dllm_kernels.masked_cross_entropy import kl_divergence as _kl_divergence
 from dllm_kernels.masked_cross_entropy import linear_masked_cross_entropy, masked_cross_entropy
+from dllm_kernels.masked_cross_entropy.kl_divergence import linear_masked_kl_divergence
 from dllm_kernels.topk_unmask import (
     Scores,
     Unmasked,
@@ -26,14 +28,15 @@ __all__ = [
     "Scores", "Unmasked", "apply_dllm_kernels_to_dream", "apply_dllm_kernels_to_llada", "apply_dllm_kernels_to_llama",
     "apply_dllm_kernels_to_qwen2", "apply_dllm_kernels_to_qwen3", "bidirectional_attention",
     "bidirectional_attention_varlen", "block_diffusion_attention", "describe_backends", "linear_masked_cross_entropy",
-    "linear_token_scores", "linear_topk_unmask", "masked_cross_entropy", "pack_allowed", "philox_uniform",
-    "register_attention", "token_scores", "topk_unmask",
+    "linear_masked_kl_divergence", "linear_token_scores", "linear_topk_unmask", "masked_cross_entropy", "pack_allowed",
+    "philox_uniform", "register_attention", "token_scores", "topk_unmask",
 ]
 
 
 def describe_backends() -> str:
     """Print, for each operation and backend, whether it runs here and if not why; returns the text."""
-    tables = {**_attention.BACKENDS, **_masked_cross_entropy.BACKENDS, **_topk_unmask.BACKENDS}
+    tables = {**_attention.BACKENDS, **_masked_cross_entropy.BACKENDS, **_kl_divergence.BACKENDS,
+              **_topk_unmask.BACKENDS}
     lines = [f"{op:<32} {backend.name:<10} {'no: ' + reason if (reason := backend.missing()) else 'yes'}"
              for op, backends in tables.items() for backend in backends]
     text = "\n".join([f"{'operation':<32} {'backend':<10} runs here", *lines])

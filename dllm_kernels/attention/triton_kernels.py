@@ -53,14 +53,13 @@ TILES = {
 }
 # sm_80, which stands for all before sm_90, keeps both operands of a product in registers, so others would spill; "few"
 # still spills 8 to 24 bytes there with some masks. On sm_90 heads of 64 leave room for three programs on a
-# multiprocessor, and one waits while the others multiply; heads of 128 take 32 queries instead of 16 in "key_gradient",
-# where 64 spill 112 to 360 bytes and 32 spill 8 with two ranges of keys.
+# multiprocessor, and one waits while the others multiply. In "key_gradient" of heads of 128, 32 queries at a time would
+# spill 8 to 72 bytes, and 64 up to 360.
 BY_ARCHITECTURE = {
     "sm_80": {(2, 128): _tiles_of((128, 32, 8, 3), (64, 16, 4, 4), (64, 32, 4, 3), (32, 32, 4, 2)),
               (4, 128): _tiles_of((16, 16, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2)),
               (4, 256): _tiles_of((16, 32, 8, 2), (16, 16, 8, 1), (32, 16, 8, 2), (16, 16, 8, 1))},
-    "sm_90": {(2, 64): _tiles_of((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (32, 128, 8, 2)),
-              (2, 128): _tiles_of((128, 64, 8, 3), (128, 32, 8, 3), (128, 64, 8, 2), (32, 128, 8, 2))},
+    "sm_90": {(2, 64): _tiles_of((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (32, 128, 8, 2))},
 }
 TILES = tuned.apply("attention", TILES)
 BY_ARCHITECTURE |= {here: tuned.apply("attention", BY_ARCHITECTURE[here])

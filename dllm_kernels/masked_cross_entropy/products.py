@@ -43,6 +43,7 @@ ALIGNED = 16  # bytes: rows of the logits begin at multiples, for wide reads and
 class Chunk(NamedTuple):
     """Some rows of logits, for a row pass."""
 
+    rows: Tensor  # [C] int64, their positions
     logits: Tensor  # [C, V], rows contiguous
     targets: Tensor  # [C] int64
     live: Tensor | None  # int64 scalar on the device: rows from there on count as not corrupted; None: none do
@@ -100,7 +101,7 @@ def _in_forward(form: Form, wanted) -> tuple[bool, ...]:
 def _run(row_pass: RowPass, widen: bool, inputs: Linear, scored: Scored, scale: Scale, form: Form,
          wanted) -> tuple[Tensor, Gradients]:
     """nll [N], and the gradients of sum(scale nll)."""
-    hidden, weight, bias = _operands(inputs, sums_dtype(inputs) if widen else None)
+    hidden, weight, bias = operands(inputs, sums_dtype(inputs) if widen else None)
     unit = sum(x.abs() for x in scale if x is not None).amax() if len(hidden) else scale.plain.sum()
     unit = unit.clamp(min=torch.finfo(unit.dtype).tiny).log2().ceil().exp2()  # a power of two rounds nothing
     scale = scale.times(1 / unit)
@@ -113,8 +114,8 @@ def _run(row_pass: RowPass, widen: bool, inputs: Linear, scored: Scored, scale: 
             if live is not None:
                 beyond = (torch.arange(len(rows), device=x.device) >= live).unsqueeze(1)
                 x = x.masked_fill(beyond, 0)
-            z = _logits(x, weight, bias, live if grouped else None)
-            chunk = Chunk(z, scored.targets[rows], live, clear=not grouped)
+            z = logits_of(x, weight, bias, live if grouped else None)
+            chunk = Chunk(rows, z, scored.targets[rows], live, clear=not grouped)
             nll[rows] = row_pass(chunk, Scale(*(None if s is None else s[rows] for s in scale)), form.softcap,
                                  any(wanted))
             if wanted[0]:
@@ -133,7 +134,7 @@ def _run(row_pass: RowPass, widen: bool, inputs: Linear, scored: Scored, scale: 
     return nll, Gradients(unit, grad_hidden, grad_weight, grad_bias)
 
 
-def _operands(inputs: Linear, dtype: torch.dtype | None) -> Linear:
+def operands(inputs: Linear, dtype: torch.dtype | None) -> Linear:
     """hidden, weight and bias in one dtype, the wider of the two of hidden and weight."""
     dtype = dtype or torch.promote_types(inputs.hidden.dtype, inputs.weight.dtype)
     hidden, weight = (with_rows_contiguous(x.to(dtype)) for x in inputs[:2])
@@ -188,7 +189,7 @@ def _ends(live: Tensor, rows: int) -> Tensor:
     return live.clamp(0, rows).int().unsqueeze(0)
 
 
-def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, live: Tensor | None) -> Tensor:
+def logits_of(x: Tensor, weight: Tensor, bias: Tensor | None, live: Tensor | None) -> Tensor:
     """x @ weight.T + bias [C, V]; of the first `live` rows if it is given, the others being arbitrary."""
     if live is not None:
         return F.grouped_mm(x, weight.T.unsqueeze(0), offs=_ends(live, len(x)))

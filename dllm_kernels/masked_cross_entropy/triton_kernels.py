@@ -133,6 +133,46 @@ def _overwrite(row, target, top, p_scale, t_scale, softcap, V, WORDS: tl.constex
         tl.store(row + v, g.to(row.dtype.element_ty), mask=v < V)
 
 
+@triton.jit
+def _kl_kernel(divergences, logits, teacher, row_scale, live, logits_stride, teacher_stride, temperature, C, V,
+               WORDS: tl.constexpr, GRADIENT: tl.constexpr, CLEAR: tl.constexpr):
+    """As `_chunk_kernel`, of the divergence of the logits from the teacher's."""
+    count = C
+    if live is not None:
+        count = tl.minimum(tl.load(live), C).to(tl.int32)
+    for row in range(tl.program_id(0), C, tl.num_programs(0)):
+        n = tl.cast(row, tl.int64)
+        ours, theirs = logits + n * logits_stride, teacher + n * teacher_stride
+        if row < count:
+            q_top, q_total, p_top, p_total, apart = -3e38, 0.0, -3e38, 0.0, 0.0
+            for start in range(0, V, WORDS):
+                v = start + tl.arange(0, WORDS)
+                z = tl.load(ours + v, mask=v < V, other=-float("inf")).to(tl.float32) / temperature
+                t = tl.load(theirs + v, mask=v < V, other=-float("inf")).to(tl.float32) / temperature
+                new_q, new_p = tl.maximum(q_top, tl.max(z, 0)), tl.maximum(p_top, tl.max(t, 0))
+                q_total = q_total * tl.exp(q_top - new_q) + tl.sum(tl.exp(z - new_q), 0)
+                p, shrink = tl.exp(t - new_p), tl.exp(p_top - new_p)
+                p_total = p_total * shrink + tl.sum(p, 0)
+                apart = apart * shrink + tl.sum(tl.where(p > 0, p * (t - z), 0.0), 0)
+                q_top, p_top = new_q, new_p
+            tl.store(divergences + n, apart / p_total - (tl.log(p_total) + p_top) + (tl.log(q_total) + q_top))
+            if GRADIENT:
+                factor = tl.load(row_scale + n) / temperature
+                tl.debug_barrier()
+                for start in range(0, V, WORDS):
+                    v = start + tl.arange(0, WORDS)
+                    z = tl.load(ours + v, mask=v < V, other=0.0).to(tl.float32) / temperature
+                    t = tl.load(theirs + v, mask=v < V, other=0.0).to(tl.float32) / temperature
+                    g = factor * (tl.exp(z - q_top) / q_total - tl.exp(t - p_top) / p_total)
+                    tl.store(ours + v, g.to(logits.dtype.element_ty), mask=v < V)
+        else:
+            tl.store(divergences + n, 0.0)
+            if CLEAR:
+                for start in range(0, V, WORDS):
+                    v = start + tl.arange(0, WORDS)
+                    tl.store(ours + v, tl.zeros((WORDS,), logits.dtype.element_ty), mask=v < V)
+
+
 def statistics(logits: Tensor, scored: Scored, form: Form) -> tuple[Tensor, ...]:
     N, V = logits.shape
     logits, found = with_rows_contiguous(logits), _statistics_of(N, logits)
@@ -162,6 +202,17 @@ def row_pass(chunk: Chunk, scale: Scale, softcap: float | None, wanted: bool) ->
             nll, z, _narrow(chunk.targets, z.shape[1]), *scale, chunk.live, z.stride(0), _float(softcap), *z.shape,
             GRADIENT=wanted, CLEAR=wanted and chunk.clear, **CHUNK[z.element_size()])
     return nll
+
+
+def kl_row_pass(chunk: Chunk, teacher: Tensor, scale: Scale, temperature: float, wanted: bool) -> Tensor:
+    """See `kl_divergence.Row`."""
+    z = chunk.logits
+    found = torch.empty_like(scale.plain)
+    with torch.cuda.device_of(z):
+        _kl_kernel[(min(len(z), _multiprocessors(z)),)](
+            found, z, teacher, scale.plain, chunk.live, z.stride(0), teacher.stride(0), temperature, *z.shape,
+            GRADIENT=wanted, CLEAR=wanted and chunk.clear, **CHUNK[z.element_size()])
+    return found
 
 
 def _multiprocessors(tensor: Tensor) -> int:

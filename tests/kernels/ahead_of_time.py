@@ -14,7 +14,7 @@ from pathlib import Path
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # that a program can have, by compute capability * 10
 # Of the arguments, by name; one without an entry points to fp32. "data" points to the operation's dtype.
 DATA = {"bias", "dk", "dout", "dq", "dv", "grad_logits", "hidden", "inputs", "key", "logits", "out",
-        "query", "value", "weight"}
+        "query", "teacher", "value", "weight"}
 IN_FP32 = {("attention_parts", "out")}  # though data elsewhere
 POINTERS = {
     "allowed": "*i32", "cache_rows": "*i64", "committed": "*i1", "corrupted": "*i1", "count": "*i64",
@@ -23,7 +23,7 @@ POINTERS = {
     "rows": "*i64", "sequence": "*i64", "step_pointer": "*i64", "targets": "*i32", "token": "*i64",
     "tokens": "*i64", "uniform": "*fp64"}
 MULTIPLES_OF_16 = {"D", "N", "V", "hidden_stride", "inputs_stride", "logits_stride", "size", "span", "start",
-                   "weight_stride", "width"}
+                   "teacher_stride", "weight_stride", "width"}
 NUMBERS = dict.fromkeys(
     MULTIPLES_OF_16 | {"C", "L", "R", "allowed_stride", "blocks", "group", "high", "low", "mask_token_id",
                        "n", "position_stride0", "position_stride1", "row_tiles", "sequence_stride0",
@@ -47,6 +47,7 @@ def cases():
                 chosen = loss.CHUNK[size] | {"GRADIENT": gradient, "CLEAR": gradient}
                 missing = absent | (set() if gradient else {"live", "probability_scale"})
                 yield "chunk", dtype, loss._chunk_kernel, chosen, missing
+        yield "kl", dtype, loss._kl_kernel, loss.CHUNK[size] | {"GRADIENT": True, "CLEAR": True}, set()
     yield from unmask_cases()
     yield from attention_cases()
 
@@ -94,7 +95,7 @@ def attention_cases():
     unused = {"key_mask", "cache_rows"}
     masks = [("blocks", {"cu_seqlens"}), ("diffusion", unused), ("causal", unused), ("all", unused)]
     for E in (64, 128):
-        for name, chosen in attention.BY_ARCHITECTURE["sm_90"][2, E].items():
+        for name, chosen in (attention.TILES | attention.BY_ARCHITECTURE["sm_90"])[2, E].items():
             few, sizes = name == "few", {"E": E, "EP": E, "GROUP": 7}
             kernel = attention._forward_kernel if few else getattr(attention, f"_{name}_kernel")
             for mask, absent in masks[:1] if few else masks:

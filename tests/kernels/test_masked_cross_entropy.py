@@ -277,8 +277,8 @@ def test_weights_of_zero_and_huge_ones(factors, backend):
 def test_the_logits_are_never_all_stored(room, share, monkeypatch):
     """As many rows at a time as fit, one at least; multiples of 128 where those fit, in chunks of equal size."""
     hidden, weight, _, targets, corrupted, weights = make(300, 16, 1001, share=share)
-    sizes, original = [], products._logits
-    monkeypatch.setattr(products, "_logits", lambda *a: sizes.append(a[0].shape[0]) or original(*a))
+    sizes, original = [], products.logits_of
+    monkeypatch.setattr(products, "logits_of", lambda *a: sizes.append(a[0].shape[0]) or original(*a))
     loss = linear_masked_cross_entropy(hidden.requires_grad_(), weight, targets, corrupted, weights=weights,
                                        backend="reference", workspace_bytes=room)
     rows, fitting = int(corrupted.sum()), {1: 1, 4 * 1004 * 5: 5, 4 * 1004 * 200: 128, 1 << 30: 384}[room]

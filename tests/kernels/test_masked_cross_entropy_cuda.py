@@ -57,7 +57,8 @@ def emulator(emulator_library):
     return Emulated(emulator_library("cross_entropy_on_cpu.cpp"))
 
 
-@pytest.fixture(params=[pytest.param("emulated", marks=pytest.mark.slow), pytest.param("gpu", marks=needs_gpu)])
+@pytest.fixture(params=[
+    pytest.param("emulated", marks=pytest.mark.slow), pytest.param("gpu", marks=[pytest.mark.gpu, needs_gpu])])
 def device(request, monkeypatch):
     """Where the tensors are; on the CPU the operators are the emulator's."""
     if request.param == "gpu":
@@ -228,6 +229,10 @@ def test_one_word(device):
     assert loss == 0
 
 
+def chunk_of(logits, targets, live=None, clear=True):
+    return Chunk(torch.arange(len(logits), device=logits.device), logits, targets, live, clear)
+
+
 def make_rows(C, V, dtype, device, offset=0):
     """Logits [C, V], a view `offset` numbers into their rows, targets, and both scales, of which one is 0."""
     logits, targets, _ = make_batch(C, V, dtype, device, offset, share=1.0)
@@ -246,8 +251,8 @@ def test_loss_and_gradient_in_one_pass_over_a_chunk(shape, offset, dtype, softca
     factor = scale.plain + (scale.of_probability * (-expected.detach()).exp() if planner else 0)
     true_gradient, = torch.autograd.grad((factor * expected).sum(), truth)
     with no_synchronisation():
-        alone = cuda.row_pass(Chunk(logits.clone(), targets, None, True), scale, softcap, False)
-        nll = cuda.row_pass(Chunk(logits, targets, None, True), scale, softcap, True)
+        alone = cuda.row_pass(chunk_of(logits.clone(), targets), scale, softcap, False)
+        nll = cuda.row_pass(chunk_of(logits, targets), scale, softcap, True)
     assert (alone - nll).abs().max() <= 1e-6 * nll.abs().max()
     assert (nll - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert (logits - true_gradient).abs().max() <= ROUNDING[dtype] * true_gradient.abs().max() + 1e-7
@@ -259,10 +264,10 @@ def test_loss_and_gradient_in_one_pass_over_a_chunk(shape, offset, dtype, softca
 def test_rows_that_are_not_live_are_not_read(live, clear, device):
     logits, targets, scale = make_rows(5, 1001, torch.float32, device)
     plain, expected = logits.clone(), logits.clone()
-    nll = cuda.row_pass(Chunk(expected, targets, None, True), scale, None, True)
+    nll = cuda.row_pass(chunk_of(expected, targets), scale, None, True)
     count = min(max(live, 0), 5)
     logits[count:] = plain[count:] = torch.nan
-    found = cuda.row_pass(Chunk(logits, targets, torch.tensor(live, device=device), clear), scale, None, True)
+    found = cuda.row_pass(chunk_of(logits, targets, torch.tensor(live, device=device), clear), scale, None, True)
     assert torch.equal(found[:count], nll[:count]) and (found[count:] == 0).all()
     assert torch.equal(logits[:count], expected[:count])
     assert (logits[count:] == 0).all() if clear else logits[count:].isnan().all()
@@ -271,7 +276,7 @@ def test_rows_that_are_not_live_are_not_read(live, clear, device):
 @pytest.mark.parametrize("target", [-1, 7, 2**40])
 def test_a_chunks_target_out_of_range_shows_in_its_loss(target, device):
     logits, targets = torch.zeros(2, 7, device=device), torch.tensor([3, target], device=device)
-    nll = cuda.row_pass(Chunk(logits, targets, None, True), Scale(torch.ones(2, device=device), None), None, True)
+    nll = cuda.row_pass(chunk_of(logits, targets), Scale(torch.ones(2, device=device), None), None, True)
     assert nll[0].isfinite() and nll[1].isnan()
 
 

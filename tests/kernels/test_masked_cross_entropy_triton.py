@@ -11,7 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dllm_kernels import linear_masked_cross_entropy, masked_cross_entropy, triton_support
+from dllm_kernels import (
+    linear_masked_cross_entropy,
+    linear_masked_kl_divergence,
+    masked_cross_entropy,
+    triton_support,
+)
 from dllm_kernels.masked_cross_entropy import LINEAR_BACKENDS, LOGITS_BACKENDS, products
 from dllm_kernels.masked_cross_entropy.rows import Form, Linear, Scored
 from tests.kernels.turns import with_dtypes
@@ -200,6 +205,23 @@ def test_a_target_out_of_range_reads_nothing_and_shows_in_its_own_loss():
     both, rest = Linear(hidden, weight, None), (Scored(targets, scored, None), FORM, [True, True, False])
     for nll, _ in (of_hidden.forward(both, *rest), of_logits.forward(F.linear(hidden, weight), *rest)):
         assert nll.isnan().tolist() == [True, False, True, False, True, True, True] and nll[3] == 0
+
+
+@reductions
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_divergence_from_a_teacher(temperature, dtype, reduction, many_blocks, where_the_count_is):
+    *student, _, corrupted, weights = make(33, 16, 301, dtype)
+    teacher = [x.roll(1, 0) for x in student]
+
+    def run(backend):
+        return lambda x, w, b: linear_masked_kl_divergence(
+            x, w, *(t.to(x.dtype) for t in teacher[:2]), corrupted, bias=b, teacher_bias=teacher[2].to(x.dtype),
+            weights=weights, temperature=temperature, reduction=reduction, backend=backend)
+
+    ours, truth = gradients(run("triton"), student, dtype), gradients(run("reference"), student, torch.double)
+    rounding = 2e-6 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+    assert all((mine - true).abs().max() <= rounding * true.abs().max() for mine, true in zip(ours, truth, strict=True))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -57,12 +57,8 @@ def compiled(request, compile_apart) -> list[dict]:
 
 @pytest.mark.slow
 def test_no_kernel_spills_registers(compiled):
-    """But two of attention's gradient of keys with a second range of them; by Triton 3.6 a few of the unmasking's, four
-    at most."""
-    allowed = {("attention_key_gradient", "diffusion"): 8, ("attention_key_gradient", "causal"): 8}
-    spilt = [x for x in compiled if x["stack"] > (16 if x["oldest"] else
-                                                  allowed.get((x["kernel"], x["settings"].get("MASK")), 0))]
-    assert compiled and not spilt
+    """Triton 3.6: a few of the unmasking's, four registers at most."""
+    assert compiled and not [x for x in compiled if x["stack"] > (16 if x["oldest"] else 0)]
 
 
 @pytest.mark.slow
@@ -94,7 +90,7 @@ def test_attention_uses_the_tensor_cores_of_hopper_and_reads_sixteen_bytes_at_a_
 def test_logits_are_read_sixteen_bytes_at_a_time(compiled):
     # A thread of `unmask_statistics` reads 16 words of a block, as does one of `chunk` in bf16, and 8 in fp32.
     loads = {"unmask_statistics": {"bf16": 2, "fp32": 4}, "unmask_cut": {"bf16": 2, "fp32": 4},
-             "chunk": {"bf16": 2, "fp32": 2}}
+             "chunk": {"bf16": 2, "fp32": 2}, "kl": {"bf16": 4, "fp32": 4}}
     readers = [x for x in compiled if x["kernel"] in loads]
-    assert len(readers) == (20 if readers[0]["oldest"] else 32)
+    assert len(readers) == (22 if readers[0]["oldest"] else 38)
     assert all(x["wide_loads"] >= loads[x["kernel"]][x["dtype"]] for x in readers)
