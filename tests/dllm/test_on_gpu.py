@@ -26,6 +26,7 @@ from dllm.training.trainer import train
 from dllm_kernels import linear_masked_cross_entropy, native_extension
 
 RUNS = torch.cuda.is_available()
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.slow

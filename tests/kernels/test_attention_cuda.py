@@ -16,6 +16,7 @@ from dllm_kernels.attention import BACKENDS, DENSE_BACKENDS, Mask, cuda, referen
 
 attention = importlib.import_module("dllm_kernels.attention")
 ON_GPU = cuda.missing() is None
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason=f"cannot run here: {cuda.missing()}")
 HALVES = [torch.bfloat16, torch.float16]
 
 
@@ -52,7 +53,7 @@ def on_gpu(q, k, v, key_mask=None, block_length=None, scale=None, cache_rows=Non
 
 @pytest.fixture(params=[
     pytest.param("emulated", marks=pytest.mark.slow),
-    pytest.param("gpu", marks=pytest.mark.skipif(not ON_GPU, reason=f"cannot run here: {cuda.missing()}"))])
+    pytest.param("gpu", marks=[pytest.mark.gpu, needs_gpu])])
 def attend(request):
     return request.getfixturevalue("emulated") if request.param == "emulated" else on_gpu
 

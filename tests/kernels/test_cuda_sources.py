@@ -13,9 +13,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch.utils import cpp_extension
 
-from benchmarks import predict
+from benchmarks import gpu_kit, predict
 from dllm_kernels import native_extension
 from tests.compiled import CSRC, make_once, version_of
 
@@ -35,7 +34,7 @@ class Extension(NamedTuple):
 def extension() -> Extension:
     """The extension as an installation with CUDA builds it, except that the code for the CPU is not optimised."""
     flags = native_extension.CXX_FLAGS, native_extension.NVCC_FLAGS, native_extension.CUDA_RUNTIME
-    code = [inspect.getsource(function) for function in (build_with_cuda, native_extension.build)]
+    code = [inspect.getsource(part) for part in (build_with_cuda, gpu_kit.as_with_cuda, native_extension.build)]
     folder = make_once("extension_with_cuda", build_with_cuda, version_of("nvcc"), version_of("g++"), torch.__version__,
                        flags, code, *CSRC)
     stand_in = folder / "libtorch_cuda.so"
@@ -43,20 +42,7 @@ def extension() -> Extension:
 
 
 def build_with_cuda(folder: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        if torch.version.cuda is None:
-            stream = "int aoti_torch_get_current_cuda_stream(int i, void** s) { return 1; }"  # all that is called of it
-            for name, code in (("libc10_cuda.so", ""), ("libtorch_cuda.so", stream)):
-                stand_in = folder / name
-                subprocess.run(["gcc", "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", stand_in, "-x", "c", "-"],
-                               input=code, text=True, check=True)
-            said = subprocess.run(["nvcc", "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
-            patch.setattr(cpp_extension, "CUDA_HOME", str(Path(re.search(r"_HERE_=(.*)", said)[1]).parent))
-            patch.setattr(torch.version, "cuda", "13.0")
-            patch.setenv("LIBRARY_PATH", str(folder))
-        patch.setattr(native_extension, "CXX_FLAGS", [*native_extension.CXX_FLAGS, "-O0"])
-        patch.setattr(torch.ops, "load_library", lambda path: None)  # a second one cannot be loaded into this process
-        native_extension.build(folder / "built" / "extension.so")
+    gpu_kit.build_extension(folder / "built" / "extension.so", folder, ["sm_80", "sm_90"], ["-O0"])
 
 
 def disassembler() -> str | None:

@@ -21,6 +21,7 @@ from dllm_kernels.topk_unmask.settings import Rows, Sampling, Selection
 
 topk_unmask = importlib.import_module("dllm_kernels.topk_unmask")
 ON_GPU = cuda.missing() is None
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason=f"cannot run here: {cuda.missing()}")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CONFIDENCES = ["prob", "margin", "entropy", "random"]
 FILTERS = [(3, None), (None, 0.8), (40, 0.9), (None, 1e-6)]  # top_k, top_p
@@ -64,7 +65,7 @@ def emulator(emulator_library):
 
 @pytest.fixture(params=[
     pytest.param("emulated", marks=pytest.mark.slow),
-    pytest.param("gpu", marks=pytest.mark.skipif(not ON_GPU, reason=f"cannot run here: {cuda.missing()}"))])
+    pytest.param("gpu", marks=[pytest.mark.gpu, needs_gpu])])
 def device(request, monkeypatch):
     """Where the tensors are; on the CPU the operators are the emulator's."""
     if request.param == "gpu":
