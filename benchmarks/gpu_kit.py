@@ -33,6 +33,7 @@ set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 python3 -m pip install --quiet --no-index --no-deps --upgrade --target "$here/packages" "$here"/wheels/*.whl
 cd "$here/dllm"
+touch dllm_kernels/_native.so  # newer than its sources, in whatever order they were copied
 PYTHONPATH="$here/packages" DLLM_BUILD=0 python3 -m benchmarks.gpu --output-dir "$here/results" "$@"
 """
 

@@ -92,6 +92,17 @@ def test_a_kit_runs_without_a_repository_and_knows_its_commit(tmp_path, monkeypa
     assert {path.name for path in kit.iterdir()} == {"dllm", "run.sh", "wheels"}
     assert f"{kit}: " in capsys.readouterr().out and not (kit / "dllm" / ".git").exists()
     subprocess.run(["bash", "-n", kit / "run.sh"], check=True)
+    (kit / "wheels" / "one.whl").touch()
+    python, library = tmp_path / "bin" / "python3", kit / "dllm" / "dllm_kernels" / "_native.so"
+    python.parent.mkdir()
+    python.write_text("#!/bin/sh\necho $PYTHONPATH: $@\n")
+    python.chmod(0o755)
+    library.touch()
+    os.utime(library, (0, 0))
+    said = subprocess.run(["bash", kit / "run.sh", "--minutes", "3"], capture_output=True, text=True, check=True,
+                          env={**os.environ, "PATH": f"{python.parent}:{os.environ['PATH']}"}).stdout
+    assert f"{kit}/packages: -m benchmarks.gpu --output-dir {kit}/results --minutes 3" in said
+    assert f"--target {kit}/packages {kit}/wheels/one.whl" in said and library.stat().st_mtime > 1e9
     done = subprocess.run([sys.executable, "-m", *SMALL, str(tmp_path / "out"), "--group", "logits"], cwd=kit / "dllm",
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
