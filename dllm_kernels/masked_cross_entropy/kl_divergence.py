@@ -86,6 +86,8 @@ def linear_masked_kl_divergence(hidden: Tensor, weight: Tensor, teacher_hidden: 
     student = Linear(hidden.flatten(0, -2), weight, bias)
     teacher = Teacher(*(None if x is None else x.detach() for x in (teacher_hidden.flatten(0, -2), *teacher[1:])))
     needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in student]
+    if workspace_bytes is not None and workspace_bytes < 1:
+        raise ValueError(f"{OP}: workspace_bytes must be above 0, or None for the default, not {workspace_bytes}")
     room = workspace_bytes or WORKSPACE_BYTES.get(hidden.device.type, WORKSPACE_BYTES["cuda"])
     form = Form(reduction, None, max(room // 2, 1))
     run = _operator if torch.compiler.is_compiling() else _eager
@@ -105,6 +107,11 @@ def _check(student: Linear, teacher: Teacher, corrupted: Tensor, weights: Tensor
     if corrupted.dtype != torch.bool or (weights is not None and weights.shape != corrupted.shape):
         raise ValueError(f"{OP} takes bool corrupted and weights of its shape {list(corrupted.shape)}, not "
                          f"{corrupted.dtype} and {None if weights is None else list(weights.shape)}")
+    tensors = [x for x in (*student, *teacher, corrupted, weights) if x is not None]
+    if kinds := {str(x.dtype) for x in (*student, *teacher) if x is not None and not x.is_floating_point()}:
+        raise ValueError(f"{OP} takes floating hidden states, weights and biases, not {', '.join(sorted(kinds))}")
+    if len(devices := {str(x.device) for x in tensors}) > 1:
+        raise ValueError(f"{OP}: inputs are on {', '.join(sorted(devices))}; move them to one device")
     if not temperature > 0:
         raise ValueError(f"{OP}: temperature must be above 0, not {temperature}")
     if reduction not in ("mean", "sum", "none"):

@@ -114,6 +114,9 @@ def test_compiles_whole(reduction):
     ({"weights": torch.ones(3)}, "not torch.bool and [3]"), ({"count": 99}, "count is the number of corrupted"),
     ({"temperature": 0.0}, "temperature must be above 0, not 0.0"),
     ({"reduction": "batchmean"}, "reduction must be one of mean, sum, none, not 'batchmean'"),
+    ({"workspace_bytes": 0}, "workspace_bytes must be above 0, or None for the default, not 0"),
+    ({"teacher_weight": torch.zeros(17, 5, dtype=torch.int8)}, "and biases, not torch.int8"),
+    ({"weight": torch.zeros(17, 4, device="meta")}, "inputs are on cpu, meta; move them to one device"),
     ({"backend": "cuda"}, "there is no backend 'cuda'")])
 def test_errors_say_what_was_wanted_and_what_came(changes, message):
     student, teacher, corrupted, _ = make(9, 4, 5, 17)
