@@ -45,11 +45,7 @@ def row_pass(chunk: Chunk, teacher: Tensor, scale: Scale, temperature: float, wa
     kl = torch.where(p > 0, p * (log_p - log_q), 0).sum(1)  # not 0 * infinity
     if wanted:
         torch.mul(log_q.exp() - p, (scale.plain / temperature).unsqueeze(1), out=chunk.logits)
-    if chunk.live is not None:
-        beyond = torch.arange(len(kl), device=kl.device) >= chunk.live
-        kl.masked_fill_(beyond, 0)
-        if wanted and chunk.clear:
-            chunk.logits.masked_fill_(beyond.unsqueeze(1), 0)
+    chunk.clear_rest(kl, wanted)
     return kl
 
 

@@ -49,6 +49,15 @@ class Chunk(NamedTuple):
     live: Tensor | None  # int64 scalar on the device: rows from there on count as not corrupted; None: none do
     clear: bool  # whether the gradient of the rows that are not live is to be written, with zeros
 
+    def clear_rest(self, found: Tensor, wanted: bool) -> None:
+        """Zero what was `found` [C] of the rows that are not live and, if it is to be written, their gradient."""
+        if self.live is None:
+            return
+        rest = torch.arange(len(found), device=found.device) >= self.live
+        found.masked_fill_(rest, 0)
+        if wanted and self.clear:
+            self.logits.masked_fill_(rest.unsqueeze(1), 0)
+
 
 # (Chunk, Scale [C], softcap, wanted) -> nll [C], 0 where not live; where wanted, the logits become the gradient.
 RowPass = Callable[[Chunk, Scale, float | None, bool], Tensor]

@@ -44,11 +44,7 @@ def row_pass(chunk: Chunk, scale: Scale, softcap: float | None, wanted: bool) ->
         if wanted:
             factor = Scale(*(None if s is None else s[part] for s in scale)).at(nll[part])
             _to_gradient(z, targets, factor / total, factor, slope)
-    if chunk.live is not None:
-        beyond = torch.arange(len(nll), device=nll.device) >= chunk.live
-        nll.masked_fill_(beyond, 0)
-        if wanted and chunk.clear:
-            chunk.logits.masked_fill_(beyond.unsqueeze(1), 0)
+    chunk.clear_rest(nll, wanted)
     return nll
 
 
