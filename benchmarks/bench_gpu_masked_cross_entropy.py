@@ -110,6 +110,8 @@ def bench_against(paired, baseline, shape):
     function, package, promised = BASELINES[baseline]
     if package is not None and importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
+    if package == "liger_kernel" and DEVICE == "cpu":
+        pytest.skip("Liger-Kernel needs a GPU")
     if function is pytorch_on_corrupted and not hasattr(F, "linear_cross_entropy"):
         pytest.skip("this torch has no linear_cross_entropy")
     case = make_case(*SHAPES[shape])

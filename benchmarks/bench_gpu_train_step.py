@@ -1,11 +1,10 @@
 """A training step on a GPU: Qwen2.5-0.5B's shape with random weights, bf16, documents packed in rows of 4,096.
 
 The baseline renders Open-dLLM's step: the same model and mask ratio, PyTorch's attention across the documents of a
-row, and the loss over all positions, by Liger-Kernel where installed. A second comparison replaces our norms, rotary
-embedding and SwiGLU by torch.compile (`train.enable_compile`) and by Liger-Kernel.
+row, and the loss over all positions, by Liger-Kernel where installed. A second comparison is of norms, rotary embedding
+and SwiGLU by PyTorch with those by torch.compile (`train.enable_compile`) and by Liger-Kernel (`layers_backend`).
 """
 
-import functools
 import importlib.util
 from collections.abc import Callable
 
@@ -16,10 +15,9 @@ import torch.nn.functional as F
 from benchmarks.device import DEVICE, measure, mixed_ends, on_device, peak_memory, pick
 from benchmarks.inputs import scale_logits
 from dllm.diffusion_lm import DiffusionLM
-from dllm.model.experts import FeedForward
+from dllm.model import liger
 from dllm.model.families import ModelConfig
-from dllm.model.layouts import Layout, Packed
-from dllm.model.transformer import Attention, RMSNorm
+from dllm.model.layouts import Packed
 from dllm_kernels import linear_masked_cross_entropy
 
 LENGTH, LONGEST, ROWS = pick((4096, 1024, [1, 4, 8]), (32, 16, [2]))
@@ -113,35 +111,16 @@ def bench_step(paired, rows):
             must_multiply_flop=flop, mfu_at_least=0.45 if rows == 4 else None, **memory)
 
 
-def use_liger(model: DiffusionLM) -> None:
-    from liger_kernel.transformers.functional import liger_rms_norm, liger_rope, liger_swiglu
-
-    def norm(self: RMSNorm, x):
-        return liger_rms_norm(x, self.weight, self.eps)
-
-    def feed_forward(self: FeedForward, x):
-        return self.down_proj(liger_swiglu(self.gate_proj(x), self.up_proj(x)))
-
-    def attention(self: Attention, x, rotary, layout: Layout, layer: int):
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = liger_rope(q.transpose(1, 2), k.transpose(1, 2), *(table.squeeze(2) for table in rotary))
-        return self.o_proj(layout.attend(q.transpose(1, 2), k.transpose(1, 2), v, layer).flatten(-2))
-
-    for module in model.modules():
-        for kind, forward in ((RMSNorm, norm), (FeedForward, feed_forward), (Attention, attention)):
-            if isinstance(module, kind):
-                module.forward = functools.partial(forward, module)
-
-
 @pytest.mark.parametrize("how", ["compile", "liger"])
 def bench_layers(paired, how):
     """Nothing is promised: the first run decides which is faster."""
-    if how == "liger" and not importlib.util.find_spec("liger_kernel"):
-        pytest.skip("Liger-Kernel is not installed")
+    if how == "liger" and (reason := "needs a GPU" if DEVICE == "cpu" else liger.missing()):
+        pytest.skip(f"layers by Liger-Kernel: {reason}")
     (plain, *case), (changed, *its_case) = make_case(ROWS[-1] // 2), make_case(ROWS[-1] // 2)
+    plain.layers_backend = "torch"
     if how == "compile":
         for layer in changed.model.layers:
             layer.compile()
     else:
-        use_liger(changed)
+        changed.layers_backend = "liger"
     measure(paired, lambda: our_step(changed, *its_case), lambda: our_step(plain, *case), rounds=6)

@@ -13,6 +13,7 @@ import dllm
 import dllm_kernels
 from dllm.errors import Failure
 from dllm.files import name_processor
+from dllm.model import liger
 from dllm.training.precision import probe
 
 _REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "pyarrow")
@@ -38,6 +39,8 @@ def report() -> None:
             _line(name, "not installed")
             if name in _REQUIRED:
                 hints.append(f"pip install {name}")
+    if reason := liger.missing():
+        _line("", f"layers by Liger-Kernel: {reason}")
     print()
     _line("cpu", f"{name_processor()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
     found = probe()

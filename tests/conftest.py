@@ -1,6 +1,9 @@
 """Fixtures shared by all tests, and how tests are shared out among processes."""
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,6 +32,21 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the recorded goldens (../shared) are not on this machine")
     return SHARED
+
+
+@pytest.fixture
+def run_interpreted() -> Callable[[str], None]:
+    """A function that runs a test file in a process where Triton interprets, and fails where its tests do.
+
+    The interpreter must be asked for before Triton is imported, and other tests would find it too.
+    """
+    def run(file: str) -> None:
+        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+                               "-p", "tests.interpreter", file], cwd=Path(__file__).parents[1], capture_output=True,
+                              text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,9 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
+from dllm.config.fields import LayersBackend
 from dllm.errors import UserError, did_you_mean
 from dllm.files import decode_text
 
@@ -52,6 +54,8 @@ def add_model(parser: Parser) -> None:
                         help="auto: the GPU if there is one")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
                         help="auto: bfloat16 on a GPU, else float32")
+    parser.add_argument("--layers-backend", choices=get_args(LayersBackend), default="auto",
+                        help="norms, rotary embedding and SwiGLU; auto: Liger-Kernel on a GPU, where it is installed")
     add_tokenizer(parser)
 
 
@@ -108,7 +112,8 @@ def load_model(args: argparse.Namespace):
     """The model on its device, and its tokenizer."""
     from dllm.model.loading import load_with_tokenizer
 
-    return load_with_tokenizer(args.model, args.device, args.dtype, **given_tokenizer(args))
+    return load_with_tokenizer(args.model, args.device, args.dtype, layers_backend=args.layers_backend,
+                               **given_tokenizer(args))
 
 
 def given_tokenizer(args: argparse.Namespace) -> dict:

@@ -20,6 +20,8 @@ from typing import Any, Literal, NamedTuple
 
 from dllm.errors import UserError
 
+LayersBackend = Literal["auto", "torch", "liger"]  # `Transformer.layers_backend`, a setting of training and of use
+
 _COMPARE = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _MANY = {int: "whole numbers", float: "numbers"}

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
-from dllm.config.fields import check, expand_home, require, setting, settings_of
+from dllm.config.fields import LayersBackend, check, expand_home, require, setting, settings_of
 from dllm.errors import UserError
 
 _SHAPE = ("family", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -181,6 +181,9 @@ class TrainGroup:
     lora_rank: int = setting(0, "train only low-rank adapters (LoRA) of this rank; 0: all weights", at_least=0)
     lora_alpha: float = setting(16.0, "the adapters' products are scaled by lora_alpha / lora_rank", above=0)
     enable_compile: bool = setting(False, "torch.compile the layers: faster steps, minutes before the first one")
+    layers_backend: LayersBackend = setting(
+        "auto", "norms, rotary embedding and SwiGLU by PyTorch, or by Liger-Kernel (extra liger) on CUDA; auto: the "
+        "latter where it is installed and enable_compile is false")
     # Saving and measuring
     auto_resume: bool = setting(True, "continue from the newest whole checkpoint in output_dir")
     save_steps: int = setting(0, "steps between checkpoints; 0: only at the end, and on a signal to stop", at_least=0)

@@ -4,11 +4,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dllm.model import liger
 from dllm.model.families import ModelConfig
+from dllm.model.liger import LigerLayer
 
 
-class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv:2002.05202)."""
+class SwiGLU(LigerLayer):
+    """silu(gate) * up (arXiv:2002.05202)."""
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        return liger.silu_times(gate, up) if self.by_liger(gate) else F.silu(gate) * up
+
+
+class FeedForward(SwiGLU):
+    """down(silu(gate(x)) * up(x))"""
 
     def __init__(self, config: ModelConfig, width: int):
         super().__init__()
@@ -18,7 +27,7 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(M, D, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.gated(self.gate_proj(x), self.up_proj(x)))
 
 
 class Router(nn.Module):
@@ -60,7 +69,7 @@ class Router(nn.Module):
         return weights * config.routed_scaling_factor, experts
 
 
-class Experts(nn.Module):
+class Experts(SwiGLU):
     """The SwiGLUs of all experts, each projection one tensor [experts, out, in]."""
 
     def __init__(self, config: ModelConfig):
@@ -75,7 +84,7 @@ class Experts(nn.Module):
         """x [rows, D] sorted by expert; ends [experts] int32, where each one's rows end."""
         gate, up, down = (weight.transpose(1, 2).to(x.dtype) for weight in
                           (self.gate_proj, self.up_proj, self.down_proj))
-        inner = F.silu(F.grouped_mm(x, gate, offs=ends)) * F.grouped_mm(x, up, offs=ends)
+        inner = self.gated(F.grouped_mm(x, gate, offs=ends), F.grouped_mm(x, up, offs=ends))
         return F.grouped_mm(inner, down, offs=ends)
 
 

@@ -11,7 +11,7 @@ from dllm.model.transformer import Transformer
 
 def load_with_tokenizer(path_or_hub_id: str | os.PathLike, device: str = "auto", dtype: str = "auto", *,
                         mask_token_id: int | None = None, mask_token: str | None = None,
-                        trust_remote_code: bool = False):
+                        trust_remote_code: bool = False, layers_backend: str = "auto"):
     """A model for use, and its tokenizer.
 
     Args:
@@ -19,13 +19,15 @@ def load_with_tokenizer(path_or_hub_id: str | os.PathLike, device: str = "auto",
         dtype: float32, bfloat16, float16, or auto: bfloat16 on a GPU, else float32.
         mask_token_id, mask_token: the mask token, where the folder does not name it or names another.
         trust_remote_code: let the folder's own code make the tokenizer.
+        layers_backend: see `Transformer.layers_backend`.
     Raises: UserError if they cannot be loaded, do not fit each other, or there is no such device.
     """
     place = find_device(device)
     if dtype == "auto":
         dtype = "float32" if place.type == "cpu" else "bfloat16"
     model = Transformer.from_pretrained(path_or_hub_id, dtype, place, mask_token_id=mask_token_id,
-                                        mask_token=mask_token, trust_remote_code=trust_remote_code)
+                                        mask_token=mask_token, trust_remote_code=trust_remote_code,
+                                        layers_backend=layers_backend)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*: the tokens that end a text", Notice)  # the model has told of them
         tokenizer = load_tokenizer(path_or_hub_id, model.mask_token_id, trust_remote_code=trust_remote_code)

@@ -22,10 +22,12 @@ from torch.utils.checkpoint import checkpoint
 
 from dllm.errors import UserError
 from dllm.files import read_json, write_atomically
+from dllm.model import liger
 from dllm.model.devices import find_device, find_dtype, own_dtype
 from dllm.model.experts import FeedForward, MixtureOfExperts
 from dllm.model.families import ModelConfig, own_code, read_config, write_config
 from dllm.model.layouts import Layout, Padded
+from dllm.model.liger import LigerLayer
 from dllm.model.rotary import Rotary, rotate
 from dllm.model.special_tokens import as_ids, read_special_tokens
 from dllm.model.tokenizer import load_tokenizer
@@ -37,7 +39,7 @@ class ModelOutput:
     logits: Tensor  # [B, L, V]
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(LigerLayer):
     """x / sqrt(mean(x**2) + eps) * weight over the last dimension, the statistics in fp32 (arXiv:1910.07467)."""
 
     def __init__(self, size: int, eps: float):
@@ -46,11 +48,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.by_liger(x):
+            return liger.rms_norm(x, self.weight, self.eps)
         # Under autocast a query is bf16 and the weight fp32; PyTorch's fused kernel wants one dtype.
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
-class Attention(nn.Module):
+class Attention(LigerLayer):
     """Grouped-query attention in both directions."""
 
     def __init__(self, config: ModelConfig):
@@ -67,10 +71,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout, layer: int) -> Tensor:
         """x [B, L, D] -> [B, L, D], or [B, Q, D] for the layout's queries."""
         heads = -1, self.head_dim
-        k = rotate(self.k_norm(self.k_proj(x).unflatten(-1, heads)), *rotary)
+        k = self.k_norm(self.k_proj(x).unflatten(-1, heads))
         v = self.v_proj(x).unflatten(-1, heads)
         q = self.q_norm(self.q_proj(layout.wanted(x)).unflatten(-1, heads))
-        q = rotate(q, *map(layout.wanted, rotary))
+        if layout.queries is None and self.by_liger(q):  # Liger's q and k have the same positions
+            q, k = liger.rotate(q, k, *rotary)
+        else:
+            q, k = rotate(q, *map(layout.wanted, rotary)), rotate(k, *rotary)
         return self.o_proj(layout.attend(q, k, v, layer).flatten(2))
 
 
@@ -125,6 +132,19 @@ class Transformer(nn.Module):
                 nn.init.normal_(module.weight, std=config.initializer_range)
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
+
+    @property
+    def layers_backend(self) -> str:
+        """What computes RMSNorm, rotary embedding and SwiGLU: "torch", "liger" (Liger-Kernel, on CUDA), or "auto":
+        Liger-Kernel on CUDA where it is installed. To set a name that cannot be is a UserError."""
+        return self.model.norm.layers_backend
+
+    @layers_backend.setter
+    def layers_backend(self, name: str) -> None:
+        liger.check_backend(name)
+        for module in self.modules():
+            if isinstance(module, LigerLayer):
+                module.layers_backend = name
 
     @property
     def head_weight(self) -> nn.Parameter:
@@ -193,7 +213,7 @@ class Transformer(nn.Module):
     def from_pretrained(cls, path_or_hub_id: str | os.PathLike, dtype: torch.dtype | str | None = None,
                         device: str | int | torch.device = "cpu", *, torch_dtype: torch.dtype | str | None = None,
                         mask_token_id: int | None = None, mask_token: str | None = None,
-                        trust_remote_code: bool = False, **unknown) -> Self:
+                        trust_remote_code: bool = False, layers_backend: str = "auto", **unknown) -> Self:
         """Load a model in evaluation mode: a Hugging Face folder or hub repository of any family in families.py, or a
         GGUF file of a Llama or Qwen.
 
@@ -201,13 +221,14 @@ class Transformer(nn.Module):
             dtype: of the weights, by name too; "auto" is the checkpoint's own, None float32. `torch_dtype` is the same.
             mask_token_id, mask_token: the mask token, where the folder does not name it or names another.
             trust_remote_code: let the folder's code make the tokenizer, where one is needed; the model's is never run.
+            layers_backend: see the property.
         Raises: UserError naming the file and the remedy: no such folder or repository, an unknown family, a
             configuration that is not computed here, missing or unknown parameters, wrong shapes, a truncated or corrupt
             file; no such device or dtype, or an argument that there is not.
         """
         if unknown:
             raise UserError(f"from_pretrained has no argument {next(iter(unknown))}; it takes dtype, device, "
-                            "mask_token_id, mask_token and trust_remote_code")
+                            "mask_token_id, mask_token, trust_remote_code and layers_backend")
         device, dtype = find_device(device), find_dtype(torch_dtype if dtype is None else dtype)
         folder = find_model(path_or_hub_id)
         raw = read_json(folder / "config.json")
@@ -217,6 +238,7 @@ class Transformer(nn.Module):
         config = fit_config(config, state, str(folder))
         with torch.device("meta"):
             model = cls(config)
+        model.layers_backend = layers_backend
         state = {name: tensor for name, tensor in state.items() if not name.endswith("rotary_emb.inv_freq")}
         expected = to_published(config, model.state_dict())
         check_parameters({name: tensor.shape for name, tensor in expected.items()},

@@ -163,7 +163,8 @@ def build_teacher(config: Config, vocab_size: int, world: World) -> Transformer 
     if not config.train.repr_align_wt:
         return None
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    teacher = Transformer.from_pretrained(config.model.model_path, dtype, world.device)
+    teacher = Transformer.from_pretrained(config.model.model_path, dtype, world.device,
+                                          layers_backend=config.train.layers_backend)
     return grow(teacher, vocab_size, config.train.seed).requires_grad_(False)
 
 

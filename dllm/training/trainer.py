@@ -98,6 +98,7 @@ class Run:
 
     def _share_model(self) -> Shared:
         self.model.checkpointing = self.settings.enable_gradient_checkpointing
+        self.model.layers_backend = self.settings.layers_backend
         layers = self.model.model.layers
         if self.settings.enable_compile:
             for layer in layers:

@@ -1,30 +1,12 @@
-"""Fixtures of the kernels' tests: Triton's interpreter in its own process, and CUDA sources compiled for the CPU."""
+"""Fixtures of the kernels' tests: CUDA sources compiled for the CPU."""
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent
-
-
-@pytest.fixture
-def run_interpreted() -> Callable[[str], None]:
-    """A function that runs a test file in a process where Triton interprets, and fails where its tests do.
-
-    The interpreter must be asked for before Triton is imported, and other tests would find it too.
-    """
-    def run(file: str) -> None:
-        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
-                               "-p", "tests.interpreter", file], cwd=HERE.parents[1], capture_output=True, text=True,
-                              env={**os.environ, "TRITON_INTERPRET": "1"})
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    return run
 
 
 @pytest.fixture(scope="session")

@@ -41,9 +41,9 @@ from dllm.model.weights import find_model
 TASKS = Path(__file__).with_name("lm_eval_tasks")
 LIKELIHOOD_SAMPLES = 128  # LLaDA's eval_llada.py
 _GENERATION = {name: its for name, its in settings_of(MDMGenerationConfig).items() if name != "num_return_sequences"}
-_TOKENS = ("mask_token", "mask_token_id", "trust_remote_code")
+_LOADING = ("mask_token", "mask_token_id", "trust_remote_code", "layers_backend")
 _ARGUMENTS = ("pretrained", "device", "dtype", "batch_size", "likelihood_samples", "mask_token", "trust_remote_code",
-              *_GENERATION)
+              "layers_backend", *_GENERATION)
 _LENGTHS = {"max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"}  # lm-eval's names of one setting
 _FROM_TASK = {"until", "do_sample", "temperature", "top_p", "top_k", "gap", *_LENGTHS}
 
@@ -108,9 +108,9 @@ class HarnessLM(TemplateLM):
             raise UserError(f"batch_size must be a number, not {size!r}: sequences denoised together")
         given = {name: convert(name, value, _GENERATION[name]) if name in _GENERATION else value
                  for name, value in given.items()}
-        tokens = {name: given.pop(name) for name in _TOKENS if name in given}
+        loading = {name: given.pop(name) for name in _LOADING if name in given}
         model, tokenizer = load_with_tokenizer(path, str(given.pop("device", "auto")), str(given.pop("dtype", "auto")),
-                                               **tokens)
+                                               **loading)
         return cls(model, tokenizer, batch_size=int(size), source=find_model(path), **given)
 
     @classmethod
