@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from packaging.requirements import Requirement
 from torch.distributed.fsdp import fully_shard
 
+from dllm.cli import main
 from dllm.config.schema import Config, DataGroup, ModelGroup, TrainGroup
 from dllm.diffusion_lm import DiffusionLM
 from dllm.errors import UserError
@@ -296,6 +297,17 @@ def test_on_a_cpu_auto_is_pytorch_and_liger_an_error(version):
     assert auto.hidden_states(tokens).equal(torchs.hidden_states(tokens))
     with pytest.raises(UserError, match="not float32 on cpu; set it to torch or auto"):
         ligers.hidden_states(tokens)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter takes tensors on the CPU")
+def test_a_command_passes_the_name_on(version, model_folder, capsys):
+    version("0.8.5")
+    asked = "--prompt", "x", "--max-new-tokens", "2", "--steps", "2", "--device", "cpu"
+    assert main(["sample", str(model_folder), *asked, "--layers-backend", "torch"]) == 0
+    capsys.readouterr()
+    assert main(["sample", str(model_folder), *asked, "--layers-backend", "liger"]) == 2
+    assert capsys.readouterr().err == ("dllm: error: layers_backend is liger, which takes fp32, fp16 and bf16 on CUDA, "
+                                       "not float32 on cpu; set it to torch or auto\n")
 
 
 def test_the_extra_asks_for_the_oldest_version_that_is_taken():
