@@ -192,10 +192,9 @@ def test_half_precision_by_autocast_is_pytorchs():
 
 
 @where_liger_runs
-def test_compiled_layers_call_liger_between_their_graphs():
+def test_a_compiled_layer_calls_liger_between_its_graphs():
     ours, theirs, tokens = both()
-    for layer in ours.model.layers:
-        layer.compile(backend="eager")
+    ours.model.layers[0].compile(backend="eager")
     check_same(ours, theirs, lambda model: model.hidden_states(tokens))
 
 
@@ -232,7 +231,7 @@ def test_a_run_trains_by_the_layers_that_it_names(corpus, tmp_path, monkeypatch)
                              num_attention_heads=2, num_key_value_heads=1),
             data=DataGroup(train_path=str(corpus), max_seq_len=16, validation_share=0.1),
             train=TrainGroup(output_dir=str(tmp_path / name), device=DEVICE, layers_backend=name, precision="fp32",
-                             micro_batch_size=2, lr=3e-3, max_steps=2, eval_tokens=64)))
+                             micro_batch_size=2, lr=3e-3, max_steps=1, eval_tokens=16)))
         losses[name] = [value for line in run.history for key, value in line.items() if key.endswith("loss")]
     assert computed and losses["liger"] == pytest.approx(losses["torch"], rel=1e-5)
 
