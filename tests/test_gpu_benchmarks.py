@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu, gpu_kit, publish
+from benchmarks import gpu, gpu_kit, predict, publish
 from benchmarks.records import read
 from dllm.errors import UserError
 
@@ -192,6 +192,15 @@ def test_a_section_names_machine_rates_and_what_was_missed(tried):
     assert "at an unknown commit on" in publish.sections([], [results])
 
 
+def test_predictions_stand_beside_what_an_h200_measured():
+    name = "bench_gpu_attention.py::bench_dense[triton-cudnn-7B-forward]"
+    for device, cell in (("NVIDIA H200", "5.1 ms"), ("NVIDIA A100", publish.NOT_YET)):
+        section = publish.of_machine_code([{"machine": {"device": device},
+                                            "benchmarks": [{"name": name, "ours_s": 5.1e-3}]}])
+        line, = (line for line in section.splitlines() if line.startswith("| dense, heads of 7B, forward |"))
+        assert line.endswith(f" | {cell} |") and section.count("5.1 ms") == (cell == "5.1 ms")
+
+
 @pytest.mark.slow
 def test_every_benchmark_on_a_gpu_has_shapes_for_a_cpu_and_is_in_one_group():
     """Collected small on a CPU, so that a slip shows before a GPU is there."""
@@ -205,6 +214,9 @@ def test_every_benchmark_on_a_gpu_has_shapes_for_a_cpu_and_is_in_one_group():
         words = re.sub(r"\b(?!and\b|or\b|not\b)\w+", lambda word: str(word[0] in name), group.names)
         return file == group.file and eval(words or "True")
 
+    predicted = {names[-1] for names in (*predict.row_passes(), *predict.attention_tasks())} - {""}
+    small = {name.replace(str(predict.SCORED_ROWS), "16") for name in predicted}
+    assert small <= set(re.findall(r"bench_gpu_\S+", done.stdout))
     found = set(re.findall(r"bench_gpu_(\w+)\.py::(\w+)", done.stdout))
     assert {group.file for group in groups} == {file for file, _ in found} == files.keys()
     for file, name in found:
