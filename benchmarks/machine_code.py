@@ -42,6 +42,24 @@ class TileCounts(NamedTuple):
     shared: int  # bytes
 
 
+class HeadCounts(NamedTuple):
+    """Of a kernel that multiplies hidden states with the head, INNER numbers at a time, and reduces tiles of logits."""
+
+    rows: int  # of hidden states in a tile
+    words: int  # in a tile
+    inner: int
+    instructions: int  # of a warp, per tile, besides those of the inner loop
+    step_instructions: int  # of a warp, per step of the inner loop
+    smallest_n: int
+    load_bytes: list[int]  # in the inner loop
+    warps: int
+    registers: int
+    shared: int
+
+
+Counts = RowCounts | TileCounts | HeadCounts
+
+
 class Line(NamedTuple):
     address: int
     text: str
@@ -90,15 +108,18 @@ def row_counts(function: str, registers: int) -> RowCounts:
     return RowCounts(per_word(function, READ), per_word(function, WRITE), registers)
 
 
-def tile_counts(function: str, settings: dict[str, int], registers: int, shared: int) -> TileCounts:
-    """Of the shortest loop with products: in others each pair is tested as well."""
-    body = min((loop for loop in loops_of(lines_of(function)) if any("HGMMA" in line.text for line in loop)), key=len)
-    code = "\n".join(line.text for line in body)
+def product_counts(function: str, settings: dict[str, int], registers: int, shared: int) -> TileCounts | HeadCounts:
+    """Of the shortest loop with products, the inner one or, of attention, the one that tests no pair."""
+    loops = sorted((x for x in loops_of(lines_of(function)) if any("HGMMA" in line.text for line in x)), key=len)
+    code = "\n".join(line.text for line in loops[0])
     widths = {next((WIDTHS[part] for part in load.split(".") if part in WIDTHS), 4)
               for load in re.findall(r"\bLDG(?:STS)?\.E[.\w]*", code)}
-    smallest_n = min(int(n) for n in re.findall(r"HGMMA\.64x(\d+)x16", code))
-    return TileCounts(settings["ROWS"], settings["COLUMNS"], len(body), smallest_n, sorted(widths),
-                      settings["num_warps"], registers, shared)
+    rest = (min(int(n) for n in re.findall(r"HGMMA\.64x(\d+)x16", code)), sorted(widths), settings["num_warps"],
+            registers, shared)
+    if "COLUMNS" in settings:
+        return TileCounts(settings["ROWS"], settings["COLUMNS"], len(loops[0]), *rest)
+    inner, outer = map(len, loops)
+    return HeadCounts(settings["ROWS"], settings["WORDS"], settings["INNER"], outer - inner, inner, *rest)
 
 
 def count_extension(library: Path, disassembler: str) -> dict[str, RowCounts]:
@@ -114,17 +135,18 @@ def count_extension(library: Path, disassembler: str) -> dict[str, RowCounts]:
     return found
 
 
-def as_counts(numbers: dict) -> RowCounts | TileCounts:
-    return (TileCounts if "instructions" in numbers else RowCounts)(**numbers)
+def as_counts(numbers: dict) -> Counts:
+    kind, = (kind for kind in Counts.__args__ if {*kind._fields} == {*numbers})
+    return kind(**numbers)
 
 
-def of_triton(found: list[dict]) -> tuple[str, dict[str, RowCounts | TileCounts]]:
+def of_triton(found: list[dict]) -> tuple[str, dict[str, Counts]]:
     """The compiler and its counts, of what tests/kernels/ahead_of_time.py found."""
     compiler, = {x["compiler"] for x in found}
     return compiler, {x["counted_as"]: as_counts(x["counts"]) for x in found if x["counted_as"]}
 
 
-def read() -> dict[str, dict[str, RowCounts | TileCounts]]:
+def read() -> dict[str, dict[str, Counts]]:
     """Compiler and version -> kernel -> counts."""
     return {compiler: {name: as_counts(numbers) for name, numbers in kernels.items()}
             for compiler, kernels in json.loads(COUNTS.read_text()).items()}

@@ -3,11 +3,11 @@
 Predictions, not measurements, so that a kernel that cannot reach its promise is seen before there is a GPU.
 
 A pass over rows takes the longer of two times: its bytes at the speed of a copy, and its instructions at one per cycle
-and scheduler. Products of the head take their multiplications at the speed of a large one. A tile of attention takes
-its products at that speed and its other instructions at one per cycle and scheduler: one after the other in a program,
-which waits for its products, and at most as many at once as there are programs on a multiprocessor. So of attention
-there is a range: programs that never overlap, and programs that always do. All of it is over the share of the last wave
-of programs that is filled.
+and scheduler. Products of a library take their multiplications at the speed of a large one. A tile of a kernel that
+multiplies takes its products at that speed and its other instructions at one per cycle and scheduler. Two numbers are
+the ends of a range: where they never overlap, and where they always do, those of attention between the programs on a
+multiprocessor, for a program waits for its products, and those of the head with the instructions between its products.
+All of it is over the share that programs take of the places in all waves.
 
 Left out: latencies, launches, the beginning and end of a program, tiles in which each pair is tested, exponentials
 (which a unit of their own computes), products too narrow for full speed, and memory where attention is not decoding.
@@ -17,13 +17,14 @@ import sys
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from benchmarks.machine_code import RowCounts, TileCounts, read
+from benchmarks.machine_code import Counts, HeadCounts, RowCounts, TileCounts, read
 from dllm_kernels.masked_cross_entropy.products import WORKSPACE_BYTES, rows_of_chunk
 
 V = 151_936  # the vocabulary of Qwen2.5
 LOSS_SHAPES = {"0.5B": (32_768, 896), "7B": (16_384, 3_584)}  # corrupted positions, hidden size; bf16
 SCORED_ROWS = 4096
 LOSS_AT_MOST, SCORES_AT_LEAST = 1.25, 0.85  # times the products alone; of the speed of a copy
+HEAD_AT_LEAST = {896: 1.1, 3_584: 1.0}  # by hidden size: times as fast as a product and then the scores
 
 HEADS = {"0.5B": (14, 2, 64), "7B": (28, 4, 128)}  # of queries, of keys, size
 B, L, DOCUMENT, BLOCK = 8, 4096, 512, 32
@@ -40,13 +41,14 @@ WANTED = {"dense": ("0.7 of cuDNN's speed", "-"), "documents of 512": ("1.25 tim
           "block diffusion": ("1.15 times FlexAttention's", "1.15 times")}
 # Threads of a program that scores rows of logits, and the programs: Triton's takes up to 4 blocks of 4,096 words.
 SCORING = {"cuda": (128, SCORED_ROWS), "triton": (256, SCORED_ROWS * -(-V // (4 * 4096)))}
+LAUNCHES = {"cuda": 3, "triton": 4, "head": 5}  # of a denoising step
 
 # Of an H200: lanes are those of four schedulers; the last two are what large bf16 products and copies reach.
 MULTIPROCESSORS, LANES, HERTZ, PRODUCT_FLOP_PER_S, COPY_BYTES_PER_S = 132, 128, 1.755e9, 790e12, 4.3e12
 REGISTERS, SHARED_BYTES, THREADS, PROGRAMS = 65_536, 228 << 10, 2048, 32  # of a multiprocessor
 
 
-def programs_at_once(counts: TileCounts) -> int:
+def programs_at_once(counts: TileCounts | HeadCounts) -> int:
     """On a multiprocessor. Registers come in eights a thread, and each program has a KiB of shared memory besides."""
     threads = 32 * counts.warps
     return min(REGISTERS // (-(-counts.registers // 8) * 8 * threads), SHARED_BYTES // (counts.shared + 1024),
@@ -94,10 +96,12 @@ class Range(NamedTuple):
     most: float
 
 
-def seconds_of_tiles(counts: TileCounts, E: int, tiles: float, programs: int, products: int) -> Range:
+def seconds_of_tiles(counts: TileCounts | HeadCounts, tiles: float, programs: int, flop: float,
+                     instructions: float) -> Range:
+    """flop and instructions of a warp: of a tile."""
     at_once = programs_at_once(counts)
-    multiplying = products * 2 * counts.rows * counts.columns * E / PRODUCT_FLOP_PER_S * MULTIPROCESSORS
-    issuing = counts.instructions * counts.warps * 32 / (LANES * HERTZ)
+    multiplying = flop / PRODUCT_FLOP_PER_S * MULTIPROCESSORS
+    issuing = instructions * counts.warps * 32 / (LANES * HERTZ)
     share = tiles / MULTIPROCESSORS / filled(programs, at_once)
     alone = multiplying + issuing
     return Range(share * max(multiplying, issuing, alone / at_once), share * alone)
@@ -118,8 +122,9 @@ def seconds_of_attention(counts: dict[str, TileCounts], task: str, heads: tuple[
     mask, _, pairs, _ = ATTENTION[task]
     name = f"{kernel} {mask} {heads[2]}"
     found = counts[name]
-    tiles = pairs * heads[0] / (found.rows * found.columns)
-    return seconds_of_tiles(found, heads[2], tiles, programs_of(name, found), PRODUCTS[kernel])
+    area = found.rows * found.columns
+    return seconds_of_tiles(found, pairs * heads[0] / area, programs_of(name, found),
+                            PRODUCTS[kernel] * 2 * area * heads[2], found.instructions)
 
 
 def seconds_of_decoding(counts: dict[str, TileCounts], heads: tuple[int, int, int]) -> Range:
@@ -127,12 +132,35 @@ def seconds_of_decoding(counts: dict[str, TileCounts], heads: tuple[int, int, in
     rows, _, length = CACHED
     name = f"few blocks {heads[2]}"
     found, programs = counts[name], programs_of(name, counts[name])
-    computing = seconds_of_tiles(found, heads[2], programs * length / found.columns, programs, 2)
+    computing = seconds_of_tiles(found, programs * length / found.columns, programs,
+                                 2 * 2 * found.rows * found.columns * heads[2], found.instructions)
     reading = 2 * rows * length * heads[1] * heads[2] * 2 / COPY_BYTES_PER_S
     return Range(*(SETS * max(seconds, reading) for seconds in computing))
 
 
-def counts_by_triton() -> dict[str, dict[str, RowCounts | TileCounts]]:
+def head_programs(counts: HeadCounts) -> int:
+    """As topk_unmask/triton_kernels.py splits the words: at least 32 ways."""
+    span = -(-V // (32 * counts.words))  # tiles of words of a program
+    return SCORED_ROWS // counts.rows * -(-V // (span * counts.words))
+
+
+def seconds_of_head(counts: HeadCounts, D: int) -> Range:
+    """Where products overlap with the instructions between them, and where they never do; the rest of a tile waits."""
+    cycles = counts.warps * 32 / LANES
+    product = 2 * counts.rows * counts.words * D / PRODUCT_FLOP_PER_S * MULTIPROCESSORS
+    steps, rest = (x * cycles / HERTZ for x in (counts.step_instructions * D / counts.inner, counts.instructions))
+    tiles = SCORED_ROWS / counts.rows * V / counts.words
+    share = tiles / MULTIPROCESSORS / filled(head_programs(counts), programs_at_once(counts))
+    return Range(share * (max(product, steps) + rest), share * (product + steps + rest))
+
+
+def product_then_scores(D: int) -> float:
+    """Seconds of the logits and then their scores by CUDA C++."""
+    scores = next(kernels["scores"] for name, kernels in read().items() if name.startswith("nvcc"))
+    return 2 * SCORED_ROWS * V * D / PRODUCT_FLOP_PER_S + scores_against_copy(scores, "cuda")[0]
+
+
+def counts_by_triton() -> dict[str, dict[str, Counts]]:
     return {compiler: counts for compiler, counts in read().items() if compiler.startswith("Triton")}
 
 
@@ -155,8 +183,28 @@ def row_passes() -> list[tuple[str, str, str, str, str]]:
                 found.append((
                     f"{compiler}: token and probability of {SCORED_ROWS:,} rows of logits, temperature {temperature}",
                     f"{1e3 * seconds:.2f} ms, {share:.0%} of a copy's speed", f"at least {SCORES_AT_LEAST:.0%}",
-                    f"{counts[name].reading} instructions and 2 bytes a word, {counts[name].registers} registers",
+                    f"{counts[name].reading} instructions and 2 bytes a word, {counts[name].registers} registers; "
+                    f"{LAUNCHES[ours]} launches a step",
                     f"bench_gpu_topk_unmask.py::bench_logits_against_the_memory[{ours}-{SCORED_ROWS}-{temperature}]"))
+        if "head" in counts:
+            found += head_passes(compiler, counts["head"])
+    return found
+
+
+def head_passes(compiler: str, counts: HeadCounts) -> list[tuple[str, str, str, str, str]]:
+    found, at_once = [], programs_at_once(counts)
+    for D, least in HEAD_AT_LEAST.items():
+        seconds = seconds_of_head(counts, D)
+        times = span(f"{product_then_scores(D) / x:.2f}" for x in reversed(seconds))
+        found.append((
+            f"{compiler}: token and probability of {SCORED_ROWS:,} rows of hidden states of {D:,}",
+            f"{span(f'{1e3 * x:.2f}' for x in seconds)} ms, {times} times as fast as a product and then its scores",
+            f"at least {least}",
+            f"{counts.instructions} + {D // counts.inner} x {counts.step_instructions} instructions per tile of "
+            f"{counts.rows} x {counts.words}, {at_once} at once with {counts.registers} registers, "
+            f"{filled(head_programs(counts), at_once):.0%} of the places, N {counts.smallest_n}; "
+            f"{LAUNCHES['head']} launches a step",
+            f"bench_gpu_topk_unmask.py::bench_head_against_product_then_logits[{D}-{least}-{SCORED_ROWS}]"))
     return found
 
 

@@ -147,6 +147,8 @@ def counted_as(name: str, dtype: str, chosen: dict, absent: set[str]) -> str | N
         return "loss"
     if name == "unmask_statistics" and chosen["MEASURE"] == "prob":
         return "scores" if "temperature" in absent else "scores sampled"
+    if name == "unmask_linear_statistics" and chosen["MEASURE"] == "prob":
+        return "head"
     if name == "attention_few" or chosen.get("MASK") in ("all", "diffusion"):
         return f"{name.removeprefix('attention_')} {chosen['MASK']} {chosen['E']}"
     return None
@@ -180,8 +182,8 @@ def compile_all(each_for: str) -> list[dict]:
             registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
             counts = None
             if code:
-                counts = (machine_code.tile_counts(code, chosen, registers, compiled.metadata.shared)
-                          if "MASK" in chosen else machine_code.row_counts(code, registers))._asdict()
+                counts = (machine_code.product_counts(code, chosen, registers, compiled.metadata.shared)
+                          if "HGMMA" in code else machine_code.row_counts(code, registers))._asdict()
             found.append({"kernel": name, "dtype": dtype, "without": sorted(absent), "capability": capability,
                           "compiler": f"Triton {triton.__version__}", "counts": counts,
                           "counted_as": label if code else None,

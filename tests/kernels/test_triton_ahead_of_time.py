@@ -105,6 +105,8 @@ def test_the_machine_code_allows_what_is_promised_and_the_page_says_what_it_coun
         assert predict.loss_against_products(counts["loss"], *sizes)[1] <= predict.LOSS_AT_MOST
     for name, least in (("scores", 0.65), ("scores sampled", 0.42)):  # not what is wanted: CUDA C++ comes first
         assert predict.scores_against_copy(counts[name], "triton")[1] >= least
+    for D in predict.HEAD_AT_LEAST:  # nor is this
+        assert predict.product_then_scores(D) / predict.seconds_of_head(counts["head"], D).most >= 0.75
     tiles = {name: x for name, x in counts.items() if isinstance(x, machine_code.TileCounts)}
     assert len(tiles) == 14
     for name, x in tiles.items():
