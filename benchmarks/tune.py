@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ from dllm_kernels import bidirectional_attention, linear_token_scores, triton_su
 CANDIDATES = {"num_warps": (4, 8), "num_stages": (2, 3, 4, 5), "ROWS": (64, 128, 256), "WORDS": (64, 128, 256),
               "COLUMNS": (64, 128, 256), "INNER": (32, 64, 128)}
 GAIN = 0.98
-COMPILING, TIMING = 600, 60  # most seconds of a process that compiles, and of one that times without finishing any
+COMPILING, TIMING = 240, 60  # most seconds of a process that compiles, and of one that times without finishing any
 
 
 class Kernel(NamedTuple):
@@ -108,6 +108,7 @@ def neighbours(settings: dict[str, int]) -> Iterator[dict[str, int]]:
                     yield changed
 
 
+@cache  # a candidate may leave the device unable to answer
 def machine() -> str:
     return f"{device_name()}, torch {torch.__version__}"
 
