@@ -1,6 +1,5 @@
 """The `paired` fixture: ours against a baseline, call by call in one process, into pytest-benchmark's JSON."""
 
-import json
 import os
 import sys
 import time
@@ -8,6 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
+from benchmarks.records import append
 
 SECONDS = 4.0  # of one benchmark's timed calls; bounds `make bench` on slow machines
 
@@ -61,7 +62,8 @@ def paired(benchmark) -> Callable[..., float]:
             "baseline_ms": 1e3 * fastest, "baseline_seconds": baseline_seconds, "rounds": rounds,
             "threads": threads or before, "exactly": exactly or {}, "torch": torch.__version__, **extra}
         if path := os.environ.get("BENCH_RECORDS"):
-            record(path, benchmark.fullname, benchmark.extra_info, our_seconds)
+            append(path, {"fullname": benchmark.fullname, "extra_info": benchmark.extra_info,
+                          "stats": {"data": our_seconds}})
         return ratio
 
     return run
@@ -96,15 +98,6 @@ def in_turns_by_the_host(benchmark, ours: Callable, baseline: Callable, rounds: 
     while len(theirs) < rounds:
         call_baseline()
     return benchmark.stats.stats.data, theirs
-
-
-def record(path: str, name: str, extra_info: dict, samples: list[float]) -> None:
-    """Add a benchmark's result to a file as one JSON line, on the disk when this returns."""
-    line = {"fullname": name, "extra_info": extra_info, "stats": {"data": samples}}
-    with open(path, "a") as file:
-        file.write(json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.gate import judge
+from benchmarks.records import read
 from dllm.training.cost import peak_flops
 
 ROOT = Path(__file__).parents[1]
@@ -198,12 +199,6 @@ def measure(group: Group, device: str, small: bool, deadline: float, records: Pa
     return re.findall(r"^SKIPPED (.*)", said, re.M), problem
 
 
-def read_records(path: Path) -> list[dict]:
-    """The results of the benchmarks that have finished, without what was being written when a process was killed."""
-    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
-    return [json.loads(line) for line in whole.splitlines()]
-
-
 def summarise(bench: dict, limits: dict) -> dict:
     """One benchmark's line: seconds of ours and of the baseline, with all samples."""
     info, samples = dict(bench["extra_info"]), bench["stats"]["data"]
@@ -322,7 +317,7 @@ def take(name: str, results: dict, options: argparse.Namespace, seconds: float, 
         results["skipped"] += skipped
         if problem:
             results["problems"][name] = problem
-        results["benchmarks"] = [summarise(bench, results["limits"]) for bench in read_records(records)]
+        results["benchmarks"] = [summarise(bench, results["limits"]) for bench in read(records)]
         print(f"{name}: {problem or 'done'}, {len(results['benchmarks'])} results so far", flush=True)
 
 

@@ -1,139 +1,257 @@
-"""python -m benchmarks.predict EXTENSION.so CUOBJDUMP: what the machine code of the CUDA C++ kernels allows on an H200.
+"""python -m benchmarks.predict: what the kernels' machine code allows on an H200, from benchmarks/machine_code.json.
 
-Predictions, not measurements, so that a kernel that cannot reach its promise is seen before there is a GPU. The
-extension is disassembled; of each kernel's loops over a row it counts the instructions per word. The time of a pass is
-then the longer of two: the bytes at the speed of a copy, and the instructions at one per cycle and scheduler; over the
-share of the last wave of blocks that is filled. Products take their multiplications at the speed of a large one.
-The counts go to benchmarks/machine_code.json, from which docs/benchmarks.md has its table.
+Predictions, not measurements, so that a kernel that cannot reach its promise is seen before there is a GPU.
+
+A pass over rows takes the longer of two times: its bytes at the speed of a copy, and its instructions at one per cycle
+and scheduler. Products of a library take their multiplications at the speed of a large one. A tile of a kernel that
+multiplies takes its products at that speed and its other instructions at one per cycle and scheduler. Two numbers are
+the ends of a range: where they never overlap, and where they always do, those of attention between the programs on a
+multiprocessor, for a program waits for its products, and those of the head with the instructions between its products.
+All of it is over the share that programs take of the places in all waves.
+
+Left out: latencies, launches, the beginning and end of a program, tiles in which each pair is tested, exponentials
+(which a unit of their own computes), products too narrow for full speed, and memory where attention is not decoding.
 """
 
-import json
-import re
-import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from dllm.files import write_json
+from benchmarks.machine_code import Counts, HeadCounts, RowCounts, TileCounts, read
 from dllm_kernels.masked_cross_entropy.products import WORKSPACE_BYTES, rows_of_chunk
 
-COUNTS = Path(__file__).with_name("machine_code.json")
 V = 151_936  # the vocabulary of Qwen2.5
 LOSS_SHAPES = {"0.5B": (32_768, 896), "7B": (16_384, 3_584)}  # corrupted positions, hidden size; bf16
 SCORED_ROWS = 4096
-READ, WRITE = "LDG.E.128", "STG.E.128"
-BENCHMARKS = (*(f"bench_gpu_masked_cross_entropy.py::bench_against_the_products_alone[{shape}-counted]"
-                for shape in LOSS_SHAPES), "bench_gpu_topk_unmask.py::bench_logits_against_the_memory[cuda-4096-0.0]")
 LOSS_AT_MOST, SCORES_AT_LEAST = 1.25, 0.85  # times the products alone; of the speed of a copy
+HEAD_AT_LEAST = {896: 1.1, 3_584: 1.0}  # by hidden size: times as fast as a product and then the scores
 
+HEADS = {"0.5B": (14, 2, 64), "7B": (28, 4, 128)}  # of queries, of keys, size
+B, L, DOCUMENT, BLOCK = 8, 4096, 512, 32
+CACHED, SETS = (32, 32, 2048), 3  # rows, queries, keys; decodings in a call of the benchmark
+# By task: the mask that is counted, positions, pairs of a query and a key that it sees, of one head, and the benchmark.
+ATTENTION = {
+    "dense": ("all", B * L, B * L * L, "bench_dense[triton-cudnn-{}]"),
+    "documents of 512": ("all", B * L, B * L * DOCUMENT, "bench_packed_documents[equal-torch_varlen-triton-{}]"),
+    "block diffusion": ("diffusion", 2 * B * L, B * L * (L + BLOCK),
+                        "bench_block_diffusion[triton-mask_made_before-{}]")}
+PRODUCTS = {"forward": 2, "query_gradient": 3, "key_gradient": 4}  # of a tile
+NEEDED = {"forward": 2, "forward_backward": 7}  # the others are computed twice
+WANTED = {"dense": ("0.7 of cuDNN's speed", "-"), "documents of 512": ("1.25 times `varlen_attn`'s", "1.05 times"),
+          "block diffusion": ("1.15 times FlexAttention's", "1.15 times")}
+# Threads of a program that scores rows of logits, and the programs: Triton's takes up to 4 blocks of 4,096 words.
+SCORING = {"cuda": (128, SCORED_ROWS), "triton": (256, SCORED_ROWS * -(-V // (4 * 4096)))}
+LAUNCHES = {"cuda": 3, "triton": 4, "head": 5}  # of a denoising step
 
 # Of an H200: lanes are those of four schedulers; the last two are what large bf16 products and copies reach.
 MULTIPROCESSORS, LANES, HERTZ, PRODUCT_FLOP_PER_S, COPY_BYTES_PER_S = 132, 128, 1.755e9, 790e12, 4.3e12
+REGISTERS, SHARED_BYTES, THREADS, PROGRAMS = 65_536, 228 << 10, 2048, 32  # of a multiprocessor
 
 
-class Counts(NamedTuple):
-    """Of the loops of one kernel that read or write a row of bf16 16 bytes at a time, in instructions per word."""
-
-    reading: float
-    writing: float  # 0: it writes none
-    registers: int
-
-
-KERNELS = {"loss": "loss_kernelINS_8BFloat16ELb0E",  # parts of the mangled names
-           "scores": "score_rows_kernelINS_8BFloat16ELNS_7MeasureE0ELb0ELb0E"}
+def programs_at_once(counts: TileCounts | HeadCounts) -> int:
+    """On a multiprocessor. Registers come in eights a thread, and each program has a KiB of shared memory besides."""
+    threads = 32 * counts.warps
+    return min(REGISTERS // (-(-counts.registers // 8) * 8 * threads), SHARED_BYTES // (counts.shared + 1024),
+               THREADS // threads, PROGRAMS)
 
 
-def count(library: Path, disassembler: str) -> dict[str, Counts]:
-    """The counts of `KERNELS` in an extension's code for sm_90."""
-    run = [disassembler, "-arch", "sm_90"]
-    listing, usage = (subprocess.run([*run, option, library], capture_output=True, text=True, check=True).stdout
-                      for option in ("-sass", "-res-usage"))
-    found = {}
-    for name, mangled in KERNELS.items():
-        function, = (part for part in listing.split("Function : ")[1:] if mangled in part.split(None, 1)[0])
-        symbol = function.split(None, 1)[0]
-        registers = int(re.search(rf"Function {re.escape(symbol)}:\s+REG:(\d+)", usage)[1])
-        found[name] = Counts(*(per_word(function, kind) for kind in (READ, WRITE)), registers)
-    return found
+def filled(programs: float, at_once: int) -> float:
+    """Share of the places of all waves of programs that have one, as if each took equally long."""
+    waves = programs / (at_once * MULTIPROCESSORS)
+    return waves / -(-waves // 1)
 
 
-def per_word(function: str, access: str) -> float:
-    """Instructions per word of bf16 in the innermost loop that has such accesses and exponentials; 0 if none has.
-
-    A loop that writes what it reads counts as writing. What reads single words, at the ends of a row, does not count:
-    no 16 bytes pass through it.
-    """
-    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", function)]
-    jumps = {at: int(to[1], 16) for at, text in lines if (to := re.search(r"\bBRA\b.*0x([0-9a-f]+)", text))}
-    edges = {*jumps.values(), *(at + 16 for at in jumps)}
-    costs = []
-    for end, begin in jumps.items():
-        blocks, body = [], [(at, text) for at, text in lines if begin <= at <= end]
-        for at, text in body:
-            if at in edges or not blocks:
-                blocks.append([])
-            blocks[-1].append(text)
-        accesses = sum(access in text for _, text in body)
-        if access == READ and any(WRITE in text for _, text in body):
-            continue
-        if accesses and any("MUFU.EX2" in text for _, text in body):
-            whole = [block for block in blocks if not any("LDG.E.U16" in text for text in block)]
-            costs.append((len(body), sum(map(len, whole)) / (8 * accesses)))
-    return round(min(costs)[1], 2) if costs else 0.0
+def seconds_of_pass(rows: float, bytes_per_word: float, slots_per_word: float) -> float:
+    """Over rows of V words, where every wave is filled."""
+    by_memory = rows * V * bytes_per_word / COPY_BYTES_PER_S
+    by_instructions = rows * V * slots_per_word / (MULTIPROCESSORS * LANES * HERTZ)
+    return max(by_memory, by_instructions)
 
 
-def seconds_of_pass(rows: int, words: int, bytes_per_word: float, slots_per_word: float, blocks_at_once: int) -> float:
-    """Of a kernel with one block for each row."""
-    by_memory = rows * words * bytes_per_word / COPY_BYTES_PER_S
-    by_instructions = rows * words * slots_per_word / (MULTIPROCESSORS * LANES * HERTZ)
-    waves = rows / (blocks_at_once * MULTIPROCESSORS)
-    return max(by_memory, by_instructions) * -(-waves // 1) / waves
+def chunks_of_loss(rows: int) -> int:
+    return -(-rows // rows_of_chunk(rows, 2 * V, WORKSPACE_BYTES["cuda"]))
 
 
-def loss_against_products(counts: Counts, rows: int, D: int) -> tuple[float, float]:
+def loss_against_products(counts: RowCounts, rows: int, D: int) -> tuple[float, float]:
     """Seconds of a training step's head and loss, and how many times the three products' alone."""
-    size = rows_of_chunk(rows, 2 * V, WORKSPACE_BYTES["cuda"])
-    chunks = -(-rows // size)
+    chunks = chunks_of_loss(rows)
     products = 3 * 2 * rows * V * D / PRODUCT_FLOP_PER_S
-    passes = chunks * seconds_of_pass(rows / chunks, V, 4, counts.reading + counts.writing, 1)
+    passes = seconds_of_pass(rows, 4, counts.reading + counts.writing) / filled(rows / chunks, 1)
     sums = (2 * chunks - 1) * V * D * 4 / COPY_BYTES_PER_S  # grad_weight in fp32, read and written
     return products + passes + sums, (products + passes + sums) / products
 
 
-def scores_against_copy(counts: Counts) -> tuple[float, float]:
+def scores_against_copy(counts: RowCounts, backend: str) -> tuple[float, float]:
     """Seconds of the scores of rows of logits, and the share of a copy's speed at which they are read."""
-    blocks = min(65_536 // (counts.registers * 128), 16)
-    seconds = seconds_of_pass(SCORED_ROWS, V, 2, counts.reading, blocks)
+    threads, programs = SCORING[backend]
+    at_once = min(REGISTERS // (-(-counts.registers // 8) * 8 * threads), THREADS // threads)
+    seconds = seconds_of_pass(SCORED_ROWS, 2, counts.reading) / filled(programs, at_once)
     return seconds, SCORED_ROWS * V * 2 / COPY_BYTES_PER_S / seconds
 
 
-def table(counts: dict[str, Counts]) -> list[tuple[str, str, str, str]]:
-    """Task, prediction, what it is to be, and the counts behind it."""
-    loss, scores = counts["loss"], counts["scores"]
-    lines = []
-    for shape, sizes in LOSS_SHAPES.items():
-        seconds, ratio = loss_against_products(loss, *sizes)
-        lines.append((f"head and loss, {shape}, {sizes[0]:,} corrupted positions, forward and backward",
-                      f"{1e3 * seconds:.1f} ms, {ratio:.2f} times the products alone", f"at most {LOSS_AT_MOST}",
-                      f"{loss.reading} + {loss.writing} instructions a word, {loss.registers} registers"))
-    seconds, share = scores_against_copy(scores)
-    lines.append((f"token and probability of {SCORED_ROWS:,} rows of logits",
-                  f"{1e3 * seconds:.2f} ms, {share:.0%} of a copy's speed", f"at least {SCORES_AT_LEAST:.0%}",
-                  f"{scores.reading} instructions a word, {scores.registers} registers"))
-    return lines
+class Range(NamedTuple):
+    """Seconds, where programs on a multiprocessor always overlap and where they never do."""
+
+    least: float
+    most: float
 
 
-def read() -> dict[str, Counts]:
-    return {name: Counts(**numbers) for name, numbers in json.loads(COUNTS.read_text())["kernels"].items()}
+def seconds_of_tiles(counts: TileCounts | HeadCounts, tiles: float, programs: int, flop: float,
+                     instructions: float) -> Range:
+    """flop and instructions of a warp: of a tile."""
+    at_once = programs_at_once(counts)
+    multiplying = flop / PRODUCT_FLOP_PER_S * MULTIPROCESSORS
+    issuing = instructions * counts.warps * 32 / (LANES * HERTZ)
+    share = tiles / MULTIPROCESSORS / filled(programs, at_once)
+    alone = multiplying + issuing
+    return Range(share * max(multiplying, issuing, alone / at_once), share * alone)
+
+
+def programs_of(name: str, counts: TileCounts) -> int:
+    """Of a kernel at the shapes of the benchmarks of its mask."""
+    kernel, mask, E = name.split()
+    queries, keys = next(heads[:2] for heads in HEADS.values() if heads[2] == int(E))
+    if kernel == "few":  # heads of a group share tiles of queries, which they may not fill
+        rows, length, _ = CACHED
+        return rows * keys * -(-length * queries // keys // counts.rows)
+    positions = next(task[1] for task in ATTENTION.values() if task[0] == mask)
+    return positions // counts.columns * keys if kernel == "key_gradient" else positions // counts.rows * queries
+
+
+def seconds_of_attention(counts: dict[str, TileCounts], task: str, heads: tuple[int, int, int], kernel: str) -> Range:
+    mask, _, pairs, _ = ATTENTION[task]
+    name = f"{kernel} {mask} {heads[2]}"
+    found = counts[name]
+    area = found.rows * found.columns
+    return seconds_of_tiles(found, pairs * heads[0] / area, programs_of(name, found),
+                            PRODUCTS[kernel] * 2 * area * heads[2], found.instructions)
+
+
+def seconds_of_decoding(counts: dict[str, TileCounts], heads: tuple[int, int, int]) -> Range:
+    """Keys and values are read at a copy's speed."""
+    rows, _, length = CACHED
+    name = f"few blocks {heads[2]}"
+    found, programs = counts[name], programs_of(name, counts[name])
+    computing = seconds_of_tiles(found, programs * length / found.columns, programs,
+                                 2 * 2 * found.rows * found.columns * heads[2], found.instructions)
+    reading = 2 * rows * length * heads[1] * heads[2] * 2 / COPY_BYTES_PER_S
+    return Range(*(SETS * max(seconds, reading) for seconds in computing))
+
+
+def head_programs(counts: HeadCounts) -> int:
+    """As topk_unmask/triton_kernels.py splits the words: at least 32 ways."""
+    span = -(-V // (32 * counts.words))  # tiles of words of a program
+    return SCORED_ROWS // counts.rows * -(-V // (span * counts.words))
+
+
+def seconds_of_head(counts: HeadCounts, D: int) -> Range:
+    """Where products overlap with the instructions between them, and where they never do; the rest of a tile waits."""
+    cycles = counts.warps * 32 / LANES
+    product = 2 * counts.rows * counts.words * D / PRODUCT_FLOP_PER_S * MULTIPROCESSORS
+    steps, rest = (x * cycles / HERTZ for x in (counts.step_instructions * D / counts.inner, counts.instructions))
+    tiles = SCORED_ROWS / counts.rows * V / counts.words
+    share = tiles / MULTIPROCESSORS / filled(head_programs(counts), programs_at_once(counts))
+    return Range(share * (max(product, steps) + rest), share * (product + steps + rest))
+
+
+def product_then_scores(D: int) -> float:
+    """Seconds of the logits and then their scores by CUDA C++."""
+    scores = next(kernels["scores"] for name, kernels in read().items() if name.startswith("nvcc"))
+    return 2 * SCORED_ROWS * V * D / PRODUCT_FLOP_PER_S + scores_against_copy(scores, "cuda")[0]
+
+
+def counts_by_triton() -> dict[str, dict[str, Counts]]:
+    return {compiler: counts for compiler, counts in read().items() if compiler.startswith("Triton")}
+
+
+def row_passes() -> list[tuple[str, str, str, str, str]]:
+    """Task, prediction, what is wanted, counts, and the benchmark that measures it, if one does."""
+    found = []
+    for compiler, counts in sorted(read().items(), key=lambda item: (item[0].startswith("Triton"), item[0])):
+        ours, loss = "cuda" if compiler.startswith("nvcc") else "triton", counts["loss"]
+        for shape, (rows, D) in LOSS_SHAPES.items():
+            (seconds, ratio), chunks = loss_against_products(loss, rows, D), chunks_of_loss(rows)
+            measured = f"bench_gpu_masked_cross_entropy.py::bench_against_the_products_alone[{shape}-counted]"
+            found.append((
+                f"{compiler}: head and loss, {shape}, {rows:,} corrupted positions, forward and backward",
+                f"{1e3 * seconds:.1f} ms, {ratio:.2f} times the products alone", f"at most {LOSS_AT_MOST}",
+                f"{loss.reading} + {loss.writing} instructions and 4 bytes a word, {loss.registers} registers; "
+                f"{3 * chunks} products and {chunks} row passes", measured if ours == "cuda" else ""))
+        for name, temperature in (("scores", "0.0"), ("scores sampled", "0.7")):
+            if name in counts:
+                seconds, share = scores_against_copy(counts[name], ours)
+                found.append((
+                    f"{compiler}: token and probability of {SCORED_ROWS:,} rows of logits, temperature {temperature}",
+                    f"{1e3 * seconds:.2f} ms, {share:.0%} of a copy's speed", f"at least {SCORES_AT_LEAST:.0%}",
+                    f"{counts[name].reading} instructions and 2 bytes a word, {counts[name].registers} registers; "
+                    f"{LAUNCHES[ours]} launches a step",
+                    f"bench_gpu_topk_unmask.py::bench_logits_against_the_memory[{ours}-{SCORED_ROWS}-{temperature}]"))
+        if "head" in counts:
+            found += head_passes(compiler, counts["head"])
+    return found
+
+
+def head_passes(compiler: str, counts: HeadCounts) -> list[tuple[str, str, str, str, str]]:
+    found, at_once = [], programs_at_once(counts)
+    for D, least in HEAD_AT_LEAST.items():
+        seconds = seconds_of_head(counts, D)
+        times = span(f"{product_then_scores(D) / x:.2f}" for x in reversed(seconds))
+        found.append((
+            f"{compiler}: token and probability of {SCORED_ROWS:,} rows of hidden states of {D:,}",
+            f"{span(f'{1e3 * x:.2f}' for x in seconds)} ms, {times} times as fast as a product and then its scores",
+            f"at least {least}",
+            f"{counts.instructions} + {D // counts.inner} x {counts.step_instructions} instructions per tile of "
+            f"{counts.rows} x {counts.words}, {at_once} at once with {counts.registers} registers, "
+            f"{filled(head_programs(counts), at_once):.0%} of the places, N {counts.smallest_n}; "
+            f"{LAUNCHES['head']} launches a step",
+            f"bench_gpu_topk_unmask.py::bench_head_against_product_then_logits[{D}-{least}-{SCORED_ROWS}]"))
+    return found
+
+
+def attention_tasks() -> list[tuple[str, ...]]:
+    """Task, prediction by each Triton, what is wanted, and the benchmark that measures it."""
+    found = []
+    for shape, heads in HEADS.items():
+        for task, (_, _, pairs, benchmark) in ATTENTION.items():
+            for direction, needed, wanted in zip(NEEDED, NEEDED.values(), WANTED[task], strict=True):
+                cells, kernels = [], ["forward"] if direction == "forward" else [*PRODUCTS]
+                for counts in counts_by_triton().values():
+                    parts = [seconds_of_attention(counts, task, heads, kernel) for kernel in kernels]
+                    seconds = Range(*map(sum, zip(*parts, strict=True)))
+                    flop = needed * 2 * pairs * heads[0] * heads[2]
+                    rates = (f"{flop / x / 1e12:.0f}" for x in reversed(seconds))
+                    cells.append(f"{span(f'{1e3 * x:.3g}' for x in seconds)} ms, {span(rates)} TFLOP/s")
+                found.append((f"{task}, heads of {shape}, {direction.replace('_', ' and ')}", *cells, wanted,
+                              f"bench_gpu_attention.py::{benchmark.format(f'{shape}-{direction}')}"))
+        ranges = [seconds_of_decoding(counts, heads) for counts in counts_by_triton().values()]
+        rows, queries, length = CACHED
+        found.append((f"decoding {SETS} times, {queries} queries and {length:,} keys in {rows} rows, heads of {shape}",
+                      *(f"{span(f'{1e3 * x:.3g}' for x in seconds)} ms" for seconds in ranges), "-",
+                      f"bench_gpu_attention.py::bench_decoding[triton-chosen_by_torch-{shape}]"))
+    return found
+
+
+def span(values: Iterable[str]) -> str:
+    return " to ".join(dict.fromkeys(values))
+
+
+def attention_kernels() -> list[tuple[str, ...]]:
+    """Kernel with mask and head size, its tile, and what each Triton makes of it."""
+    found: dict[str, list[str]] = {}
+    for kernels in counts_by_triton().values():
+        for name, counts in kernels.items():
+            if isinstance(counts, TileCounts):
+                at_once = programs_at_once(counts)
+                tile = f"{counts.rows} x {counts.columns}, {32 * counts.warps} threads"
+                found.setdefault(name, [name, tile]).append(
+                    f"{at_once} ({counts.registers} registers, {counts.shared >> 10} KiB), "
+                    f"{filled(programs_of(name, counts), at_once):.0%}; {counts.instructions}; {counts.smallest_n}; "
+                    f"{' and '.join(map(str, counts.load_bytes))}")
+    return [tuple(row) for row in found.values()]
 
 
 def main() -> int:
-    library, disassembler = sys.argv[1:]
-    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    counts = count(Path(library), disassembler)
-    write_json(COUNTS, {"nvcc": re.search(r"release ([\d.]+)", said)[1],
-                        "kernels": {name: numbers._asdict() for name, numbers in counts.items()}})
-    for line in table(counts):
+    for line in (*row_passes(), *attention_tasks(), *attention_kernels()):
         print("; ".join(line))
     return 0
 

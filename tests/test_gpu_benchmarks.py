@@ -1,5 +1,6 @@
 """The command that measures on a GPU, tried on a CPU; what it writes, and what the page makes of it."""
 
+import functools
 import json
 import os
 import re
@@ -12,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu, gpu_kit, publish, tune
+from benchmarks import gpu, gpu_kit, predict, publish
+from benchmarks.records import read
 from dllm.errors import UserError
-from dllm_kernels import tuned
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,12 +61,12 @@ def test_a_killed_run_keeps_what_it_has_measured(tmp_path):
     command = [sys.executable, "-m", *SMALL, str(tmp_path), "--group", "head"]
     with subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
                           start_new_session=True) as process:
-        while len(gpu.read_records(records)) < 3 and process.poll() is None:
+        while len(read(records)) < 3 and process.poll() is None:
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
     cut = tmp_path / "cut"  # a group's process may write on for a moment
     cut.write_text("\n".join([*records.read_text().splitlines()[:3], '{"fullname": "cut o']))
-    found = gpu.read_records(cut)
+    found = read(cut)
     assert len(found) == 3 and all("bench_head" in bench["fullname"] for bench in found)
     assert all(gpu.summarise(bench, LIMITS)["ours_s"] > 0 for bench in found)
 
@@ -192,6 +193,15 @@ def test_a_section_names_machine_rates_and_what_was_missed(tried):
     assert "at an unknown commit on" in publish.sections([], [results])
 
 
+def test_predictions_stand_beside_what_an_h200_measured():
+    name = "bench_gpu_attention.py::bench_dense[triton-cudnn-7B-forward]"
+    for device, cell in (("NVIDIA H200", "5.1 ms"), ("NVIDIA A100", publish.NOT_YET)):
+        section = publish.of_machine_code([{"machine": {"device": device},
+                                            "benchmarks": [{"name": name, "ours_s": 5.1e-3}]}])
+        line, = (line for line in section.splitlines() if line.startswith("| dense, heads of 7B, forward |"))
+        assert line.endswith(f" | {cell} |") and section.count("5.1 ms") == (cell == "5.1 ms")
+
+
 @pytest.mark.slow
 def test_every_benchmark_on_a_gpu_has_shapes_for_a_cpu_and_is_in_one_group():
     """Collected small on a CPU, so that a slip shows before a GPU is there."""
@@ -205,44 +215,11 @@ def test_every_benchmark_on_a_gpu_has_shapes_for_a_cpu_and_is_in_one_group():
         words = re.sub(r"\b(?!and\b|or\b|not\b)\w+", lambda word: str(word[0] in name), group.names)
         return file == group.file and eval(words or "True")
 
+    predicted = {names[-1] for names in (*predict.row_passes(), *predict.attention_tasks())} - {""}
+    sizes = {str(predict.SCORED_ROWS): "16", "[896-": "[16-", "[3584-": "[32-"}  # and on a CPU
+    small = {functools.reduce(lambda name, size: name.replace(size, sizes[size]), sizes, name) for name in predicted}
+    assert small <= set(re.findall(r"bench_gpu_\S+", done.stdout))
     found = set(re.findall(r"bench_gpu_(\w+)\.py::(\w+)", done.stdout))
     assert {group.file for group in groups} == {file for file, _ in found} == files.keys()
     for file, name in found:
         assert sum(takes(group, file, name) for group in groups) == 1, name
-
-
-def test_the_tuner_keeps_what_is_faster_and_rewrites_the_table(tmp_path):
-    path = tmp_path / "tuned.py"
-    path.write_text(Path(tuned.__file__).read_text())
-    found = {("sm_90", "attention", (2, 64), "forward"): ({"ROWS": 64}, "a GPU, x1.20")}
-    for table in (found, {}, found | {("sm_80", "topk_unmask", 2, "linear"): ({"num_warps": 4}, "another")}):
-        tune.rewrite(path, table)
-        names = {}
-        exec(path.read_text(), names)
-        assert names["TILES"] == table
-    settings = {"forward": {"ROWS": 128, "num_warps": 8}, "few": {"ROWS": 1}}
-    tiles = {(2, 64): dict(settings), (2, 32): dict(settings)}
-    names["architecture"] = lambda: "sm_90"
-    assert names["apply"]("attention", tiles)[2, 64] == {"forward": {"ROWS": 64, "num_warps": 8}, "few": {"ROWS": 1}}
-    assert tiles[2, 32] == settings
-
-
-@pytest.mark.slow
-def test_the_tuner_runs_in_the_interpreter(tmp_path):
-    pytest.importorskip("triton")
-    path = tmp_path / "tuned.py"
-    path.write_text(Path(tuned.__file__).read_text())
-    program = ("import sys; from tests import interpreter; interpreter.pytest_configure()\n"
-               "from benchmarks import tune; sys.exit(tune.main())")
-    done = subprocess.run(
-        [sys.executable, "-c", program, "topk_unmask", "attention", "--limit", "1", "--table", str(path)], cwd=ROOT,
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "BENCH_DEVICE": "cpu",
-                                             "BENCH_SMALL": "1", "TRITON_INTERPRET": "1"})
-    assert done.returncode == 0, done.stderr
-
-
-def test_the_tuner_names_what_it_cannot_tune(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["benchmarks.tune", "sampling"])
-    with pytest.raises(SystemExit, match="2"):
-        tune.main()
-    assert "there are no tiles to tune for sampling" in capsys.readouterr().err

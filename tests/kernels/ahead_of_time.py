@@ -1,7 +1,7 @@
 """The program that compiles every Triton kernel to machine code without a GPU, and prints what came out.
 
 With "every" or "one" for NVIDIA, by the Triton that is imported; with "hip" one variant of each kernel for AMD's MI300,
-where nothing has been run.
+where nothing has been run. Of those that benchmarks/machine_code.json has counts of, it counts the machine code.
 """
 
 import json
@@ -139,29 +139,54 @@ def compile_for_amd() -> dict[str, int]:
     return shared
 
 
+def counted_as(name: str, dtype: str, chosen: dict, absent: set[str]) -> str | None:
+    """The name of a variant's counts for Hopper in benchmarks/machine_code.json, None if it has none."""
+    if dtype != "bf16":
+        return None
+    if name == "chunk" and chosen["GRADIENT"] and "softcap" in absent:
+        return "loss"
+    if name == "unmask_statistics" and chosen["MEASURE"] == "prob":
+        return "scores" if "temperature" in absent else "scores sampled"
+    if name == "unmask_linear_statistics" and chosen["MEASURE"] == "prob":
+        return "head"
+    if name == "attention_few" or chosen.get("MASK") in ("all", "diffusion"):
+        return f"{name.removeprefix('attention_')} {chosen['MASK']} {chosen['E']}"
+    return None
+
+
 def compile_all(each_for: str) -> list[dict]:
-    """Each variant for one compute capability: products for Hopper, the others in turn.
+    """Each variant for one compute capability: products and what is counted for Hopper, the others in turn.
 
     With "every" the first variant of each kernel and dtype is compiled for all of them.
     """
     import triton
     from triton.backends.compiler import GPUTarget
 
+    from benchmarks import machine_code
+
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     found, seen = [], set()
     for i, (name, dtype, kernel, chosen, absent, *capabilities) in enumerate(cases()):
+        label = counted_as(name, dtype, chosen, absent)
         if not capabilities and (each_for == "one" or (name, dtype) in seen):
-            capabilities = [90 if name in PRODUCTS else [*SHARED_BYTES][i % len(SHARED_BYTES)]]
+            capabilities = [90 if name in PRODUCTS or label else [*SHARED_BYTES][i % len(SHARED_BYTES)]]
         seen.add((name, dtype))
         for capability in capabilities or SHARED_BYTES:
             compiled = compile_one(GPUTarget("cuda", capability, 32), name, dtype, kernel, chosen, absent)
             with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
                 file.write(compiled.asm["cubin"])
                 file.flush()
-                usage = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True,
-                                       check=True).stdout
+                usage, code = (subprocess.run([tools / "cuobjdump", option, file.name], capture_output=True, text=True,
+                                              check=True).stdout if wanted else "" for option, wanted in (
+                    ("-res-usage", True), ("-sass", label and capability == 90)))
             registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+            counts = None
+            if code:
+                counts = (machine_code.product_counts(code, chosen, registers, compiled.metadata.shared)
+                          if "HGMMA" in code else machine_code.row_counts(code, registers))._asdict()
             found.append({"kernel": name, "dtype": dtype, "without": sorted(absent), "capability": capability,
+                          "compiler": f"Triton {triton.__version__}", "counts": counts,
+                          "counted_as": label if code else None,
                           "settings": {key: value for key, value in chosen.items() if not key.startswith("num_")},
                           "registers": registers, "stack": stack, "shared": compiled.metadata.shared,
                           "wgmma": "wgmma.mma_async" in compiled.asm["ptx"],

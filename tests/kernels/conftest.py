@@ -6,7 +6,25 @@ from pathlib import Path
 
 import pytest
 
+from dllm_kernels import triton_support
+
 HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def run_interpreted(run_interpreted) -> Callable[[str], None]:
+    """As elsewhere, but skips where this process can run the file's other tests."""
+    if triton_support.missing() is None:
+        pytest.skip("the tests below run in this process")
+    return run_interpreted
+
+
+@pytest.fixture(autouse=True)
+def where_triton_runs(request) -> None:
+    """Of a file that runs again in the interpreter, skips the other tests where Triton's kernels cannot run."""
+    again = getattr(request.module, "test_in_the_interpreter", None)
+    if again is not None and request.function is not again and (reason := triton_support.missing()):
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")

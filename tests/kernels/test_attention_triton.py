@@ -1,47 +1,29 @@
 """The Triton kernels of attention against float64, on a GPU or in Triton's interpreter.
 
-Without a GPU the first test runs this file again in a process of its own (conftest.py). The interpreter is wrong on
-bf16.
+Without a GPU the first test runs this file again in a process of its own (conftest.py).
 """
 
-import os
 from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
 
-from dllm_kernels import (
-    bidirectional_attention,
-    bidirectional_attention_varlen,
-    block_diffusion_attention,
-    triton_support,
-)
+from dllm_kernels import bidirectional_attention, bidirectional_attention_varlen, block_diffusion_attention
 from dllm_kernels.attention import TRITON, Mask, reference, sdpa
-from tests.kernels.turns import with_dtypes
+from tests.kernels.triton_cases import DEVICE, DTYPES, INTERPRETED, with_dtypes
 
 pytest.importorskip("triton")
 from dllm_kernels.attention import triton_kernels  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-RUNS = triton_support.missing() is None
-DEVICE = "cpu" if INTERPRETED or not RUNS else "cuda"
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 LENGTHS = [0, 1, 31, 0, 33, 65]  # of packed documents
 
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(RUNS, reason="the tests below run in this process")
 def test_in_the_interpreter(run_interpreted):
     run_interpreted(__file__)
-
-
-@pytest.fixture(autouse=True)
-def where_triton_runs(request):
-    if not RUNS and request.function is not test_in_the_interpreter:
-        pytest.skip(triton_support.missing())
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import importlib.util
 import inspect
-import json
 import os
 import re
 import shutil
@@ -14,7 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from benchmarks import gpu_kit, predict
+from benchmarks import gpu_kit, machine_code, predict
 from dllm_kernels import native_extension
 from tests.compiled import CSRC, make_once, version_of
 
@@ -98,12 +97,14 @@ def test_kernels_read_16_bytes_at_once(extension):
 @pytest.mark.slow
 @needs_disassembler
 def test_the_machine_code_allows_what_is_promised_and_the_page_says_what_it_counts(extension):
-    counts = predict.count(extension.library, disassembler())
+    counts = machine_code.count_extension(extension.library, disassembler())
     for sizes in predict.LOSS_SHAPES.values():
         assert predict.loss_against_products(counts["loss"], *sizes)[1] <= predict.LOSS_AT_MOST
-    assert predict.scores_against_copy(counts["scores"])[1] >= predict.SCORES_AT_LEAST
-    if f"release {json.loads(predict.COUNTS.read_text())['nvcc']}," in version_of("nvcc"):
-        assert counts == predict.read(), "python -m benchmarks.predict EXTENSION.so CUOBJDUMP, then benchmarks.publish"
+    assert predict.scores_against_copy(counts["scores"], "cuda")[1] >= predict.SCORES_AT_LEAST
+    compiler = "nvcc " + re.search(r"release ([\d.]+)", version_of("nvcc"))[1]
+    if compiler in machine_code.read():
+        assert counts == machine_code.read()[compiler], (
+            "python -m benchmarks.machine_code EXTENSION.so CUOBJDUMP, then benchmarks.publish")
 
 
 @pytest.mark.slow

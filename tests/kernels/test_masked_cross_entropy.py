@@ -181,6 +181,26 @@ def test_a_training_step_takes_three_products_and_a_loss_per_position_four(chunk
                                                                backend="reference")) == one
 
 
+@reductions
+def test_rows_that_are_not_corrupted_count_for_nothing_where_their_number_is_on_the_device(reduction, monkeypatch):
+    """As on a GPU, where they come last in a chunk: out of range, their targets would make loss and gradients NaN."""
+    *tensors, targets, corrupted, weights = make(33, 16, 101)
+    targets = targets.masked_fill(~corrupted, -100)
+
+    def run():
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        loss, nll = linear_masked_cross_entropy(
+            *leaves[:2], targets, corrupted, bias=leaves[2], weights=weights, probability_weights=weights,
+            reduction=reduction, return_nll=True, workspace_bytes=4 * 104 * 8, backend="reference")
+        return loss, nll, *torch.autograd.grad(loss.sum(), leaves)
+
+    known = run()
+    monkeypatch.setattr(products, "_corrupted_first", lambda scored: (
+        scored.corrupted.byte().argsort(descending=True, stable=True), scored.corrupted.sum()))
+    for ours, theirs in zip(run(), known, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-6 * theirs.abs().max()
+
+
 @needs_cpu_backend
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_what_is_frozen_costs_no_product_on_the_cpu(frozen, monkeypatch):

@@ -1,10 +1,8 @@
 """The Triton kernels of masked cross-entropy against float64, on a GPU or in Triton's interpreter.
 
-Without a GPU the first test runs this file again in a process of its own (conftest.py). The interpreter is wrong on
-bf16.
+Without a GPU the first test runs this file again in a process of its own (conftest.py).
 """
 
-import os
 from itertools import product
 
 import pytest
@@ -19,15 +17,11 @@ from dllm_kernels import (
 )
 from dllm_kernels.masked_cross_entropy import LINEAR_BACKENDS, LOGITS_BACKENDS, products
 from dllm_kernels.masked_cross_entropy.rows import Form, Linear, Scored
-from tests.kernels.turns import with_dtypes
+from tests.kernels.triton_cases import DEVICE, DTYPES, INTERPRETED, with_dtypes
 
 pytest.importorskip("triton")
 from dllm_kernels.masked_cross_entropy import triton_kernels  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-RUNS = triton_support.missing() is None
-DEVICE = "cpu" if INTERPRETED or not RUNS else "cuda"
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 SHAPES = [(1, 3, 2), (7, 5, 41), (33, 16, 1001), (70, 48, 300)]  # N, D, V
 REDUCTIONS, FORM = ["mean", "sum", "none"], Form("mean", None)
 
@@ -35,15 +29,8 @@ reductions = pytest.mark.parametrize("reduction", REDUCTIONS)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(RUNS, reason="the tests below run in this process")
 def test_in_the_interpreter(run_interpreted):
     run_interpreted(__file__)
-
-
-@pytest.fixture(autouse=True)
-def where_triton_runs(request):
-    if not RUNS and request.function is not test_in_the_interpreter:
-        pytest.skip(triton_support.missing())
 
 
 @pytest.fixture

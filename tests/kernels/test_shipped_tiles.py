@@ -5,7 +5,6 @@ and tiles that could go wrong. Without a GPU the first test runs this file again
 """
 
 import importlib
-import os
 
 import pytest
 import torch
@@ -13,14 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dllm_kernels as dk
-from dllm_kernels import triton_support
 from dllm_kernels.dispatch import runnable
+from tests.kernels.triton_cases import DEVICE, DTYPES, INTERPRETED
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-RUNS = triton_support.missing() is None
-DEVICE, DTYPE = ("cpu", torch.float16) if INTERPRETED or not RUNS else ("cuda", torch.bfloat16)
+DTYPE = DTYPES[-1]  # of 16 bits
 MOST_KERNELS = 80  # compiled by a GPU: a second each on one core
 attention, masked_cross_entropy, topk_unmask = (  # whose names the package has for functions
     importlib.import_module(f"dllm_kernels.{name}") for name in ("attention", "masked_cross_entropy", "topk_unmask"))
@@ -29,15 +26,8 @@ B, L, V, MASK = 2, 80, 1001, 3
 
 @pytest.mark.exhaustive
 @pytest.mark.slow
-@pytest.mark.skipif(RUNS, reason="the tests below run in this process")
 def test_in_the_interpreter(run_interpreted):
     run_interpreted(__file__)
-
-
-@pytest.fixture(autouse=True)
-def where_triton_runs(request):
-    if not RUNS and request.function is not test_in_the_interpreter:
-        pytest.skip(triton_support.missing())
 
 
 pytestmark = pytest.mark.gpu

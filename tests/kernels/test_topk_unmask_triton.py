@@ -1,13 +1,11 @@
 """The Triton kernels of unmasking against the reference, on a GPU or in Triton's interpreter.
 
-Without a GPU the first test runs this file again in a process of its own (conftest.py). The interpreter is wrong on
-bf16.
+Without a GPU the first test runs this file again in a process of its own (conftest.py).
 The tokens must be those of the reference. Rounding decides where u is within some 1e-7 of where the token changes: in
 none of the draws here, whose uniforms are fixed.
 """
 
 import math
-import os
 from itertools import product
 
 import pytest
@@ -15,19 +13,14 @@ import torch
 import torch.nn.functional as F
 
 import dllm_kernels
-from dllm_kernels import triton_support
 from dllm_kernels.topk_unmask import random, reference, selection
 from dllm_kernels.topk_unmask.allowed import pack, width
 from dllm_kernels.topk_unmask.settings import Rows, Sampling, Selection
-from tests.kernels.turns import with_dtypes
+from tests.kernels.triton_cases import DEVICE, DTYPES, INTERPRETED, with_dtypes
 
 pytest.importorskip("triton")
 from dllm_kernels.topk_unmask import triton_kernels  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-RUNS = triton_support.missing() is None
-DEVICE = "cpu" if INTERPRETED or not RUNS else "cuda"
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 CONFIDENCES = ["prob", "margin", "entropy", "random"]
 FILTERS = [(3, None), (None, 0.8), (40, 0.9), (None, 1e-6)]  # top_k, top_p
 
@@ -35,15 +28,8 @@ on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(RUNS, reason="the tests below run in this process")
 def test_in_the_interpreter(run_interpreted):
     run_interpreted(__file__)
-
-
-@pytest.fixture(autouse=True)
-def where_triton_runs(request):
-    if not RUNS and request.function is not test_in_the_interpreter:
-        pytest.skip(triton_support.missing())
 
 
 @pytest.fixture

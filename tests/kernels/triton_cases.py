@@ -1,9 +1,16 @@
-"""Cases of the tests of Triton's kernels, thinned where the interpreter runs them."""
+"""Where the tests of Triton's kernels run, and their cases, thinned where the interpreter runs them."""
 
 import itertools
 from collections.abc import Iterable
 
 import pytest
+import torch
+
+from dllm_kernels import triton_support
+
+INTERPRETED = triton_support.interpreted()
+DEVICE = "cuda" if triton_support.missing() is None and not INTERPRETED else "cpu"
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")  # the interpreter is wrong on bf16
 
 
 def with_dtypes(names: str, cases: Iterable, dtypes: list):
