@@ -130,7 +130,7 @@ def expand_home(given: Any, *names: str) -> None:
 
 def check_kind(name: str, value: Any, its: Setting) -> None:
     """Raises: UserError if a value is not of the kind of the field."""
-    if its.many:
+    if its.many and not (value is None and its.optional):
         fits = isinstance(value, list | tuple) and all(_is(item, its) for item in value)
         require(name, value, fits, _MANY[its.kind])
     else:

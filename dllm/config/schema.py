@@ -13,6 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from dllm.config.fields import check, expand_home, require, setting, settings_of
+from dllm.config.names import Schedules
 from dllm.errors import UserError
 
 _SHAPE = ("family", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -138,7 +139,7 @@ class TrainGroup:
     path_term: bool = setting(False, "mdm: add Open-dLLM's planner term (P2)")
     mask_at_least_one: bool = setting(False, "mdm: mask a token of every document, whatever its time")
     corrupt_prompt: bool = setting(False, "mdm: mask also the prompts of conversations, as Open-dLLM does")
-    schedule: Literal["linear", "cosine", "polynomial"] = setting("linear", "corruption over time")
+    schedule: Schedules = setting("linear", "corruption over time")
     repr_align_wt: float = setting(
         0.0, "weight of aligning hidden states with those of model.model_path, causal and frozen", at_least=0)
     anneal_attention_ratio: float = setting(

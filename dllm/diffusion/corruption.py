@@ -20,11 +20,19 @@ class Schedule(NamedTuple):
     weight: Callable[[Tensor], Tensor]  # -alpha'(t) / (1 - alpha(t))
 
 
+def _kept_as_power(n: int) -> Schedule:
+    """alpha(t) = (1 - t)**n: discrete flow matching keeps the share kappa = (1 - t)**n (arXiv:2407.15595 square,
+    2506.09018 cube)."""
+    return Schedule(lambda t: (1 - t)**n, lambda t: n * (1 - t)**(n - 1) / -torch.expm1(n * torch.log1p(-t)))
+
+
 SCHEDULES: Mapping[str, Schedule] = {
     "linear": Schedule(lambda t: 1 - t, lambda t: 1 / t),
     "cosine": Schedule(lambda t: 1 - torch.cos(math.pi / 2 * (1 - t)),
                        lambda t: math.pi / 2 * torch.tan(math.pi / 2 * (1 - t))),
     "polynomial": Schedule(lambda t: 1 - t**2, lambda t: 2 / t),
+    "square": _kept_as_power(2),
+    "cube": _kept_as_power(3),
 }
 
 

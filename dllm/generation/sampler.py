@@ -198,7 +198,7 @@ class Denoising:
         # Counting the masked positions waits for a GPU. Where every step commits as many as the strategy chose, only
         # the last step of a block counts. (A model that predicts the mask token commits fewer.)
         self.recount = (self.tokens.device.type == "cpu" or config.constraint is not None or config.stop_at_eos
-                        or self.gap is not None or config.method == "remdm")
+                        or self.gap is not None or config.remasks_at_random)
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[CanvasStep]:
@@ -245,7 +245,7 @@ class Denoising:
         if self.config.editing_threshold is not None:
             editing = (rows.size > 0) & ~rows.settled & (rows.edits < self.config.max_post_steps)
             return (rows.left > 0) | editing
-        return rows.size > 0 if self.config.method == "remdm" else rows.left > 0
+        return rows.size > 0 if self.config.remasks_at_random else rows.left > 0
 
     def _count(self, rows: RowCounts, step: Step, confidence: Tensor | None) -> None:
         """Update the counts after a step."""
@@ -324,7 +324,7 @@ class Denoising:
 
     def _uniform(self, draw: int) -> Tensor | None:
         config = self.config
-        if config.temperature > 0 or config.alg_temp > 0 or config.method in ("origin", "random", "remdm"):
+        if config.temperature > 0 or config.alg_temp > 0 or config.method in ("origin", "random", "remdm", "flow"):
             return philox_uniform(self.seed, self.sequence, draw, self.scorer.position_ids)
         return None
 

@@ -193,19 +193,60 @@ def commit_at_random(step: Step, scorer: Scorer) -> Update:
     return Update(torch.where(chosen, scored.tokens, step.tokens), scored.confidence)
 
 
-def commit_and_remask_at_random(step: Step, scorer: Scorer, *, rate: float) -> Update:
-    """`commit_at_random` that masks committed positions again with probability sigma = min(rate, s / (1 - t)), and
-    commits the more for it, so that as many are masked at each time (ReMDM-cap, arXiv:2503.00307)."""
-    t, s = (time.double() for time in step.times())
-    again = (s / (1 - t)).clamp(max=rate).masked_fill((t == 1) | step.last, 0.0)
-    commit = ((1 - s - (1 - again) * (1 - t)) / t).masked_fill(step.last, 1.0)
+def commit_and_remask_at_random(step: Step, scorer: Scorer, *,
+                                chances: Callable[[Step], tuple[Tensor, Tensor]]) -> Update:
+    """Commit each masked position by chance, and mask each committed one again by chance.
+
+    chances: of a step the two probabilities, fp64 [B] or [1]: `remdm_chances` or `flow_chances`.
+    """
+    commit, again = chances(step)
     drawn = step.uniform[..., 1]
-    tokens = torch.where(step.editable & ~step.masked & (drawn < step.chances(again)), step.mask_token_id, step.tokens)
-    chosen = step.masked & (drawn < step.chances(commit))
+    again, commit = step.chances(again.masked_fill(step.last, 0.0)), step.chances(commit.masked_fill(step.last, 1.0))
+    tokens = torch.where(step.editable & ~step.masked & (drawn < again), step.mask_token_id, step.tokens)
+    chosen = step.masked & (drawn < commit)
     if not chosen.any():
         return Update(tokens, None)
     scored = scorer.score(chosen)
     return Update(torch.where(chosen, scored.tokens, tokens), scored.confidence)
+
+
+def remdm_chances(step: Step, *, rate: float) -> tuple[Tensor, Tensor]:
+    """A committed position is masked again with sigma = min(rate, s / (1 - t)) (ReMDM-cap, arXiv:2503.00307)."""
+    t, s = (time.double() for time in step.times())
+    again = (s / (1 - t)).clamp(max=rate).masked_fill(t == 1, 0.0)
+    return commit_for(1 - t, 1 - s, again), again
+
+
+def flow_chances(step: Step, *, schedule: str, rule: str,
+                 corrector: tuple[float, float, float] | None) -> tuple[Tensor, Tensor]:
+    """Discrete flow matching with a mask source ("Mask DFM", arXiv:2407.15595).
+
+    The flow time t = i / n runs from 0 to 1, kappa is the share that the schedule keeps. Masked positions are committed
+    at the rate (1 + beta) kappa' / (1 - kappa), committed ones masked again at beta kappa' / kappa, with the corrector
+    beta = A t^a (1 - t)^b. A step of length h changes a position at rate r with the probability that `rule` names:
+    euler min(1, h r); exponential 1 - exp(-h r); exact what keeps as many committed as the path does: it is ReMDM's
+    step with sigma = h beta kappa' / kappa, at most what a step can make good.
+    """
+    kept, weight = SCHEDULES[schedule]
+    t, h = step.index.double() / step.total, 1 / step.total.double()
+    now, then = kept(1 - t), kept(1 - (step.index + 1).double() / step.total)
+    fill, scale = weight(1 - t), torch.zeros_like(t)
+    if corrector is not None:
+        factor, a, b = corrector
+        scale = factor * t**a * (1 - t)**b
+    back = torch.where(now > 0, scale * fill * (1 - now) / now, 0.0)  # at t = 0 nothing is committed
+    if rule == "exact":
+        again = torch.minimum(h * back, (1 - then) / now).clamp(max=1)
+        return commit_for(now, then, again), again
+    commit, again = h * (1 + scale) * fill, h * back
+    return (-torch.expm1(-commit), -torch.expm1(-again)) if rule == "exponential" else (
+        commit.clamp(max=1), again.clamp(max=1))
+
+
+def commit_for(now: Tensor, then: Tensor, again: Tensor) -> Tensor:
+    """With which probability masked positions are committed, so that the share committed goes from `now` to `then`
+    although each committed one is masked again with probability `again`."""
+    return (then - (1 - again) * now) / (1 - now)
 
 
 def plan_and_remask(step: Step, scorer: Scorer) -> Update:
@@ -230,7 +271,8 @@ STRATEGIES: Mapping[str, Strategy] = {
     "entropy": partial(commit_most_confident, confidence="entropy"),
     "topk_margin": partial(commit_most_confident, confidence="margin"),
     "p2": plan_and_remask,
-    "remdm": commit_and_remask_at_random,
+    "remdm": commit_and_remask_at_random,  # these two with chances of their own
+    "flow": commit_and_remask_at_random,
     "confidence_threshold": commit_above_in_time,
 }
 # LLaDA's, by the names of its `remasking`
@@ -263,7 +305,10 @@ def choose_strategy(config: MDMGenerationConfig, block_length: int | None, steps
     if name == "confidence_threshold" and block_length is None:
         return partial(commit_above_in_time, steps=steps, threshold=threshold)
     if name == "remdm":
-        return partial(commit_and_remask_at_random, rate=config.remask_rate)
+        return partial(commit_and_remask_at_random, chances=partial(remdm_chances, rate=config.remask_rate))
+    if name == "flow":
+        return partial(commit_and_remask_at_random, chances=partial(
+            flow_chances, schedule=config.flow_schedule, rule=config.flow_rule, corrector=config.corrector))
     if config.expand_token_id is not None:
         return partial(commit_surest, confidence=CONFIDENCES[name])
     if threshold is not None:
