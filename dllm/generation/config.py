@@ -33,7 +33,7 @@ class MDMGenerationConfig:
                                   at_most=1, none="all tokens")
     top_k: int | None = setting(None, "then keep the k most likely tokens; 0: all", at_least=0, none="all tokens",
                                 per_request=True)
-    alg: Literal["origin", "maskgit_plus", "entropy", "topk_margin", "p2", "remdm", "flow",
+    alg: Literal["origin", "maskgit_plus", "entropy", "topk_margin", "p2", "remdm", "flow", "edit",
                  "confidence_threshold"] = setting(
         "entropy", "how a step chooses the positions it commits", per_request=True)
     alg_temp: float = setting(0.0, "Gumbel noise on the confidences, in their units; without effect on p2 and origin",
@@ -66,13 +66,18 @@ class MDMGenerationConfig:
         per_request=True)
     remask_rate: float = setting(0.02, "remdm: the largest probability that a step masks a committed token again",
                                  at_least=0, at_most=1, per_request=True)
-    flow_schedule: Schedules = setting("cube", "flow: the share committed over time", per_request=True)
+    flow_schedule: Schedules = setting("cube", "flow, edit: the share done over time", per_request=True)
     flow_rule: Literal["exact", "exponential", "euler"] = setting(
-        "exact", "flow: the probability of a change in a step of length h at rate r: that of the schedule itself; "
+        "exact", "flow, edit: the probability of a change in a step of length h at rate r: that of the schedule; "
         "1 - exp(-h r), as in flow_matching; or min(1, h r), as in Gat et al.", per_request=True)
     corrector: tuple[float, ...] | None = setting(
-        None, "flow: A, a, b. At flow time t, from 0 to 1, tokens are masked again at A t^a (1-t)^b times the rate of "
-        "the path backwards, and committed the more for it", at_least=0, none="off", per_request=True)
+        None, "flow, edit: A, a, b. At flow time t, from 0 to 1, tokens are masked again (edit: deleted) at "
+        "A t^a (1-t)^b times the rate of the path backwards, and committed the more for it", at_least=0, none="off",
+        per_request=True)
+    edit_source: Literal["empty", "masks", "uniform"] = setting(
+        "empty", "edit: what a gap holds at first: nothing, masks, or uniform words; as the model was trained",
+        per_request=True)
+    edit_source_length: int = setting(64, "edit: so many masks or words", at_least=1, per_request=True)
     cfg_scale: float = setting(
         0.0, "classifier-free guidance: logits + cfg_scale * (logits - those without the prompt)", at_least=0,
         below=float("inf"), per_request=True)
@@ -133,10 +138,12 @@ class MDMGenerationConfig:
             raise UserError("editing_threshold needs remasking low_confidence_dynamic (LLaDA2.1)")
         if self.schedule != "even" and (name != "low_confidence" or bounded):
             raise UserError(f"schedule {self.schedule} needs remasking low_confidence without threshold and factor")
-        for setting_name in ("flow_schedule", "flow_rule", "corrector"):
+        for setting_name, algs in (("flow_schedule", ("flow", "edit")), ("flow_rule", ("flow", "edit")),
+                                   ("corrector", ("flow", "edit")), ("edit_source", ("edit",)),
+                                   ("edit_source_length", ("edit",))):
             its = settings_of(MDMGenerationConfig)[setting_name]
-            if getattr(self, setting_name) != its.default and name != "flow":
-                raise UserError(f"{setting_name} needs alg flow, and no remasking; the method is {name}")
+            if getattr(self, setting_name) != its.default and name not in algs:
+                raise UserError(f"{setting_name} needs alg {' or '.join(algs)}, and no remasking; the method is {name}")
         if self.corrector is not None and len(self.corrector) != 3:
             raise UserError(f"corrector must be the three numbers A, a, b, as in 5,0.25,0.5, not {self.corrector}")
         if self.expand_token_id is not None and (name not in CONFIDENCES or self.remasking or bounded):
@@ -160,6 +167,11 @@ class MDMGenerationConfig:
         return self.remasking or self.alg
 
     @property
+    def edits(self) -> bool:
+        """Whether tokens are inserted and deleted, so that texts change their lengths."""
+        return self.method == "edit"
+
+    @property
     def remasks_at_random(self) -> bool:
         """Whether any step may mask committed tokens again, so that a row is at work until its last step."""
         return self.method == "remdm" or self.corrector is not None
@@ -167,7 +179,7 @@ class MDMGenerationConfig:
     @property
     def rewrites(self) -> bool:
         """Whether a committed token may still change."""
-        return self.method == "p2" or self.remasks_at_random or self.editing_threshold is not None
+        return self.method in ("p2", "edit") or self.remasks_at_random or self.editing_threshold is not None
 
 
 def _as_tokens(name: str, value: Any) -> tuple[int, ...]:
