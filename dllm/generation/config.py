@@ -195,7 +195,7 @@ def _as_tokens(name: str, value: Any) -> tuple[int, ...]:
 
 # Settings that a generation_config.json may give. The mask token and the tokens that end a text are the model's.
 _PUBLISHED = ("max_new_tokens", "steps", "temperature", "top_p", "top_k", "alg", "alg_temp", "eps", "block_length",
-              "threshold", "remasking")
+              "threshold", "remasking", "edit_source", "edit_source_length")
 
 
 def published_settings(raw: Mapping[str, Any] | None) -> dict[str, Any]:

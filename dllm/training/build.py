@@ -87,6 +87,10 @@ def open_run(config: Config, resumed: Checkpoint | None, world: World) -> tuple[
     data = data or open_data(tokenizer)
     if config.data.data_type == "conversation":
         name_answer_ends(model, tokenizer)
+    if config.train.objective == "edit":
+        source = {"edit_source": config.train.edit_source, "edit_source_length": config.train.source_tokens} if \
+            config.train.source_tokens else {}
+        model.generation_defaults = {**(model.generation_defaults or {}), "alg": "edit", **source}
     return tokenizer, model, data
 
 

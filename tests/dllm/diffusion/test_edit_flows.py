@@ -122,6 +122,38 @@ def test_a_training_step_of_a_published_model_gives_the_recorded_gradients(share
         assert (ours.grad - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
+@pytest.mark.parametrize("name", ["demo_cubic11", "demo_t3"])
+def test_rates_with_the_time_in_them_give_the_same_loss_but_for_a_constant(shared, name):
+    """Recorded: sum of the rates lambda - w sum log(lambda Q). With lambda = w r ours lacks w log w for each edit."""
+    z = np.load(shared / "golden" / "editflow" / "loss_demo.npz")
+    z = {key.removeprefix(name + "_"): torch.as_tensor(value) for key, value in z.items() if key.startswith(name)}
+    z0, z1, real = ([row[row < 129].tolist() for row in z[side].masked_fill(z[side] == 130, -1)] for side in
+                    ("z0", "z1", "z1"))
+    weight = (z["dkappa"] / (1 - z["kappa"])).squeeze(1)
+    columns, shown = recorded_path(z0, z1, z["u_z"], z["kappa"].squeeze(1))
+    noisy, targets = make_edits(columns, shown, weight[columns.document], 1 - z["t"].squeeze(1), "linear",
+                                pack([[token for token in row if token >= 0] for row in real]), inserts_only=False,
+                                shift=False)
+    seen = ~z["pad"]
+    assert torch.equal(noisy.tokens, z["xt"][seen])
+    targets, document = normalised(targets, weight, torch.ones(3), noisy)
+    w = weight[document].unsqueeze(1)
+    # The recorded outputs are before softplus and in the order insert, substitute, delete.
+    raw = z["raw_rates"][seen].clone().requires_grad_()
+    sub, ins = (z[kind][seen].float().clone().requires_grad_() for kind in ("sub_logits", "ins_logits"))
+    factored = F.softplus(raw[:, [1, 2, 0]]) / w
+    inverse = factored + torch.log(-torch.expm1(-factored))
+    one, none = torch.eye(sub.shape[1]), torch.zeros(sub.shape[1], sub.shape[1])
+    sums = sum_edit_losses(torch.cat((sub, ins), 1), torch.cat((one, none), 1), torch.cat((none, one), 1), inverse,
+                           targets, backend="reference")
+    constant = (targets.weights * weight[document][targets.rows].log()).sum()
+    assert torch.allclose(sums.loss - constant, z["loss"], rtol=1e-4)
+    sums.loss.backward()
+    for leaf, kind in ((raw, "raw_rates"), (sub, "sub_logits"), (ins, "ins_logits")):
+        expected = z["d_" + kind][seen].float()
+        assert (leaf.grad - expected).abs().max() <= 2e-4 * expected.abs().max()
+
+
 @pytest.mark.parametrize("index", range(8))
 def test_localized_edits_spread_as_recorded(shared, index):
     case = json.loads((shared / "golden" / "editflow" / "localized_community.json").read_text())[index]
