@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dllm.errors import UserError
+from dllm.evaluators.edit_likelihood import EditLikelihood, bound_edits
 from dllm.evaluators.likelihood import Likelihood, bound_likelihood
 from dllm.generation import infilling, sampler
 from dllm.generation.canvas import fit_folder_settings
@@ -74,6 +75,10 @@ class DiffusionLM(Transformer):
     def perplexity_bound(self, input_ids: Any, attention_mask: Any = None, **settings) -> Likelihood:
         """Bound the negative log-likelihood of sequences; see `evaluators.likelihood.bound_likelihood`."""
         return bound_likelihood(self, *read_prompts(self, input_ids, attention_mask, name="input_ids"), **settings)
+
+    def edit_bound(self, input_ids: Any, attention_mask: Any = None, **settings) -> EditLikelihood:
+        """Bound the likelihood of texts written by insertions, up to a cut; see `evaluators.edit_likelihood`."""
+        return bound_edits(self, input_ids, attention_mask, **settings)
 
     def _mdm_sample(self, x: Tensor, attention_mask: Tensor | None = None,
                     generation_config: MDMGenerationConfig | None = None) -> GenerationOutput:
