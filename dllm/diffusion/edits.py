@@ -8,7 +8,8 @@ r[i] that do not depend on the time, and w = -alpha'(t) / (1 - alpha(t)),
 
     loss = w (sum over the places that may change of r_sub + r_del + r_ins  -  sum over E of log r_kind[i] Q_kind[i](b))
 
-so r_ins learns how many tokens are missing after a place, the others how likely a place is wrong or too many.
+so r_ins learns how many tokens are missing after a place, the others how likely a place is wrong or too many. As the
+rates are without time, a bound on w only weighs late times less; it is 20 here, as in ZHZisZZ/dllm.
 """
 
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from dllm_kernels import linear_masked_cross_entropy, philox_uniform
 
 BLANK = -1
 SUBSTITUTE, DELETE, INSERT = range(3)  # the order of the rates in the published checkpoints
+MAX_WEIGHT = 20.0
 DROPPED = 0.1  # share of plain texts that nothing is given of, so that guidance has something to compare with
 # Draws for documents, for the order of their columns, and for how far edits spread, beyond those of the columns.
 _OF_DOCUMENTS, _OF_ORDER, _OF_SPREAD = 2**24, 2**25, 2**26
@@ -140,13 +142,18 @@ def show(columns: Columns, draws: Draws, times: Tensor, schedule: str, propagati
     index = draws.number(columns.document)
     uniform = draws.of(columns.document, index)[:, 0]
     t = times.float()[columns.document]
-    alpha, weight, when = SCHEDULES[schedule]
+    alpha, _, when = SCHEDULES[schedule]
     if not propagation:
-        return ~columns.editable | (uniform < alpha(t)), weight(t)
+        return ~columns.editable | (uniform < alpha(t)), weigh(t, schedule)
     began = when(uniform) - t.double()  # since a column changed by itself; negative: it has not
     reach = draws.of(columns.document, _OF_SPREAD + index)
     shown, neighbours = spread(columns.document, began, reach, propagation)
-    return ~columns.editable | shown, weight(t) + propagation * neighbours
+    return ~columns.editable | shown, weigh(t, schedule) + propagation * neighbours
+
+
+def weigh(t: Tensor, schedule: str) -> Tensor:
+    """w at the times t, at most MAX_WEIGHT."""
+    return SCHEDULES[schedule].weight(t).clamp(max=MAX_WEIGHT)
 
 
 def spread(document: Tensor, began: Tensor, uniform: Tensor, rate: float) -> tuple[Tensor, Tensor]:
@@ -200,7 +207,7 @@ def make_edits(columns: Columns, shown: Tensor, weight: Tensor, times: Tensor, s
     document = columns.document[present]
     ends = torch.bincount(document, minlength=len(packed.cu_seqlens) - 1)
     cu_seqlens = F.pad(ends.cumsum(0), (1, 0)).int()
-    w = SCHEDULES[schedule].weight(times.float())[document]
+    w = weigh(times.float(), schedule)[document]
     opens = columns.editable | F.pad(columns.editable[1:] & (columns.document[1:] == columns.document[:-1]), (0, 1))
     allowed = torch.stack([columns.editable[present] & (not inserts_only)] * 2 + [opens[present]], 1)
     rate_weights = allowed * w.unsqueeze(1)

@@ -220,7 +220,8 @@ def test_with_an_exact_model_the_share_of_a_text_follows_the_schedule(schedule, 
 
 @pytest.mark.parametrize("settings", [
     {}, {"temperature": 1.0}, {"temperature": 0.7, "cfg_scale": 0.5},
-    {"edit_source": "masks", "edit_source_length": 4}, {"edit_source": "uniform", "edit_source_length": 4, "temperature": 1.0}, {"flow_rule": "exponential"},
+    {"edit_source": "masks", "edit_source_length": 4},
+    {"edit_source": "uniform", "edit_source_length": 4, "temperature": 1.0}, {"flow_rule": "exponential"},
     {"temperature": 1.0, "corrector": (5.0, 0.25, 0.5), "heads": "insert"}])
 @pytest.mark.parametrize("family", ["a2d-qwen3", "qwen3"])
 def test_rows_get_the_same_text_alone_and_in_a_padded_batch_and_prompts_stay(family, settings):
