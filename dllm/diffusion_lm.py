@@ -3,14 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dllm.errors import UserError
+from dllm.evaluators.edit_likelihood import EditLikelihood, bound_edits
 from dllm.evaluators.likelihood import Likelihood, bound_likelihood
 from dllm.generation import infilling, sampler
 from dllm.generation.canvas import fit_folder_settings
 from dllm.generation.config import MDMGenerationConfig, published_settings
-from dllm.generation.inputs import read_prompts
+from dllm.generation.inputs import read_mask, read_prompts
 from dllm.generation.sampler import Denoising, GenerationOutput
 from dllm.model.transformer import ModelOutput, Transformer
 
@@ -49,9 +51,34 @@ class DiffusionLM(Transformer):
         return infilling.infill(self, prefix_ids, suffix_ids, length=length,
                                 generation_config=read_settings(self, generation_config, settings))
 
+    def edit(self, input_ids: Any, attention_mask: Any = None, *, editable: Any = None,
+             generation_config: MDMGenerationConfig | None = None, **settings) -> GenerationOutput:
+        """Edit texts: insert, delete and substitute tokens by a model with heads for edits (Edit Flows).
+
+        Args:
+            input_ids, attention_mask: [B, L] or [L]; see `inputs.read_prompts`.
+            editable: [B, L], one where a token may change and others be inserted after it; None: all but each row's
+                first. max_new_tokens is how many tokens a text may grow by.
+        Returns: sequences [B, L'], padded on the right; attention_mask says where each row ends.
+        Raises: UserError if the model has no such heads, or there is nothing to edit.
+        """
+        ids, mask = read_prompts(self, input_ids, attention_mask, name="input_ids")
+        config = read_settings(self, generation_config, {"alg": "edit", **settings})
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+        may = real & (real.cumsum(1) > 1) if editable is None else read_mask(
+            editable, ids, "input_ids", "editable", "where a token may change and zero elsewhere").to(ids.device)
+        if not may.any(1).all():
+            raise UserError("there is nothing to edit: a text has no token that may change after its first; to write "
+                            "one, use diffusion_generate")
+        return sampler.finish(Denoising(self, ids, config, mask, editable=may))
+
     def perplexity_bound(self, input_ids: Any, attention_mask: Any = None, **settings) -> Likelihood:
         """Bound the negative log-likelihood of sequences; see `evaluators.likelihood.bound_likelihood`."""
         return bound_likelihood(self, *read_prompts(self, input_ids, attention_mask, name="input_ids"), **settings)
+
+    def edit_bound(self, input_ids: Any, attention_mask: Any = None, **settings) -> EditLikelihood:
+        """Bound the likelihood of texts written by insertions, up to a cut; see `evaluators.edit_likelihood`."""
+        return bound_edits(self, input_ids, attention_mask, **settings)
 
     def _mdm_sample(self, x: Tensor, attention_mask: Tensor | None = None,
                     generation_config: MDMGenerationConfig | None = None) -> GenerationOutput:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
-from dllm.config.fields import LayersBackend
+from dllm.config.names import LayersBackend
 from dllm.errors import UserError, did_you_mean
 from dllm.files import decode_text
 

@@ -79,7 +79,9 @@ def run_sample(args: argparse.Namespace) -> int:
     config = fit_folder_settings(model, config, vars(args), len(ids))
     out, seconds, traces = denoise_shown(args, config, model, tokenizer, Gap(ids, ids[:0], config.max_new_tokens),
                                          lambda on_step: generate(model, ids.unsqueeze(0), None, config, on_step))
-    rows = out.sequences.cpu()
+    rows = list(out.sequences.cpu())
+    if out.attention_mask is not None:
+        rows = [row[seen] for row, seen in zip(rows, out.attention_mask.cpu(), strict=True)]
     prompts = [fill_masks(tokenizer, prompt, row[:len(ids)]) for row in rows]
     texts = [decode_after(tokenizer, row[:len(ids)], cut_at_end(tokenizer, row[len(ids):])) for row in rows]
     if not args.watch:

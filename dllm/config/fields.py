@@ -20,8 +20,6 @@ from typing import Any, Literal, NamedTuple
 
 from dllm.errors import UserError
 
-LayersBackend = Literal["auto", "torch", "liger"]  # `Transformer.layers_backend`, a setting of training and of use
-
 _COMPARE = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _MANY = {int: "whole numbers", float: "numbers"}
@@ -132,7 +130,7 @@ def expand_home(given: Any, *names: str) -> None:
 
 def check_kind(name: str, value: Any, its: Setting) -> None:
     """Raises: UserError if a value is not of the kind of the field."""
-    if its.many:
+    if its.many and not (value is None and its.optional):
         fits = isinstance(value, list | tuple) and all(_is(item, its) for item in value)
         require(name, value, fits, _MANY[its.kind])
     else:

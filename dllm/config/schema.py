@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import yaml
 
-from dllm.config.fields import LayersBackend, check, expand_home, require, setting, settings_of
+from dllm.config.fields import check, expand_home, require, setting, settings_of
+from dllm.config.names import LayersBackend, Schedules
 from dllm.errors import UserError
 
 _SHAPE = ("family", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -126,19 +127,25 @@ class TrainGroup:
 
     output_dir: str = setting(MISSING, "folder that gets checkpoints/, metrics.jsonl, config.yaml")
     # Objective
-    objective: Literal["mdm", "elbo", "block_diffusion", "cart", "expansion", "ar"] = setting(
+    objective: Literal["mdm", "elbo", "block_diffusion", "cart", "expansion", "edit", "ar"] = setting(
         "mdm", "equal weights; the bound, 1/t; the bound of blocks (BD3-LM); weights by visible neighbours (Dream); "
-        "gaps of unknown length (DreamOn); next token, causal")
+        "gaps of unknown length (DreamOn); insertions, deletions and substitutions (Edit Flows); next token, causal")
     block_length: int | None = setting(None, "block_diffusion: tokens of a block", above=0)
     causal_blocks: bool | None = setting(
         None, "block_diffusion: a token sees nothing after itself in its block either, so that an autoregressive model "
         "keeps what it knows", none="as the model was trained")
     expand_token_id: int | None = setting(
         None, "expansion: the token that becomes two masked ones; end-of-text deletes one")
+    edit_source: Literal["empty", "masks", "uniform"] | None = setting(
+        None, "edit: what a text is made of: nothing, so that tokens are inserted alone; masks; or uniform words",
+        none="empty")
+    edit_source_length: int | None = setting(None, "edit: tokens of the source masks or uniform", above=0, none="64")
+    edit_propagation: float = setting(
+        0.0, "edit: rate at which a change spreads to its neighbours (localized Edit Flows)", at_least=0)
     path_term: bool = setting(False, "mdm: add Open-dLLM's planner term (P2)")
     mask_at_least_one: bool = setting(False, "mdm: mask a token of every document, whatever its time")
     corrupt_prompt: bool = setting(False, "mdm: mask also the prompts of conversations, as Open-dLLM does")
-    schedule: Literal["linear", "cosine", "polynomial"] = setting("linear", "corruption over time")
+    schedule: Schedules = setting("linear", "corruption over time")
     repr_align_wt: float = setting(
         0.0, "weight of aligning hidden states with those of model.model_path, causal and frozen", at_least=0)
     anneal_attention_ratio: float = setting(
@@ -244,6 +251,7 @@ class TrainGroup:
                 ("causal_blocks", ("block_diffusion",), ""),
                 ("mask_at_least_one", ("mdm",), " (it would bias the bound)"),
                 ("corrupt_prompt", ("mdm",), " (the others model answers to a prompt that is visible)"),
+                *((name, ("edit",), "") for name in ("edit_source", "edit_source_length", "edit_propagation")),
                 ("repr_align_wt", ("mdm", "elbo"), ""),
                 ("anneal_attention_ratio", ("mdm", "elbo"), "")):
             if getattr(self, name) and self.objective not in objectives:
@@ -252,9 +260,20 @@ class TrainGroup:
         if self.objective == "block_diffusion" and self.ulysses_parallel_size > 1:
             raise UserError("train.objective=block_diffusion has two copies of each row in one process: set "
                             "train.ulysses_parallel_size to 1")
+        if self.objective == "edit" and self.ulysses_parallel_size > 1:
+            raise UserError("train.objective=edit learns from edits anywhere in a row: set train.ulysses_parallel_size "
+                            "to 1")
+        if self.edit_source_length and self.edit_source not in ("masks", "uniform"):
+            raise UserError(f"train.edit_source_length {self.edit_source_length} needs train.edit_source=masks or "
+                            "uniform, for the empty source has no tokens; remove one of them")
         if self.objective == "expansion" and self.schedule != "linear":
             raise UserError("train.objective=expansion masks a gap at the rate that is drawn: set train.schedule to "
                             f"linear, not {self.schedule}")
+
+    @property
+    def source_tokens(self) -> int:
+        """Tokens of the source that a text is edited out of."""
+        return (self.edit_source_length or 64) if self.edit_source in ("masks", "uniform") else 0
 
     @property
     def rows_per_step(self) -> int:

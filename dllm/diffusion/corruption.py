@@ -18,13 +18,24 @@ T_MIN = 1 / 500  # drawn times are clamped to [T_MIN, 1 - T_MIN]: it bounds the 
 class Schedule(NamedTuple):
     alpha: Callable[[Tensor], Tensor]  # share of tokens kept at time t
     weight: Callable[[Tensor], Tensor]  # -alpha'(t) / (1 - alpha(t))
+    when: Callable[[Tensor], Tensor]  # the time at which a share is kept, the inverse of alpha
+
+
+def _kept_as_power(n: int) -> Schedule:
+    """alpha(t) = (1 - t)**n: discrete flow matching keeps the share kappa = (1 - t)**n (arXiv:2407.15595 square,
+    2506.09018 cube)."""
+    return Schedule(lambda t: (1 - t)**n, lambda t: n * (1 - t)**(n - 1) / -torch.expm1(n * torch.log1p(-t)),
+                    lambda kept: 1 - kept**(1 / n))
 
 
 SCHEDULES: Mapping[str, Schedule] = {
-    "linear": Schedule(lambda t: 1 - t, lambda t: 1 / t),
+    "linear": Schedule(lambda t: 1 - t, lambda t: 1 / t, lambda kept: 1 - kept),
     "cosine": Schedule(lambda t: 1 - torch.cos(math.pi / 2 * (1 - t)),
-                       lambda t: math.pi / 2 * torch.tan(math.pi / 2 * (1 - t))),
-    "polynomial": Schedule(lambda t: 1 - t**2, lambda t: 2 / t),
+                       lambda t: math.pi / 2 * torch.tan(math.pi / 2 * (1 - t)),
+                       lambda kept: 1 - 2 / math.pi * torch.acos(1 - kept)),
+    "polynomial": Schedule(lambda t: 1 - t**2, lambda t: 2 / t, lambda kept: (1 - kept).sqrt()),
+    "square": _kept_as_power(2),
+    "cube": _kept_as_power(3),
 }
 
 

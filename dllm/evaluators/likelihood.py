@@ -63,6 +63,7 @@ def perplexity_bound(model: Transformer, tokenizer, documents: Sequence[Document
 
     Raises: UserError if there is no text, or windows are longer than the model's positions.
     """
+    check_masked(model)
     settings = settings or HeldOutSettings()
     windows = cut_windows(tokenizer, documents, settings)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -92,6 +93,13 @@ def perplexity_bound(model: Transformer, tokenizer, documents: Sequence[Document
         bits_per_byte_stderr=None if per_byte_error is None else per_byte_error / math.log(2),
         documents=len(set(of_document)), windows=len(windows), tokens=sum(lengths), bytes=sum(sizes),
         samples=settings.samples)
+
+
+def check_masked(model: Transformer) -> None:
+    """Refuse a model that was taught to insert alone, and predicts no masks."""
+    if model.config.edit_heads == "insert":
+        raise UserError("this model writes by insertions and predicts no masks, so it has no bound of masked "
+                        "diffusion; in Python, model.edit_bound(ids) gives the one of insertions")
 
 
 class Likelihood(NamedTuple):
@@ -124,6 +132,7 @@ def bound_likelihood(model: Transformer, input_ids: Tensor, attention_mask: Tens
         batch_tokens: positions of one forward pass; only speed and memory depend on it.
     Raises: UserError if nothing of a sequence is scored, or the first token of one whose model's logits are shifted.
     """
+    check_masked(model)
     input_ids = input_ids.reshape(1, -1) if input_ids.ndim == 1 else input_ids
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     first = real & (real.cumsum(1) == 1)

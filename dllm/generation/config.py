@@ -10,6 +10,7 @@ from operator import index
 from typing import Any, Literal
 
 from dllm.config.fields import check, check_kind, require, setting, settings_of
+from dllm.config.names import Schedules
 from dllm.errors import UserError, did_you_mean
 
 # The score that an algorithm ranks positions by, as dllm_kernels names it. The others have none.
@@ -32,7 +33,8 @@ class MDMGenerationConfig:
                                   at_most=1, none="all tokens")
     top_k: int | None = setting(None, "then keep the k most likely tokens; 0: all", at_least=0, none="all tokens",
                                 per_request=True)
-    alg: Literal["origin", "maskgit_plus", "entropy", "topk_margin", "p2", "remdm", "confidence_threshold"] = setting(
+    alg: Literal["origin", "maskgit_plus", "entropy", "topk_margin", "p2", "remdm", "flow", "edit",
+                 "confidence_threshold"] = setting(
         "entropy", "how a step chooses the positions it commits", per_request=True)
     alg_temp: float = setting(0.0, "Gumbel noise on the confidences, in their units; without effect on p2 and origin",
                               at_least=0, per_request=True)
@@ -48,7 +50,7 @@ class MDMGenerationConfig:
         none="text for block-causal models, else masked")
     remasking: Literal["low_confidence", "random", "low_confidence_dynamic"] | None = setting(
         None, "LLaDA's samplers, instead of alg", none="alg", per_request=True)
-    schedule: Literal["even", "linear", "cosine", "polynomial"] = setting(
+    schedule: Literal["even", Schedules] = setting(
         "even", "with remasking low_confidence: commit the same number each step, or follow a corruption schedule",
         per_request=True)
     threshold: float | None = setting(None, "commit every position at least this sure, and at least one", none="off",
@@ -64,6 +66,18 @@ class MDMGenerationConfig:
         per_request=True)
     remask_rate: float = setting(0.02, "remdm: the largest probability that a step masks a committed token again",
                                  at_least=0, at_most=1, per_request=True)
+    flow_schedule: Schedules = setting("cube", "flow, edit: the share done over time", per_request=True)
+    flow_rule: Literal["exact", "exponential", "euler"] = setting(
+        "exact", "flow, edit: the probability of a change in a step of length h at rate r: that of the schedule; "
+        "1 - exp(-h r), as in flow_matching; or min(1, h r), as in Gat et al.", per_request=True)
+    corrector: tuple[float, ...] | None = setting(
+        None, "flow, edit: A, a, b. At flow time t, from 0 to 1, tokens are masked again (edit: deleted) at "
+        "A t^a (1-t)^b times the rate of the path backwards, and committed the more for it", at_least=0, none="off",
+        per_request=True)
+    edit_source: Literal["empty", "masks", "uniform"] = setting(
+        "empty", "edit: what a gap holds at first: nothing, masks, or uniform words; as the model was trained",
+        per_request=True)
+    edit_source_length: int = setting(64, "edit: so many masks or words", at_least=1, per_request=True)
     cfg_scale: float = setting(
         0.0, "classifier-free guidance: logits + cfg_scale * (logits - those without the prompt)", at_least=0,
         below=float("inf"), per_request=True)
@@ -105,11 +119,13 @@ class MDMGenerationConfig:
         if self.constraint is not None and not hasattr(self.constraint, "allowed"):
             raise UserError(f"constraint must be one of dllm.constraints, not {type(self.constraint).__name__}; make "
                             "it by Regex, json_schema or AllowedTokens")
-        if isinstance(self.infill_lengths, list):  # read from JSON
-            object.__setattr__(self, "infill_lengths", tuple(self.infill_lengths))
+        for name in ("infill_lengths", "corrector"):
+            if isinstance(getattr(self, name), list):  # read from JSON
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         check(self)
         for name, its in settings_of(MDMGenerationConfig).items():
-            if its.kind is float and not isfinite(getattr(self, name) or 0):
+            values = getattr(self, name) if its.many else (getattr(self, name),)
+            if its.kind is float and not all(isfinite(value or 0) for value in values or ()):
                 raise UserError(f"{name} must be finite, not {getattr(self, name)}")
         name, bounded = self.method, (self.threshold, self.factor) != (None, None)
         if name in ("low_confidence_dynamic", "confidence_threshold") and (self.threshold is None or self.factor):
@@ -122,6 +138,14 @@ class MDMGenerationConfig:
             raise UserError("editing_threshold needs remasking low_confidence_dynamic (LLaDA2.1)")
         if self.schedule != "even" and (name != "low_confidence" or bounded):
             raise UserError(f"schedule {self.schedule} needs remasking low_confidence without threshold and factor")
+        for setting_name, algs in (("flow_schedule", ("flow", "edit")), ("flow_rule", ("flow", "edit")),
+                                   ("corrector", ("flow", "edit")), ("edit_source", ("edit",)),
+                                   ("edit_source_length", ("edit",))):
+            its = settings_of(MDMGenerationConfig)[setting_name]
+            if getattr(self, setting_name) != its.default and name not in algs:
+                raise UserError(f"{setting_name} needs alg {' or '.join(algs)}, and no remasking; the method is {name}")
+        if self.corrector is not None and len(self.corrector) != 3:
+            raise UserError(f"corrector must be the three numbers A, a, b, as in 5,0.25,0.5, not {self.corrector}")
         if self.expand_token_id is not None and (name not in CONFIDENCES or self.remasking or bounded):
             raise UserError("expand_token_id commits one position a step, by an alg that has confidences: "
                             "maskgit_plus, entropy or topk_margin, without remasking, threshold and factor")
@@ -143,9 +167,19 @@ class MDMGenerationConfig:
         return self.remasking or self.alg
 
     @property
+    def edits(self) -> bool:
+        """Whether tokens are inserted and deleted, so that texts change their lengths."""
+        return self.method == "edit"
+
+    @property
+    def remasks_at_random(self) -> bool:
+        """Whether any step may mask committed tokens again, so that a row is at work until its last step."""
+        return self.method == "remdm" or self.corrector is not None
+
+    @property
     def rewrites(self) -> bool:
         """Whether a committed token may still change."""
-        return self.method in ("p2", "remdm") or self.editing_threshold is not None
+        return self.method in ("p2", "edit") or self.remasks_at_random or self.editing_threshold is not None
 
 
 def _as_tokens(name: str, value: Any) -> tuple[int, ...]:
@@ -161,7 +195,7 @@ def _as_tokens(name: str, value: Any) -> tuple[int, ...]:
 
 # Settings that a generation_config.json may give. The mask token and the tokens that end a text are the model's.
 _PUBLISHED = ("max_new_tokens", "steps", "temperature", "top_p", "top_k", "alg", "alg_temp", "eps", "block_length",
-              "threshold", "remasking")
+              "threshold", "remasking", "edit_source", "edit_source_length")
 
 
 def published_settings(raw: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -113,6 +113,9 @@ def settle_length(model: Transformer, gap: Gap, config: MDMGenerationConfig) -> 
     expand, else `choose_length`."""
     if gap.length != "auto":
         return gap
+    if config.edits:  # as many tokens as come to be
+        room = model.config.max_position_embeddings - len(gap.prefix) - len(gap.suffix)
+        return replace(gap, length=max(1, min(config.max_infill_length, room)))
     expands = config.expand_token_id is not None
     return replace(gap, length=min(config.infill_lengths) if expands else choose_length(model, gap, config))
 

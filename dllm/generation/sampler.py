@@ -19,6 +19,7 @@ from dllm.errors import UserError
 from dllm.generation.canvas import (
     AsGiven,
     Block,
+    EditedText,
     ElasticGap,
     WholeBlocks,
     block_length_of,
@@ -27,8 +28,8 @@ from dllm.generation.canvas import (
 from dllm.generation.config import MDMGenerationConfig
 from dllm.generation.inputs import read_prompts
 from dllm.generation.rows import contents_of, name_rows, number_equal
-from dllm.generation.scorers import CachedScorer, HeadScorer, StaleScorer
-from dllm.generation.strategies import Step, begin_with_first, choose_strategy
+from dllm.generation.scorers import CachedScorer, EditScorer, HeadScorer, StaleScorer
+from dllm.generation.strategies import Step, Update, begin_with_first, choose_strategy
 from dllm.model.transformer import Transformer
 from dllm_kernels import philox_uniform
 
@@ -110,6 +111,8 @@ class Denoising:
         sequence: [B] int64 below 2**32, the number by which a row draws its random numbers; by default the `name_rows`
             of its tokens and its number among equal rows. With numbers of their own, num_return_sequences is 1.
         seeds: [B] int64, a seed for each row instead of the config's; the same conditions.
+        editable: [B, L] bool, with alg "edit": the tokens that are edited; None: the masked positions are gaps, filled
+            with as many tokens at most.
     A model may predict the mask token itself (the originals allow it); such positions can stay masked at the end. On a
     GPU, steps that commit by count learn of them only at the end of a block, so tokens can differ from those of a CPU.
     Raises: UserError if settings, canvas and model do not go together.
@@ -117,7 +120,7 @@ class Denoising:
 
     def __init__(self, model: Transformer, canvas: Tensor, config: MDMGenerationConfig,
                  attention_mask: Tensor | None = None, sequence: Tensor | None = None,
-                 seeds: Tensor | None = None):
+                 seeds: Tensor | None = None, editable: Tensor | None = None):
         self.model, self.mask_token_id = model, find_mask_token(model, config)
         self.causal = model.config.block_causal if config.block_causal is None else config.block_causal
         if self.causal:
@@ -128,6 +131,7 @@ class Denoising:
         if config.constraint is not None:
             self._check_constraint()
         self._number_rows(sequence, seeds)
+        self.text = self._begin_edits(editable) if config.edits else None
         self.scorer = self._make_scorer()
         self.blocks = self._split()
         self._choose_strategy()
@@ -155,6 +159,34 @@ class Denoising:
         # The confidence with which each token was committed.
         self.confidence = torch.full(self.tokens.shape, -torch.inf, dtype=torch.float32, device=canvas.device)
 
+    def _begin_edits(self, editable: Tensor | None) -> EditedText:
+        """The canvas with a source in its gaps, or with the tokens that are edited."""
+        config, visible = self.config, self.key_mask
+        visible = torch.ones_like(self.editable) if visible is None else visible
+        if editable is not None:
+            self.editable = editable.to(self.tokens.device).repeat_interleave(config.num_return_sequences, 0) & visible
+        room = self.model.config.max_position_embeddings - visible.sum(1)
+        limit = self.editable.sum(1)
+        if editable is not None:
+            limit = limit + room.clamp(max=config.max_new_tokens)
+        text = EditedText(self.tokens, visible, self.editable, limit)
+        if editable is None:
+            length = 0 if config.edit_source == "empty" else config.edit_source_length
+            if length > (fewest := int(limit[limit > 0].min()) if (limit > 0).any() else length):
+                raise UserError(f"edit_source_length {length} is more than the {fewest} tokens that a gap may have; "
+                                "lower it, or raise max_new_tokens or the gap's length")
+            text.empty(length)
+            fresh = torch.full_like(text.tokens, self.mask_token_id)
+            if config.edit_source == "uniform":
+                place = torch.arange(fresh.shape[1], device=fresh.device).expand_as(fresh)
+                drawn = philox_uniform(self.seed, self.sequence, 4 * config.steps, place)[..., 0]
+                fresh = (drawn * (self.model.config.vocab_size - 1)).long()
+                fresh = fresh + (fresh >= self.mask_token_id)
+            text.tokens = torch.where(text.editable, fresh, text.tokens)
+        self.tokens, self.editable, self.key_mask = text.tokens, text.editable, text.visible
+        self.confidence = torch.full(self.tokens.shape, -torch.inf, dtype=torch.float32, device=self.tokens.device)
+        return text
+
     def _number_rows(self, sequence: Tensor | None, seeds: Tensor | None) -> None:
         if sequence is None:
             sequence = name_rows(self.contents, number_equal(self.contents))
@@ -170,6 +202,9 @@ class Denoising:
         return self.config.blocks_from == "text" or (self.causal and self.config.blocks_from is None)
 
     def _split(self) -> list[Block]:
+        if self.text is not None:
+            steps = torch.full((len(self.tokens),), self.config.steps, device="cpu")
+            return [Block(self.text.open, steps, (0, self.tokens.shape[1]))] if self.text.open.any() else []
         if self.causal:
             place = torch.arange(self.tokens.shape[1], device=self.tokens.device).expand_as(self.tokens)
         elif self.from_text:
@@ -198,7 +233,7 @@ class Denoising:
         # Counting the masked positions waits for a GPU. Where every step commits as many as the strategy chose, only
         # the last step of a block counts. (A model that predicts the mask token commits fewer.)
         self.recount = (self.tokens.device.type == "cpu" or config.constraint is not None or config.stop_at_eos
-                        or self.gap is not None or config.method == "remdm")
+                        or self.gap is not None or config.remasks_at_random)
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[CanvasStep]:
@@ -207,7 +242,7 @@ class Denoising:
             self._check_damage()
 
     def _denoise_block(self, block: Block) -> Iterator[CanvasStep]:
-        rows, editable = RowCounts(block.editable), block.editable
+        rows, editable = RowCounts(block.editable), block.editable if self.text is None else self.editable
         steps, after = block.steps, self.steps_after
         same = after is None and len({*steps[rows.size > 0].tolist()}) == 1  # then numbers do, which cost less
         if same:
@@ -232,12 +267,16 @@ class Denoising:
                 break
             step = Step(index, steps, self.config.eps, self.tokens, masked, editable, self.mask_token_id,
                         self._uniform(count), self._allowed(masked, editable), block.columns, rows.left, rows.size,
-                        working)
-            confidence = self._take(step)
+                        working, *(() if self.text is None else (self.text.open, self.text.room)))
+            update = self._take(step)
+            confidence = update.confidence
             self._count(rows, step, confidence)
             if self.gap is not None:
                 confidence = self._resize(masked, confidence)
                 editable, rows.size = self.editable, self.editable.sum(1).cpu()
+            if self.text is not None:
+                confidence = self._edit(step, update)
+                editable = self.editable
             yield self._note(confidence)
 
     def _working(self, rows: RowCounts) -> Tensor:
@@ -245,7 +284,8 @@ class Denoising:
         if self.config.editing_threshold is not None:
             editing = (rows.size > 0) & ~rows.settled & (rows.edits < self.config.max_post_steps)
             return (rows.left > 0) | editing
-        return rows.size > 0 if self.config.method == "remdm" else rows.left > 0
+        every_step = self.config.remasks_at_random or self.config.edits
+        return rows.size > 0 if every_step else rows.left > 0
 
     def _count(self, rows: RowCounts, step: Step, confidence: Tensor | None) -> None:
         """Update the counts after a step."""
@@ -261,11 +301,12 @@ class Denoising:
     def result(self) -> GenerationOutput:
         """The canvas as it is now."""
         restore = self.layout.restore
-        filled = self.filled if self.gap is None else int(self.editable.sum())
+        moves = self.gap is not None or self.text is not None
+        filled = int(self.editable.sum()) if moves else self.filled
         return GenerationOutput(
             restore(self.tokens), self.history if self.config.output_history else None, self.steps,
             self.scorer.forwards, filled / max(self.scorer.row_forwards, 1), restore(self.confidence),
-            None if self.gap is None else self.key_mask)
+            self.key_mask if moves else None)
 
     def drop(self, row: int) -> None:
         """Between two steps: fill the masked positions of a row with any token, so that it costs nothing more."""
@@ -274,10 +315,11 @@ class Denoising:
         self.tokens[row, masked] = 0 if self.mask_token_id else 1
         self.recount = True
 
-    def _take(self, step: Step) -> Tensor | None:
-        """Let the strategy take a step. Returns the confidences it gave."""
+    def _take(self, step: Step) -> Update:
+        """Let the strategy take a step."""
         self.scorer.committed = None
-        tokens, confidence = self.strategy(step, self.scorer.at(step))
+        update = self.strategy(step, self.scorer.at(step))
+        tokens, confidence = update.tokens, update.confidence
         if confidence is not None:
             self.damaged += confidence.isnan().sum()
             if self.recount:
@@ -294,7 +336,24 @@ class Denoising:
         self.confidence = torch.where(tokens == step.tokens, self.confidence, given)
         self.confidence = self.confidence.masked_fill(tokens == self.mask_token_id, -torch.inf)
         self.tokens = tokens
-        return confidence
+        return update
+
+    def _edit(self, step: Step, update: Update) -> Tensor | None:
+        """Let the texts change by the tokens that a step deletes and inserts."""
+        if update.inserted is None:
+            return update.confidence
+        missing = torch.full_like(self.confidence, -torch.inf)
+        substituted, inserted = (missing if given is None else given for given in (
+            update.confidence, update.inserted_confidence))
+        for given in (substituted, inserted):
+            self.damaged += given.isnan().sum()
+        changed = (update.deleted | (update.inserted >= 0) | (update.tokens != step.tokens)).any(1)
+        self.confidence, given = self.text.apply(update._replace(tokens=self.tokens), (
+            (self.confidence, inserted), (substituted, inserted)))
+        self.tokens, self.editable, self.key_mask = self.text.tokens, self.text.editable, self.text.visible
+        self.confidence, given = (x.masked_fill(~self.editable, -torch.inf) for x in (self.confidence, given))
+        self.scorer = EditScorer(self.model, self.config, self.mask_token_id, self.text, self.scorer, changed)
+        return given
 
     def _check_damage(self) -> None:
         if self.damaged:
@@ -320,11 +379,14 @@ class Denoising:
             self.history.append(tokens)
         self.steps += 1
         return CanvasStep(self.steps - 1, tokens, None if confidence is None else restore(confidence),
-                          restore(self.confidence), None if self.gap is None else self.key_mask)
+                          restore(self.confidence), self.key_mask if self.gap or self.text else None)
 
     def _uniform(self, draw: int) -> Tensor | None:
         config = self.config
-        if config.temperature > 0 or config.alg_temp > 0 or config.method in ("origin", "random", "remdm"):
+        if config.edits:
+            return torch.cat([philox_uniform(self.seed, self.sequence, 4 * draw + part, self.scorer.position_ids)
+                              for part in range(4)], -1)
+        if config.temperature > 0 or config.alg_temp > 0 or config.method in ("origin", "random", "remdm", "flow"):
             return philox_uniform(self.seed, self.sequence, draw, self.scorer.position_ids)
         return None
 
@@ -341,6 +403,8 @@ class Denoising:
         return self.editable & self.layout.real
 
     def _make_scorer(self) -> HeadScorer:
+        if self.text is not None:
+            return EditScorer(self.model, self.config, self.mask_token_id, self.text)
         kind = CachedScorer if self.causal else HeadScorer if self.config.cache == "none" else StaleScorer
         return kind(self.model, self.config, self.mask_token_id, self.key_mask, ~self.editable)
 
@@ -356,6 +420,8 @@ class Denoising:
                             "keeps its finished blocks anyway) nor cfg_scale")
         if config.cuda_graphs and self.model.device.type != "cuda":
             raise UserError(f"cuda_graphs needs a model on a GPU, this one is on {self.model.device}; leave it out")
+        if config.edits:
+            self._check_edits()
         if config.expand_token_id is not None:
             if config.block_length is not None or config.constraint is not None or self.causal:
                 raise UserError("expand_token_id moves positions, and blocks and constraints need them to stay; leave "
@@ -365,6 +431,24 @@ class Denoising:
         for name, token in [("expand_token_id", config.expand_token_id or 0), *named]:
             if token >= words:
                 raise UserError(f"{name} {token} is outside the model's vocabulary of {words}")
+
+    def _check_edits(self) -> None:
+        config, heads = self.config, self.model.config.edit_heads
+        if heads is None:
+            raise UserError("alg edit needs a model with heads for edits; train one by dllm train "
+                            "train.objective=edit, or choose another alg")
+        for name in ("block_length", "constraint", "stop_at_eos", "cuda_graphs"):
+            if getattr(config, name):
+                raise UserError(f"{name} does not go with alg edit, whose tokens move; leave it out")
+        if self.causal:
+            raise UserError("alg edit changes a text anywhere, and this model sees whole blocks in their order; choose "
+                            "a model without blocks")
+        if heads == "insert" and config.edit_source != "empty":
+            raise UserError(f"edit_source {config.edit_source} needs a model that substitutes and deletes, and this "
+                            "one inserts alone; leave edit_source out")
+        if heads != "insert" and config.corrector is not None:
+            raise UserError("corrector with alg edit undoes insertions from an empty source, and this model also "
+                            "substitutes and deletes; leave it out")
 
     def _check_constraint(self) -> None:
         constraint, wanted = self.config.constraint, self._constrained()

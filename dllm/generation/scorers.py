@@ -8,8 +8,11 @@ the finished blocks of a block-causal model (exact), `StaleScorer` what is outsi
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from dllm.diffusion.edits import log_softplus
+from dllm.generation.canvas import EditedText
 from dllm.generation.config import MDMGenerationConfig
 from dllm.generation.graphs import GraphedForward
 from dllm.generation.strategies import Step, Update
@@ -218,6 +221,68 @@ class StaleScorer(HeadScorer):
                 self.cache, window.start, None if len(these) == len(self.position_ids) else these, key_mask,
                 (sources[some] - window.start).clamp(min=0)))
         return hidden
+
+
+class EditScorer(HeadScorer):
+    """Computes the rows that have changed since they were computed, whole, for their rates and their tokens.
+
+    With guidance the rates are lambda^(1 + s) lambda'^-s and the tokens' logits combined likewise, where the primed are
+    those of the text without its prompt (the form that Edit Flows found best).
+    """
+
+    def __init__(self, model: Transformer, config: MDMGenerationConfig, mask_token_id: int, text: EditedText,
+                 before: "EditScorer | None" = None, changed: Tensor | None = None):
+        """before: the scorer of the canvas before the last edits, which have changed the rows `changed` [B]."""
+        super().__init__(model, config, mask_token_id, text.visible, ~text.open)
+        rows, length = text.tokens.shape
+        self.hidden = model.head_weight.new_zeros(self.copies, rows, length, model.head_weight.shape[1])
+        self.known = torch.zeros(rows, dtype=torch.bool, device=text.tokens.device)
+        if before is not None:
+            self.forwards, self.row_forwards = before.forwards, before.row_forwards
+            self.known = before.known & ~changed
+            shared = min(length, before.hidden.shape[2])
+            self.hidden[:, :, :shared] = before.hidden[:, :, :shared]
+        words = torch.ones(1, model.config.vocab_size, dtype=torch.bool, device=text.tokens.device)
+        words[:, mask_token_id] = False
+        self.words = words
+
+    def rates(self) -> Tensor:
+        self._compute()
+        raw = self.model.rate_head(self.hidden).float()
+        if self.model.config.shift_logits:
+            before = raw.take_along_dim(self.source.unsqueeze(-1).unsqueeze(0), dim=2)
+            raw = torch.cat((before[..., :2], raw[..., 2:]), -1)
+        if self.copies == 1:
+            return F.softplus(raw[0])
+        given, without = log_softplus(raw)
+        return torch.exp(without + (self.cfg_scale + 1) * (given - without))
+
+    def draw(self, positions: Tensor, head: str) -> Update:
+        if not positions.any():
+            return Update(torch.full_like(self.step.tokens, -1), None)
+        hidden = self._guide(self.hidden.flatten(0, 1))
+        if head == "substitute" and self.model.config.shift_logits:
+            hidden = hidden.take_along_dim(self.source.unsqueeze(-1), dim=1)
+        places = positions.flatten().nonzero().squeeze(1)
+        mine = slice(4, 6) if head == "substitute" else slice(6, 8)
+        weight = self.model.head_weight if head == "substitute" else self.model.insert_head.weight
+        tokens, confidence = linear_token_scores(
+            hidden, weight, places, confidence="prob", allowed=self.words.expand(len(places), -1),
+            generator=self.step.uniform.flatten(0, 1)[places, mine], **self.sampling)
+        return Update(torch.full_like(self.step.tokens, -1).flatten().index_copy(0, places, tokens).view_as(positions),
+                      torch.full(positions.shape, -torch.inf, device=confidence.device).flatten().index_copy(
+                          0, places, confidence).view_as(positions))
+
+    def _compute(self) -> None:
+        rows = (~self.known & self.step.working.to(self.known.device)).nonzero().squeeze(1)
+        if not len(rows):
+            return
+        self.forwards, self.row_forwards = self.forwards + 1, self.row_forwards + len(rows)
+        tokens, seen = self.step.tokens[rows], self.key_mask[rows]
+        if self.copies > 1:  # padding takes no position, so these are the texts without their prompts
+            tokens, seen = tokens.repeat(2, 1), torch.cat((seen, seen & ~self.prompt[rows]))
+        self.hidden[:, rows] = self.forward(tokens, Padded(seen)).unflatten(0, (self.copies, -1)).to(self.hidden.dtype)
+        self.known[rows] = True
 
 
 def previous_token(places: Tensor, key_mask: Tensor | None) -> Tensor:

@@ -28,7 +28,7 @@ class Step:
     masked: Tensor  # [B, L] bool: still to be committed, in the block being denoised
     editable: Tensor  # [B, L] bool: of that block, masked when denoising began
     mask_token_id: int
-    uniform: Tensor | None  # [B, L, 2] float64 in (0, 1); None where nothing is random
+    uniform: Tensor | None  # [B, L, 2] float64 in (0, 1), [B, L, 8] for edits; None where nothing is random
     # The words each position may take, [B, L, V] bool or bits, computed where a strategy asks; None: all.
     allowed: Callable[[], Tensor] | None = None
     columns: tuple[int, int] = (0, 0)  # of the block: the first, and that after the last
@@ -36,6 +36,9 @@ class Step:
     left: Tensor | None = None  # int64: masked positions of each row
     size: Tensor | None = None  # int64: editable positions of each row
     working: Tensor | None = None  # bool: rows still at work; None: those with a masked position
+    # Of edits: [B, L] bool, the positions after which tokens may be inserted, and [B], how many tokens a row may grow.
+    open: Tensor | None = None
+    room: Tensor | None = None
 
     def __post_init__(self):
         for name in ("index", "total"):
@@ -78,6 +81,9 @@ def time_grid(total: int, eps: float) -> Tensor:
 class Update(NamedTuple):
     tokens: Tensor  # [B, L] after the step
     confidence: Tensor | None  # [B, L] fp32, -inf where not scored; None if nothing was
+    deleted: Tensor | None = None  # [B, L] bool; None: no position
+    inserted: Tensor | None = None  # [B, L] int64, the token to insert after each position, -1 for none; None: nowhere
+    inserted_confidence: Tensor | None = None  # [B, L] fp32
 
 
 class Scorer(Protocol):
@@ -92,6 +98,16 @@ class Scorer(Protocol):
 
     def score(self, positions: Tensor, *, raw: bool = False) -> Update:
         """Choose and score a token where `positions` [B, L] is True; elsewhere the update's tokens are -1."""
+
+
+class EditScorer(Protocol):
+    """A model with heads for edits."""
+
+    def rates(self) -> Tensor:
+        """[B, L, 3] fp32, the rates to substitute, delete and insert after each position of the current canvas."""
+
+    def draw(self, positions: Tensor, head: str) -> Update:
+        """Draw a token where `positions` [B, L] is True, by the head "substitute" or "insert"; elsewhere -1."""
 
 
 Strategy = Callable[[Step, Scorer], Update]
@@ -193,19 +209,70 @@ def commit_at_random(step: Step, scorer: Scorer) -> Update:
     return Update(torch.where(chosen, scored.tokens, step.tokens), scored.confidence)
 
 
-def commit_and_remask_at_random(step: Step, scorer: Scorer, *, rate: float) -> Update:
-    """`commit_at_random` that masks committed positions again with probability sigma = min(rate, s / (1 - t)), and
-    commits the more for it, so that as many are masked at each time (ReMDM-cap, arXiv:2503.00307)."""
-    t, s = (time.double() for time in step.times())
-    again = (s / (1 - t)).clamp(max=rate).masked_fill((t == 1) | step.last, 0.0)
-    commit = ((1 - s - (1 - again) * (1 - t)) / t).masked_fill(step.last, 1.0)
+def commit_and_remask_at_random(step: Step, scorer: Scorer, *,
+                                chances: Callable[[Step], tuple[Tensor, Tensor]]) -> Update:
+    """Commit each masked position by chance, and mask each committed one again by chance.
+
+    chances: of a step the two probabilities, fp64 [B] or [1]: `remdm_chances` or `flow_chances`.
+    """
+    commit, again = chances(step)
     drawn = step.uniform[..., 1]
-    tokens = torch.where(step.editable & ~step.masked & (drawn < step.chances(again)), step.mask_token_id, step.tokens)
-    chosen = step.masked & (drawn < step.chances(commit))
+    again, commit = step.chances(again.masked_fill(step.last, 0.0)), step.chances(commit.masked_fill(step.last, 1.0))
+    tokens = torch.where(step.editable & ~step.masked & (drawn < again), step.mask_token_id, step.tokens)
+    chosen = step.masked & (drawn < commit)
     if not chosen.any():
         return Update(tokens, None)
     scored = scorer.score(chosen)
     return Update(torch.where(chosen, scored.tokens, tokens), scored.confidence)
+
+
+def remdm_chances(step: Step, *, rate: float) -> tuple[Tensor, Tensor]:
+    """A committed position is masked again with sigma = min(rate, s / (1 - t)) (ReMDM-cap, arXiv:2503.00307)."""
+    t, s = (time.double() for time in step.times())
+    again = (s / (1 - t)).clamp(max=rate).masked_fill(t == 1, 0.0)
+    return commit_for(1 - t, 1 - s, again), again
+
+
+def flow_chances(step: Step, *, schedule: str, rule: str,
+                 corrector: tuple[float, float, float] | None) -> tuple[Tensor, Tensor]:
+    """Discrete flow matching with a mask source ("Mask DFM", arXiv:2407.15595)."""
+    commit, again = flow_rates(step, schedule=schedule, rule=rule, corrector=corrector)
+    return as_chance(commit, rule), as_chance(again, rule)
+
+
+def flow_rates(step: Step, *, schedule: str, rule: str,
+               corrector: tuple[float, float, float] | None) -> tuple[Tensor, Tensor]:
+    """What a step changes of what still waits, and what it undoes of what is done: fp64 [B] or [1] each.
+
+    The flow time t = i / n runs from 0 to 1; kappa is the share that the schedule keeps. What waits happens at the rate
+    (1 + beta) kappa' / (1 - kappa), what is done is undone at beta kappa' / kappa, with the corrector
+    beta = A t^a (1 - t)^b. Returned are the rates times the length of the step; with the rule "exact" already the
+    probabilities that keep as much done as the path does: ReMDM's step with sigma = h beta kappa' / kappa, at most what
+    a step can make good.
+    """
+    kept, weight, _ = SCHEDULES[schedule]
+    t, h = step.index.double() / step.total, 1 / step.total.double()
+    now, then = kept(1 - t), kept(1 - (step.index + 1).double() / step.total)
+    fill, scale = weight(1 - t), torch.zeros_like(t)
+    if corrector is not None:
+        factor, a, b = corrector
+        scale = factor * t**a * (1 - t)**b
+    back = torch.where(now > 0, scale * fill * (1 - now) / now, 0.0)  # at t = 0 nothing is done
+    if rule == "exact":
+        again = torch.minimum(h * back, (1 - then) / now).clamp(max=1)
+        return commit_for(now, then, again), again
+    return h * (1 + scale) * fill, h * back
+
+
+def as_chance(rate: Tensor, rule: str) -> Tensor:
+    """The probability of a change from its rate in a step: 1 - exp(-rate), or at most 1."""
+    return -torch.expm1(-rate) if rule == "exponential" else rate.clamp(max=1)
+
+
+def commit_for(now: Tensor, then: Tensor, again: Tensor) -> Tensor:
+    """With which probability masked positions are committed, so that the share committed goes from `now` to `then`
+    although each committed one is masked again with probability `again`."""
+    return (then - (1 - again) * now) / (1 - now)
 
 
 def plan_and_remask(step: Step, scorer: Scorer) -> Update:
@@ -224,13 +291,45 @@ def plan_and_remask(step: Step, scorer: Scorer) -> Update:
     return Update(torch.where(remask, step.mask_token_id, tokens), scored.confidence)
 
 
+def take_edits(step: Step, scorer: EditScorer, *, schedule: str, rule: str,
+               corrector: tuple[float, float, float] | None) -> Update:
+    """Insert, delete and substitute tokens, each by chance at the rate the model gives (Edit Flows, arXiv:2506.09018).
+
+    A position is deleted or substituted, and a token is inserted after it, at most once in a step. The corrector
+    deletes tokens, as if the path from an empty source went backwards, and inserts the more for it. The last step
+    leaves no mask. A row with no more room keeps the insertions of the least uniform numbers.
+    """
+    rates = scorer.rates()  # [B, L, 3]
+    happens, undone = (step.chances(rate) for rate in flow_rates(step, schedule=schedule, rule=rule,
+                                                                corrector=corrector))
+    drawn, last = step.uniform, step.chances(step.last)
+    change = as_chance(rates[..., :2].sum(-1) * happens, rule).masked_fill(step.masked & last, 1.0)
+    changed = step.editable & (drawn[..., 0] < change)
+    deleted = changed & (drawn[..., 1] * rates[..., :2].sum(-1) < rates[..., 1])
+    substituted = changed & ~deleted
+    if corrector is not None:
+        deleted = deleted | step.editable & (drawn[..., 3] < as_chance(undone, rule).masked_fill(last, 0.0))
+        substituted = substituted & ~deleted
+    inserting = step.open & (drawn[..., 2] < as_chance(rates[..., 2] * happens, rule))
+    order = drawn[..., 2].masked_fill(~inserting, 2.0).argsort(dim=1, stable=True).argsort(dim=1)
+    inserting &= order < (step.room + deleted.sum(1)).unsqueeze(1)
+    if not (deleted | substituted | inserting).any():
+        return Update(step.tokens, None)
+    chosen = scorer.draw(substituted, "substitute")
+    inserted = scorer.draw(inserting, "insert")
+    return Update(torch.where(substituted, chosen.tokens, step.tokens), chosen.confidence, deleted, inserted.tokens,
+                  inserted.confidence)
+
+
 STRATEGIES: Mapping[str, Strategy] = {
     "origin": commit_at_random,
     "maskgit_plus": partial(commit_most_confident, confidence="prob"),
     "entropy": partial(commit_most_confident, confidence="entropy"),
     "topk_margin": partial(commit_most_confident, confidence="margin"),
     "p2": plan_and_remask,
-    "remdm": commit_and_remask_at_random,
+    "remdm": commit_and_remask_at_random,  # these two with chances of their own
+    "flow": commit_and_remask_at_random,
+    "edit": take_edits,
     "confidence_threshold": commit_above_in_time,
 }
 # LLaDA's, by the names of its `remasking`
@@ -263,7 +362,12 @@ def choose_strategy(config: MDMGenerationConfig, block_length: int | None, steps
     if name == "confidence_threshold" and block_length is None:
         return partial(commit_above_in_time, steps=steps, threshold=threshold)
     if name == "remdm":
-        return partial(commit_and_remask_at_random, rate=config.remask_rate)
+        return partial(commit_and_remask_at_random, chances=partial(remdm_chances, rate=config.remask_rate))
+    if name == "flow":
+        return partial(commit_and_remask_at_random, chances=partial(
+            flow_chances, schedule=config.flow_schedule, rule=config.flow_rule, corrector=config.corrector))
+    if name == "edit":
+        return partial(take_edits, schedule=config.flow_schedule, rule=config.flow_rule, corrector=config.corrector)
     if config.expand_token_id is not None:
         return partial(commit_surest, confidence=CONFIDENCES[name])
     if threshold is not None:

@@ -7,7 +7,8 @@ are. What has to be done to the tensors is in published.py. Nothing here imports
 
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Literal
 
 from dllm.config.fields import check, setting
 from dllm.errors import UserError, did_you_mean, warn
@@ -55,6 +56,8 @@ class ModelConfig:
     block_length: int | None = setting(None, "tokens of a block", at_least=1, none="the checkpoint does not say")
     causal_blocks: bool = setting(False, "a token sees nothing after itself in its block either, so a finished text is "
                                   "seen as an autoregressive model sees it")
+    edit_heads: Literal["insert", "all"] | None = setting(
+        None, "heads that insert tokens (Edit Flows, arXiv:2506.09018), or also delete and substitute them")
     initializer_range: float = setting(0.02, "standard deviation of a random initialisation", at_least=0)
     shift_logits: bool = setting(True, "the logits at position i are about token i + 1, as in autoregressive models")
     mask_token_id: int | None = None
@@ -163,7 +166,7 @@ CHANGING: Mapping[str, tuple] = {name: () for name in """
 _COMMON = {"block_size": "block_length", **{name: name for name in (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "max_position_embeddings", "rope_theta", "rope_scaling", "rms_norm_eps", "tie_word_embeddings",
-    "initializer_range", "shift_logits", "causal_blocks", "mask_token_id", "pad_token_id", "bos_token_id",
+    "initializer_range", "shift_logits", "causal_blocks", "edit_heads", "mask_token_id", "pad_token_id", "bos_token_id",
     "eos_token_id")}}
 _ONLY = {"hidden_act": ("silu",)}
 
@@ -174,7 +177,7 @@ _TRANSFORMERS = ("qwen2", "qwen3", "llama", "mistral")  # families of autoregres
 _MODEL_TYPES = {"lladamoe": "llada_moe", "llada21_moe": "llada2_moe", "llada2_moe_veomni": "llada2_moe",
                 "dream": "Dream"}
 
-FAMILIES: Mapping[str, Family] = {
+_BASES: Mapping[str, Family] = {
     "qwen2": Family(architecture="Qwen2ForCausalLM", keys=_COMMON, fixed={"qkv_bias": True}, only=_ONLY),
     "qwen3": Family(architecture="Qwen3ForCausalLM", keys=_COMMON, fixed={"qk_norm": True},
                     only={**_ONLY, "attention_bias": (False,)}),
@@ -203,7 +206,7 @@ FAMILIES: Mapping[str, Family] = {
               "n_kv_heads": "num_key_value_heads", "max_sequence_length": "max_position_embeddings",
               "rope_theta": "rope_theta", "rms_norm_eps": "rms_norm_eps", "weight_tying": "tie_word_embeddings",
               "include_qkv_bias": "qkv_bias", "init_std": "initializer_range", "block_size": "block_length",
-              "mask_token_id": "mask_token_id",
+              "edit_heads": "edit_heads", "mask_token_id": "mask_token_id",
               "pad_token_id": "pad_token_id", "bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id"},
         required=("vocab_size", "d_model", "mlp_hidden_size", "n_layers", "n_heads"),
         only={"block_type": ("llama",), "activation_type": ("silu",), "layer_norm_type": ("rms",), "rope": (True,),
@@ -256,6 +259,25 @@ FAMILIES: Mapping[str, Family] = {
                 "query_key_value": "qkv_proj", "dense": "o_proj", "query_layernorm": "q_norm",
                 "key_layernorm": "k_norm"}.items()}}),
 }
+
+
+def _with_edit_heads(family: Family, architecture: str) -> Family:
+    """The published Edit Flow of a family: the substitution head is our head, and never tied; the base's own head is
+    not there or not used."""
+    tied = {"tie_word_embeddings", "weight_tying"}
+    names = {theirs: ours for theirs, ours in family.parameters.items() if ours != "lm_head"}
+    return replace(family, architecture=architecture, model_type="",
+                   keys={key: value for key, value in family.keys.items() if key not in tied},
+                   fixed={**family.fixed, "edit_heads": "all"}, ignored=family.ignored | tied,
+                   parameters={**names, "sub_logits": "lm_head", "ins_logits": "insert_head",
+                               "rate_heads.0": "rate_head"})
+
+
+EDIT_FAMILIES: Mapping[str, Family] = {
+    f"editflow-{name}": _with_edit_heads(_BASES[base], f"EditFlow{called}Model") for name, base, called in (
+        ("qwen2", "a2d-qwen2", "Qwen2"), ("qwen3", "a2d-qwen3", "Qwen3"), ("dream", "Dream", "Dream"),
+        ("llada", "llada", "LLaDA"))}
+FAMILIES: Mapping[str, Family] = {**_BASES, **EDIT_FAMILIES}
 
 
 def read_config(raw: Mapping, where: str = "config.json") -> ModelConfig:

@@ -1,4 +1,4 @@
-"""Vocabulary growth: rows of embedding and head for added tokens, such as the mask, that a model has no row for."""
+"""Growth of a loaded model: rows of embedding and head for added tokens, such as the mask, and heads for edits."""
 
 from dataclasses import replace
 
@@ -39,13 +39,13 @@ def grow(model: Transformer, vocab_size: int, seed: int) -> Transformer:
     if vocab_size == old:
         return model
     generator = torch.Generator().manual_seed(seed)
-    for module in (model.model.embed_tokens, model.lm_head):
+    for module in (model.model.embed_tokens, model.lm_head, model.insert_head):
         if module is not None:
             module.weight = nn.Parameter(torch.cat((module.weight.detach(),
                                                     new_rows(module.weight, vocab_size - old, generator))))
     model.model.embed_tokens.num_embeddings = vocab_size
-    if model.lm_head is not None:
-        model.lm_head.out_features = vocab_size
+    for head in filter(None, (model.lm_head, model.insert_head)):
+        head.out_features = vocab_size
     model.config = replace(model.config, vocab_size=vocab_size)
     return model
 
@@ -55,3 +55,20 @@ def new_rows(matrix: Tensor, count: int, generator: torch.Generator) -> Tensor:
     old = matrix.detach().float()
     noise = torch.randn(count, old.shape[1], generator=generator).to(old.device)
     return (old.mean(0) + NOISE * old.std(0) * noise).to(matrix.dtype)
+
+
+@torch.no_grad()
+def add_edit_heads(model: Transformer, kind: str) -> Transformer:
+    """Give a model heads that insert, or that edit in all ways, in place; returns the model.
+
+    The insertion head begins as a copy of the head: under shifted logits it is the autoregressive model's next token.
+    The rates begin without regard to the text, at softplus(0) = 0.7 edits of each kind a position.
+    """
+    if model.insert_head is None:
+        model.insert_head = nn.Linear(*reversed(model.head_weight.shape), bias=False).to(model.head_weight)
+        model.insert_head.weight.copy_(model.head_weight)
+        model.rate_head = nn.Linear(model.config.hidden_size, 3).to(model.head_weight)
+        nn.init.zeros_(model.rate_head.weight)
+        nn.init.zeros_(model.rate_head.bias)
+    model.config = replace(model.config, edit_heads=kind)
+    return model

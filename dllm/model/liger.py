@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dllm.config.fields import LayersBackend, require
+from dllm.config.fields import require
+from dllm.config.names import LayersBackend
 from dllm.errors import UserError
 
 OLDEST = "0.8.5"  # the first with both partial rotary embeddings and 64-bit addresses

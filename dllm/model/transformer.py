@@ -120,6 +120,10 @@ class Transformer(nn.Module):
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.insert_head = self.rate_head = None  # of edits; the head substitutes
+        if config.edit_heads is not None:
+            self.insert_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.rate_head = nn.Linear(config.hidden_size, 3)  # to substitute, delete, insert
         self.mask_token_id = config.mask_token_id  # or, after from_pretrained, another that the folder names
         self.end_token_ids = as_ids(config.eos_token_id)  # each ends a text; after from_pretrained, all that it names
         self.generation_defaults: dict | None = None  # generation_config.json

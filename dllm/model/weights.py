@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dllm.errors import UserError, first_line, warn
 from dllm.files import read_json
-from dllm.model.families import FAMILIES, ModelConfig
+from dllm.model.families import EDIT_FAMILIES, FAMILIES, ModelConfig
 from dllm.model.gguf import as_folder
 
 _EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
@@ -93,6 +93,9 @@ def fit_config(config: ModelConfig, state: dict[str, Tensor], where: str) -> Mod
     """The configuration that the weights have, where config.json is known to contradict them."""
     if config.family == "llada2_moe" and not any(name.endswith("query_layernorm.weight") for name in state):
         config = replace(config, qk_norm=False)
+    if config.family in EDIT_FAMILIES:  # the head of the model that it came from, which nothing reads
+        for name in ("lm_head.weight", "model.transformer.ff_out.weight"):
+            state.pop(name, None)
     return _untie_head(config, state, where) if config.tie_word_embeddings else config
 
 

@@ -286,7 +286,7 @@ class Scheduler:
             model, canvas, config, visible,
             sequence=name_rows(contents_of(canvas, visible), torch.tensor([job.first + copy for job, copy in rows])),
             seeds=torch.tensor([job.config.seed for job, _ in rows]))
-        final = config.editing_threshold is None and config.method != "remdm"
+        final = config.editing_threshold is None and not config.remasks_at_random
         steps, forwards = [0] * len(rows), [0] * len(rows)
         last = None
         for last in denoising:

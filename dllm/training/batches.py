@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from dllm.config.schema import TrainGroup
 from dllm.data import Packed, RowSource
 from dllm.diffusion.corruption import T_MIN, Corruption, corrupt
+from dllm.diffusion.edits import Draws, EditTargets, align_source, choose_given, make_edits, show, sum_edit_losses
 from dllm.diffusion.expansion import make_gaps
 from dllm.diffusion.objectives import LossSums, Targets, choose_targets, sum_alignment, sum_losses
 from dllm.model import layouts
@@ -39,7 +40,7 @@ class MicroBatch(NamedTuple):
     input_ids: Tensor  # int64, corrupted
     cu_seqlens: Tensor | None  # [S + 1] int32 over the flattened positions, if they are packed
     max_seqlen: int
-    targets: Targets
+    targets: Targets | EditTargets
     block_length: int | None  # blocks of the attention; 1 is causal
     tokens: int
     scored: int
@@ -58,7 +59,8 @@ class MicroBatch(NamedTuple):
         def changed(value):
             return change(value) if isinstance(value, Tensor) else value
 
-        return type(self)(*map(changed, self))._replace(targets=Targets(*map(changed, self.targets)))
+        return type(self)(*map(changed, self))._replace(
+            targets=type(self.targets)(*map(changed, self.targets)))
 
 
 def make_batches(source: RowSource, step: int, slots: range, of: int, settings: TrainGroup, seed: int,
@@ -78,12 +80,17 @@ def make_batches(source: RowSource, step: int, slots: range, of: int, settings: 
     for first in range(slots.start, slots.stop, settings.micro_batch_size):
         part = range(first, min(first + settings.micro_batch_size, slots.stop))
         packed = source.read(range(step * of + part.start, step * of + part.stop))
-        packed, corruption = corrupt_rows(packed, part.start, of, step, settings, seed, model)
-        input_ids = packed.tokens if corruption is None else corruption.noisy
-        targets = choose_targets(packed.tokens, packed.cu_seqlens, corruption, objective=settings.objective,
-                                 path_term=settings.path_term, shift=model.config.shift_logits,
-                                 trainable=packed.trainable, by_ratio=by_ratio,
-                                 delete_token_id=model.config.eos_token_id)
+        if settings.objective == "edit":
+            packed, targets = edit_rows(packed, part.start, of, step, settings, seed, model)
+            input_ids, scored = packed.tokens, targets.scored
+        else:
+            packed, corruption = corrupt_rows(packed, part.start, of, step, settings, seed, model)
+            input_ids = packed.tokens if corruption is None else corruption.noisy
+            targets = choose_targets(packed.tokens, packed.cu_seqlens, corruption, objective=settings.objective,
+                                     path_term=settings.path_term, shift=model.config.shift_logits,
+                                     trainable=packed.trainable, by_ratio=by_ratio,
+                                     delete_token_id=model.config.eos_token_id)
+            scored = int(targets.scored.sum())
         anneal = None
         if opened < 1:
             starts = packed.cu_seqlens[:-1].long()
@@ -96,7 +103,7 @@ def make_batches(source: RowSource, step: int, slots: range, of: int, settings: 
             input_ids=input_ids.view(shape),
             cu_seqlens=None if even else packed.cu_seqlens, max_seqlen=packed.max_seqlen, targets=targets,
             block_length={"ar": 1, "block_diffusion": settings.block_length}.get(settings.objective),
-            tokens=len(input_ids), scored=int(targets.scored.sum()), normaliser=int(targets.normaliser),
+            tokens=len(input_ids), scored=scored, normaliser=int(targets.normaliser),
             pairs=count_pairs(packed.cu_seqlens, settings.objective, settings.block_length, model.config.causal_blocks),
             anneal=anneal, causal_blocks=model.config.causal_blocks,
             clean_ids=packed.tokens.view(shape) if settings.objective == "block_diffusion" else None))
@@ -108,11 +115,10 @@ def corrupt_rows(packed: Packed, first_slot: int, of: int, step: int, settings: 
     """(rows, their corruption). "ar" has none; "expansion" changes the lengths of documents."""
     if settings.objective == "ar":
         return packed, None
-    offset = philox_uniform(seed, torch.tensor(of), step, torch.tensor(0))[..., 0]
     ends = packed.cu_seqlens
     if settings.objective == "block_diffusion":
         ends = cut_blocks(ends, settings.block_length)
-    times = spread_times(packed, ends, first_slot, of, offset)
+    times = spread_times(packed, ends, first_slot, of, seed, step)
     if settings.objective == "expansion":
         return make_gaps(packed, first_slot, step, seed, model.config.max_position_embeddings, times=times,
                          delete=model.config.eos_token_id, expand=settings.expand_token_id,
@@ -158,8 +164,22 @@ def cut_blocks(cu_seqlens: Tensor, block_length: int) -> Tensor:
     return torch.cat(((position % block_length == 0).nonzero().squeeze(1).int(), cu_seqlens[-1:]))
 
 
-def spread_times(packed: Packed, ends: Tensor, first_slot: int, of: int, offset: Tensor) -> Tensor:
+def edit_rows(packed: Packed, first_slot: int, of: int, step: int, settings: TrainGroup, seed: int,
+              model: Transformer) -> tuple[Packed, EditTargets]:
+    """Rows on their way from the source, of other lengths, and the edits that remain."""
+    times = spread_times(packed, packed.cu_seqlens, first_slot, of, seed, step)
+    draws = Draws(seed, step, packed.row[packed.cu_seqlens[:-1].long()] + first_slot)
+    columns = align_source(packed, choose_given(packed, draws), draws, source=settings.edit_source or "empty",
+                           length=settings.source_tokens, mask_token_id=model.config.mask_token_id,
+                           vocab_size=model.config.vocab_size)
+    shown, weight = show(columns, draws, times, settings.schedule, settings.edit_propagation)
+    return make_edits(columns, shown, weight, times, settings.schedule, packed,
+                      inserts_only=model.config.edit_heads == "insert", shift=model.config.shift_logits)
+
+
+def spread_times(packed: Packed, ends: Tensor, first_slot: int, of: int, seed: int, step: int) -> Tensor:
     """A time for each part that begins at `ends`, [S]: rows are 1 / of apart, the parts of a row the golden ratio."""
+    offset = philox_uniform(seed, torch.tensor(of), step, torch.tensor(0))[..., 0]
     row = packed.row[ends[:-1].long()]
     index = torch.arange(len(row)) - torch.searchsorted(row, row)
     return ((row + first_slot) / of + index * GOLDEN_RATIO + offset).frac().clamp(T_MIN, 1 - T_MIN)
@@ -172,6 +192,9 @@ def forward(model: Transformer, batch: MicroBatch, device: torch.device, teacher
     there = batch.each(lambda tensor: tensor.to(device, non_blocking=True))
     levels: list[Tensor] | None = None if teacher is None else []
     hidden = model.hidden_states(there.input_ids, choose_layout(there, group), levels=levels)
+    if isinstance(there.targets, EditTargets):
+        return sum_edit_losses(hidden, model.head_weight, model.insert_head.weight, model.rate_head(hidden),
+                               there.targets)
     sums = sum_losses(hidden, model.head_weight, there.targets)
     if levels is None:
         return sums

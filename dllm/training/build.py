@@ -21,7 +21,7 @@ from dllm.data.tokens import describe_rules
 from dllm.errors import UserError
 from dllm.files import read_json, write_atomically
 from dllm.model.families import FAMILIES, ModelConfig, read_config
-from dllm.model.growth import describe_growth, grow, rows_needed
+from dllm.model.growth import add_edit_heads, describe_growth, grow, rows_needed
 from dllm.model.special_tokens import as_ids, unique
 from dllm.model.tokenizer import check_separator, check_vocabulary, load_tokenizer, train_tokenizer
 from dllm.model.transformer import Transformer
@@ -87,6 +87,10 @@ def open_run(config: Config, resumed: Checkpoint | None, world: World) -> tuple[
     data = data or open_data(tokenizer)
     if config.data.data_type == "conversation":
         name_answer_ends(model, tokenizer)
+    if config.train.objective == "edit":
+        source = {"edit_source": config.train.edit_source, "edit_source_length": config.train.source_tokens} if \
+            config.train.source_tokens else {}
+        model.generation_defaults = {**(model.generation_defaults or {}), "alg": "edit", **source}
     return tokenizer, model, data
 
 
@@ -107,7 +111,7 @@ def check_resumable(config: Config, resumed: Checkpoint, output: Path) -> None:
                         "train.output_dir, or train.auto_resume=true to continue")
     fixed = ("objective", "path_term", "mask_at_least_one", "schedule", "optimizer", "seed", "lora_rank", "lora_alpha",
              "freeze_layers", "repr_align_wt", "anneal_attention_ratio", "block_length", "causal_blocks",
-             "expand_token_id", "corrupt_prompt")
+             "expand_token_id", "corrupt_prompt", "edit_source", "edit_source_length", "edit_propagation")
     defaults = {field.name: field.default for field in fields(TrainGroup)}  # for runs older than a key
 
     def describe(groups: dict[str, dict]) -> dict:
@@ -146,10 +150,14 @@ def build_model(config: Config, start: "Start", resumed: Checkpoint | None, worl
             # Copied into the fresh model: products can differ in the last bit with the alignment of what came from a
             # file.
             loaded = grow(Transformer.from_pretrained(folder), model_config.vocab_size, config.train.seed)
+            if model_config.edit_heads is not None:
+                add_edit_heads(loaded, model_config.edit_heads)
             model.load_state_dict(loaded.state_dict())
         freeze(model, config.train.frozen_names)
         if config.train.lora_rank:
             add_adapters(model, config.train.lora_rank, config.train.lora_alpha)
+            for head in filter(None, (model.insert_head, model.rate_head)):  # an adapter would not do for a new one
+                head.requires_grad_(True)
     if folder is not None:
         model.adopt(folder, model_config.mask_token_id)
     if model_config.num_attention_heads % world.sequence_size:
@@ -266,6 +274,8 @@ def check_settings(config: Config, model_config: ModelConfig) -> None:
                         f"{model_config.max_position_embeddings} positions; lower it")
     if config.train.objective == "expansion":
         check_expansion(config, model_config)
+    if config.train.objective == "edit":
+        check_edit(config, model_config)
 
 
 def check_expansion(config: Config, model_config: ModelConfig) -> None:
@@ -278,6 +288,17 @@ def check_expansion(config: Config, model_config: ModelConfig) -> None:
     if not 0 <= expand < model_config.vocab_size or expand in (end, model_config.mask_token_id):
         raise UserError(f"train.expand_token_id {expand} must be one of the model's {model_config.vocab_size} tokens, "
                         "and neither end-of-text nor the mask; choose another")
+
+
+def check_edit(config: Config, model_config: ModelConfig) -> None:
+    if model_config.block_causal:
+        raise UserError("train.objective=edit changes a text anywhere, and the model sees whole blocks in their order: "
+                        "choose a model without blocks, or another objective")
+    most = config.data.max_seq_len + config.train.source_tokens
+    if most > model_config.max_position_embeddings:
+        raise UserError(f"data.max_seq_len {config.data.max_seq_len} and {config.train.source_tokens} tokens of the "
+                        f"source may need {most} positions, the model has {model_config.max_position_embeddings}; "
+                        "lower one of them")
 
 
 def read_described(folder: Path, group: ModelGroup | None = None) -> tuple[Any, ModelConfig]:
@@ -302,16 +323,19 @@ def open_tokenizer(group: ModelGroup, path: str | Path):
 
 def as_trained(model_config: ModelConfig, tokenizer, settings: TrainGroup) -> ModelConfig:
     """The configuration with the tokenizer's mask token, its end-of-text and padding tokens where the configuration has
-    none, and the blocks by which the model learns to decode."""
-    blocks = {}
+    none, and the blocks or the edits by which the model learns to decode."""
+    learnt = {}
     if settings.objective == "block_diffusion":
-        blocks = {"block_causal": True, "block_length": settings.block_length}
+        learnt = {"block_causal": True, "block_length": settings.block_length}
         if settings.causal_blocks is not None:
-            blocks["causal_blocks"] = settings.causal_blocks
+            learnt["causal_blocks"] = settings.causal_blocks
+    if settings.objective == "edit":
+        inserts = not settings.source_tokens and model_config.edit_heads in (None, "insert")
+        learnt = {"edit_heads": "insert" if inserts else "all"}
     return replace(model_config, mask_token_id=tokenizer.mask_token_id, eos_token_id=model_config.eos_token_id
                    if model_config.eos_token_id is not None else tokenizer.eos_token_id,
                    pad_token_id=model_config.pad_token_id if model_config.pad_token_id is not None
-                   else tokenizer.pad_token_id, **blocks)
+                   else tokenizer.pad_token_id, **learnt)
 
 
 def check_unchanged(tokenizer, model_config: ModelConfig, config: Config, resumed: Checkpoint) -> None:

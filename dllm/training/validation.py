@@ -17,7 +17,7 @@ from dllm.training.distributed import Shared, World
 
 class Validation(NamedTuple):
     loss: list[MicroBatch]  # for the loss of the objective
-    bound: list[MicroBatch]  # for the likelihood bound; the same list if the objective is a bound
+    bound: list[MicroBatch] | None  # for the likelihood bound; the same list if the objective is one; None: no masks
     tokens_per_byte: float  # in the held-out text
 
 
@@ -32,10 +32,12 @@ def draw_validation(data: TrainingData, config: Config, model: Transformer) -> V
 
     rows = min(len(data.held_out), max(1, config.train.eval_tokens // config.data.max_seq_len))
     loss = bound = draw(config.train, config.train.objective in BOUNDS)
-    if config.train.objective not in (*BOUNDS, "ar"):
+    if config.train.objective == "edit":
+        bound = None
+    elif config.train.objective not in (*BOUNDS, "ar"):
         bound = draw(replace(config.train, objective="elbo", path_term=False, mask_at_least_one=False,
                              corrupt_prompt=False, expand_token_id=None), True)
-    if not all(sum(batch.scored for batch in batches) for batches in (loss, bound)):
+    if not all(sum(batch.scored for batch in batches) for batches in filter(None, (loss, bound))):
         warn(f"no held-out token is masked, of {sum(batch.tokens for batch in loss)}, so nothing is measured on them; "
              "raise data.validation_share")
         return None
@@ -53,6 +55,9 @@ def validate(shared: Shared, validation: Validation, world: World) -> dict[str, 
     shared.eval()
     losses, by_ratio = sum_validation(shared, validation.loss, world)
     result = {"validation_loss": losses / max(sum(batch.normaliser for batch in validation.loss), 1)}
+    if validation.bound is None:  # a bound of edits has a cut-off, and is no bound to compare with those of masks
+        shared.train()
+        return result
     if validation.bound is not validation.loss:
         losses, by_ratio = sum_validation(shared, validation.bound, world)
         result["validation_bound"] = losses / max(sum(batch.normaliser for batch in validation.bound), 1)

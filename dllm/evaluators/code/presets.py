@@ -20,6 +20,9 @@ class Preset:
     context: int = 2048  # tokens of the prompt, or around a gap
 
 
+_MASK_DFM = {"steps": 1000, "alg": "flow", "flow_schedule": "cube", "temperature": 0.8, "top_k": 2, "cfg_scale": 1.5,
+             "corrector": (5, 0.25, 0.5)}
+
 PRESETS: dict[str, dict[str, Preset]] = {
     # Open-dLLM's eval/eval_completion/run_eval.sh and eval/eval_infill/run_eval.sh. In the first, top_p does not
     # reach the sampler, and top_k 200 does.
@@ -43,4 +46,8 @@ PRESETS: dict[str, dict[str, Preset]] = {
                                          "alg": "entropy"}),
         "infill": Preset(generation={"steps": 256, "temperature": 0.2, "top_p": 0.9, "alg": "entropy"},
                          length="average", framed=True)},
+    # Mask DFM of Edit Flows' table 5 (arXiv:2506.09018), best of its search for pass@1; its answers have up to 1024
+    # tokens.
+    "mask_dfm": {
+        "completion": Preset(generation={"max_new_tokens": 1024, **_MASK_DFM}), "infill": Preset(generation=_MASK_DFM)},
 }

@@ -458,7 +458,7 @@ def test_guidance_of_zero_is_none_and_moves_away_from_the_unconditional():
     ({"alg": "confidence_threshold"}, "confidence_threshold needs a threshold"),
     ({"editing_threshold": 0.9}, "editing_threshold needs remasking low_confidence_dynamic"),
     ({"schedule": "linear"}, "schedule linear needs remasking low_confidence without"),
-    ({"schedule": "steep"}, "schedule must be one of even, linear, cosine, polynomial, not 'steep'"),
+    ({"schedule": "steep"}, "schedule must be one of even, linear, cosine, polynomial, square, cube, not 'steep'"),
     ({"cuda_graphs": True}, "cuda_graphs needs a model on a GPU, this one is on cpu"),
     ({"blocks_from": "end"}, "blocks_from must be none or one of text, masked, not 'end'"),
     ({"remask_rate": 1.5}, "remask_rate must be at least 0 and at most 1, not 1.5"),
