@@ -95,7 +95,7 @@ class Endpoints:
 
     async def one_model(self, model_id: str):
         self._check_model(model_id)
-        return self.model
+        return self.model if model_id else await self.list_models()  # /v1/models/
 
     async def completions(self, http: Request, body: CompletionRequest):
         return await self._answer(http, body, read_completion(body, self.texts), TextForm)

@@ -286,6 +286,9 @@ def test_a_key_is_wanted_everywhere_but_for_the_page_and_health(model_folder):
             headers = {} if key is None else {"Authorization": f"Bearer {key}".encode()}
             assert httpx.get(f"{url}/v1/models", headers=headers).status_code == status
             assert httpx.get(f"{url}/metrics", headers=headers).status_code == status
+        for scheme, status in (("bearer", 200), ("BEARER ", 200), ("Basic", 401), ("", 401)):
+            headers = {"Authorization": f"{scheme} sécret".encode()}
+            assert httpx.get(f"{url}/v1/models", headers=headers).status_code == status
         assert httpx.get(f"{url}/").status_code == httpx.get(f"{url}/health").status_code == 200
         assert httpx.get(f"{url}/openapi.json").status_code == 401
 
