@@ -1,8 +1,10 @@
 """Tokenizers: published ones, given a mask token where they lack one, and a byte-level BPE trained on the corpus."""
 
+import json
 import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -33,8 +35,8 @@ def load_tokenizer(path_or_hub_id: str | os.PathLike, mask_token_id: int | None 
     except UserError:
         raise
     except Exception as error:  # missing, truncated or of an unknown kind: many types, one meaning
-        raise UserError(f"cannot load a tokenizer from {path_or_hub_id} ({first_line(error)}); give a folder with "
-                        "tokenizer.json, or a hub repository as owner/name") from error
+        raise UserError(f"cannot load a tokenizer from {find_damaged(folder)} ({first_line(error)}); give a folder "
+                        "with tokenizer.json, or a hub repository as owner/name") from error
     named = read_special_tokens(folder, mask_is_given=(mask_token_id, mask_token) != (None, None))
     set_mask_token(tokenizer, mask_token_id, mask_token, named.mask)
     ends = [token for token in named.ends if token < len(tokenizer)]
@@ -43,6 +45,16 @@ def load_tokenizer(path_or_hub_id: str | os.PathLike, mask_token_id: int | None 
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokenizer.end_token_ids = unique([*own, *named.ends])
     return tokenizer
+
+
+def find_damaged(folder: Path) -> Path:
+    """The file of a tokenizer that is not JSON in UTF-8; the folder if there is none."""
+    for file in sorted(folder.glob("*.json")):
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            return file
+    return folder
 
 
 def set_mask_token(tokenizer, token_id: int | None, text: str | None, named: int | None) -> None:
