@@ -538,6 +538,8 @@ def test_no_output_is_written_over_an_input(model_folder, corpus, fails, tmp_pat
     page = tmp_path / "page"
     assert "--output and --save-html name the same file" in fails(
         2, "sample", model_folder, "--prompt", "x", "--output", page, "--save-html", page)
+    assert f"--output {tmp_path} is a folder; name a file" in fails(
+        2, "sample", model_folder, "--prompt", "x", "--output", tmp_path)
 
 
 # Exit
