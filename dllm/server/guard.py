@@ -79,8 +79,8 @@ def check_text(body: bytes) -> None:
     """Refuse a body that is JSON of invalid text, or nests too deeply: what no endpoint could read or answer."""
     try:
         json.dumps(json.loads(body), ensure_ascii=False).encode("utf-8")
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise RequestError(400, "the body is not JSON in UTF-8") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RequestError(400, f"the body is not JSON in UTF-8: {first_line(error)}") from None
     except UnicodeEncodeError:
         raise RequestError(400, "the body has half of a surrogate pair, which is no character") from None
     except (ValueError, RecursionError) as error:

@@ -65,7 +65,8 @@ def ask(http, body, path="completions"):
     (rb'{"prompt": "x", "model": "\ud800"}', "surrogate"), (rb'{"prompt": "x", "stop": ["\ud800"]}', "surrogate"),
     (rb'{"prompt": "x", "diffusion": {"\ud800": 1}}', "surrogate"), (b'{"prompt": "\xed\xa0\x80"}', "surrogate"),
     (rb'{"prompt": "x", "response_format": {"type": "regex", "regex": "\ud800"}}', "surrogate"),
-    (b'{"prompt": "\xff"}', "UTF-8"), (b"[" * 100_000, "cannot be read"), (b"null", "body"), (b"1e999", "body"),
+    (b'{"prompt": "\xff"}', "UTF-8"), (b"{prompt: 1}", "not JSON in UTF-8: Expecting property name"),
+    (b"[" * 100_000, "cannot be read"), (b"null", "body"), (b"1e999", "body"),
     (b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", "4300 digits"),
     (b'{"prompt": "x", "max_tokens": ' + b"9" * 4000 + b"}", "max_tokens is 999"),
     ({"prompt": "x", "seed": 2**64}, "seed: Input should be less than"),
@@ -141,6 +142,12 @@ def test_fields_that_ask_for_nothing_are_ignored(http):
 def test_head_is_answered_as_get_is(http, path):
     assert http.head(path).status_code == http.get(path).status_code == 200
     assert http.head("/v1/completions").status_code == 405
+
+
+def test_a_model_without_a_mask_token_is_not_served(tokenizer):
+    model = tiny_of("llada", head_dim=6, vocab_size=len(tokenizer), mask_token_id=None)
+    with pytest.raises(UserError, match="nothing names the model's mask token: .* An autoregressive model has none"):
+        make_app(model, tokenizer, "tiny")
 
 
 def test_a_path_that_is_not_there_is_told_those_that_are(http):
