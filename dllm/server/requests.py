@@ -157,7 +157,7 @@ def read_completion(body: CompletionRequest, texts: Texts) -> Prompt:
     if not all(0 <= token < vocab_size for ids in prompts if not isinstance(ids, str) for token in ids):
         raise RequestError(400, f"prompt has tokens outside the vocabulary of {vocab_size}", param="prompt")
     prefixes = [texts.encode(ids) if isinstance(ids, str) else torch.tensor(ids, dtype=torch.long) for ids in prompts]
-    suffix = texts.encode(body.suffix or "")
+    suffix = texts.encode(body.suffix or "", after=True)
     check_no_mask(prefixes, texts)
     echo = None
     if body.echo:
@@ -177,7 +177,8 @@ def read_chat(body: ChatRequest, texts: Texts) -> Prompt:
 
 def read_edit(body: EditRequest, texts: Texts) -> Prompt:
     before, old, after = split_edit(body.messages[0].text)
-    prefix, suffix, length = texts.encode(before), texts.encode(after), max(len(texts.encode(old)), 1)
+    prefix, suffix = texts.encode(before), texts.encode(after, after=True)
+    length = max(len(texts.encode(old, after=True)), 1)
     if body.most_tokens is not None:
         length = min(length, body.most_tokens)
     return Prompt(prefixes=[prefix], suffix=suffix, fills=True, length=length, max_tokens=body.most_tokens)

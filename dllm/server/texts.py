@@ -30,8 +30,8 @@ class Texts:
         self.model, self.tokenizer, self.defaults = model, tokenizer, defaults
         self.constraint = functools.lru_cache(maxsize=16)(self._constraint)
 
-    def encode(self, text: str) -> torch.Tensor:
-        return encode(self.tokenizer, text) if text else torch.empty(0, dtype=torch.long)
+    def encode(self, text: str, *, after: bool = False) -> torch.Tensor:
+        return encode(self.tokenizer, text, after=after) if text else torch.empty(0, dtype=torch.long)
 
     def render(self, messages: Sequence[dict], documents: list[dict] | None = None,
                variables: Mapping[str, Any] | None = None) -> torch.Tensor:
