@@ -255,6 +255,8 @@ def run_score(args: argparse.Namespace) -> int:
     from dllm.evaluators.code.tasks import read_tasks
 
     check_outputs({"--output": args.output}, [args.samples, args.samples.with_name("manifest.json"), args.data])
+    if not args.samples.exists():  # before the benchmark's data are fetched
+        raise UserError(f"cannot read {args.samples}: No such file or directory; give a file of JSON lines")
     record = score_samples(args.samples, read_tasks(args.task, args.data), workers=args.workers, timeout=args.timeout,
                            audit=args.audit, require=args.require_sandbox, skip_bad=args.skip_bad)
     if args.output is not None:

@@ -44,6 +44,8 @@ def find_model(path_or_hub_id: str | os.PathLike, weights: bool = True) -> Path:
     name = str(path_or_hub_id)
     if folder.is_file():
         raise UserError(f"{name} is a file; give its folder, which holds config.json too")
+    if name.lower().endswith(".gguf"):
+        raise UserError(f"{name} does not exist; give the path of a GGUF file that does")
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
         raise UserError(f"{name} is not a folder; give a model folder, or a hub repository as owner/name")
     from huggingface_hub import snapshot_download

@@ -310,6 +310,10 @@ def test_of_two_chat_templates_transformers_choice_is_taken_and_told(copy):
         with told(*["chat templates in tokenizer_config.json and chat_template.jinja differ; that in"] * warnings_):
             _, tokenizer = load_with_tokenizer(folder, "cpu")
         assert tokenizer.chat_template == AutoTokenizer.from_pretrained(folder).chat_template == "B{{ messages }}\n"
+    (folder / "chat_template.jinja").write_bytes(b"B\r\nC\r\n")
+    change(folder / "tokenizer_config.json", chat_template="B\nC")
+    with told():
+        load_tokenizer(folder)
 
 
 @pytest.mark.parametrize("twice, message", [
