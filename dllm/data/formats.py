@@ -18,6 +18,7 @@ from dllm.files import decode_text, find_encoding
 _CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4", ".xz": "xz"}
 _ARROW = {".parquet": "Parquet", ".arrow": "Arrow"}
 _JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
+_BLANK = re.compile(r"\s*")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 _POINTER = b"version https://git-lfs.github.com/spec/"  # in place of a file that Git LFS has not fetched
 TABLES = (*_ARROW, *_JSON_LINES, ".csv", ".tsv")
@@ -164,12 +165,12 @@ def _find_json_rows(path: Path, choose: Choose) -> Iterator[Row]:
 
 def _read_values(text: str) -> list | None:
     """The values of a text that is nothing but JSON values, one after the other, as jq writes them."""
-    values, place = [], 0
+    values, place = [], _BLANK.match(text).end()
     try:
-        while rest := text[place:].lstrip():
-            value, end = json.JSONDecoder().raw_decode(rest)
+        while place < len(text):
+            value, end = json.JSONDecoder().raw_decode(text, place)
             values.append(value)
-            place = len(text) - len(rest) + end
+            place = _BLANK.match(text, end).end()
     except (ValueError, RecursionError):
         return None
     return values

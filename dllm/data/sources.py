@@ -178,8 +178,9 @@ class Reader:
         present = list(present)
         if not self._text_columns(present):
             wanted = f"no column {' or '.join(map(repr, self.keys))}"
-            self.missing = self.missing or (f"{where} has {wanted}; it has {', '.join(present) or 'none'}; name one of "
-                                            "them in data.text_keys (--text-keys)")
+            talks = not self.conversations and {"messages", "conversations"} & {*present}
+            advice = "set data.data_type=conversation" if talks else "name one of them in data.text_keys (--text-keys)"
+            self.missing = self.missing or f"{where} has {wanted}; it has {', '.join(present) or 'none'}; {advice}"
             raise NoColumn(wanted)
         others = (*_PROMPTS, *_ANSWERS, *_INPUTS, *_SYSTEM, *_FOR_TEMPLATE) if self.conversations else ()
         return [key for key in (*self.keys, *others) if key in present]

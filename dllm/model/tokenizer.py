@@ -49,7 +49,7 @@ def load_tokenizer(path_or_hub_id: str | os.PathLike, mask_token_id: int | None 
 
 def find_damaged(folder: Path) -> Path:
     """The file of a tokenizer that is not JSON in UTF-8; the folder if there is none."""
-    for file in sorted(folder.glob("*.json")):
+    for file in sorted([*folder.glob("*token*.json"), *folder.glob("vocab.json")]):
         try:
             json.loads(file.read_text(encoding="utf-8"))
         except ValueError:

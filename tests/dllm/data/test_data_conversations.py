@@ -360,3 +360,10 @@ def test_a_conversation_that_the_template_refuses_is_named(tmp_path, chat):
     corpus = read_corpus(replace(group, chat_template=str(tmp_path / "other.jinja")))
     with pytest.raises(UserError, match=r"jsonl:3: the chat template refuses .*: too many; set another"):
         open_training_data(corpus, chat, 0)
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_conversations_read_as_documents_are_told_their_type(column, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({column: ASKED}) + "\n")
+    with pytest.raises(UserError, match=f"has no column 'text'; it has {column}; set data.data_type=conversation"):
+        read_corpus(DataGroup(train_path=str(tmp_path)))
