@@ -26,10 +26,11 @@ class DiffusionLM(Transformer):
     not.
     """
 
-    def forward(self, input_ids: Any, attention_mask: Any = None) -> ModelOutput:
+    def forward(self, input_ids: Any, attention_mask: Any = None, token_type_ids: Any = None) -> ModelOutput:
         """Logits [B, L, V] of token ids in any form of a prompt; see `Transformer.forward`.
 
-        Tensors on a GPU are taken as they are, because to check them would wait for it.
+        Tensors on a GPU are taken as they are, because to check them would wait for it. token_type_ids, which some
+        tokenizers give, change nothing.
         """
         if not (isinstance(input_ids, Tensor) and input_ids.is_cuda):
             input_ids, attention_mask = read_prompts(self, input_ids, attention_mask, name="input_ids")
@@ -94,8 +95,9 @@ def read_call(model: Transformer, inputs: Any, attention_mask: Any, config: Any,
     """
     if isinstance(attention_mask, MDMGenerationConfig) and config is None:
         attention_mask, config = None, attention_mask
-    if "input_ids" in settings and inputs is None:
+    if "input_ids" in settings and inputs is None:  # **tokenizer(...)
         inputs = settings.pop("input_ids")
+        settings.pop("token_type_ids", None)
     chosen = read_settings(model, config, settings)
     if model.generation_defaults and not isinstance(config, MDMGenerationConfig):
         inputs, attention_mask = read_prompts(model, inputs, attention_mask)

@@ -28,12 +28,13 @@ def warn(text: str) -> None:
 @contextmanager
 def notices_in_a_line() -> Iterator[None]:
     with warnings.catch_warnings():
-        show = warnings.showwarning
+        show, told = warnings.showwarning, set()  # Python forgets what it has shown when filters change
 
         def show_warning(message, category, *place, **more):
-            if issubclass(category, Notice):
+            if issubclass(category, Notice) and str(message) not in told:
+                told.add(str(message))
                 print(f"dllm: warning: {message}", file=sys.stderr)
-            else:
+            elif not issubclass(category, Notice):
                 show(message, category, *place, **more)
 
         warnings.showwarning = show_warning

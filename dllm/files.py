@@ -106,11 +106,13 @@ def check_outputs(outputs: dict[str, Path | None], inputs: Iterable[str | Path |
 
     Args:
         outputs: by the flag that names it.
-    Raises: UserError naming the flag; also if two flags name one file.
+    Raises: UserError naming the flag; also if two flags name one file, or one a folder.
     """
     given = {flag: os.path.realpath(path) for flag, path in outputs.items() if path is not None}
     read = [os.path.realpath(Path(path).expanduser()) for path in inputs if path is not None]
     for flag, path in given.items():
+        if os.path.isdir(path):
+            raise UserError(f"{flag} {outputs[flag]} is a folder; name a file")
         other = next((other for other in given if other != flag and given[other] == path), None)
         if other:
             raise UserError(f"{flag} and {other} name the same file, {outputs[flag]}; give each its own")

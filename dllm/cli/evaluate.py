@@ -187,11 +187,12 @@ def run_eval(args: argparse.Namespace) -> int:
               "validation_share": share, "settings": asdict(settings), "result": result,
               "manifest": {"data": {"sha256": digest.hexdigest()},
                            **identify_model(model, tokenizer, find_model(args.model))}}
+    brief = {"result": {name: value for name, value in result.items() if name != "examples"}} if isinstance(
+        result, dict) else {}
+    show({**record, **brief})  # before it is written, which a full disk may prevent
     if args.output is not None:
         write_json(args.output, record)
-    if args.task == "infill":
-        del record["result"]["examples"]
-    return show(record)
+    return 0
 
 
 def run_code_task(args: argparse.Namespace) -> int:
@@ -255,11 +256,14 @@ def run_score(args: argparse.Namespace) -> int:
     from dllm.evaluators.code.tasks import read_tasks
 
     check_outputs({"--output": args.output}, [args.samples, args.samples.with_name("manifest.json"), args.data])
+    if not args.samples.exists():  # before the benchmark's data are fetched
+        raise UserError(f"cannot read {args.samples}: No such file or directory; give a file of JSON lines")
     record = score_samples(args.samples, read_tasks(args.task, args.data), workers=args.workers, timeout=args.timeout,
                            audit=args.audit, require=args.require_sandbox, skip_bad=args.skip_bad)
+    show(record, "results")  # before it is written
     if args.output is not None:
         write_json(args.output, record)
-    return show(record, "results")
+    return 0
 
 
 def run_scoreboard(args: argparse.Namespace) -> int:

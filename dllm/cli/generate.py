@@ -100,7 +100,8 @@ def run_infill(args: argparse.Namespace) -> int:
     config = generation_config(args)
     model, tokenizer = load_model(args)
     config = folder_defaults(config, args, model, constraint=read_constraint(args, tokenizer, model))
-    gap = settle_length(model, Gap(encode(tokenizer, before), encode(tokenizer, after), args.length), config)
+    gap = Gap(encode(tokenizer, before), encode(tokenizer, after, after=True), args.length)
+    gap = settle_length(model, gap, config)
     filled, seconds, traces = denoise_shown(args, config, model, tokenizer, gap,
                                             lambda on_step: fill(model, [gap], config, on_step=on_step))
     out = filled.output

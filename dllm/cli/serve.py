@@ -8,7 +8,7 @@ from dllm.cli.flags import Parser, add_model, load_model, path, whole
 from dllm.cli.generate import folder_defaults
 from dllm.config.fields import add_fields, given
 from dllm.errors import UserError
-from dllm.files import write_json
+from dllm.files import check_outputs, write_json
 from dllm.generation.config import MDMGenerationConfig
 from dllm.server.limits import ServerLimits
 
@@ -72,10 +72,11 @@ def run_bench_serve(args: argparse.Namespace) -> int:
         from dllm.server.bench import measure, table
     except ImportError as error:
         raise UserError(f"dllm bench-serve needs {error.name}: pip install 'dllm[serve]'") from None
+    check_outputs({"--output": args.output}, [])
     record = measure(args.url, requests=args.requests, concurrency=args.concurrency, max_tokens=args.max_tokens,
                      prompt=args.prompt, stream=args.stream, seed=args.seed,
                      api_key=args.api_key or os.environ.get("DLLM_API_KEY"))
+    print(table(record))
     if args.output is not None:
         write_json(args.output, record)
-    print(table(record))
     return 0

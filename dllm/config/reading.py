@@ -18,6 +18,17 @@ from dllm.config.schema import GROUPS, Config
 from dllm.errors import UserError, did_you_mean
 from dllm.files import decode_text
 
+# Names of Transformers' TrainingArguments and of training scripts, for the hint beside an unknown key.
+_FOREIGN_NAMES = {
+    "learning_rate": "train.lr", "per_device_train_batch_size": "train.micro_batch_size", "batch_size":
+    "train.micro_batch_size", "gradient_accumulation_steps": "train.global_batch_size", "epochs":
+    "train.num_train_epochs", "warmup_ratio": "train.lr_warmup_ratio", "warmup_steps": "train.lr_warmup_ratio",
+    "lr_scheduler_type": "train.lr_decay_style", "bf16": "train.precision", "fp16": "train.precision",
+    "gradient_checkpointing": "train.enable_gradient_checkpointing", "logging_steps": "train.log_steps",
+    "save_total_limit": "train.keep_last", "eval_steps": "train.eval_every", "report_to": "train.use_wandb",
+    "resume_from_checkpoint": "train.auto_resume", "model_name_or_path": "model.model_path",
+    "dataset_name": "data.train_path", "max_length": "data.max_seq_len", "max_seq_length": "data.max_seq_len"}
+
 _MASKING = "train.enable_masking"  # Open-dLLM's name for: masked diffusion with the planner's term, or next tokens
 
 
@@ -96,7 +107,7 @@ def _read_flags(flags: Sequence[str]) -> list[tuple[str, str]]:
         flag = rest.pop(0)
         key, equals, value = flag.removeprefix("--").partition("=")
         if not flag.startswith("--") or "." not in key:
-            raise UserError(f"flags look like --train.lr=1e-3, not {flag!r}")
+            raise UserError(f"flags look like --train.lr=1e-3, not {flag!r}{_hint(key)}")
         _known(key)
         if not equals:
             if not rest or rest[0].startswith("--"):
@@ -110,7 +121,13 @@ def _known(key: str) -> str:
     valid = [f"{group}.{name}" for group, cls in GROUPS.items() for name in settings_of(cls)] + [_MASKING]
     if key in valid or key in read_foreign_keys():
         return key
-    name = key.partition(".")[2]
-    elsewhere = [other for other in valid if other.split(".")[1] == name]
-    hint = f"; did you mean {elsewhere[0]}?" if elsewhere else did_you_mean(key, valid)
-    raise UserError(f"there is no configuration key {key}{hint or f'; the groups are {chr(44).join(GROUPS)}'}")
+    hint = _hint(key) or did_you_mean(key, valid) or f"; the groups are {','.join(GROUPS)}"
+    raise UserError(f"there is no configuration key {key}{hint}")
+
+
+def _hint(key: str) -> str:
+    """The end of a message that names the key of the same meaning in its group; empty where there is none."""
+    name = key.rpartition(".")[2]
+    same = [f"{group}.{name}" for group, cls in GROUPS.items() if name in settings_of(cls)]
+    meant = same[0] if same else _FOREIGN_NAMES.get(name)
+    return f"; did you mean {meant}?" if meant else ""

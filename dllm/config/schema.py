@@ -80,7 +80,7 @@ class DataGroup:
     datasets_type: Literal["mapping", "iterable"] = setting(
         "mapping", "tokenise before training and keep the tokens, or while reading")
     text_keys: str | None = setting(None, "column; of several, separated by commas, the first present",
-                                    none="text, or messages")
+                                    none="text, or messages, conversations")
     chat_template: str = setting("default", "template of conversations: the tokenizer's own, or a Jinja file")
     num_workers: int = setting(2, "threads that tokenise text, processes for what Python itself must do; 0: as 1",
                                at_least=0)
@@ -105,7 +105,7 @@ class DataGroup:
 
     @property
     def key_list(self) -> list[str]:
-        usual = {"plaintext": "text", "conversation": "messages"}
+        usual = {"plaintext": "text", "conversation": "messages,conversations"}
         return split_commas(usual[self.data_type] if self.text_keys is None else self.text_keys)
 
     @property

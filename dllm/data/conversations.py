@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from dllm.errors import UserError, first_line
 from dllm.files import decode_text
+from dllm.model.tokenizer import find_between
 
 _MARKS_ANSWERS = re.compile(r"{%-?\s*generation\b")
 
@@ -124,18 +125,20 @@ def _tokenize(tokenizer, text: str, special: re.Pattern, guard: str) -> tuple[li
     if guard not in text:
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return list(encoded["input_ids"]), list(encoded["offset_mapping"])
-    ids, offsets, place = [], [], 0
+    ids, offsets, place, before = [], [], 0, None
     for found in [*special.finditer(text), None]:
         end = len(text) if found is None else found.start()
-        places = [i for i in range(place, end) if text[i] != guard] + [end]
-        encoded = tokenizer(text[place:end].replace(guard, ""), add_special_tokens=False, split_special_tokens=True,
+        start, stop = find_between(tokenizer, text[place:end], before, found and found[0])
+        start, stop = place + start, place + stop
+        places = [i for i in range(start, stop) if text[i] != guard] + [stop]
+        encoded = tokenizer(text[start:stop].replace(guard, ""), add_special_tokens=False, split_special_tokens=True,
                             return_offsets_mapping=True, verbose=False)
         ids += encoded["input_ids"]
         offsets += [(places[first], places[last]) for first, last in encoded["offset_mapping"]]
         if found is not None:
             ids.append(tokenizer.convert_tokens_to_ids(found[0]))
             offsets.append(found.span())
-            place = found.end()
+            place, before = found.end(), found[0]
     return ids, offsets
 
 

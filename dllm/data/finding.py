@@ -21,6 +21,7 @@ _HUB = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[\w.-]+))?(@
 _SPLIT = re.compile(r"(?:^|[^a-z])(train|training|test|testing|eval|evaluation|dev|validation|valid|val)(?![a-z])")
 _DESCRIBES = re.compile(r"(readme|licen[cs]e|copying|notice|citation|changelog|authors|contributing)\b.*"
                         r"|(dataset_infos?|dataset_dict|state|croissant)\.json|.*\.lock|cache-.*\.arrow", re.IGNORECASE)
+_PLAIN = (".txt", ".raw", ".tokens")  # suffixes of text that is not source code; the latter two are WikiText's
 _COPY = re.compile(r".*(~|\.(bak|orig|old|swp|tmp|temp|part|partial|incomplete|crdownload))|#.*#", re.IGNORECASE)
 
 
@@ -103,16 +104,17 @@ def find_files(root: Path, skipped: Skipped) -> list[str]:
     """The names of the files below a folder that are meant for training, sorted.
 
     Links are followed, and each folder is read once. Hidden files and folders are none of the data, and neither are the
-    folders of runs and models. Beside tables and .txt files, and where all others are .json files, files that describe
-    them are left out; beside tables, .json and .txt files of a training split, those of other splits. Of a folder that
-    `datasets` saved, only the split train is read. Backups of editors and unfinished downloads are left out.
+    folders of runs and models. Beside tables and plain text (.txt, .raw, .tokens), and where all others are .json
+    files, files that describe them are left out; beside tables, .json files and plain text of a training split, those
+    of other splits. Of a folder that `datasets` saved, only the split train is read. Backups of editors and unfinished
+    downloads are left out.
     Raises: UserError if such a folder has other splits only.
     """
     names = sorted(_Walk(root, skipped).files())
     describing = {name for name in names if _DESCRIBES.fullmatch(name.rpartition("/")[2])}
     kinds = {suffix_of(name) for name in names if name not in describing}
-    described = len(names) > 1 and (kinds == {".json"} or any(suffix_of(name) in (*TABLES, ".txt") for name in names))
-    splits = {name: _split_of(name) for name in names if suffix_of(name) in (*TABLES, ".json", ".txt")}
+    described = len(names) > 1 and (kinds == {".json"} or any(suffix_of(name) in (*TABLES, *_PLAIN) for name in names))
+    splits = {name: _split_of(name) for name in names if suffix_of(name) in (*TABLES, ".json", *_PLAIN)}
     trains = any(split in ("train", "training") for split in splits.values())
     found = []
     for name in names:

@@ -15,9 +15,10 @@ from typing import Any
 from dllm.errors import first_line
 from dllm.files import decode_text, find_encoding
 
-_CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
+_CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4", ".xz": "xz"}
 _ARROW = {".parquet": "Parquet", ".arrow": "Arrow"}
 _JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
+_BLANK = re.compile(r"\s*")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 _POINTER = b"version https://git-lfs.github.com/spec/"  # in place of a file that Git LFS has not fetched
 TABLES = (*_ARROW, *_JSON_LINES, ".csv", ".tsv")
@@ -63,10 +64,34 @@ def prune_nulls(value: Any) -> Any:
     return value
 
 
+class _XzFile(io.RawIOBase):
+    """An .xz file, which pyarrow lacks. Its damage is an OSError, as that of the other codecs."""
+
+    def __init__(self, path: Path):
+        import lzma
+
+        self.file, self.damage = lzma.open(path), (lzma.LZMAError, EOFError)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        try:
+            return self.file.readinto(buffer)
+        except self.damage as error:
+            raise OSError(first_line(error)) from error
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
 def _open(path: Path) -> io.BufferedReader:
     codec = _CODECS.get(path.suffix.lower())
     if codec is None:
         return open(path, "rb")
+    if codec == "xz":
+        return io.BufferedReader(_XzFile(path))
     import pyarrow
 
     return io.BufferedReader(pyarrow.input_stream(str(path), compression=codec))
@@ -115,7 +140,7 @@ def _parse_json(text: str) -> Any:
 
 
 def _find_json_rows(path: Path, choose: Choose) -> Iterator[Row]:
-    """The records of a list of objects, or of one object per line, or one with the columns; other files are texts.
+    """The records of a list of objects, or of several objects, or one with the columns; other files are texts.
 
     Raises: BadRecord if records with the columns are found below a key.
     """
@@ -126,7 +151,7 @@ def _find_json_rows(path: Path, choose: Choose) -> Iterator[Row]:
         first = text.lstrip().partition("\n")[0]
         if first.startswith("{") and first.rstrip().endswith("}"):
             return _find_json_lines(path)
-        value = None
+        value = _read_values(text)
     if isinstance(value, list) and any(isinstance(record, dict) for record in value):
         return ((number, partial(lambda record: record, record)) for number, record in enumerate(value, start=1))
     if isinstance(value, dict):
@@ -136,6 +161,19 @@ def _find_json_rows(path: Path, choose: Choose) -> Iterator[Row]:
                 isinstance(record, dict) and _has_columns(record, choose) for record in part)]:
             raise BadRecord(f"its records are below the key {below[0]!r}; save them as a list, or one a line")
     return iter([(0, lambda: text)])
+
+
+def _read_values(text: str) -> list | None:
+    """The values of a text that is nothing but JSON values, one after the other, as jq writes them."""
+    values, place = [], _BLANK.match(text).end()
+    try:
+        while place < len(text):
+            value, end = json.JSONDecoder().raw_decode(text, place)
+            values.append(value)
+            place = _BLANK.match(text, end).end()
+    except (ValueError, RecursionError):
+        return None
+    return values
 
 
 def _has_columns(record: dict, choose: Choose) -> bool:

@@ -14,7 +14,12 @@ from dllm.data.finding import Shard, Skipped, find_shards
 from dllm.data.formats import BadRecord, Row, find_rows, prune_nulls
 from dllm.errors import Failure, UserError, first_line
 
-_PROMPTS, _ANSWERS = ("prompt", "question"), ("response", "completion", "answer")
+_PROMPTS = ("prompt", "question", "instruction")
+_ANSWERS = ("response", "completion", "answer", "output")
+_INPUTS = ("input", "context")  # what an instruction is about: Alpaca's and Dolly's column
+_SYSTEM = ("system", "system_prompt")  # columns of the system's message
+_SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
+             "system": "system", "tool": "tool", "observation": "tool"}  # who a message is from -> role
 _FOR_TEMPLATE = ("tools", "documents", "chat_template_kwargs")  # columns that a chat template takes beside messages
 
 
@@ -41,8 +46,8 @@ def read_documents(paths: Sequence[str | Path] | None = None,
     A folder is read with its subfolders, except hidden ones and what is not meant for training (`find_files`). .jsonl
     (.ndjson, .jsonlines), .csv, .tsv, .parquet and .arrow files, and .json files of records, hold one document per
     record, in the first column of `text_keys` that is not null; every other file is one document. All but .parquet and
-    .arrow may be compressed: .gz, .bz2, .zst or .lz4 follows their names. Text is UTF-8, or UTF-16 or UTF-32 with a
-    byte order mark. What is no such text, tables without the columns, and unreadable records are skipped; a line on
+    .arrow may be compressed: .gz, .bz2, .xz, .zst or .lz4 follows their names. Text is UTF-8, or UTF-16 or UTF-32 with
+    a byte order mark. What is no such text, tables without the columns, and unreadable records are skipped; a line on
     stderr names them.
 
     Args:
@@ -139,14 +144,21 @@ class Reader:
             return None
 
     def _make_document(self, name: str, record: dict, where: str) -> Document | None:
-        present = {key: value for key, value in record.items() if value is not None}
+        present = {key: _as_text(value) for key, value in record.items() if value is not None}
         self._find_columns(record, where)
         columns = self._text_columns(present)
         if not columns:  # null, as good as empty
             return None
         values = [present[column] for column in columns]
         if self.conversations:
-            conversation = {"messages": read_messages(*values), **read_template_values(present)}
+            if columns[0] == "instruction":
+                about = [present[key] for key in _INPUTS if present.get(key)]
+                values[0] = "\n".join(map(str, [values[0], *about]))
+            messages = read_messages(*values)
+            system = next((present[key] for key in _SYSTEM if present.get(key)), None)
+            if isinstance(system, str) and messages[0]["role"] != "system":
+                messages = [{"role": "system", "content": system}, *messages]
+            conversation = {"messages": messages, **read_template_values(present)}
             text = "\n".join(filter(None, map(text_of, conversation["messages"])))
             return Document(_check(text), name, _check(json.dumps(conversation, ensure_ascii=False)))
         if not isinstance(values[0], str):
@@ -166,11 +178,12 @@ class Reader:
         present = list(present)
         if not self._text_columns(present):
             wanted = f"no column {' or '.join(map(repr, self.keys))}"
-            self.missing = self.missing or (f"{where} has {wanted}; it has {', '.join(present) or 'none'}; name one of "
-                                            "them in data.text_keys (--text-keys)")
+            talks = not self.conversations and {"messages", "conversations"} & {*present}
+            advice = "set data.data_type=conversation" if talks else "name one of them in data.text_keys (--text-keys)"
+            self.missing = self.missing or f"{where} has {wanted}; it has {', '.join(present) or 'none'}; {advice}"
             raise NoColumn(wanted)
-        return [key for key in (*self.keys, *(self.conversations and (*_PROMPTS, *_ANSWERS, *_FOR_TEMPLATE) or ()))
-                if key in present]
+        others = (*_PROMPTS, *_ANSWERS, *_INPUTS, *_SYSTEM, *_FOR_TEMPLATE) if self.conversations else ()
+        return [key for key in (*self.keys, *others) if key in present]
 
 
 def prune_columns(row: dict) -> dict:
@@ -178,16 +191,24 @@ def prune_columns(row: dict) -> dict:
 
 
 def read_messages(prompt: Any, answer: Any = None) -> list[dict[str, Any]]:
-    """The messages of a conversation: a list of them, or a prompt and its answer, each a text or a list of messages.
+    """The messages of a conversation: a list of them, also as JSON text, or a prompt and its answer, each a text or a
+    list of messages.
 
     A message keeps all its fields, because the chat template may use them. Its content is a text, a list of parts, or
-    null beside another field with a value, such as tool_calls.
-    Raises: BadRecord unless every message has a role, and a content or another field.
+    null beside another field with a value, such as tool_calls. ShareGPT's from and value become role and content.
+    Raises: BadRecord unless there are messages, and each has a role, and a content or another field.
     """
+    if answer is None and isinstance(prompt, str):
+        try:
+            prompt = json.loads(prompt)
+        except (ValueError, RecursionError):
+            raise BadRecord("not a list of messages with role and content") from None
     parts = [prompt] if answer is None else [
         [{"role": role, "content": value}] if isinstance(value, str) else value
         for value, role in ((prompt, "user"), (answer, "assistant"))]
-    messages = [message for part in parts for message in (part if isinstance(part, list) else [part])]
+    messages = [_with_role(message) for part in parts for message in (part if isinstance(part, list) else [part])]
+    if not messages:
+        raise BadRecord("no messages")
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise BadRecord("not a list of messages with role and content")
@@ -196,6 +217,16 @@ def read_messages(prompt: Any, answer: Any = None) -> list[dict[str, Any]]:
         if not isinstance(content, str | list) and (content is not None or not any(others)):
             raise BadRecord("not a list of messages with role and content")
     return messages
+
+
+def _with_role(message: Any) -> Any:
+    if not isinstance(message, dict) or "role" in message or not isinstance(message.get("from"), str):
+        return message
+    role = _SHAREGPT.get(message["from"].lower())
+    if role is None:
+        raise BadRecord(f"a message from {message['from']!r}, none of {', '.join(_SHAREGPT)}")
+    others = {key: value for key, value in message.items() if key not in ("from", "value")}
+    return {"role": role, "content": message.get("value"), **others}
 
 
 def read_template_values(record: dict) -> dict[str, Any]:
@@ -217,6 +248,14 @@ def text_of(message: dict) -> str:
     values = [message.get("content"), message.get("tool_calls")]
     return "\n".join(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
                      for value in values if value)
+
+
+def _as_text(value: Any) -> Any:
+    """The text of a binary column, in which TensorFlow and Spark write texts."""
+    try:
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        raise BadRecord("not UTF-8") from None
 
 
 def _check(text: str) -> str:

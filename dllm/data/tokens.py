@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dllm.data.conversations import encode_conversation
 from dllm.data.sources import Document
-from dllm.errors import Failure
+from dllm.errors import Failure, UserError
 from dllm.files import cache_folder
 
 _VERSION = 3  # of a cache file: its format, and how documents are encoded
@@ -131,7 +131,7 @@ def _encode_batch(tokenizer, documents: Sequence[Document]) -> tuple[array, arra
     """(tokens, lengths, marks of the tokens to learn or nothing). tokenizer: None takes the one that `_keep` kept."""
     tokenizer = _kept if tokenizer is None else tokenizer
     if documents[0].messages is not None:
-        pairs = [encode_conversation(tokenizer, **json.loads(document.messages)) for document in documents]
+        pairs = [_encode_messages(tokenizer, document) for document in documents]
         pairs = [(ids, learnt) if any(learnt) else ([], []) for ids, learnt in pairs]
         return (array("i", chain.from_iterable(ids for ids, _ in pairs)), array("q", (len(ids) for ids, _ in pairs)),
                 array("b", chain.from_iterable(learnt for _, learnt in pairs)))
@@ -148,6 +148,13 @@ def _encode_batch(tokenizer, documents: Sequence[Document]) -> tuple[array, arra
         ids.extend(document)
         ids.append(tokenizer.eos_token_id)
     return ids, array("q", (len(document) + 1 for document in encoded)), array("b")
+
+
+def _encode_messages(tokenizer, document: Document) -> tuple[list[int], list[bool]]:
+    try:
+        return encode_conversation(tokenizer, **json.loads(document.messages))
+    except UserError as error:
+        raise UserError(f"{document.source}: {error}") from None
 
 
 def describe_rules(tokenizer) -> str:

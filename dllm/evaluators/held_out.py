@@ -57,9 +57,9 @@ def cut_windows(tokenizer, documents: Sequence[Document], settings: HeldOutSetti
                 continue
             text = document.text[offsets[start + 1]:offsets[end]]
             windows.append(Window(tokens[start:end], index, len(text.encode("utf-8", "surrogatepass"))))
-    if not windows:
-        raise UserError(f"nothing to evaluate in {len(documents)} held-out documents: none has two tokens; "
-                        "give more data or hold out a larger share")
+    if not any(window.bytes for window in windows):
+        raise UserError(f"nothing to evaluate in {len(documents)} held-out documents: none has text after its first "
+                        "token; give more data or hold out a larger share")
     if settings.windows is not None and settings.windows < len(windows):
         chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(settings.seed))[:settings.windows]
         windows = [windows[i] for i in chosen.sort().values.tolist()]

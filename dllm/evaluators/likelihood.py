@@ -14,8 +14,9 @@ from dllm.config.fields import check_kind, settings_of
 from dllm.data import Document
 from dllm.errors import UserError
 from dllm.evaluators.held_out import HeldOutSettings, Window, corrupt_share, cut_windows, ratio_with_error
+from dllm.generation.config import MDMGenerationConfig
 from dllm.generation.inputs import read_mask
-from dllm.generation.sampler import block_length_of
+from dllm.generation.sampler import block_length_of, find_mask_token
 from dllm.model.layouts import Packed, Padded, TwoCopies
 from dllm.model.transformer import Transformer
 from dllm_kernels import linear_masked_cross_entropy, linear_token_scores
@@ -223,10 +224,7 @@ def score_positions(model: Transformer, windows: Sequence[Window], corrupted: Se
 
     A block-causal model sees a corrupted block as it is, and the blocks before it uncorrupted, as in training.
     """
-    mask_token_id = model.mask_token_id
-    if mask_token_id is None:
-        raise UserError("neither the checkpoint's config.json nor its tokenizer names a mask token; "
-                        "add mask_token_id to config.json")
+    mask_token_id = find_mask_token(model, MDMGenerationConfig())
     longest = max(len(window.tokens) for window in windows)
     if longest > model.config.max_position_embeddings:
         raise UserError(f"windows of {longest} tokens, but the model has {model.config.max_position_embeddings} "

@@ -201,7 +201,8 @@ _PUBLISHED = ("max_new_tokens", "steps", "temperature", "top_p", "top_k", "alg",
 def published_settings(raw: Mapping[str, Any] | None) -> dict[str, Any]:
     """The settings that a folder's generation_config.json, read as `raw`, gives: defaults that arguments go before.
 
-    As in Transformers, temperature, top_p and top_k are without effect where it says `"do_sample": false`.
+    As in Transformers, temperature, top_p and top_k are without effect where it says `"do_sample": false`. A top_k of
+    -1 is vLLM's word for all tokens.
     Raises: UserError for a value that does not fit.
     """
     settings = {name: raw[name] for name in _PUBLISHED if (raw or {}).get(name) is not None}
@@ -209,6 +210,8 @@ def published_settings(raw: Mapping[str, Any] | None) -> dict[str, Any]:
         settings = {name: value for name, value in settings.items() if name not in ("temperature", "top_p", "top_k")}
     elif (raw or {}).get("do_sample"):
         settings.setdefault("temperature", 1.0)
+    if settings.get("top_k") == -1:
+        settings["top_k"] = 0
     for name, value in settings.items():
         its = settings_of(MDMGenerationConfig)[name]
         check_kind(f"generation_config.json: {name}", value, its)

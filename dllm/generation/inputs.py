@@ -64,6 +64,8 @@ def to_tensor(name: str, values: Any, wanted: str = "token ids") -> Tensor:
             isinstance(item, str | bytes) for item in values):
         raise UserError(f"{name} must be {wanted}, not {'missing' if values is None else 'text'}; give what the "
                         "tokenizer makes of the text")
+    if hasattr(values, "tolist"):  # an array: torch takes no reversed, read-only, big-endian or object ones
+        values = values.tolist()
     if isinstance(values, list | tuple):
         values = [item.tolist() if hasattr(item, "tolist") else item for item in values]
         lengths = sorted({len(row) for row in values if isinstance(row, list | tuple)})

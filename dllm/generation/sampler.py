@@ -488,8 +488,9 @@ def find_mask_token(model: Transformer, config: MDMGenerationConfig) -> int:
     """The mask token of the config, the checkpoint or its tokenizer, in this order."""
     token_id = model.mask_token_id if config.mask_token_id is None else config.mask_token_id
     if token_id is None:
-        raise UserError("neither the generation config, the checkpoint's config.json nor its tokenizer names a mask "
-                        "token; set mask_token_id, or --mask-token to one of the tokenizer's")
+        raise UserError("nothing names the model's mask token: neither a setting, nor generation_config.json, "
+                        "config.json or the tokenizer. An autoregressive model has none until it is adapted, as by "
+                        "dllm train --model.model_path=MODEL; for another one set mask_token_id, or --mask-token")
     if not 0 <= token_id < model.config.vocab_size:
         raise UserError(f"mask_token_id {token_id} is outside the model's vocabulary of {model.config.vocab_size}")
     return token_id

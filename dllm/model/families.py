@@ -14,7 +14,8 @@ from dllm.config.fields import check, setting
 from dllm.errors import UserError, did_you_mean, warn
 from dllm.model.special_tokens import check_ids
 
-# Scalings of the rotary embedding that are computed, and the numbers that each needs.
+# Scalings of the rotary embedding that are computed, and the numbers that each needs. "dynamic" acts on inputs beyond
+# max_position_embeddings alone, which are refused, so it is read as "default".
 ROPE_TYPES = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
                                                 "original_max_position_embeddings")}
 
@@ -436,7 +437,8 @@ def _flatten_rope(raw: Mapping) -> dict:
     if scaling.get("rope_type") == "llama3" and flat.get("max_position_embeddings") is not None:
         scaling.setdefault("original_max_position_embeddings", flat["max_position_embeddings"])
     if "rope_scaling" in raw or scaling:
-        flat["rope_scaling"] = scaling if scaling and scaling.get("rope_type", "default") != "default" else None
+        plain = scaling.get("rope_type", "default") in ("default", "dynamic")
+        flat["rope_scaling"] = None if plain else scaling
     return flat
 
 

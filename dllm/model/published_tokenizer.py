@@ -43,9 +43,13 @@ def open_tokenizer(folder: Path, trust_remote_code: bool = False):
 def _compare_templates(folder: Path, settings: dict) -> None:
     """Tell of a chat template in tokenizer_config.json that the one in a file of its own replaces."""
     file, inside = folder / "chat_template.jinja", settings.get("chat_template")
-    if inside and file.exists() and str(inside).strip() != decode_text(file.read_bytes()).strip():
+    if inside and file.exists() and _lines(str(inside)) != _lines(decode_text(file.read_bytes())):
         warn(f"{folder}: the chat templates in tokenizer_config.json and {file.name} differ; that in {file.name} is "
              "taken, as in Transformers")
+
+
+def _lines(template: str) -> list[str]:
+    return template.strip().splitlines()  # whose ends differ between systems
 
 
 def _unread_config(folder: Path) -> dict:

@@ -1,8 +1,10 @@
 """Tokenizers: published ones, given a mask token where they lack one, and a byte-level BPE trained on the corpus."""
 
+import json
 import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -33,8 +35,8 @@ def load_tokenizer(path_or_hub_id: str | os.PathLike, mask_token_id: int | None 
     except UserError:
         raise
     except Exception as error:  # missing, truncated or of an unknown kind: many types, one meaning
-        raise UserError(f"cannot load a tokenizer from {path_or_hub_id} ({first_line(error)}); give a folder with "
-                        "tokenizer.json, or a hub repository as owner/name") from error
+        raise UserError(f"cannot load a tokenizer from {find_damaged(folder)} ({first_line(error)}); give a folder "
+                        "with tokenizer.json, or a hub repository as owner/name") from error
     named = read_special_tokens(folder, mask_is_given=(mask_token_id, mask_token) != (None, None))
     set_mask_token(tokenizer, mask_token_id, mask_token, named.mask)
     ends = [token for token in named.ends if token < len(tokenizer)]
@@ -43,6 +45,16 @@ def load_tokenizer(path_or_hub_id: str | os.PathLike, mask_token_id: int | None 
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokenizer.end_token_ids = unique([*own, *named.ends])
     return tokenizer
+
+
+def find_damaged(folder: Path) -> Path:
+    """The file of a tokenizer that is not JSON in UTF-8; the folder if there is none."""
+    for file in sorted([*folder.glob("*token*.json"), *folder.glob("vocab.json")]):
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            return file
+    return folder
 
 
 def set_mask_token(tokenizer, token_id: int | None, text: str | None, named: int | None) -> None:
@@ -95,14 +107,22 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
                                    clean_up_tokenization_spaces=False)
 
 
-def encode(tokenizer, text: str) -> Tensor:
+def encode(tokenizer, text: str, *, after: bool = False) -> Tensor:
     """int64 [N], with nothing added: documents are trained on without a beginning-of-text token.
 
     A special token that the text spells ("<|im_end|>") stays text.
+    Args:
+        after: the text stands after another, so it gets no blank, which SentencePiece tokenizers put before a text.
     Raises: UserError if the text has half of a surrogate pair, which is no character.
     """
+    def ids_of(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
     check_characters(text)
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    ids = ids_of(text)
+    if after and ids and tokenizer.convert_ids_to_tokens(ids[0]).startswith("\u2581"):
+        line, both = ids_of("\n"), ids_of("\n" + text)
+        ids = both[len(line):] if both[:len(line)] == line else ids
     return torch.tensor(ids, dtype=torch.long, device="cpu")
 
 
@@ -117,7 +137,7 @@ def check_characters(text: str) -> None:
 def encode_with_masks(tokenizer, text: str) -> Tensor:
     """As `encode`, except that the mask token's text is the mask token."""
     mask = torch.tensor([tokenizer.mask_token_id], device="cpu")
-    parts = [encode(tokenizer, part) for part in text.split(tokenizer.mask_token)]
+    parts = [encode(tokenizer, part, after=index > 0) for index, part in enumerate(text.split(tokenizer.mask_token))]
     return torch.cat([parts[0], *(ids for part in parts[1:] for ids in (mask, part))])
 
 
@@ -126,7 +146,8 @@ def fill_masks(tokenizer, text: str, ids: Tensor) -> str:
     parts = re.split(f"((?:{re.escape(tokenizer.mask_token)})+)", text)
     place, filled = 0, []
     for index, part in enumerate(parts):
-        count = len(part) // len(tokenizer.mask_token) if index % 2 else len(encode(tokenizer, part))
+        count = len(part) // len(tokenizer.mask_token) if index % 2 else len(
+            encode(tokenizer, part, after=index > 0))
         filled.append(decode_after(tokenizer, ids[:place], ids[place:place + count]) if index % 2 else part)
         place += count
     return "".join(filled)
@@ -149,13 +170,26 @@ def encode_rendered(tokenizer, text: str) -> Tensor:
     check_characters(text)
     if _GUARD not in text:
         return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long, device="cpu")
-    parts = []
-    for index, part in enumerate(_special(tokenizer).split(text)):
+    parts, pieces = [], [None, *_special(tokenizer).split(text), None]
+    for index, (before, piece, after) in enumerate(zip(pieces, pieces[1:], pieces[2:], strict=False)):
         if index % 2:
-            parts.append(torch.tensor([tokenizer.convert_tokens_to_ids(part)], device="cpu"))
-        elif part:
-            parts.append(encode(tokenizer, re.sub(f"{_GUARD}({_GUARD}?)", r"\1", part)))
+            parts.append(torch.tensor([tokenizer.convert_tokens_to_ids(piece)], device="cpu"))
+            continue
+        first, end = find_between(tokenizer, piece, before, after)
+        if first < end:
+            parts.append(encode(tokenizer, re.sub(f"{_GUARD}({_GUARD}?)", r"\1", piece[first:end])))
     return torch.cat(parts)
+
+
+def find_between(tokenizer, text: str, before: str | None, after: str | None) -> tuple[int, int]:
+    """Start and end of the text between two special tokens, without the blanks that these take with them."""
+    tokens = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
+    first, end = 0, len(text)
+    if before in tokens and tokens[before].rstrip:
+        first = end - len(text.lstrip())
+    if after in tokens and tokens[after].lstrip:
+        end = max(first, len(text.rstrip()))
+    return first, end
 
 
 def _special(tokenizer) -> re.Pattern:

@@ -8,6 +8,7 @@ tensors without storage too, so that the names and shapes a checkpoint must have
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,12 +35,17 @@ def find_model(path_or_hub_id: str | os.PathLike, weights: bool = True) -> Path:
         weights: False downloads the rest alone, for a tokenizer.
     Raises: UserError if there is no such folder and no such repository can be reached.
     """
+    if not isinstance(path_or_hub_id, str | os.PathLike):
+        raise UserError(f"a model is a folder, a hub repository as owner/name, or a GGUF file, not {path_or_hub_id!r}")
     folder = Path(as_folder(os.path.expanduser(path_or_hub_id)))
     if folder.is_dir():
+        check_is_model(folder, weights)
         return folder
     name = str(path_or_hub_id)
     if folder.is_file():
         raise UserError(f"{name} is a file; give its folder, which holds config.json too")
+    if name.lower().endswith(".gguf"):
+        raise UserError(f"{name} does not exist; give the path of a GGUF file that does")
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
         raise UserError(f"{name} is not a folder; give a model folder, or a hub repository as owner/name")
     from huggingface_hub import snapshot_download
@@ -53,6 +59,22 @@ def find_model(path_or_hub_id: str | os.PathLike, weights: bool = True) -> Path:
     except Exception as error:  # the hub client raises a dozen kinds; each means: not to be had
         raise UserError(f"{name} is neither a folder here nor a hub repository that can be reached "
                         f"({first_line(error)})") from error
+
+
+def check_is_model(folder: Path, weights: bool) -> None:
+    """Refuse the folder of an adapter, or of a run, whose models are further below."""
+    wanted = ("config.json",) if weights else ("config.json", "tokenizer.json", "vocab.json", "tokenizer.model")
+    if any((folder / name).exists() for name in wanted):
+        return
+    if (folder / "adapter_config.json").exists():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise UserError(f"{folder} is an adapter of {base}, not a model; merge them with PEFT's merge_and_unload, and "
+                        "give the folder that save_pretrained then writes")
+    steps = [str(path) for below in ("checkpoints/global_step_*/", "global_step_*/", "")
+             for path in folder.glob(f"{below}hf_ckpt")]
+    if steps:
+        newest = max(steps, key=lambda path: (len(path), path))
+        raise UserError(f"{folder} belongs to a training run, whose model is in {newest}; give that")
 
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
@@ -71,8 +93,23 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
              "remove the others, or this one if it is older")
     files = found[:1]
     if files[0].endswith(".index.json"):
-        files = sorted(set(read_json(folder / files[0]).get("weight_map", {}).values()))
-    return {name: tensor for file in files for name, tensor in _read_tensors(folder / file).items()}
+        files = _read_index(folder / files[0])
+    state: dict[str, Tensor] = {}
+    for file in files:
+        tensors = _read_tensors(folder / file)
+        if twice := sorted(state.keys() & tensors.keys()):
+            warn(f"{folder}: {twice[0]} is in {file} and in an earlier file; that in {file} is taken, as in "
+                 "Transformers")
+        state |= tensors
+    return state
+
+
+def _read_index(path: Path) -> list[str]:
+    """The names of the files that hold the weights, sorted."""
+    files = read_json(path).get("weight_map")
+    if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
+        raise UserError(f"{path} has no weight_map, which names the file of every parameter; fetch or save it again")
+    return sorted({*files.values()})
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
@@ -82,11 +119,14 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except FileNotFoundError:
         raise UserError(f"{file} does not exist; a model folder holds config.json and model.safetensors") from None
-    except (SafetensorError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"{file} is truncated or corrupt ({first_line(error)}); fetch or save it again") from None
+    if not (isinstance(tensors, dict) and all(isinstance(tensor, Tensor) for tensor in tensors.values())):
+        raise UserError(f"{file} does not hold weights alone, by their names; save what the model's state_dict() gives")
+    return tensors
 
 
 def fit_config(config: ModelConfig, state: dict[str, Tensor], where: str) -> ModelConfig:

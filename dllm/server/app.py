@@ -10,6 +10,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Str
 from prometheus_client import generate_latest
 
 from dllm.generation.config import MDMGenerationConfig
+from dllm.generation.sampler import find_mask_token
 from dllm.model.transformer import Transformer
 from dllm.pages.base import fill
 from dllm.server.answers import ChatForm, EditForm, Exchange, Form, TextForm, stream, whole
@@ -36,10 +37,14 @@ CONTENT_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'un
 
 def make_app(model: Transformer, tokenizer, name: str, defaults: MDMGenerationConfig | None = None,
              limits: ServerLimits | None = None) -> FastAPI:
-    """The server of one model. `app.state.scheduler` denoises from its start-up to its shutdown."""
-    limits = limits or ServerLimits()
+    """The server of one model. `app.state.scheduler` denoises from its start-up to its shutdown.
+
+    Raises: UserError if nothing names the model's mask token.
+    """
+    limits, defaults = limits or ServerLimits(), defaults or MDMGenerationConfig()
+    find_mask_token(model, defaults)
     scheduler = Scheduler(model, limits.max_batch, limits.max_queue)
-    endpoints = Endpoints(name, Texts(model, tokenizer, defaults or MDMGenerationConfig()), scheduler, limits)
+    endpoints = Endpoints(name, Texts(model, tokenizer, defaults), scheduler, limits)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI):
@@ -95,7 +100,7 @@ class Endpoints:
 
     async def one_model(self, model_id: str):
         self._check_model(model_id)
-        return self.model
+        return self.model if model_id else await self.list_models()  # /v1/models/
 
     async def completions(self, http: Request, body: CompletionRequest):
         return await self._answer(http, body, read_completion(body, self.texts), TextForm)

@@ -23,14 +23,17 @@ class RequestError(Exception):
     """An error that a client receives, as OpenAI's error object."""
 
     def __init__(self, status: int, message: str, kind: str = "invalid_request_error", param: str | None = None,
-                 code: str | None = None):
+                 code: str | None = None, allow: str | None = None):
         super().__init__(message)
         self.status, self.kind, self.param, self.code = status, kind, param, code
+        self.allow = allow  # the methods of the path, for a 405
 
     def response(self) -> JSONResponse:
         headers = {"Retry-After": "1"} if self.status in (429, 503) else {}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
+        if self.allow is not None:
+            headers["Allow"] = self.allow
         return JSONResponse(self.body(), self.status, headers)
 
     def body(self) -> dict:
@@ -60,6 +63,12 @@ def as_request_error(error: Exception) -> RequestError:
 def answer_errors(app: FastAPI) -> None:
     """Make the app answer every exception with OpenAI's error object."""
     async def answer(request: Request, error: Exception) -> JSONResponse:
+        status = getattr(error, "status_code", None)
+        if status == 404:
+            error = RequestError(404, f"there is no {request.url.path[:80]} here, but {', '.join(PATHS)}")
+        elif status == 405:
+            allow = (error.headers or {}).get("Allow", "")
+            error = RequestError(405, f"{request.url.path} takes {allow}, not {request.method}", allow=allow)
         return as_request_error(error).response()
 
     for kind in (RequestError, UserError, Failure, RequestValidationError, HTTPException, Exception):
@@ -70,8 +79,8 @@ def check_text(body: bytes) -> None:
     """Refuse a body that is JSON of invalid text, or nests too deeply: what no endpoint could read or answer."""
     try:
         json.dumps(json.loads(body), ensure_ascii=False).encode("utf-8")
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise RequestError(400, "the body is not JSON in UTF-8") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RequestError(400, f"the body is not JSON in UTF-8: {first_line(error)}") from None
     except UnicodeEncodeError:
         raise RequestError(400, "the body has half of a surrogate pair, which is no character") from None
     except (ValueError, RecursionError) as error:
@@ -109,6 +118,8 @@ class Guard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         began, status = time.perf_counter(), 500
+        if scope["method"] == "HEAD":  # as GET; the server sends no body
+            scope = {**scope, "method": "GET"}
 
         async def note(message):
             nonlocal status
@@ -134,7 +145,8 @@ class Guard:
         if self.limits.api_key is None or scope["path"] in self.OPEN:
             return
         given = dict(scope["headers"]).get(b"authorization", b"")
-        if not hmac.compare_digest(given, b"Bearer " + self.limits.api_key.encode()):
+        scheme, _, key = given.partition(b" ")
+        if not (scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self.limits.api_key.encode())):
             raise RequestError(401, "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'",
                                "authentication_error", code="invalid_api_key")
 

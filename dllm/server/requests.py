@@ -21,11 +21,13 @@ from dllm.server.texts import ANY_JSON, Texts
 # Fields of OpenAI's and of other servers that ask for what we lack, or say in another place what we have.
 LACKING = ("frequency_penalty", "presence_penalty", "logit_bias", "functions", "top_logprobs", "prompt_logprobs",
            "min_p", "min_tokens", "ignore_eos", "stop_token_ids", "bad_words", "allowed_token_ids",
-           "logits_processors", "use_beam_search")
+           "logits_processors", "use_beam_search", "audio", "chat_template", "continue_final_message",
+           "include_stop_str_in_output", "truncate_prompt_tokens")
+NEUTRAL = {"repetition_penalty": 1, "add_generation_prompt": True, "skip_special_tokens": True}  # only these values
 ELSEWHERE = {"top_k": "diffusion.top_k", **dict.fromkeys(
     ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "json_schema", "regex",
      "grammar"), "response_format"), "messages": "prompt, or ask /v1/chat/completions",
-    **dict.fromkeys(("prompt", "suffix"), "messages, or ask /v1/completions")}
+    **dict.fromkeys(("prompt", "suffix"), "messages, or ask /v1/completions"), "echo": "echo of /v1/completions"}
 
 
 class Common(BaseModel, extra="allow"):
@@ -98,6 +100,8 @@ def read_arguments(call: dict[str, Any]) -> dict[str, Any]:
 class ChatRequest(Common):
     messages: Annotated[list[Message], Field(min_length=1)]
     tools: list[Any] | None = None
+    documents: list[dict[str, Any]] | None = None  # these two are for the chat template, as in training
+    chat_template_kwargs: dict[str, Any] | None = None
     logprobs: bool | None = None
 
 
@@ -142,7 +146,7 @@ class Plan:
 
 
 def read_completion(body: CompletionRequest, texts: Texts) -> Prompt:
-    if body.logprobs is not None or body.best_of not in (None, 1):
+    if body.logprobs is not None or body.best_of not in (None, 1, body.n):
         raise RequestError(400, "logprobs and best_of are not supported; with diffusing, chunks have confidences",
                            param="logprobs")
     one = isinstance(body.prompt, str) or body.prompt and isinstance(body.prompt[0], int)
@@ -153,7 +157,7 @@ def read_completion(body: CompletionRequest, texts: Texts) -> Prompt:
     if not all(0 <= token < vocab_size for ids in prompts if not isinstance(ids, str) for token in ids):
         raise RequestError(400, f"prompt has tokens outside the vocabulary of {vocab_size}", param="prompt")
     prefixes = [texts.encode(ids) if isinstance(ids, str) else torch.tensor(ids, dtype=torch.long) for ids in prompts]
-    suffix = texts.encode(body.suffix or "")
+    suffix = texts.encode(body.suffix or "", after=True)
     check_no_mask(prefixes, texts)
     echo = None
     if body.echo:
@@ -166,13 +170,15 @@ def read_chat(body: ChatRequest, texts: Texts) -> Prompt:
     if body.tools or body.logprobs:
         raise RequestError(400, "tools and logprobs are not supported; response_format is",
                            param="tools" if body.tools else "logprobs")
-    prefix = texts.render([message.for_template() for message in body.messages])
+    prefix = texts.render([message.for_template() for message in body.messages], body.documents,
+                          body.chat_template_kwargs or {})
     return Prompt(prefixes=[prefix], suffix=prefix[:0], max_tokens=body.most_tokens)
 
 
 def read_edit(body: EditRequest, texts: Texts) -> Prompt:
     before, old, after = split_edit(body.messages[0].text)
-    prefix, suffix, length = texts.encode(before), texts.encode(after), max(len(texts.encode(old)), 1)
+    prefix, suffix = texts.encode(before), texts.encode(after, after=True)
+    length = max(len(texts.encode(old, after=True)), 1)
     if body.most_tokens is not None:
         length = min(length, body.most_tokens)
     return Prompt(prefixes=[prefix], suffix=suffix, fills=True, length=length, max_tokens=body.most_tokens)
@@ -264,8 +270,7 @@ def fit_gap(config: MDMGenerationConfig, gap: Length, model: Transformer,
 
 def refuse_unsupported(body: Common) -> None:
     asked = [name for name in LACKING if getattr(body, name, None)]
-    if body.repetition_penalty not in (None, 1):
-        asked.append("repetition_penalty")
+    asked += [name for name, value in NEUTRAL.items() if getattr(body, name, None) not in (None, value)]
     if asked:
         raise RequestError(400, f"{asked[0]} is not supported; leave it out", param=asked[0])
     for name, place in ELSEWHERE.items():

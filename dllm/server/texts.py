@@ -1,8 +1,9 @@
 """Translate the fields of a request into tokens and settings, and the tokens of a gap into text."""
 
 import functools
+import inspect
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,20 +30,27 @@ class Texts:
         self.model, self.tokenizer, self.defaults = model, tokenizer, defaults
         self.constraint = functools.lru_cache(maxsize=16)(self._constraint)
 
-    def encode(self, text: str) -> torch.Tensor:
-        return encode(self.tokenizer, text) if text else torch.empty(0, dtype=torch.long)
+    def encode(self, text: str, *, after: bool = False) -> torch.Tensor:
+        return encode(self.tokenizer, text, after=after) if text else torch.empty(0, dtype=torch.long)
 
-    def render(self, messages: Sequence[dict]) -> torch.Tensor:
+    def render(self, messages: Sequence[dict], documents: list[dict] | None = None,
+               variables: Mapping[str, Any] | None = None) -> torch.Tensor:
         """Tokens of a conversation, up to where the answer begins.
+
+        variables: of the template, such as Qwen3's enable_thinking.
 
         Raises: UserError if the checkpoint has no chat template, or its template refuses the messages.
         """
         if not self.tokenizer.chat_template:
             raise UserError("this model has no chat template, so it was not trained on conversations; use "
                             "/v1/completions")
+        values = protect(self.tokenizer, {"documents": documents, **(variables or {})})
+        arguments = inspect.signature(self.tokenizer.apply_chat_template).parameters
+        if other := sorted(arguments.keys() & (variables or {}).keys()):  # among them a template, which is a program
+            raise UserError(f"chat_template_kwargs sets variables of the template, and {other[0]} is none")
         try:
             text = self.tokenizer.apply_chat_template(protect(self.tokenizer, messages), tokenize=False,
-                                                      add_generation_prompt=True)
+                                                      add_generation_prompt=True, **values)
         except Exception as error:  # templates raise what they like
             raise UserError(f"the model's chat template refuses the messages: {first_line(error)}") from None
         return encode_rendered(self.tokenizer, text)

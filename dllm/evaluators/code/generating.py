@@ -131,7 +131,7 @@ def make_items(model: Transformer, tokenizer, tasks: TaskSet, preset: Preset,
         if not infills:
             lengths = [config.max_new_tokens]
         elif preset.length == "oracle":
-            lengths = [max(1, len(encode(tokenizer, task.canonical)))]
+            lengths = [max(1, len(encode(tokenizer, task.canonical, after=True)))]
         else:
             lengths = LENGTHS if preset.length == "average" else [preset.length]
         for sample, length in enumerate([length for length in lengths for _ in range(preset.samples)]):
@@ -153,7 +153,7 @@ def texts_around(name: str, task: Task) -> tuple[str, str]:
 
 def frame(tokenizer, before: str, after: str, framed: bool) -> tuple[Tensor, Tensor]:
     """Tokens of both, encoded separately, because a joint tokenization would move the edges of the gap."""
-    ids = encode(tokenizer, before), encode(tokenizer, after)
+    ids = encode(tokenizer, before), encode(tokenizer, after, after=True)
     if not framed:
         return ids
     start, end = (torch.tensor([] if token is None else [token], dtype=torch.long)

@@ -212,10 +212,11 @@ class HarnessLM(TemplateLM):
         return Gap(prefix[-room:], prefix[:0], gap)
 
     def _read_gap(self, request, wanted: dict, config: MDMGenerationConfig) -> Gap:
-        prefix, suffix = (encode(self.tokenizer, request.doc[name]) for name in ("before", "after"))
+        prefix = encode(self.tokenizer, request.doc["before"])
+        suffix = encode(self.tokenizer, request.doc["after"], after=True)
         length = wanted["gap"]
         if length == "oracle":
-            length = max(1, len(encode(self.tokenizer, request.doc["canonical"])))
+            length = max(1, len(encode(self.tokenizer, request.doc["canonical"], after=True)))
         if not isinstance(length, int) or length < 1:
             raise UserError(f"gap must be a number of tokens or oracle, not {length!r}")
         most = max(length, 0 if config.expand_token_id is None else config.max_infill_length)

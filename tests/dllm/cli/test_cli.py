@@ -506,6 +506,16 @@ def test_a_full_disk_while_writing_a_result(model_folder, capsys, tmp_path, full
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
 
 
+@pytest.mark.parametrize("task, few", [("perplexity", "--samples"), ("infill", "--lines")])
+def test_a_full_disk_loses_no_measurement(task, few, model_folder, corpus, capsys, tmp_path, full_disk):
+    words = ["eval", task, model_folder, "--data", corpus, few, "2", "--max-seq-len", "128", "--output",
+             tmp_path / "record.json"]
+    with full_disk(100):
+        assert cli.main([str(word) for word in words]) == 1
+    out, err = capsys.readouterr()
+    assert "cannot write" in err and json.loads(out)["task"] == task and "examples" not in out
+
+
 def test_no_output_is_written_over_an_input(model_folder, corpus, fails, tmp_path):
     """Whatever the command, the flag, and the way to name the file."""
     text, other = tmp_path / "a.txt", tmp_path / "link.txt"
@@ -538,6 +548,8 @@ def test_no_output_is_written_over_an_input(model_folder, corpus, fails, tmp_pat
     page = tmp_path / "page"
     assert "--output and --save-html name the same file" in fails(
         2, "sample", model_folder, "--prompt", "x", "--output", page, "--save-html", page)
+    assert f"--output {tmp_path} is a folder; name a file" in fails(
+        2, "sample", model_folder, "--prompt", "x", "--output", tmp_path)
 
 
 # Exit

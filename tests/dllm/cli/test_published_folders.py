@@ -3,10 +3,12 @@
 import json
 import re
 import urllib.request
+import warnings
 
 import pytest
 
 from dllm import cli
+from dllm.errors import run_command, warn
 from dllm.model.loading import load_with_tokenizer
 from tests.dllm.published import FOLDERS, TEXTS, change, publish
 from tests.processes import end, start, wait_until
@@ -72,14 +74,18 @@ def test_a_published_folder_goes_through_every_command(name, run, corpus, tmp_pa
     assert not list(tmp_path.rglob("RAN"))
 
 
-def test_commands_take_a_mask_token_by_text_or_id(run, corpus, tmp_path):
+def test_commands_take_a_mask_token_by_text_or_id(run, corpus, tmp_path, capfd):
     folder = publish("qwen2.5", tmp_path / "model")
     change(folder / "generation_config.json", max_new_tokens=8)
     mask_id = load_with_tokenizer(folder, "cpu", mask_token="<|im_start|>")[0].mask_token_id
     texts = {run("sample", folder, "--prompt", "x", "--steps", "4", "--seed", "1", *flags)[0]
              for flags in (["--mask-token", "<|im_start|>"], ["--mask-token-id", mask_id])}
     assert len(texts) == 1
-    assert cli.main(["sample", str(folder), "--prompt", "x", "--steps", "4"]) == 2  # nothing names a mask token
+    for command in (["sample", folder, "--prompt", "x"], ["eval", "perplexity", folder, "--data", corpus],
+                    ["eval", "infill", folder, "--data", corpus], ["serve", folder, "--port", "0"]):
+        capfd.readouterr()
+        assert cli.main([str(word) for word in command]) == 2
+        assert "mask token: neither a setting, nor generation_config.json, config.json or" in capfd.readouterr().err
     for flags in (["--mask-token", "<|im_start|>"], ["--mask-token-id", mask_id]):
         run("data", "inspect", corpus, "--tokenizer", folder, "--max-seq-len", "32", *flags)
 
@@ -110,3 +116,15 @@ def test_warnings_are_one_line_each(run, tmp_path):
     out, err = run("sample", folder, "--prompt", "x", *FEW)
     assert re.findall("^dllm: warning: (.*)$", err, re.M) == [
         f"{folder}/config.json: llada has no configuration key 'novelty', ignored"] and "novelty" not in out
+
+
+def test_a_command_shows_a_warning_once(capsys):
+    def command():
+        for _ in range(2):
+            with warnings.catch_warnings():  # after which Python forgets what it has shown
+                pass
+            warn("said")
+        return 0
+
+    assert run_command(command) == 0
+    assert capsys.readouterr().err == "dllm: warning: said\n"

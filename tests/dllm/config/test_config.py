@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dllm.config import reading
+from dllm.config.fields import settings_of
 from dllm.config.reading import load_config, read_foreign_keys
 from dllm.config.schema import GROUPS, Config, DataGroup, ModelGroup, TrainGroup
 from dllm.errors import UserError
@@ -58,10 +60,18 @@ def test_yaml_of_a_configuration_reads_back_equal(write):
 @pytest.mark.parametrize("flag, hint", [
     ("--data.max_seq_length=8", "did you mean data.max_seq_len?"),
     ("--train.max_seq_len=8", "did you mean data.max_seq_len?"), ("--trian.lr=1", "did you mean train.lr?"),
-    ("--train.optimiser=muon", "did you mean train.optimizer?")])
+    ("--train.optimiser=muon", "did you mean train.optimizer?"), ("--lr=1", "did you mean train.lr?"),
+    ("--train.learning_rate=1", "did you mean train.lr?"), ("--train.bf16=true", "did you mean train.precision?"),
+    ("--model_name_or_path=x", "did you mean model.model_path?")])
 def test_an_unknown_key_names_the_nearest_valid_one(flag, hint):
     message = refusal(flag)
     assert flag.split("=")[0].removeprefix("--") in message and hint in message
+
+
+def test_hints_name_keys_that_there_are():
+    for meant in reading._FOREIGN_NAMES.values():
+        group, name = meant.split(".")
+        assert name in settings_of(reading.GROUPS[group])
 
 
 @pytest.mark.parametrize("flags, parts", [

@@ -301,7 +301,7 @@ def test_only_answers_are_masked_and_scored(tmp_path, chat, model):
 
 def test_what_cannot_be_a_conversation_is_refused(tmp_path, tokenizer):
     group = write(tmp_path, [{"text": "hello"}])
-    with pytest.raises(UserError, match="has no column 'messages'; it has text"):
+    with pytest.raises(UserError, match="has no column 'messages' or 'conversations'; it has text"):
         read_corpus(group)
     corpus = read_corpus(write(tmp_path, [{"messages": TALK[:2]}]))
     with pytest.raises(UserError, match="no answers of an assistant to learn"):
@@ -311,3 +311,59 @@ def test_what_cannot_be_a_conversation_is_refused(tmp_path, tokenizer):
         corpus.group = DataGroup(data_type="conversation", chat_template=template)
         with pytest.raises(UserError, match=message):
             open_training_data(corpus, tokenizer, 0)
+
+
+def conversations(path):
+    reader = Reader(DataGroup(data_type="conversation").key_list, conversations=True)
+    found = [json.loads(document.messages)["messages"] for shard in find_shards([path], skipped=reader.skipped)
+             for _, document in reader.read(shard)]
+    return found, reader.skipped
+
+
+ASKED = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+
+
+@pytest.mark.parametrize("record, expected", [
+    ({"conversations": [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]}, ASKED),
+    ({"conversations": ASKED}, ASKED), ({"messages": None, "conversations": ASKED}, ASKED),
+    ({"messages": json.dumps(ASKED)}, ASKED),
+    ({"instruction": "1 + 1?", "input": "", "output": "2"}, ASKED),
+    *(({"instruction": "Add.", about: "1, 1", answer: "2"}, [{"role": "user", "content": "Add.\n1, 1"}, ASKED[1]])
+      for about, answer in (("input", "output"), ("context", "response"))),
+    ({"system_prompt": "Be brief.", "question": "1 + 1?", "response": "2"}, [TALK[0], *ASKED]),
+    ({"system": "Be brief.", "messages": ASKED}, [TALK[0], *ASKED]),
+    ({"system": "Other.", "messages": [TALK[0], *ASKED]}, [TALK[0], *ASKED]),
+    ({"system": "", "prompt": "1 + 1?", "completion": "2"}, ASKED)])
+def test_conversations_are_read_in_every_usual_form(record, expected, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n")
+    datasets.Dataset.from_list([record]).to_parquet(tmp_path / "b.parquet")
+    found, skipped = conversations(tmp_path)
+    assert found == [expected, expected] and not skipped
+
+
+def test_records_without_messages_or_with_others_roles_are_skipped_and_named(tmp_path):
+    records = [{"messages": []}, {"messages": "no JSON"}, {"messages": "5"}, {"messages": ASKED},
+               {"conversations": [{"from": "martian", "value": "x"}]}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    found, skipped = conversations(tmp_path)
+    wanted = "not a list of messages with role and content"
+    assert found == [ASKED] and [*skipped.names] == [
+        "a.jsonl line 1 (no messages)", f"a.jsonl line 2 ({wanted})", f"a.jsonl line 3 ({wanted})",
+        "a.jsonl line 5 (a message from 'martian', none of human, user, gpt, chatgpt, assistant, system, tool, "
+        "observation)"]
+
+
+def test_a_conversation_that_the_template_refuses_is_named(tmp_path, chat):
+    group = write(tmp_path, [{"messages": ASKED}, {"messages": ASKED}, {"messages": [*ASKED, *ASKED]}])
+    template = "{% if messages | length > 2 %}{{ raise_exception('too many') }}{% endif %}" + CHATML
+    (tmp_path / "other.jinja").write_text(template)
+    corpus = read_corpus(replace(group, chat_template=str(tmp_path / "other.jinja")))
+    with pytest.raises(UserError, match=r"jsonl:3: the chat template refuses .*: too many; set another"):
+        open_training_data(corpus, chat, 0)
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_conversations_read_as_documents_are_told_their_type(column, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({column: ASKED}) + "\n")
+    with pytest.raises(UserError, match=f"has no column 'text'; it has {column}; set data.data_type=conversation"):
+        read_corpus(DataGroup(train_path=str(tmp_path)))

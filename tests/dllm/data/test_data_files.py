@@ -136,6 +136,13 @@ def test_splits_of_tables_are_told_by_words_of_their_names(tmp_path):
     assert len(texts_of(tmp_path)) == 6  # without a training split they are the data
 
 
+@pytest.mark.parametrize("suffix", ["raw", "tokens"])
+def test_wikitexts_other_splits_are_left_out(suffix, tmp_path):
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"wiki.{split}.{suffix}").write_text(split)
+    assert texts_of(tmp_path) == ["train"]
+
+
 @pytest.mark.parametrize("suffix, content", [("json", '[{{"text": "{0}"}}]'), ("JSON", '{{"text": "{0}"}}'),
                                              ("txt", "{0}")])
 @pytest.mark.parametrize("name", ["{0}.{1}", "{0}/a.{1}", "wiki.{0}.{1}"])
@@ -157,6 +164,21 @@ def test_what_describes_files_of_json_is_left_out_where_there_is_nothing_else(tm
     assert "left out 2 not meant for training: LICENSE (describes the data), README.md" in capsys.readouterr().err
     (tmp_path / "index.js").write_text("code")
     assert texts_of(tmp_path) == ["LICENSE", "README.md", "one", "code"]  # source code with a .json file
+
+
+def test_objects_one_after_the_other_are_records(tmp_path):
+    (tmp_path / "a.json").write_text('{\n "text": "one"\n}\n\n{\n "text": "two"\n} {"text": "three"}\n')
+    (tmp_path / "b.json").write_text('{\n "text": "one"\n}\n{\n "text": ')
+    assert texts_of(tmp_path) == ["one", "two", "three", (tmp_path / "b.json").read_text()]
+
+
+def test_binary_columns_of_text_are_text(tmp_path, capsys):
+    table = datasets.Dataset.from_dict({"text": [b"one", "zwölf".encode(), b"\xff", None]},
+                                       features=datasets.Features(text=datasets.Value("binary")))
+    table.to_parquet(tmp_path / "a.parquet")
+    capsys.readouterr()
+    assert texts_of(tmp_path) == ["one", "zwölf"]
+    assert capsys.readouterr().err == "skipped 1 that could not be read as text: a.parquet line 3 (not UTF-8)\n"
 
 
 def test_records_below_a_key_are_not_trained_on_as_json(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -65,6 +66,18 @@ def test_tables_and_texts_may_be_compressed(compression, tmp_path):
     write("d.py", "import this\n")
     texts = [document.text for document in read_documents([tmp_path])]
     assert texts == [*TEXTS, "of a\ntable", "a record", "import this\n"]
+
+
+def test_xz_is_unpacked_and_its_damage_named(tmp_path, capsys):
+    lines = "".join(json.dumps({"text": f"{i * i}"}) + "\n" for i in range(9999)).encode()
+    (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(lines[:40]) + lzma.compress(lines[40:]))
+    (tmp_path / "b.txt.XZ").write_bytes(lzma.compress(b"plain"))
+    (tmp_path / "c.jsonl.xz").write_bytes(lzma.compress(lines)[:-2000])
+    (tmp_path / "d.txt.xz").write_bytes(b"no xz")
+    texts = [document.text for document in read_documents([tmp_path])]
+    assert texts[:3] == ["0", "1", "4"] and texts[9999] == "plain" and texts[10000:10003] == ["0", "1", "4"]
+    error = capsys.readouterr().err
+    assert error.startswith("skipped 2 ") and "c.jsonl.xz (Compressed file ended" in error and "d.txt.xz (" in error
 
 
 def test_damaged_compressed_files_and_archives_are_skipped_and_named(tmp_path, capsys):

@@ -352,6 +352,7 @@ def test_wilson_interval_holds_the_share_where_all_hit_or_none():
 
 @pytest.mark.parametrize("call, says", [
     (lambda m, t: perplexity_bound(m, t, []), "nothing to evaluate"),
+    (lambda m, t: perplexity_bound(m, t, [Document("a", "a")]), "none has text after its first token; give more data"),
     (lambda m, t: perplexity_bound(m, t, [Document(TEXT, "a")], HeldOutSettings(max_seq_len=300)), "256 positions"),
     (lambda m, t: line_infilling(m, t, [Document("", "a")]), "nothing to infill"),
     (lambda m, t: HeldOutSettings(shares=(0.5, 1.5)), "shares must be"),

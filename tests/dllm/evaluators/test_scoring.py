@@ -570,11 +570,13 @@ def test_missing_samples_are_named(tasks, samples):
     assert record["missing_tasks"] == ["HumanEval/0", "HumanEval/2"] and "2 tasks without samples" in warnings[0]
 
 
-def test_no_sample_at_all(tasks, samples, tmp_path):
+def test_no_sample_at_all(tasks, samples, tmp_path, capsys):
     with pytest.raises(UserError, match="has no sample of humaneval: line 1 is not JSON"):
         score_samples(samples("x"), tasks, skip_bad=True)
     with pytest.raises(UserError, match="cannot read .*no.jsonl: No such file"):
         score_samples(tmp_path / "no.jsonl", tasks)
+    assert cli.main(["score", str(tmp_path / "no.jsonl"), "--task", "humaneval", "--data", str(tmp_path / "none")]) == 2
+    assert "no.jsonl: No such file" in capsys.readouterr().err  # before the data are looked for
 
 
 def test_data_other_than_the_manifests_is_refused(tasks, samples, tmp_path):

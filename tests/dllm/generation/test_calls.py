@@ -16,6 +16,7 @@ SHORT = {"max_new_tokens": 4, "steps": 4}
 
 @pytest.mark.parametrize("inputs", [
     IDS.int(), IDS.byte(), IDS.short(), IDS.numpy(), IDS.numpy().astype(np.uint16), IDS.tolist(), tuple(IDS.tolist()),
+    IDS.flip(0).numpy()[::-1], IDS.numpy().astype(">i4"), np.array([[5, 6, 7], [8, 9, 10]], dtype=object),
     list(IDS), list(IDS.numpy()), {"input_ids": IDS}, BatchEncoding({"input_ids": IDS.tolist()}),
     BatchEncoding({"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "token_type_ids": IDS * 0})])
 def test_prompts_of_any_kind_give_the_same_texts(inputs):
@@ -34,7 +35,24 @@ def test_one_prompt_needs_no_batch(inputs):
                        model.infill(IDS[0], IDS[0], length=2).sequences)
 
 
-@pytest.mark.parametrize("kind", [torch.tensor, np.array, list, lambda mask: torch.tensor(mask).bool(),
+def test_an_array_that_cannot_be_written_to_is_taken_in_silence(recwarn):
+    array = IDS.numpy().copy()
+    array.flags.writeable = False
+    model = tiny()
+    assert torch.equal(model.diffusion_generate(array, **SHORT).sequences,
+                       model.diffusion_generate(IDS, **SHORT).sequences)
+    assert not recwarn.list
+
+
+def test_all_that_a_tokenizer_gives_may_be_given_by_name():
+    model, given = tiny(), {"input_ids": IDS, "token_type_ids": IDS * 0, "attention_mask": torch.ones_like(IDS)}
+    assert torch.equal(model.diffusion_generate(**given, **SHORT).sequences,
+                       model.diffusion_generate(IDS, **SHORT).sequences)
+    assert torch.equal(model(**given).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array, list, lambda mask: np.array(mask)[::-1].copy()[::-1],
+                                  lambda mask: torch.tensor(mask).bool(),
                                   lambda mask: torch.tensor(mask, dtype=torch.float16)])
 def test_masks_of_any_kind_hide_the_padding(kind):
     model, mask = tiny(), [[0, 1, 1], [1, 1, 1]]

@@ -164,7 +164,7 @@ def test_a_damaged_file_and_a_part_of_a_file_are_refused_in_one_line(tmp_path, t
     part.write_bytes(whole)
     with pytest.raises(UserError, match="part of a GGUF file; join the parts with llama-gguf-split --merge"):
         DiffusionLM.from_pretrained(part)
-    with pytest.raises(UserError, match="is not a folder"):
+    with pytest.raises(UserError, match="none.gguf does not exist; give the path of a GGUF file"):
         DiffusionLM.from_pretrained(tmp_path / "none.gguf")
 
 

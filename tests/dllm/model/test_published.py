@@ -106,9 +106,9 @@ def test_other_unknown_keys_are_named_in_one_warning(copy):
     {"hidden_act": "gelu"}, {"residual_multiplier": 0.22}, {"layer_types": ["linear_attention", "full_attention"]},
     {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 512},
     {"rope_scaling": {"type": "yarn", "factor": 4.0}}, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-    {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}])
+    {"rope_parameters": {"rope_type": "longrope", "factor": 2.0, "rope_theta": 1e4}}])
 def test_keys_that_change_the_computation_are_refused_by_name(changes):
-    with pytest.raises(UserError, match="sliding_window|" + "|".join(changes).replace("rope_parameters", "dynamic")):
+    with pytest.raises(UserError, match="sliding_window|" + "|".join(changes).replace("rope_parameters", "longrope")):
         read_config(LLAMA | changes)
 
 
@@ -161,6 +161,17 @@ def test_configurations_of_real_models_are_read_in_silence(name):
     with told():
         config = read_config(LLAMA | raw)
     assert {key: getattr(config, key) for key in wanted} == wanted
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_dynamic_scaling_changes_nothing_within_the_models_positions(copy, key):
+    folder = copy("qwen2.5")
+    change(folder / "config.json", **{key: {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6}})
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ours = DiffusionLM.from_pretrained(folder)
+    assert torch.equal(ours.rotary.frequencies, theirs.model.rotary_emb.inv_freq)
+    ours.save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())[key]["rope_type"] == "dynamic"
 
 
 def test_part_of_the_head_is_rotated_as_transformers_5_says_it(copy):
@@ -299,6 +310,10 @@ def test_of_two_chat_templates_transformers_choice_is_taken_and_told(copy):
         with told(*["chat templates in tokenizer_config.json and chat_template.jinja differ; that in"] * warnings_):
             _, tokenizer = load_with_tokenizer(folder, "cpu")
         assert tokenizer.chat_template == AutoTokenizer.from_pretrained(folder).chat_template == "B{{ messages }}\n"
+    (folder / "chat_template.jinja").write_bytes(b"B\r\nC\r\n")
+    change(folder / "tokenizer_config.json", chat_template="B\nC")
+    with told():
+        load_tokenizer(folder)
 
 
 @pytest.mark.parametrize("twice, message", [
@@ -452,7 +467,7 @@ def test_a_sentencepiece_tokenizer_without_the_library_is_refused_by_its_name(co
     ({"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20}, {
         "temperature": 0.7, "top_p": 0.8, "top_k": 20}),
     ({"do_sample": False, "temperature": 0.7, "top_p": 0.8}, {}), ({"do_sample": True}, {"temperature": 1.0}),
-    ({"temperature": 0.2, "top_p": None}, {"temperature": 0.2})])
+    ({"temperature": 0.2, "top_p": None}, {"temperature": 0.2}), ({"top_k": -1}, {"top_k": 0})])
 def test_the_settings_of_a_generation_config(raw, settings):
     assert published_settings(raw) == settings
 
@@ -585,3 +600,76 @@ def test_a_path_may_begin_with_a_tilde_and_end_with_a_slash(copy, monkeypatch):
         assert model.mask_token_id == tokenizer.mask_token_id
     with pytest.raises(UserError, match="config.json is a file; give its folder"):
         DiffusionLM.from_pretrained(folder / "config.json")
+
+
+# Weights and folders that are not what they seem
+
+
+def test_weights_of_torchs_older_format_load(copy):
+    folder = copy("qwen2.5")
+    expected = logits(DiffusionLM.from_pretrained(folder))
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert torch.equal(logits(DiffusionLM.from_pretrained(folder)), expected)
+    for other in ({"state_dict": state}, [1, 2], {"epoch": 3, **state}):
+        torch.save(other, folder / "pytorch_model.bin")
+        with pytest.raises(UserError, match="bin does not hold weights alone, by their names; save what"):
+            DiffusionLM.from_pretrained(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="pytorch_model.bin is truncated or corrupt"):
+        DiffusionLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": []}, {"weight_map": {"a": 5}}])
+def test_an_index_that_names_no_files_is_refused(copy, index):
+    folder = copy("dream")
+    write(folder / "model.safetensors.index.json", index)
+    with pytest.raises(UserError, match="model.safetensors.index.json has no weight_map, which names the file of"):
+        DiffusionLM.from_pretrained(folder)
+
+
+def test_a_parameter_in_two_shards_is_told(copy):
+    folder = copy("dream")
+    name, last = "model.norm.weight", folder / "model-00002-of-00002.safetensors"
+    for file in folder.glob("*.safetensors"):
+        value = 2.0 if file == last else 1.0
+        save_file({**load_file(file), name: torch.full((32,), value)}, file, metadata={"format": "pt"})
+    with told(f"{name} is in {last.name} and in an earlier file; that in {last.name} is taken, as in Transformers"):
+        model = DiffusionLM.from_pretrained(folder)
+    assert (model.model.norm.weight == 2).all()
+
+
+def test_an_adapter_or_a_run_is_told_what_to_give(copy, tmp_path):
+    adapter, run = tmp_path / "adapter", tmp_path / "run"
+    adapter.mkdir()
+    write(adapter / "adapter_config.json", {"base_model_name_or_path": "owner/base"})
+    shutil.copy(copy("llada") / "tokenizer.json", adapter)
+    with pytest.raises(UserError, match="adapter is an adapter of owner/base, not a model; merge them with PEFT's"):
+        DiffusionLM.from_pretrained(adapter)
+    assert len(load_tokenizer(adapter)) > 256  # trainers save it there
+    for step in (9, 10):
+        (run / f"checkpoints/global_step_{step}/hf_ckpt").mkdir(parents=True)
+    newest = run / "checkpoints/global_step_10/hf_ckpt"
+    for given in (run, run / "checkpoints", newest.parent):
+        for load in (DiffusionLM.from_pretrained, load_tokenizer):
+            with pytest.raises(UserError, match=f"{given} belongs to a training run, whose model is in {newest}; give"):
+                load(given)
+
+
+@pytest.mark.parametrize("path", [None, 5, b"folder"])
+def test_what_is_no_path_is_refused_in_one_sentence(path):
+    for load in (DiffusionLM.from_pretrained, load_tokenizer):
+        with pytest.raises(UserError, match="a model is a folder, a hub repository as owner/name, or a GGUF file, not"):
+            load(path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_file_of_a_tokenizer_is_named(copy, name):
+    file = copy("llada") / name
+    content = file.read_bytes()
+    for damaged in (b"\xef\xbb\xbf" + content, content[:-9]):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=re.escape(str(file))) as error:
+            load_tokenizer(file.parent)
+        assert "\n" not in str(error.value)

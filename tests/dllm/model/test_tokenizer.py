@@ -3,7 +3,10 @@
 import re
 
 import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from dllm.data.conversations import encode_conversation
 from dllm.errors import UserError
 from dllm.model.tokenizer import (
     check_vocabulary,
@@ -134,3 +137,43 @@ def test_a_chat_template_writes_special_tokens_and_its_messages_do_not(tokenizer
     assert message["number"] == 3
     ids = encode_rendered(tokenizer, f"<|pad|>{message['content'][0]['text']}<|endoftext|>")
     assert ids[0] == 1 and ids[-1] == 0 and ids[1:-1].equal(encode(tokenizer, text))
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_a_text_after_another_gets_no_blank_of_its_own(scheme):
+    """SentencePiece tokenizers put a blank before every text that they encode."""
+    words = ["<|mask|>", "<unk>", "\u2581", "\u2581d", *"abcdef():\n"]
+    backend = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, [("\u2581", "d")]))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme, split=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", mask_token="<|mask|>")
+    for before, text in (("def a(", "d): b"), ("a", "\nb"), ("a", " b"), ("", "d"), ("a", "")):
+        ids = [*encode(tokenizer, before).tolist(), *encode(tokenizer, text, after=True).tolist()]
+        assert "".join(tokenizer.convert_ids_to_tokens(ids)) == "\u2581" * bool(before) + (before + text).replace(
+            " ", "\u2581")
+    text = "<|mask|>d a<|mask|><|mask|>d"
+    ids = encode_with_masks(tokenizer, text)
+    assert "".join(tokenizer.convert_ids_to_tokens(ids)) == text.replace(" ", "\u2581")
+    assert fill_masks(tokenizer, text, ids.masked_fill(ids == 0, words.index("c"))) == "cd accd"
+
+
+@pytest.mark.parametrize("side", ["lstrip", "rstrip"])
+def test_special_tokens_take_their_blanks_whatever_a_message_mentions(side):
+    tokenizer = train_tokenizer(["user assistant hello"] * 9, 290)
+    tokenizer.add_tokens([AddedToken(text, special=True, normalized=False, **{side: True})
+                          for text in ("<|user|>", "<|assistant|>", "<|end|>")], special_tokens=True)
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }} <|end|>\n{% endfor %}" \
+                              "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+
+    def render(content):
+        messages = [{"role": "user", "content": content}]
+        return encode_rendered(tokenizer, tokenizer.apply_chat_template(protect(tokenizer, messages), tokenize=False))
+
+    def train(content):
+        messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": content}]
+        return encode_conversation(tokenizer, messages)[0]
+
+    for encoded in (render, train):
+        plain, mentioned = (tokenizer.convert_ids_to_tokens(encoded(text)) for text in ("QQ", "Q<|end|>Q"))
+        before, after = plain.index("Q"), plain[::-1].index("Q")
+        assert mentioned[:before + 1] == plain[:before + 1] and mentioned[-after - 1:] == plain[-after - 1:]

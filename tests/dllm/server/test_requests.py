@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("fastapi"), pytest.importorskip("greenlet"), pytest.importorskip("httpx")
 from fastapi.testclient import TestClient  # noqa: E402
 
+from dllm.errors import UserError  # noqa: E402
 from dllm.generation.config import MDMGenerationConfig  # noqa: E402
 from dllm.model.tokenizer import train_tokenizer  # noqa: E402
 from dllm.server.app import make_app  # noqa: E402
@@ -64,7 +65,8 @@ def ask(http, body, path="completions"):
     (rb'{"prompt": "x", "model": "\ud800"}', "surrogate"), (rb'{"prompt": "x", "stop": ["\ud800"]}', "surrogate"),
     (rb'{"prompt": "x", "diffusion": {"\ud800": 1}}', "surrogate"), (b'{"prompt": "\xed\xa0\x80"}', "surrogate"),
     (rb'{"prompt": "x", "response_format": {"type": "regex", "regex": "\ud800"}}', "surrogate"),
-    (b'{"prompt": "\xff"}', "UTF-8"), (b"[" * 100_000, "cannot be read"), (b"null", "body"), (b"1e999", "body"),
+    (b'{"prompt": "\xff"}', "UTF-8"), (b"{prompt: 1}", "not JSON in UTF-8: Expecting property name"),
+    (b"[" * 100_000, "cannot be read"), (b"null", "body"), (b"1e999", "body"),
     (b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", "4300 digits"),
     (b'{"prompt": "x", "max_tokens": ' + b"9" * 4000 + b"}", "max_tokens is 999"),
     ({"prompt": "x", "seed": 2**64}, "seed: Input should be less than"),
@@ -92,7 +94,10 @@ def test_a_chat_of_damaged_text_is_refused_with_400(http, content):
 
 @pytest.mark.parametrize("field, value, message", [
     *((name, 1, f"{name} is not supported; leave it out") for name in (
-        "functions", "top_logprobs", "min_p", "min_tokens", "ignore_eos", "stop_token_ids")),
+        "functions", "top_logprobs", "min_p", "min_tokens", "ignore_eos", "stop_token_ids", "audio", "chat_template",
+        "continue_final_message", "include_stop_str_in_output", "truncate_prompt_tokens")),
+    *((name, value, f"{name} is not supported; leave it out") for name, value in (
+        ("add_generation_prompt", False), ("skip_special_tokens", False), ("repetition_penalty", 1.1))),
     ("frequency_penalty", -1, "frequency_penalty is not supported"),
     ("top_k", 5, "top_k is not read here; say it by diffusion.top_k"),
     *((name, "a+", "say it by response_format")
@@ -127,9 +132,57 @@ def test_both_names_of_the_tokens_at_most_hold_everywhere(http):
 
 def test_fields_that_ask_for_nothing_are_ignored(http):
     nothing = {"user": "u", "store": True, "metadata": {"a": "b"}, "tool_choice": "none", "top_k": -1, "min_p": 0,
-               "guided_json": None, "ignore_eos": False, "parallel_tool_calls": True}
+               "guided_json": None, "ignore_eos": False, "parallel_tool_calls": True, "add_generation_prompt": True,
+               "skip_special_tokens": True, "repetition_penalty": 1.0}
     expected = ask(http, {**CHAT, "seed": 1}, "chat/completions")[1]["choices"]
     assert ask(http, {**CHAT, **nothing, "seed": 1}, "chat/completions")[1]["choices"] == expected
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/v1/models", "/v1/models/tiny"])
+def test_head_is_answered_as_get_is(http, path):
+    assert http.head(path).status_code == http.get(path).status_code == 200
+    assert http.head("/v1/completions").status_code == 405
+
+
+def test_a_model_without_a_mask_token_is_not_served(tokenizer):
+    model = tiny_of("llada", head_dim=6, vocab_size=len(tokenizer), mask_token_id=None)
+    with pytest.raises(UserError, match="nothing names the model's mask token: .* An autoregressive model has none"):
+        make_app(model, tokenizer, "tiny")
+
+
+def test_a_path_that_is_not_there_is_told_those_that_are(http):
+    for path in ("/chat/completions", "/v1/responses", "/v1/completion"):
+        answer = http.post(path, json=CHAT)
+        assert answer.status_code == 404
+        assert answer.json()["error"]["message"].startswith(f"there is no {path} here, but /, /health, ")
+    for method, path, allowed in (("GET", "/v1/chat/completions", "POST"), ("POST", "/health", "GET")):
+        answer = http.request(method, path, json={})
+        assert answer.status_code == 405 and answer.headers["Allow"] == allowed
+        assert answer.json()["error"]["message"] == f"{path} takes {allowed}, not {method}"
+    assert http.get("/v1/models/").json() == http.get("/v1/models").json()
+
+
+def test_best_of_as_many_as_are_wanted_asks_for_nothing(http):
+    for best_of, status in ((1, 200), (2, 200), (3, 400)):
+        assert ask(http, {"prompt": "x", "n": 2, "best_of": best_of, "max_tokens": 1})[0] == status
+
+
+def test_variables_and_documents_come_to_the_template(model, tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = TEMPLATE + "{{ enable_thinking }}{% for d in documents or [] %}{{ d.text }}{% endfor %}"
+    texts = Texts(model, tokenizer, MDMGenerationConfig())
+
+    def render(**more):
+        return tokenizer.decode(read_chat(ChatRequest(**CHAT, **more), texts).prefixes[0])
+
+    plain = "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"
+    assert render() == plain
+    assert render(chat_template_kwargs={"enable_thinking": False}) == plain + "False"
+    prompt = read_chat(ChatRequest(**CHAT, documents=[{"text": "<|mask|>"}]), texts).prefixes[0]
+    assert tokenizer.decode(prompt) == plain + "<|mask|>" and 2 not in prompt
+    for name, value in (("chat_template", "x"), ("tokenize", True), ("tools", []), ("add_generation_prompt", False)):
+        with pytest.raises(UserError, match=f"sets variables of the template, and {name} is none"):
+            render(chat_template_kwargs={name: value})
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
