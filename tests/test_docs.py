@@ -46,6 +46,9 @@ def place(tmp_path_factory, model_folder) -> Path:
     (folder / "my_code" / "data.jsonl").write_text('{"text": "x = 1\\n"}\n{"text": "y = 2\\n"}\n' * 200)
     talk = {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]}
     (folder / "my_chats.jsonl").write_text(20 * (json.dumps(talk) + "\n"))
+    pairs = [{"before": f"def f(x):\n    return x + {i}\n", "after": f"def f(x, y={i}):\n    return x + y\n"}
+             for i in range(20)]
+    (folder / "my_pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     (folder / "my_chat.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
                                           "{% if add_generation_prompt %}assistant: {% endif %}")
     task = {"task_id": "HumanEval/0", "prompt": "def f():\n", "canonical_solution": "    return 1\n",

@@ -95,12 +95,12 @@ def open_data(args: argparse.Namespace, seed: int = 0, **defaults):
     """(corpus, tokenizer, training data) that the flags name, with nothing held out."""
     from dllm.config.schema import DataGroup
     from dllm.data import open_training_data, read_corpus
-    from dllm.model.tokenizer import check_separator, load_tokenizer
+    from dllm.model.tokenizer import anchor_token_id, check_separator, load_tokenizer
 
     group = DataGroup(train_path=args.paths, validation_share=0.0, **defaults | given(args, DataGroup))
     corpus, tokenizer = read_corpus(group), load_tokenizer(args.tokenizer, **given_tokenizer(args))
     check_separator(tokenizer)
-    return corpus, tokenizer, open_training_data(corpus, tokenizer, seed)
+    return corpus, tokenizer, open_training_data(corpus, tokenizer, seed, anchor=anchor_token_id(tokenizer))
 
 
 def run_data_count(args: argparse.Namespace) -> int:

@@ -75,12 +75,13 @@ class DataGroup:
     train_path: str | None = setting(
         None, "folders, files and hub datasets (owner/name, owner/name:config, owner/name@split), separated by commas; "
         "a weight after each, as a*3,b*1, sets its share of the rows", none="the running Python's standard library")
-    data_type: Literal["plaintext", "conversation"] = setting(
-        "plaintext", "documents, or lists of messages of which the answers are learnt")
+    data_type: Literal["plaintext", "conversation", "edits"] = setting(
+        "plaintext", "documents; lists of messages of which the answers are learnt; or pairs of texts before and after "
+        "an edit")
     datasets_type: Literal["mapping", "iterable"] = setting(
         "mapping", "tokenise before training and keep the tokens, or while reading")
-    text_keys: str | None = setting(None, "column; of several, separated by commas, the first present",
-                                    none="text, or messages, conversations")
+    text_keys: str | None = setting(None, "column; of several, separated by commas, the first present; edits: both",
+                                    none="text; messages, conversations; or before,after")
     chat_template: str = setting("default", "template of conversations: the tokenizer's own, or a Jinja file")
     num_workers: int = setting(2, "threads that tokenise text, processes for what Python itself must do; 0: as 1",
                                at_least=0)
@@ -93,6 +94,9 @@ class DataGroup:
         check(self, "data.")
         expand_home(self, "chat_template")
         require("data.text_keys", self.text_keys, any(self.key_list), "a column name")
+        if self.data_type == "edits":
+            require("data.text_keys", self.text_keys, len(set(self.key_list)) == len(self.key_list) == 2,
+                    "two columns with data.data_type=edits, the text before and the one after, as before,after")
         weights = {weight for _, weight in self._entries}
         if 0 in weights or None in weights and len(weights) > 1:
             raise UserError(f"data.train_path {self.train_path!r} must give every entry a weight above 0, as a*3,b*1, "
@@ -105,7 +109,7 @@ class DataGroup:
 
     @property
     def key_list(self) -> list[str]:
-        usual = {"plaintext": "text", "conversation": "messages,conversations"}
+        usual = {"plaintext": "text", "conversation": "messages,conversations", "edits": "before,after"}
         return split_commas(usual[self.data_type] if self.text_keys is None else self.text_keys)
 
     @property
@@ -294,6 +298,14 @@ class Config:
     train: TrainGroup
     model: ModelGroup = field(default_factory=ModelGroup)
     data: DataGroup = field(default_factory=DataGroup)
+
+    def __post_init__(self):
+        if self.data.data_type == "edits" and self.train.objective != "edit":
+            raise UserError(f"data.data_type=edits is learnt by train.objective=edit alone, not "
+                            f"{self.train.objective!r}; set it, or another data.data_type")
+        if self.data.data_type == "edits" and self.train.edit_source:
+            raise UserError(f"train.edit_source {self.train.edit_source!r} has no effect with data.data_type=edits, "
+                            "where the text before is the source; remove one of them")
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         return {name: asdict(getattr(self, name)) for name in GROUPS}

@@ -31,18 +31,20 @@ class TrainingData:
     rows: RowSource
     rows_per_epoch: int | None  # None: a stream, whose end is unknown
     documents: int | None  # to train on
-    tokens: int | None  # to train on
+    tokens: int | None  # to train on; of pairs, columns
     held_out: PackedDataset | None  # documents to validate on
     held_out_documents: int
-    held_out_bytes: int  # UTF-8 bytes of the held-out texts, or of the contents of held-out messages
+    held_out_bytes: int  # UTF-8 bytes of the held-out texts (of pairs, those after), or contents of held-out messages
     fingerprint: str  # changes with the documents; for a stream, with the names and sizes of its files
+    pairs: bool = False
 
     def describe(self) -> str:
         """One line for a person."""
-        held_out = f"{self.held_out_documents:,} documents held out"
+        documents, tokens = ("pairs", "columns") if self.pairs else ("documents", "tokens")
+        held_out = f"{self.held_out_documents:,} {documents} held out"
         if self.rows_per_epoch is None:
-            return f"a stream of documents; {held_out}"
-        return f"{self.documents:,} documents, {self.tokens:,} tokens in {self.rows_per_epoch:,} rows; {held_out}"
+            return f"a stream of {documents}; {held_out}"
+        return f"{self.documents:,} {documents}, {self.tokens:,} {tokens} in {self.rows_per_epoch:,} rows; {held_out}"
 
 
 class _Source:
@@ -52,7 +54,7 @@ class _Source:
         self.paths, self.weight = paths, weight
         self.share = group.validation_share
         self.streamed = group.datasets_type == "iterable"
-        self.reader = Reader(group.key_list, group.data_type == "conversation")
+        self.reader = Reader(group.key_list, group.data_type)
         self.shards: list[Shard] = find_shards(paths, self.streamed, self.reader.skipped)
         if self.streamed:
             names = [f"{shard.name} {shard.size}" for shard in self.shards]
@@ -61,7 +63,7 @@ class _Source:
         places, sizes, content = array("Q"), array("q"), hashlib.blake2b(digest_size=20)
         for document in self.read():
             encoded = document.content
-            content.update(b"%d %d " % (len(encoded), document.messages is not None) + encoded)
+            content.update(b"%d %d " % (len(encoded), document.kind) + encoded)
             places.append(place_document(document.source))
             sizes.append(len(document.text.encode()))
         self.reader.finish(paths, bool(places))
@@ -83,10 +85,10 @@ class _Source:
         """The first held-out documents of a stream."""
         found, held_out, read = [], 0, 0
         for document in self.read() if self.share else ():
-            read += len(document.text)
+            read += document.characters
             if is_held_out(document.source, self.share):
                 found.append(document)
-                held_out += len(document.text)
+                held_out += document.characters
             if held_out >= _HELD_OUT or read >= _READ_FOR_HELD_OUT:
                 break
         return found
@@ -100,18 +102,20 @@ class Corpus:
         self.sources = [_Source(paths, weight, group) for paths, weight in group.sources]
 
     def texts(self) -> Iterator[str]:
-        """The training texts; from each source of a stream, its first 100 million characters."""
+        """The training texts, of pairs both; from each source of a stream, its first 100 million characters."""
         for source in self.sources:
             characters = 0
             for document in source.read_training():
+                if document.before is not None:
+                    yield document.before
                 yield document.text
-                characters += len(document.text)
+                characters += document.characters
                 if source.streamed and characters >= _FOR_TOKENIZER:
                     break
 
     @property
     def num_bytes(self) -> int:
-        """UTF-8 bytes of all texts. A stream has no such number."""
+        """UTF-8 bytes of all texts, of pairs those after the edit. A stream has no such number."""
         return sum(int(source.bytes.sum()) for source in self.sources)
 
     @property
@@ -135,7 +139,8 @@ def choose_lanes(rows_per_step: int) -> int:
     return max(lanes for lanes in range(1, 65) if rows_per_step % lanes == 0)
 
 
-def open_training_data(corpus: Corpus, tokenizer, seed: int, rows_per_step: int = 1) -> TrainingData:
+def open_training_data(corpus: Corpus, tokenizer, seed: int, rows_per_step: int = 1, *, anchor: int | None = None
+                       ) -> TrainingData:
     """Tokenise the corpus, or read the tokens from the cache, and cut them into rows.
 
     Several processes may call it at once; the first to finish fills the cache. Conversations give the tokenizer the
@@ -143,6 +148,7 @@ def open_training_data(corpus: Corpus, tokenizer, seed: int, rows_per_step: int 
 
     Args:
         rows_per_step: over all processes. A stream has lanes for them, so that a process reads only what it needs.
+        anchor: of pairs, the token before both texts (`anchor_token_id`).
     Raises: UserError if there is nothing to train on, or the chat template cannot be used.
     """
     group = corpus.group
@@ -156,19 +162,20 @@ def open_training_data(corpus: Corpus, tokenizer, seed: int, rows_per_step: int 
         if source.streamed:
             rows.append(StreamedRows(source.shards, source.reader, tokenizer, validation_share=group.validation_share,
                                      max_seq_len=group.max_seq_len, seed=source_seed, workers=group.num_workers,
-                                     lanes=choose_lanes(rows_per_step)))
+                                     lanes=choose_lanes(rows_per_step), anchor=anchor))
             found = source.find_held_out()
-            held_out.append(encode_documents(tokenizer, found, group.num_workers))
+            held_out.append(encode_documents(tokenizer, found, group.num_workers, anchor=anchor))
             sizes = torch.tensor([len(document.text.encode()) for document in found], dtype=torch.int64)
         else:
-            tokens = load_or_encode(tokenizer, source.content, source.read(), group.num_workers)
+            tokens = load_or_encode(tokenizer, source.content, source.read(), group.num_workers, anchor=anchor)
             if dropped := int((tokens.lengths == 0).sum()):
                 print(f"dropped {dropped:,} conversations that have no answer to learn", file=sys.stderr)
             training = (~source.held_out).nonzero().squeeze(1)
             rows.append(PackedDataset.of(tokens, training, group.max_seq_len, source_seed))
             if not len(rows[-1]):
-                raise UserError(f"{', '.join(source.paths or ())} has no answers of an assistant to learn; give other "
-                                "conversations, or data.data_type=plaintext")
+                what = "words in its pairs" if group.data_type == "edits" else "answers of an assistant"
+                raise UserError(f"{', '.join(source.paths or ())} has no {what} to learn; give others, or another "
+                                "data.data_type")
             documents += int((tokens.lengths[training] > 0).sum())
             held_out.append(select(tokens, source.held_out.nonzero().squeeze(1)))
             sizes = source.bytes[source.held_out]
@@ -181,4 +188,4 @@ def open_training_data(corpus: Corpus, tokenizer, seed: int, rows_per_step: int 
         rows_per_epoch=None if streamed else sum(map(len, rows)), documents=None if streamed else documents,
         tokens=None if streamed else sum(part.num_tokens for part in rows),
         held_out=validation if len(validation) else None, held_out_documents=int((together.lengths > 0).sum()),
-        held_out_bytes=held_out_bytes, fingerprint=corpus.fingerprint)
+        held_out_bytes=held_out_bytes, fingerprint=corpus.fingerprint, pairs=group.data_type == "edits")

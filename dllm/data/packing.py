@@ -8,6 +8,9 @@ A conversation that ends with an answer goes on with a tail of end-of-text token
 because a model is asked for answers on canvases that are longer than they are (LLaDA, arXiv:2502.09992, pads a batch to
 one length). The length of a tail is drawn anew whenever the row is read: it takes a random part, short ones more often,
 of what the row has left. Packing leaves about as much in each row as its tails need.
+
+A pair of texts before and after an edit is cut between two columns, and every chunk begins with the pair's first
+column, the anchor, so that there is a token after which to insert.
 """
 
 import hashlib
@@ -24,14 +27,15 @@ from dllm.errors import UserError
 
 
 class Packed(NamedTuple):
-    """Some rows, one after the other. T tokens in S chunks."""
+    """Some rows, one after the other. T tokens, or columns of pairs, in S chunks."""
 
-    tokens: Tensor  # [T] int64
+    tokens: Tensor  # [T] int64; of pairs, after the edit, BLANK where it deletes
     cu_seqlens: Tensor  # [S + 1] int32: where the chunks begin, and T
     max_seqlen: int  # tokens of the longest chunk
     row: Tensor  # [T] int64: index among the rows that were asked for
     column: Tensor  # [T] int64: position within that row
-    trainable: Tensor | None = None  # [T] bool: tokens to learn (the answers of a conversation); None: all
+    trainable: Tensor | None = None  # [T] bool: tokens to learn (answers of a conversation, columns to edit); None: all
+    before: Tensor | None = None  # [T] int64, of pairs: before the edit, BLANK where it inserts
 
 
 class RowSource(Protocol):
@@ -54,7 +58,7 @@ class PackedDataset:
         """sequences: per document its tokens [n] (any integer type; kept as int32)."""
         lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64)
         tokens = torch.cat([sequence.to(torch.int32) for sequence in sequences])
-        self._pack(Tokens(tokens, lengths, None), torch.arange(len(lengths)), max_seq_len, seed)
+        self._pack(Tokens(tokens, lengths), torch.arange(len(lengths)), max_seq_len, seed)
 
     @classmethod
     def of(cls, tokens: Tokens, documents: Tensor, max_seq_len: int, seed: int = 0,
@@ -68,26 +72,29 @@ class PackedDataset:
         return self
 
     def _pack(self, tokens: Tokens, documents: Tensor, max_seq_len: int, seed: int, tails: bool = True) -> None:
-        self.tokens, self._trainable = tokens.tokens, tokens.trainable
+        self.tokens, self._trainable, self._before = tokens.tokens, tokens.trainable, tokens.before
         self.max_seq_len = max_seq_len
         self.seed = seed
         lengths = tokens.lengths[documents]
-        pieces = (lengths + max_seq_len - 1) // max_seq_len
+        repeated = int(tokens.before is not None)  # columns at the beginning of a document that all its chunks have
+        new = max_seq_len - repeated
+        pieces = (lengths - repeated + new - 1) // new
         document = torch.repeat_interleave(torch.arange(len(lengths)), pieces)
         index = torch.arange(len(document)) - (pieces.cumsum(0) - pieces)[document]  # of a chunk within its document
-        start = (tokens.lengths.cumsum(0) - tokens.lengths)[documents][document] + index * max_seq_len
-        length = torch.minimum(lengths[document] - index * max_seq_len, torch.tensor(max_seq_len))
+        first = (tokens.lengths.cumsum(0) - tokens.lengths)[documents][document]
+        start = first + index * new  # for a repeated column the one before the new ones; `gather` puts it right
+        length = torch.minimum(lengths[document] - index * new, torch.tensor(max_seq_len))
         grows = torch.zeros_like(length, dtype=torch.bool)
         if tokens.trainable is not None:
-            before = torch.cat((torch.zeros(1, dtype=torch.int64), tokens.trainable.cumsum(0)))
-            learnt = before[start + length] > before[start]
+            so_far = F.pad(tokens.trainable.cumsum(0), (1, 0))
+            learnt = so_far[start + length] > so_far[start + repeated]
             if tails:
                 grows = (index == pieces[document] - 1) & tokens.trainable[start + length - 1]
-            start, length, grows = start[learnt], length[learnt], grows[learnt]
+            first, start, length, grows = first[learnt], start[learnt], length[learnt], grows[learnt]
         reserved = draw_lengths(max_seq_len - length, torch.rand(len(length), generator=seeded(seed, "tails"))) * grows
         rows = pack((length + reserved).tolist(), max_seq_len)
         order = torch.tensor([chunk for row in rows for chunk in row], dtype=torch.int64)
-        self._start, self._length, self._grows = start[order], length[order], grows[order]
+        self._first, self._start, self._length, self._grows = (x[order] for x in (first, start, length, grows))
         self._offset = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)  # index of the first chunk of each row
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
@@ -127,14 +134,16 @@ class PackedDataset:
         # A tail repeats the last token of its chunk, end-of-text, and its mark.
         index = ranges(self._start[chunk], lengths)
         index = index.minimum(torch.repeat_interleave(self._start[chunk] + own - 1, lengths))
+        cu_seqlens = F.pad(lengths.cumsum(0), (1, 0))
+        if self._before is not None:
+            index[cu_seqlens[:-1]] = self._first[chunk]
         row_of_chunk = torch.repeat_interleave(torch.arange(len(rows)), counts)
         row = torch.repeat_interleave(row_of_chunk, lengths)
         tokens_in_row = row.bincount(minlength=len(rows))
         column = ranges(torch.zeros_like(rows), tokens_in_row)
-        cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0))).int()
-        return Packed(self.tokens[index].long(), cu_seqlens, int(lengths.max()), row, column,
-                      None if self._trainable is None else self._trainable[index])
-
+        return Packed(self.tokens[index].long(), cu_seqlens.int(), int(lengths.max()), row, column,
+                      None if self._trainable is None else self._trainable[index],
+                      None if self._before is None else self._before[index].long())
 
     def _draw_tails(self, rows: Tensor, epoch: int) -> Tensor:
         """Tokens [C] to append to each chunk of the rows: in a random order, each takes of what its row has left."""
@@ -214,11 +223,10 @@ def merge(parts: Sequence[Packed], rows: Sequence[Tensor]) -> Packed:
     order = row.argsort(stable=True)
     row_of_chunk = torch.cat([where[part.cu_seqlens[:-1].long()] for part, where in zip(parts, placed, strict=True)])
     lengths = torch.cat([part.cu_seqlens.diff() for part in parts])[row_of_chunk.argsort(stable=True)]
-    return Packed(
-        tokens=torch.cat([part.tokens for part in parts])[order], cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).int(),
-        max_seqlen=max(part.max_seqlen for part in parts), row=row[order],
-        column=torch.cat([part.column for part in parts])[order],
-        trainable=None if parts[0].trainable is None else torch.cat([part.trainable for part in parts])[order])
+    rest = {name: torch.cat([getattr(part, name) for part in parts])[order]
+            for name in ("tokens", "column", "trainable", "before") if getattr(parts[0], name) is not None}
+    return Packed(cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).int(), max_seqlen=max(part.max_seqlen for part in parts),
+                  row=row[order], **rest)
 
 
 def draw_lengths(at_most: Tensor, uniform: Tensor) -> Tensor:

@@ -25,14 +25,26 @@ _FOR_TEMPLATE = ("tools", "documents", "chat_template_kwargs")  # columns that a
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    text: str  # for a conversation, the contents of its messages
+    text: str  # for a conversation, the contents of its messages; for a pair, the text after the edit
     source: str  # path below the folder of the corpus, and record; the same wherever the corpus is
     messages: str | None = None  # a conversation, as JSON: the arguments of `apply_chat_template`
+    before: str | None = None  # a pair: the text before the edit
 
     @property
     def content(self) -> bytes:
-        """Everything that decides the tokens."""
+        """Everything that decides the tokens, but the kind; nothing if there are none."""
+        if self.before is not None:
+            return json.dumps([self.before, self.text]).encode() if self.before or self.text else b""
         return (self.messages or self.text).encode()
+
+    @property
+    def kind(self) -> int:
+        """0 for a text, 1 for a conversation, 2 for a pair."""
+        return 2 if self.before is not None else int(self.messages is not None)
+
+    @property
+    def characters(self) -> int:
+        return len(self.text) + len(self.before or "")
 
 
 class NoColumn(BadRecord):
@@ -65,10 +77,11 @@ def read_documents(paths: Sequence[str | Path] | None = None,
 class Reader:
     """Makes documents of the records of shards."""
 
-    def __init__(self, keys: Sequence[str], conversations: bool = False):
-        """keys: columns of texts, or of lists of messages (`read_messages`); the first one that is not null is read."""
+    def __init__(self, keys: Sequence[str], data_type: str = "plaintext"):
+        """keys: columns of texts, or of lists of messages (`read_messages`), of which the first one that is not null is
+        read; or the two columns of pairs."""
         self.keys = list(keys)
-        self.conversations = conversations
+        self.conversations, self.pairs = data_type == "conversation", data_type == "edits"
         self.skipped = Skipped()
         self.missing: str | None = None  # says which columns the first bad table has
 
@@ -77,15 +90,14 @@ class Reader:
 
         Raises: Failure if the hub stops to answer.
         """
-        number, lacking, others, reason = None, [], 0, ""
+        number, lacking, others = None, {}, 0
         try:
             for number, decode in self._find_rows(shard):
                 if number >= start and number % of == share:
                     try:
                         document = self._decode(shard, number, decode)
                     except NoColumn as error:
-                        lacking.append(number)
-                        reason = str(error)
+                        lacking[number] = str(error)
                         continue
                     others += 1
                     if document is not None and document.content:
@@ -97,8 +109,8 @@ class Reader:
         else:
             if number is None:
                 self.skipped.add(shard.name, "empty")
-        for name in [f"{shard.name} line {number}" for number in lacking] if others else [shard.name][:len(lacking)]:
-            self.skipped.add(name, reason)
+        for number, reason in list(lacking.items())[:None if others else 1]:
+            self.skipped.add(f"{shard.name} line {number}" if others else shard.name, reason)
 
     def finish(self, paths: Sequence[str | Path] | None, found: bool) -> None:
         """Tell what was skipped. Raises: UserError if nothing was found."""
@@ -131,8 +143,8 @@ class Reader:
         try:
             record = decode()
             if number == 0:  # a whole file
-                if self.conversations:
-                    raise BadRecord("not a table of conversations")
+                if self.conversations or self.pairs:
+                    raise BadRecord(f"not a table of {'pairs' if self.pairs else 'conversations'}")
                 return Document(record, shard.name)
             if not isinstance(record, dict):
                 raise BadRecord("not a record with columns")
@@ -145,7 +157,7 @@ class Reader:
 
     def _make_document(self, name: str, record: dict, where: str) -> Document | None:
         present = {key: _as_text(value) for key, value in record.items() if value is not None}
-        self._find_columns(record, where)
+        self._find_columns(present if self.pairs else record, where)
         columns = self._text_columns(present)
         if not columns:  # null, as good as empty
             return None
@@ -161,12 +173,16 @@ class Reader:
             conversation = {"messages": messages, **read_template_values(present)}
             text = "\n".join(filter(None, map(text_of, conversation["messages"])))
             return Document(_check(text), name, _check(json.dumps(conversation, ensure_ascii=False)))
-        if not isinstance(values[0], str):
-            raise BadRecord(f"{columns[0]} is not text")
-        return Document(_check(values[0]), name)
+        for column, value in zip(columns, values, strict=True):
+            if not isinstance(value, str):
+                raise BadRecord(f"{column} is not text")
+        return Document(_check(values[-1]), name, before=_check(values[0]) if self.pairs else None)
 
     def _text_columns(self, present: Iterable[str]) -> list[str]:
-        """The first key among these columns; for conversations else a prompt and its answer; else none."""
+        """The first key among these columns; for conversations else a prompt and its answer; for pairs both keys; else
+        none."""
+        if self.pairs:
+            return self.keys if set(self.keys) <= set(present) else []
         found = [key for key in self.keys if key in present][:1]
         if self.conversations and not found:
             pairs = [[prompt, answer] for prompt in _PROMPTS for answer in _ANSWERS if {prompt, answer} <= set(present)]
@@ -177,10 +193,16 @@ class Reader:
         """The columns that documents are made of, the first of them a text. Raises: NoColumn if there is none."""
         present = list(present)
         if not self._text_columns(present):
-            wanted = f"no column {' or '.join(map(repr, self.keys))}"
-            talks = not self.conversations and {"messages", "conversations"} & {*present}
-            advice = "set data.data_type=conversation" if talks else "name one of them in data.text_keys (--text-keys)"
-            self.missing = self.missing or f"{where} has {wanted}; it has {', '.join(present) or 'none'}; {advice}"
+            wanted, advice = f"no column {' or '.join(map(repr, self.keys))}", "name one of them in data.text_keys"
+            if self.pairs:
+                lacking = [repr(key) for key in self.keys if key not in present]
+                wanted = f"no text in column {' and '.join(lacking)}, not even \"\""
+                advice = 'write "" for an empty text, or name the columns before and after an edit in data.text_keys'
+            elif not self.conversations and {"messages", "conversations"} & {*present}:
+                advice = "set data.data_type=conversation"
+            flag = " (--text-keys)" if advice.endswith("text_keys") else ""
+            self.missing = self.missing or (f"{where} has {wanted}; it has {', '.join(present) or 'none'}; "
+                                            f"{advice}{flag}")
             raise NoColumn(wanted)
         others = (*_PROMPTS, *_ANSWERS, *_INPUTS, *_SYSTEM, *_FOR_TEMPLATE) if self.conversations else ()
         return [key for key in (*self.keys, *others) if key in present]

@@ -25,11 +25,12 @@ class StreamedRows:
     """An endless stream of rows. Places are read in increasing order; a lane also computes the rows it skips."""
 
     def __init__(self, shards: Sequence[Shard], reader: Reader, tokenizer, *, max_seq_len: int, seed: int = 0,
-                 validation_share: float = 0.0, workers: int = 1, lanes: int = 8):
-        """validation_share: the share of documents left out. lanes: best some for each row of a step."""
+                 validation_share: float = 0.0, workers: int = 1, lanes: int = 8, anchor: int | None = None):
+        """validation_share: the share of documents left out. lanes: best some for each row of a step. anchor: as in
+        `encode_documents`."""
         def pack(documents: Sequence[Document], *seeds: object) -> PackedDataset:
-            in_python = reader.conversations or not tokenizer.is_fast
-            tokens = encode_documents(tokenizer, documents, 1 if in_python else workers)
+            in_python = reader.conversations or reader.pairs or not tokenizer.is_fast
+            tokens = encode_documents(tokenizer, documents, 1 if in_python else workers, anchor=anchor)
             reader.skipped.tell()
             return PackedDataset.of(tokens, torch.arange(len(documents)), max_seq_len, mix(seed, *seeds))
 
@@ -92,7 +93,7 @@ class _Lane:
             if document is None:
                 break
             documents.append(document)
-            characters += len(document.text)
+            characters += document.characters
         return self.pack(documents, self.lane, *self.start)
 
     def _walk(self, epoch: int, index: int, record: int) -> Iterator[tuple[Document | None, tuple[int, int, int]]]:

@@ -25,35 +25,37 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dllm.data.alignment import align
 from dllm.data.conversations import encode_conversation
 from dllm.data.sources import Document
 from dllm.errors import Failure, UserError
 from dllm.files import cache_folder
 
-_VERSION = 3  # of a cache file: its format, and how documents are encoded
+_VERSION = 4  # of a cache file: its format, and how documents are encoded
 _BATCH = 64  # documents that a worker gets at a time
 _FEW = 2048  # documents that this process encodes before another has started
 
 
 class Tokens(NamedTuple):
-    """Documents, one after the other. N tokens of D documents."""
+    """Documents, one after the other. N tokens of D documents; of pairs, N columns of D pairs."""
 
-    tokens: Tensor  # [N] int32
+    tokens: Tensor  # [N] int32; of pairs, after the edit, BLANK where it deletes
     lengths: Tensor  # [D] int64
-    trainable: Tensor | None  # [N] bool: tokens to learn to write; None: all
+    trainable: Tensor | None = None  # [N] bool: tokens to learn to write, or columns that an edit may change; None: all
+    before: Tensor | None = None  # [N] int32, of pairs: before the edit, BLANK where it inserts
 
 
 def select(tokens: Tokens, documents: Tensor) -> Tokens:
     """A copy of the documents [D'] (int64, their numbers)."""
     lengths = tokens.lengths[documents]
     index = ranges((tokens.lengths.cumsum(0) - tokens.lengths)[documents], lengths)
-    return Tokens(tokens.tokens[index], lengths, None if tokens.trainable is None else tokens.trainable[index])
+    return tokens._replace(lengths=lengths, **{
+        name: values[index] for name, values in tokens._asdict().items() if name != "lengths" and values is not None})
 
 
 def join(parts: Sequence[Tokens]) -> Tokens:
-    marks = [part.trainable for part in parts if part.trainable is not None]
-    return Tokens(torch.cat([part.tokens for part in parts]), torch.cat([part.lengths for part in parts]),
-                  torch.cat(marks) if marks else None)
+    there = [[values for values in column if values is not None] for column in zip(*parts, strict=True)]
+    return Tokens(*(torch.cat(values) if values else None for values in there))
 
 
 def ranges(starts: Tensor, counts: Tensor) -> Tensor:
@@ -71,38 +73,40 @@ def tokenize(tokenizer, documents: Sequence[Document]) -> list[Tensor]:
     return list(encoded.tokens.split(encoded.lengths.tolist()))
 
 
-def encode_documents(tokenizer, documents: Iterable[Document], workers: int = 1) -> Tokens:
-    """Encode texts as `tokenize` does, and conversations as `encode_conversation` does.
+def encode_documents(tokenizer, documents: Iterable[Document], workers: int = 1, *, anchor: int | None = None
+                     ) -> Tokens:
+    """Encode texts as `tokenize` does, conversations as `encode_conversation` does, and pairs as aligned texts.
 
     A conversation without a token to learn becomes no tokens at all.
 
     Args:
-        workers: spawned processes, for conversations and for a tokenizer in Python, unless there are few documents.
+        workers: spawned processes, for conversations, pairs and a tokenizer in Python, unless there are few documents.
             Threads, for texts and a fast tokenizer, which has its own threads: two workers are up to a tenth faster
             than one, two processes would be a fifth slower and start a second later.
+        anchor: the token before both texts of a pair (`anchor_token_id`).
     Raises: Failure if a process dies.
     """
-    ids, lengths, trainable = array("i"), array("q"), array("b")
-    for batch_ids, batch_lengths, batch_trainable in _encode_batches(tokenizer, documents, workers):
-        ids.extend(batch_ids)
-        lengths.extend(batch_lengths)
-        trainable.extend(batch_trainable)
+    ids, lengths, trainable, before = together = array("i"), array("q"), array("b"), array("i")
+    for batch in _encode_batches(tokenizer, documents, workers, anchor):
+        for values, part in zip(together, batch, strict=True):
+            values.extend(part)
     return Tokens(_as_tensor(ids, torch.int32), _as_tensor(lengths, torch.int64),
-                  _as_tensor(trainable, torch.bool) if trainable else None)
+                  _as_tensor(trainable, torch.bool) if trainable else None,
+                  _as_tensor(before, torch.int32) if before else None)
 
 
 def _as_tensor(values: array, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
 
 
-def _encode_batches(tokenizer, documents: Iterable[Document], workers: int) -> Iterator[tuple]:
+def _encode_batches(tokenizer, documents: Iterable[Document], workers: int, anchor: int | None) -> Iterator[tuple]:
     documents = iter(documents)
     first = list(islice(documents, _FEW))
-    in_python = bool(first) and (first[0].messages is not None or not tokenizer.is_fast)
+    in_python = bool(first) and (first[0].kind > 0 or not tokenizer.is_fast)
     together = chain(first, documents)
     batches = iter(lambda: list(islice(together, _BATCH)), [])
     if workers <= 1 or in_python and len(first) < _FEW:
-        yield from (_encode_batch(tokenizer, batch) for batch in batches)
+        yield from (_encode_batch(tokenizer, batch, anchor) for batch in batches)
         return
     if in_python:
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _keep, (tokenizer,))
@@ -112,7 +116,7 @@ def _encode_batches(tokenizer, documents: Iterable[Document], workers: int) -> I
     try:
         with pool:
             for batch in batches:
-                waiting.append(pool.submit(_encode_batch, None if in_python else tokenizer, batch))
+                waiting.append(pool.submit(_encode_batch, None if in_python else tokenizer, batch, anchor))
                 if len(waiting) > 4 * workers:
                     yield waiting.popleft().result()
             yield from (future.result() for future in waiting)
@@ -127,27 +131,46 @@ def _keep(tokenizer) -> None:
     _kept = tokenizer
 
 
-def _encode_batch(tokenizer, documents: Sequence[Document]) -> tuple[array, array, array]:
-    """(tokens, lengths, marks of the tokens to learn or nothing). tokenizer: None takes the one that `_keep` kept."""
+def _encode_batch(tokenizer, documents: Sequence[Document], anchor: int | None) -> tuple[array, array, array, array]:
+    """The fields of `Tokens`, empty for None. tokenizer: None takes the one that `_keep` kept."""
     tokenizer = _kept if tokenizer is None else tokenizer
-    if documents[0].messages is not None:
+    if documents[0].kind == 2:
+        return _encode_pairs(tokenizer, documents, anchor)
+    if documents[0].kind == 1:
         pairs = [_encode_messages(tokenizer, document) for document in documents]
         pairs = [(ids, learnt) if any(learnt) else ([], []) for ids, learnt in pairs]
         return (array("i", chain.from_iterable(ids for ids, _ in pairs)), array("q", (len(ids) for ids, _ in pairs)),
-                array("b", chain.from_iterable(learnt for _, learnt in pairs)))
-    texts = [document.text for document in documents]
+                array("b", chain.from_iterable(learnt for _, learnt in pairs)), array("i"))
+    ids, lengths = array("i"), array("q")
+    for encoded in _encode_texts(tokenizer, [document.text for document in documents]):
+        ids.extend(encoded)
+        ids.append(tokenizer.eos_token_id)
+        lengths.append(len(encoded) + 1)
+    return ids, lengths, array("b"), array("i")
+
+
+def _encode_pairs(tokenizer, documents: Sequence[Document], anchor: int) -> tuple[array, array, array, array]:
+    """The fields of `Tokens`. Each text has the anchor before it and end-of-text after it, which no edit changes."""
+    ids, lengths, trainable, before = array("i"), array("q"), array("b"), array("i")
+    first, last = (anchor, anchor), (tokenizer.eos_token_id, tokenizer.eos_token_id)
+    for texts in zip(_encode_texts(tokenizer, [document.before for document in documents]),
+                     _encode_texts(tokenizer, [document.text for document in documents]), strict=True):
+        columns = [first, *align(*texts), last]
+        before.extend(a for a, _ in columns)
+        ids.extend(b for _, b in columns)
+        lengths.append(len(columns))
+        trainable.extend((False, *[True] * (len(columns) - 2), False))
+    return ids, lengths, trainable, before
+
+
+def _encode_texts(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of each text. A special token that a text mentions is text."""
     if tokenizer.is_fast:  # a third faster than calling the tokenizer, which computes more than the ids
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
         tokenizer.backend_tokenizer.encode_special_tokens = True  # as text, where a text mentions them
-        encoded = [e.ids for e in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-    else:
-        encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    ids = array("i")
-    for document in encoded:
-        ids.extend(document)
-        ids.append(tokenizer.eos_token_id)
-    return ids, array("q", (len(document) + 1 for document in encoded)), array("b")
+        return [e.ids for e in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 
 def _encode_messages(tokenizer, document: Document) -> tuple[list[int], list[bool]]:
@@ -165,19 +188,21 @@ def describe_rules(tokenizer) -> str:
     return json.dumps({name: rule for name, rule in rules.items() if name not in ("truncation", "padding")})
 
 
-def load_or_encode(tokenizer, digest: str, documents: Iterable[Document], workers: int) -> Tokens:
+def load_or_encode(tokenizer, digest: str, documents: Iterable[Document], workers: int, *, anchor: int | None = None
+                   ) -> Tokens:
     """`encode_documents`, or the cached tokens.
 
     Args:
         digest: a hash of the documents' content.
         documents: read only if the cache lacks them.
     """
-    decides = [_VERSION, digest, describe_rules(tokenizer), tokenizer.eos_token_id, tokenizer.chat_template]
+    decides = [_VERSION, digest, describe_rules(tokenizer), tokenizer.eos_token_id, anchor,
+               tokenizer.chat_template]
     key = hashlib.blake2b(json.dumps(decides).encode(), digest_size=20)
     path = cache_folder() / "tokens" / f"{key.hexdigest()}.safetensors"
     cached = _load(path)
     if cached is None:
-        cached = encode_documents(tokenizer, documents, workers)
+        cached = encode_documents(tokenizer, documents, workers, anchor=anchor)
         _save(path, cached)
     return cached
 
@@ -193,7 +218,7 @@ def _load(path: Path) -> Tokens | None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             if file.metadata()["checksum"] != _checksum(tensors):
                 raise ValueError("its content has changed")
-        return Tokens(tensors["tokens"], tensors["lengths"], tensors.get("trainable"))
+        return Tokens(**tensors)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         print(f"the cached tokens {path} are damaged ({error}); they are made again", file=sys.stderr)
         return None

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dllm.data import Packed
+from dllm.data.alignment import BLANK
 from dllm.diffusion.corruption import SCHEDULES
 from dllm.diffusion.objectives import LossSums
 from dllm_kernels import linear_masked_cross_entropy, philox_uniform
 
-BLANK = -1
 SUBSTITUTE, DELETE, INSERT = range(3)  # the order of the rates in the published checkpoints
 MAX_WEIGHT = 20.0
 DROPPED = 0.1  # share of plain texts that nothing is given of, so that guidance has something to compare with

@@ -213,6 +213,11 @@ def end_token_ids(tokenizer) -> list[int]:
     return getattr(tokenizer, "end_token_ids", own)
 
 
+def anchor_token_id(tokenizer) -> int:
+    """The token before a text that is edited, so that tokens can be inserted at its beginning."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
 def cut_at_end(tokenizer, ids: Tensor) -> Tensor:
     """ids up to the first end-of-text token: a model packs documents, so what follows belongs to another one."""
     end = torch.isin(ids, torch.tensor(end_token_ids(tokenizer), dtype=ids.dtype, device=ids.device)).nonzero()

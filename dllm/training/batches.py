@@ -14,7 +14,16 @@ from torch.distributed import ProcessGroup
 from dllm.config.schema import TrainGroup
 from dllm.data import Packed, RowSource
 from dllm.diffusion.corruption import T_MIN, Corruption, corrupt
-from dllm.diffusion.edits import Draws, EditTargets, align_source, choose_given, make_edits, show, sum_edit_losses
+from dllm.diffusion.edits import (
+    Columns,
+    Draws,
+    EditTargets,
+    align_source,
+    choose_given,
+    make_edits,
+    show,
+    sum_edit_losses,
+)
 from dllm.diffusion.expansion import make_gaps
 from dllm.diffusion.objectives import LossSums, Targets, choose_targets, sum_alignment, sum_losses
 from dllm.model import layouts
@@ -166,12 +175,19 @@ def cut_blocks(cu_seqlens: Tensor, block_length: int) -> Tensor:
 
 def edit_rows(packed: Packed, first_slot: int, of: int, step: int, settings: TrainGroup, seed: int,
               model: Transformer) -> tuple[Packed, EditTargets]:
-    """Rows on their way from the source, of other lengths, and the edits that remain."""
+    """Rows on their way from the source, of other lengths, and the edits that remain. Of pairs, the source is the text
+    before, and its first column and end-of-text never change."""
     times = spread_times(packed, packed.cu_seqlens, first_slot, of, seed, step)
     draws = Draws(seed, step, packed.row[packed.cu_seqlens[:-1].long()] + first_slot)
-    columns = align_source(packed, choose_given(packed, draws), draws, source=settings.edit_source or "empty",
-                           length=settings.source_tokens, mask_token_id=model.config.mask_token_id,
-                           vocab_size=model.config.vocab_size)
+    given = choose_given(packed, draws)
+    if packed.before is None:
+        columns = align_source(packed, given, draws, source=settings.edit_source or "empty",
+                               length=settings.source_tokens, mask_token_id=model.config.mask_token_id,
+                               vocab_size=model.config.vocab_size)
+    else:
+        lengths = packed.cu_seqlens.diff().long()
+        columns = Columns(packed.before, packed.tokens, ~given,
+                          torch.repeat_interleave(torch.arange(len(lengths)), lengths))
     shown, weight = show(columns, draws, times, settings.schedule, settings.edit_propagation)
     return make_edits(columns, shown, weight, times, settings.schedule, packed,
                       inserts_only=model.config.edit_heads == "insert", shift=model.config.shift_logits)

@@ -23,7 +23,7 @@ from dllm.files import read_json, write_atomically
 from dllm.model.families import FAMILIES, ModelConfig, read_config
 from dllm.model.growth import add_edit_heads, describe_growth, grow, rows_needed
 from dllm.model.special_tokens import as_ids, unique
-from dllm.model.tokenizer import check_separator, check_vocabulary, load_tokenizer, train_tokenizer
+from dllm.model.tokenizer import anchor_token_id, check_separator, check_vocabulary, load_tokenizer, train_tokenizer
 from dllm.model.transformer import Transformer
 from dllm.model.weights import find_model, fit_config, read_weights
 from dllm.training.checkpoint import Checkpoint, load_latest
@@ -72,7 +72,8 @@ def write_config(path: Path, config: Config) -> None:
 def open_run(config: Config, resumed: Checkpoint | None, world: World) -> tuple[Any, Transformer, TrainingData]:
     """(tokenizer, model, data). The main process reads first, so that the others find the tokens cached."""
     def open_data(tokenizer) -> TrainingData:
-        return open_training_data(corpus, tokenizer, config.train.seed, config.train.rows_per_step)
+        return open_training_data(corpus, tokenizer, config.train.seed, config.train.rows_per_step,
+                                  anchor=anchor_token_id(tokenizer))
 
     read = cache(lambda: read_corpus(config.data))
     start = world.from_main(lambda: choose_model(config, read, resumed))  # first, because reading data takes longer
@@ -211,7 +212,7 @@ def choose_model(config: Config, corpus: Callable[[], Corpus], resumed: Checkpoi
     path = group.model_path or group.config_path
     if resumed is not None:
         tokenizer, model_config = read_described(resumed.hf_folder)
-        model_config = as_trained(model_config, tokenizer, config.train)
+        model_config = as_trained(model_config, tokenizer, config)
         if path and Path(path).exists():
             check_unchanged(tokenizer, model_config, config, resumed)
         check_template(tokenizer, config, resumed)
@@ -226,7 +227,7 @@ def choose_model(config: Config, corpus: Callable[[], Corpus], resumed: Checkpoi
         model_config = shape_model(group, len(tokenizer))
     check_vocabulary(tokenizer, model_config.vocab_size)
     check_separator(tokenizer)
-    model_config = as_trained(model_config, tokenizer, config.train)
+    model_config = as_trained(model_config, tokenizer, config)
     check_settings(config, model_config)
     return Start(tokenizer, model_config, folder)
 
@@ -321,17 +322,17 @@ def open_tokenizer(group: ModelGroup, path: str | Path):
                           trust_remote_code=group.trust_remote_code)
 
 
-def as_trained(model_config: ModelConfig, tokenizer, settings: TrainGroup) -> ModelConfig:
+def as_trained(model_config: ModelConfig, tokenizer, config: Config) -> ModelConfig:
     """The configuration with the tokenizer's mask token, its end-of-text and padding tokens where the configuration has
     none, and the blocks or the edits by which the model learns to decode."""
-    learnt = {}
+    learnt, settings = {}, config.train
     if settings.objective == "block_diffusion":
         learnt = {"block_causal": True, "block_length": settings.block_length}
         if settings.causal_blocks is not None:
             learnt["causal_blocks"] = settings.causal_blocks
     if settings.objective == "edit":
-        inserts = not settings.source_tokens and model_config.edit_heads in (None, "insert")
-        learnt = {"edit_heads": "insert" if inserts else "all"}
+        replaces = settings.source_tokens or config.data.data_type == "edits" or model_config.edit_heads == "all"
+        learnt = {"edit_heads": "all" if replaces else "insert"}
     return replace(model_config, mask_token_id=tokenizer.mask_token_id, eos_token_id=model_config.eos_token_id
                    if model_config.eos_token_id is not None else tokenizer.eos_token_id,
                    pad_token_id=model_config.pad_token_id if model_config.pad_token_id is not None
@@ -343,7 +344,7 @@ def check_unchanged(tokenizer, model_config: ModelConfig, config: Config, resume
     path = config.model.model_path or config.model.config_path
     now_tokenizer, now_config = read_described(find_model(path), config.model)
     now_config = replace(now_config, vocab_size=rows_needed(now_tokenizer, now_config.vocab_size))
-    now_config = as_trained(now_config, now_tokenizer, config.train)
+    now_config = as_trained(now_config, now_tokenizer, config)
     change = next((f"{field.name} was {before!r} and is {now!r}" for field in fields(ModelConfig) if field.compare
                    and (before := getattr(model_config, field.name)) != (now := getattr(now_config, field.name))), None)
     if change is None and tokenizer.get_vocab() != now_tokenizer.get_vocab():

@@ -7,6 +7,7 @@ import torch
 
 from dllm.config.schema import Config
 from dllm.data import open_training_data, read_corpus
+from dllm.model.tokenizer import anchor_token_id
 from dllm.model.transformer import Transformer
 from dllm.training.build import check_apart, choose_model, freeze
 from dllm.training.cost import estimate_memory
@@ -33,7 +34,8 @@ def plan(config: Config) -> str:
         if settings.lora_rank:
             add_adapters(model, settings.lora_rank, settings.lora_alpha)
     parameters, trainable = model.count_parameters(), model.count_parameters(trainable=True)
-    data = open_training_data(corpus, tokenizer, settings.seed, settings.rows_per_step)
+    data = open_training_data(corpus, tokenizer, settings.seed, settings.rows_per_step,
+                              anchor=anchor_token_id(tokenizer))
     settled, found = settle_precision(config, model_config, None, World(0, 1, choose_device(settings)))
     bf16 = settled.train.precision == "bf16"
     memory = estimate_memory(model_config, parameters, trainable, count_states(model, settings), settings,

@@ -37,7 +37,8 @@ def draw_validation(data: TrainingData, config: Config, model: Transformer) -> V
     elif config.train.objective not in (*BOUNDS, "ar"):
         bound = draw(replace(config.train, objective="elbo", path_term=False, mask_at_least_one=False,
                              corrupt_prompt=False, expand_token_id=None), True)
-    if not all(sum(batch.scored for batch in batches) for batches in filter(None, (loss, bound))):
+    pairs = config.data.data_type == "edits"  # which are measured too where nothing is to be inserted
+    if not pairs and not all(sum(batch.scored for batch in batches) for batches in filter(None, (loss, bound))):
         warn(f"no held-out token is masked, of {sum(batch.tokens for batch in loss)}, so nothing is measured on them; "
              "raise data.validation_share")
         return None

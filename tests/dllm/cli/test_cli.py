@@ -336,6 +336,18 @@ def test_data_inspect_marks_the_answers_which_alone_are_masked(model_folder, tmp
     assert out.count("user: Question?\nassistant: ") == 4  # clean and corrupted, in both rows
 
 
+def test_data_inspect_shows_the_edits_of_pairs_and_count_their_columns(model_folder, tmp_path, capsys):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"old": "x = 1\nz", "new": "y = 1\nz!"}))
+    flags = [str(tmp_path / "pairs.jsonl"), "--tokenizer", str(model_folder), "--data-type", "edits", "--text-keys",
+             "old,new"]
+    assert cli.main(["data", "inspect", *flags, "--rows", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "<|endoftext|>[-x-]{+y+} = 1\nz{+!+}<|endoftext|>" in out and ", 2 edits" in out
+    assert cli.main(["data", "count", *flags]) == 0
+    counts = json.loads(capsys.readouterr().out)
+    assert (counts["documents"], counts["rows"], counts["bytes"]) == (1, 1, 8)
+
+
 def test_data_download_prepares_a_dataset_or_writes_it_where_it_is_told(monkeypatch, tmp_path, capsys, fails):
     import datasets
 

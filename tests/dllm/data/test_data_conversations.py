@@ -175,7 +175,7 @@ def test_tools_calls_null_contents_and_other_fields_are_rendered_as_transformers
                {"messages": CALLED[:1], "completion": CALLED[1:], "tools": [TOOL]},
                {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": None}]}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    reader = Reader(["messages"], conversations=True)
+    reader = Reader(["messages"], "conversation")
     documents = [document for shard in find_shards([tmp_path]) for _, document in reader.read(shard)]
     rendered = [chat.decode(encode_conversation(chat, **json.loads(document.messages))[0]) for document in documents]
     expected = [chat.apply_chat_template(CALLED, **values, tokenize=False) + chat.eos_token for values in (
@@ -190,7 +190,7 @@ def test_tools_calls_null_contents_and_other_fields_are_rendered_as_transformers
 def test_tool_calls_are_learnt_and_counted_and_survive_a_table(chat, tmp_path):
     chat.chat_template = TOOLS
     datasets.Dataset.from_list([{"messages": CALLED}] * 2).to_parquet(tmp_path / "a.parquet")
-    reader = Reader(["messages"], conversations=True)
+    reader = Reader(["messages"], "conversation")
     (_, document), _ = reader.read(find_shards([tmp_path])[0])
     ids, marks = encode_conversation(chat, **json.loads(document.messages))
     learnt = chat.decode([i for i, mark in zip(ids, marks, strict=True) if mark])

@@ -192,10 +192,10 @@ def encodings(monkeypatch, tmp_path):
     monkeypatch.setenv("DLLM_CACHE", str(tmp_path / "cache"))
     counts = []
 
-    def count(tokenizer, documents, workers):
+    def count(tokenizer, documents, workers, **rest):
         documents = list(documents)
         counts.append(len(documents))
-        return encode_documents(tokenizer, documents, workers)
+        return encode_documents(tokenizer, documents, workers, **rest)
 
     monkeypatch.setattr(tokens_module, "encode_documents", count)
     return counts
@@ -252,7 +252,7 @@ encode_documents(ByT5Tokenizer(), [Document("x", "x")] * 3000, 2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["fast", "python", "conversations"])
+@pytest.mark.parametrize("kind", ["fast", "python", "conversations", "pairs"])
 def test_workers_of_any_kind_give_the_same_tokens_in_order(kind, tokenizer, monkeypatch):
     from transformers import ByT5Tokenizer
     monkeypatch.setattr(tokens_module, "_FEW", 150)
@@ -261,13 +261,17 @@ def test_workers_of_any_kind_give_the_same_tokens_in_order(kind, tokenizer, monk
     tokenizer = ByT5Tokenizer() if kind == "python" else tokenizer
     talks = [json.dumps({"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": str(i)}]})
              if kind == "conversations" else None for i in range(200)]
-    documents = [Document(f"text number {i}", str(i), talks[i]) for i in range(200)]
-    alone = encode_documents(tokenizer, documents, 1)
+    documents = [Document(f"text number {i}", str(i), talks[i], f"test {i + 1}" if kind == "pairs" else None)
+                 for i in range(200)]
+    alone = encode_documents(tokenizer, documents, 1, anchor=0)
     for count in (200, 149):  # enough for processes, and too few
-        for mine, expected in zip(encode_documents(tokenizer, documents[:count], 2), alone, strict=True):
+        for mine, expected in zip(encode_documents(tokenizer, documents[:count], 2, anchor=0), alone, strict=True):
             assert mine is expected is None or torch.equal(mine, expected[:len(mine)]) and len(mine) >= count
-    assert (alone.trainable is not None) == (kind == "conversations") and len(alone.lengths) == 200
-    assert load_or_encode(tokenizer, kind, documents, 1).tokens.equal(alone.tokens)
+    assert (alone.trainable is None) == (kind in ("fast", "python")) and len(alone.lengths) == 200
+    assert (alone.before is not None) == (kind == "pairs")
+    for _ in range(2):  # made, and read back
+        for mine, expected in zip(load_or_encode(tokenizer, kind, documents, 1, anchor=0), alone, strict=True):
+            assert mine is expected is None or torch.equal(mine, expected)
 
 
 def test_held_out_text_is_counted_in_bytes_and_the_fingerprint_follows_the_content(tokenizer, tmp_path):

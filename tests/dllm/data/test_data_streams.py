@@ -76,7 +76,8 @@ def test_a_run_goes_on_with_another_number_of_processes_without_reading_again(fo
             rows.read(range(step * 8 + rank * share, step * 8 + (rank + 1) * share))
         states.append(json.loads(json.dumps(rows.state())))
     packed, encode = [], streaming_module.encode_documents
-    monkeypatch.setattr(streaming_module, "encode_documents", lambda *args: packed.append(1) or encode(*args))
+    monkeypatch.setattr(streaming_module, "encode_documents",
+                        lambda *args, **rest: packed.append(1) or encode(*args, **rest))
     for rank in range(after):
         rows, share = open_stream(folder, tokenizer).rows, 8 // after
         packed.clear()
