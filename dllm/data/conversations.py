@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from dllm.errors import UserError, first_line
 from dllm.files import decode_text
-from dllm.model.tokenizer import find_between
 
 _MARKS_ANSWERS = re.compile(r"{%-?\s*generation\b")
 
@@ -125,11 +124,14 @@ def _tokenize(tokenizer, text: str, special: re.Pattern, guard: str) -> tuple[li
     if guard not in text:
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return list(encoded["input_ids"]), list(encoded["offset_mapping"])
+    added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
     ids, offsets, place, before = [], [], 0, None
     for found in [*special.finditer(text), None]:
-        end = len(text) if found is None else found.start()
-        start, stop = find_between(tokenizer, text[place:end], before, found and found[0])
-        start, stop = place + start, place + stop
+        start, stop = place, len(text) if found is None else found.start()
+        if before is not None and added[before].rstrip:  # the token takes the blanks beside it
+            start = stop - len(text[start:stop].lstrip())
+        if found is not None and added[found[0]].lstrip:
+            stop = start + len(text[start:stop].rstrip())
         places = [i for i in range(start, stop) if text[i] != guard] + [stop]
         encoded = tokenizer(text[start:stop].replace(guard, ""), add_special_tokens=False, split_special_tokens=True,
                             return_offsets_mapping=True, verbose=False)
