@@ -179,6 +179,11 @@ def end_token_ids(tokenizer) -> list[int]:
     return getattr(tokenizer, "end_token_ids", own)
 
 
+def anchor_token_id(tokenizer) -> int:
+    """The token before a text that is edited, so that tokens can be inserted at its beginning."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
 def cut_at_end(tokenizer, ids: Tensor) -> Tensor:
     """ids up to the first end-of-text token: a model packs documents, so what follows belongs to another one."""
     end = torch.isin(ids, torch.tensor(end_token_ids(tokenizer), dtype=ids.dtype, device=ids.device)).nonzero()
@@ -205,3 +210,18 @@ def check_separator(tokenizer) -> None:
     if tokenizer.eos_token_id is None:
         raise UserError("neither the tokenizer nor its folder names an end-of-text token, which separates documents; "
                         "set eos_token in its tokenizer_config.json")
+
+
+def anchor(tokenizer, ids: Tensor) -> Tensor:
+    """ids [N] of a text that edits continue; an empty one becomes the anchor alone."""
+    if len(ids):
+        return ids
+    check_separator(tokenizer)
+    return torch.tensor([anchor_token_id(tokenizer)], device="cpu")
+
+
+def frame(tokenizer, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """What is around a text to edit [N] and [M], from the anchor to the end of text, as such texts are trained on."""
+    check_separator(tokenizer)
+    first, last = torch.tensor([[anchor_token_id(tokenizer)], [tokenizer.eos_token_id]], device="cpu")
+    return torch.cat((first, before)), torch.cat((after, last))

@@ -360,3 +360,10 @@ def test_a_model_that_inserts_alone_neither_deletes_nor_substitutes_whatever_its
         out = model.edit(ids, steps=20, seed=1, cfg_scale=cfg_scale, max_new_tokens=30).sequences[0].tolist()
         left = iter(out)
         assert all(token in left for token in ids[0].tolist()) and len(out) > 20
+
+
+def test_a_text_of_more_tokens_than_the_model_has_positions_is_refused():
+    model = tiny_of("a2d-qwen3", vocab_size=61, edit_heads="all", mask_token_id=MASK, max_position_embeddings=16)
+    assert len(model.edit([[5] * 16], steps=4, seed=1).rows()[0]) <= 16
+    with pytest.raises(UserError, match="a text of 17 tokens is more than the 16 positions of the model"):
+        model.edit([[5] * 17], steps=4)
