@@ -69,3 +69,25 @@ def model_folder(tmp_path_factory) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def edit_folder(model_folder, tmp_path_factory) -> Path:
+    """The same model with random heads that insert, delete and substitute, and edits as its method. Do not change
+    it."""
+    import torch
+
+    from dllm.diffusion_lm import DiffusionLM
+    from dllm.model.growth import add_edit_heads
+    from dllm.model.tokenizer import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("model") / "edits"
+    model = add_edit_heads(DiffusionLM.from_pretrained(model_folder), "all")
+    with torch.no_grad():
+        model.insert_head.weight.copy_(model.insert_head.weight.flip(0))
+        model.rate_head.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+        model.rate_head.bias.copy_(torch.tensor([-1.0, 0.5, 1.5]))
+    model.generation_defaults = {"alg": "edit"}
+    model.save_pretrained(folder)
+    load_tokenizer(model_folder).save_pretrained(folder)
+    return folder

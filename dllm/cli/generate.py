@@ -1,18 +1,21 @@
-"""dllm sample and dllm infill."""
+"""dllm sample, dllm infill and dllm edit."""
 
 import argparse
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Container
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from dllm.cli.flags import Parser, add_model, load_model, path, read_text, utf8, whole
-from dllm.config.fields import add_fields, given
-from dllm.errors import UserError
+from dllm.config.fields import add_fields, given, settings_of
+from dllm.errors import UserError, warn
 from dllm.files import check_outputs, decode_text, write_atomically, write_json
-from dllm.generation.config import MDMGenerationConfig, published_settings
+from dllm.generation.config import EDIT_SETTINGS, MDMGenerationConfig, published_settings
+
+DRAWN = {"seed": "drawn anew, and printed"}
 
 
 def add_commands(commands) -> None:
@@ -21,6 +24,10 @@ def add_commands(commands) -> None:
         description="Continue a prompt. The text goes to stdout, a line about the run to stderr.")
     commands.add_parser("infill", fill=add_infill, help="fill in a gap in a text",
                         description="Fill in a gap of --length tokens. The whole text goes to stdout.")
+    commands.add_parser(
+        "edit", fill=add_edit, help="insert, delete and substitute tokens of a text",
+        description="Edit a text by a model with heads for edits (Edit Flows). The edited text goes to stdout.\n"
+                    "A model that was trained to insert alone deletes and substitutes nothing.")
 
 
 def add_sample(sample: Parser) -> None:
@@ -45,15 +52,32 @@ def add_infill(infill: Parser) -> None:
     infill.set_defaults(run=run_infill)
 
 
+def add_edit(edit: Parser) -> None:
+    add_model(edit)
+    source = edit.add_mutually_exclusive_group()
+    source.add_argument("--file", type=path, metavar="FILE", help="the text to edit; default: standard input. The file "
+                        "stays as it is")
+    source.add_argument("--text", type=utf8, metavar="TEXT", help="or the text itself")
+    edit.add_argument("--max-new-tokens", type=whole, default=argparse.SUPPRESS, metavar="N",
+                      help="tokens that the text may grow by; default: 128")
+    others = (name for name in settings_of(MDMGenerationConfig) if name not in EDIT_SETTINGS)
+    add_fields(edit, MDMGenerationConfig, leave_out=("mask_token_id", "max_new_tokens", *others), defaults=DRAWN)
+    add_outputs(edit)
+    edit.set_defaults(run=run_edit, alg="edit", regex=None, json_schema=None)
+
+
 def add_generation(parser: Parser, *leave_out: str) -> None:
     """Flags for every setting, and for constraints, display and output files."""
-    add_fields(parser, MDMGenerationConfig, leave_out=("mask_token_id", *leave_out),
-               defaults={"seed": "drawn anew, and printed"})
+    add_fields(parser, MDMGenerationConfig, leave_out=("mask_token_id", *leave_out), defaults=DRAWN)
     constraint = parser.add_mutually_exclusive_group()
     constraint.add_argument("--regex", type=utf8, metavar="PATTERN",
                             help="the new text must match this regular expression")
     constraint.add_argument("--json-schema", type=path, metavar="FILE", help="it must be JSON that this schema accepts")
-    parser.add_argument("--watch", action="store_true", help="show the text being unmasked, coloured by confidence")
+    add_outputs(parser)
+
+
+def add_outputs(parser: Parser) -> None:
+    parser.add_argument("--watch", action="store_true", help="show the text as it changes, coloured by confidence")
     parser.add_argument("--save-html", type=path, metavar="FILE", help="write a page here that shows it step by step")
     parser.add_argument("--output", type=path, metavar="FILE",
                         help="write the texts, the settings and the counts here, as JSON")
@@ -65,23 +89,23 @@ def length(text: str) -> int | str:
 
 def run_sample(args: argparse.Namespace) -> int:
     from dllm.generation.canvas import fit_folder_settings
-    from dllm.generation.infilling import Gap
-    from dllm.generation.sampler import generate
-    from dllm.model.tokenizer import cut_at_end, decode_after, encode_with_masks, fill_masks
+    from dllm.generation.sampler import start
+    from dllm.model.tokenizer import anchor, cut_at_end, decode_after, encode_with_masks, fill_masks
 
     check_outputs({"--output": args.output, "--save-html": args.save_html},
                   [args.prompt_file, args.json_schema, args.model])
-    prompt = read_prompt(args)
+    prompt = read_source(args.prompt, args.prompt_file, "the prompt")
     config = generation_config(args)
     model, tokenizer = load_model(args)
     ids = encode_with_masks(tokenizer, prompt)
     config = folder_defaults(config, args, model, constraint=read_constraint(args, tokenizer, model))
     config = fit_folder_settings(model, config, vars(args), len(ids))
-    out, seconds, traces = denoise_shown(args, config, model, tokenizer, Gap(ids, ids[:0], config.max_new_tokens),
-                                         lambda on_step: generate(model, ids.unsqueeze(0), None, config, on_step))
-    rows = list(out.sequences.cpu())
-    if out.attention_mask is not None:
-        rows = [row[seen] for row, seen in zip(rows, out.attention_mask.cpu(), strict=True)]
+    if config.edits:
+        ids = anchor(tokenizer, ids)
+        if (ids == tokenizer.mask_token_id).any():
+            raise UserError("alg edit fills one gap, after the prompt; take the mask token out, or use dllm infill")
+    out, seconds, traces = denoise_shown(args, tokenizer, start(model, ids.unsqueeze(0), None, config))
+    rows = out.rows()
     prompts = [fill_masks(tokenizer, prompt, row[:len(ids)]) for row in rows]
     texts = [decode_after(tokenizer, row[:len(ids)], cut_at_end(tokenizer, row[len(ids):])) for row in rows]
     if not args.watch:
@@ -92,23 +116,45 @@ def run_sample(args: argparse.Namespace) -> int:
 
 
 def run_infill(args: argparse.Namespace) -> int:
-    from dllm.generation.infilling import Gap, fill, settle_length
-    from dllm.model.tokenizer import decode_after, encode
+    from dllm.generation.infilling import Gap, begin, settle_length
+    from dllm.model.tokenizer import anchor, decode_after, encode
 
     check_outputs({"--output": args.output, "--save-html": args.save_html}, [args.file, args.json_schema, args.model])
     before, after = read_gap(args)
     config = generation_config(args)
     model, tokenizer = load_model(args)
     config = folder_defaults(config, args, model, constraint=read_constraint(args, tokenizer, model))
-    gap = Gap(encode(tokenizer, before), encode(tokenizer, after, after=True), args.length)
-    gap = settle_length(model, gap, config)
-    filled, seconds, traces = denoise_shown(args, config, model, tokenizer, gap,
-                                            lambda on_step: fill(model, [gap], config, on_step=on_step))
-    out = filled.output
-    texts = [decode_after(tokenizer, gap.prefix, answer) for answer in filled.answers]
+    prefix, suffix = encode(tokenizer, before), encode(tokenizer, after, after=True)
+    prefix = anchor(tokenizer, prefix) if config.edits else prefix
+    gap = settle_length(model, Gap(prefix, suffix, args.length), config)
+    out, seconds, traces = denoise_shown(args, tokenizer, begin(model, [gap], config)[0])
+    texts = [decode_after(tokenizer, gap.prefix, gap.inside(row)) for row in out.rows()]
     if not args.watch:
         print_texts([before + text + after for text in texts])
     finish(args, config, out, seconds, {"prefix": before, "suffix": after, "texts": texts}, tokenizer, traces)
+    return 0
+
+
+def run_edit(args: argparse.Namespace) -> int:
+    from dllm.generation.infilling import Gap, begin
+    from dllm.model.tokenizer import decode_after, encode, frame
+
+    check_outputs({"--output": args.output, "--save-html": args.save_html}, [args.file, args.model])
+    text = read_source(args.text, args.file, "the text")
+    if not text:
+        raise UserError("the text to edit is empty; give one by --file or --text, or write one by dllm sample")
+    config = generation_config(args)
+    model, tokenizer = load_model(args)
+    config = folder_defaults(config, args, model, EDIT_SETTINGS)
+    if model.config.edit_heads == "insert":
+        warn("this model only inserts: it deletes and substitutes nothing")
+    ids = encode(tokenizer, text)
+    gap = Gap(*frame(tokenizer, ids[:0], ids[:0]), len(ids), ids)
+    out, seconds, traces = denoise_shown(args, tokenizer, begin(model, [gap], config)[0])
+    texts = [decode_after(tokenizer, gap.prefix, gap.inside(row)) for row in out.rows()]
+    if not args.watch:
+        print_texts([text.removesuffix("\n") for text in texts])
+    finish(args, config, out, seconds, {"text": text, "texts": texts}, tokenizer, traces)
     return 0
 
 
@@ -119,10 +165,12 @@ def generation_config(args: argparse.Namespace) -> MDMGenerationConfig:
     return MDMGenerationConfig(**{"seed": secrets.randbelow(2**31), **given(args, MDMGenerationConfig)})
 
 
-def folder_defaults(config: MDMGenerationConfig, args: argparse.Namespace, model, **more) -> MDMGenerationConfig:
-    """The settings with those of the model's generation_config.json, where no flag gives another."""
-    published = published_settings(model.generation_defaults)
-    return replace(config, **{name: value for name, value in published.items() if not hasattr(args, name)}, **more)
+def folder_defaults(config: MDMGenerationConfig, args: argparse.Namespace, model, names: Container[str] | None = None,
+                    **more) -> MDMGenerationConfig:
+    """The settings with those of the model's generation_config.json, where no flag gives another. names: None: all."""
+    published = {name: value for name, value in published_settings(model.generation_defaults).items()
+                 if not hasattr(args, name) and (names is None or name in names)}
+    return replace(config, **published, **more)
 
 
 def read_constraint(args: argparse.Namespace, tokenizer, model):
@@ -135,15 +183,16 @@ def read_constraint(args: argparse.Namespace, tokenizer, model):
     return None
 
 
-def read_prompt(args: argparse.Namespace) -> str:
-    if args.prompt is not None:
-        return args.prompt
-    if args.prompt_file is not None:
-        return read_text(args.prompt_file)
+def read_source(text: str | None, file: Path | None, name: str) -> str:
+    """The text of a flag, of a file or of standard input; an empty one if that is a terminal."""
+    if text is not None:
+        return text
+    if file is not None:
+        return read_text(file)
     try:
         return "" if sys.stdin.isatty() else decode_text(sys.stdin.buffer.read())
     except UnicodeDecodeError:
-        raise UserError("the prompt on standard input is not UTF-8 text; convert it") from None
+        raise UserError(f"{name} on standard input is not UTF-8 text; convert it") from None
 
 
 def read_gap(args: argparse.Namespace) -> tuple[str, str]:
@@ -160,32 +209,30 @@ def read_gap(args: argparse.Namespace) -> tuple[str, str]:
     return parts[0], parts[1]
 
 
-def denoise_shown(args: argparse.Namespace, config, model, tokenizer, gap, run: Callable):
-    """Call run(on_step), and draw each step with --watch.
+def denoise_shown(args: argparse.Namespace, tokenizer, denoising):
+    """Take all steps, and draw each with --watch.
 
-    Returns: (its output, seconds, a trace of each text for --save-html).
+    Returns: (the output, seconds, a trace of each text for --save-html).
     """
-    from dllm.generation.infilling import lay_out
-    from dllm.generation.sampler import find_mask_token
+    from dllm.generation import sampler
 
     shown, traces = nullcontext(), []
     if args.watch or args.save_html is not None:
-        from dllm.pages.denoising import Trace, watch
+        from dllm.pages.denoising import trace_rows, watch
 
-        mask_token_id = find_mask_token(model, config)
-        canvas, _ = lay_out([gap] * config.num_return_sequences, mask_token_id)
-        kind = config.method
+        traces = trace_rows(denoising)
         if args.watch:
-            shown = watch(tokenizer, canvas, mask_token_id, kind)
-        if args.save_html is not None:
-            traces = [Trace(row, mask_token_id, kind, index) for index, row in enumerate(canvas)]
+            shown = watch(tokenizer, traces)
     start = time.perf_counter()
     with shown as draw:
         def on_step(step) -> None:
-            for note in (*traces, *([draw] if args.watch else [])):
-                note(step)
+            if draw is not None:
+                draw(step)
+            else:
+                for trace in traces:
+                    trace(step)
 
-        out = run(on_step)
+        out = sampler.finish(denoising, on_step)
     return out, time.perf_counter() - start, traces
 
 

@@ -131,6 +131,8 @@ def fit_folder_settings(model: Transformer, config: MDMGenerationConfig, asked: 
     chose = {name for name in folder if folder[name] is not None and name not in asked}
     if "max_new_tokens" in chose:
         config = fit_new_tokens(model, config, given)
+    if "edit_source_length" in chose:
+        config = replace(config, edit_source_length=min(config.edit_source_length, config.max_new_tokens))
     if "steps" not in chose:
         return config
     if block := block_of_gap(model, config):
@@ -143,7 +145,7 @@ class AsGiven:
     """A canvas [B, L] that is denoised as it was given."""
 
     def __init__(self, canvas: Tensor, key_mask: Tensor | None):
-        self.canvas, self.key_mask = canvas, key_mask
+        self.canvas, self.key_mask, self.given_mask = canvas, key_mask, key_mask
         self.real = torch.ones_like(canvas, dtype=torch.bool)
 
     def restore(self, x: Tensor) -> Tensor:
@@ -256,6 +258,10 @@ class EditedText:
     def room(self) -> Tensor:
         """[B] int64, how many tokens each row may gain."""
         return self.limit - self.editable.sum(1)
+
+    def close(self, row: int) -> None:
+        """Let nothing of a row change any more."""
+        self.editable[row] = self.open[row] = False
 
     def empty(self, length: int) -> None:
         """Put `length` tokens, 0 until they are chosen, in the place of what is in each gap."""

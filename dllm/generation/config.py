@@ -18,6 +18,9 @@ CONFIDENCES = {"maskgit_plus": "prob", "entropy": "entropy", "topk_margin": "mar
                "low_confidence": "prob"}
 
 DEFAULT_STEPS = 512  # Open-dLLM's
+# What edits of a given text are told. The other settings are about gaps, or of other methods.
+EDIT_SETTINGS = ("max_new_tokens", "steps", "temperature", "top_p", "top_k", "mask_token_id", "num_return_sequences",
+                 "seed", "flow_schedule", "flow_rule")
 UNUSED = ("pad_token_id", "bos_token_id", "do_sample", "return_dict_in_generate")
 
 
@@ -165,6 +168,10 @@ class MDMGenerationConfig:
     def method(self) -> str:
         """The name of the strategy: `remasking`, where it is given, else `alg`."""
         return self.remasking or self.alg
+
+    def for_edits(self) -> "MDMGenerationConfig":
+        """The config for edits of a given text, without the settings that do not bear on them."""
+        return MDMGenerationConfig(alg="edit", **{name: getattr(self, name) for name in EDIT_SETTINGS})
 
     @property
     def edits(self) -> bool:

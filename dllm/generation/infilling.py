@@ -12,7 +12,7 @@ from dllm.errors import UserError
 from dllm.generation.canvas import block_of_gap, block_of_text, steps_of_block
 from dllm.generation.config import MDMGenerationConfig
 from dllm.generation.inputs import read_prompts
-from dllm.generation.sampler import GenerationOutput, OnStep, denoise, find_mask_token
+from dllm.generation.sampler import Denoising, GenerationOutput, OnStep, find_mask_token, finish
 from dllm.model.transformer import Transformer
 
 
@@ -23,6 +23,7 @@ class Gap:
     prefix: Tensor  # [P] int64
     suffix: Tensor  # [S] int64
     length: int | Literal["auto"]
+    text: Tensor | None = None  # [length] int64, the tokens there that are edited; None: masks
 
     def __post_init__(self):
         whole = isinstance(self.length, Integral) and not isinstance(self.length, bool)
@@ -54,19 +55,23 @@ def fill(model: Transformer, gaps: Sequence[Gap], config: MDMGenerationConfig | 
     """
     config = config or MDMGenerationConfig()
     gaps = [settle_length(model, gap, config) for gap in gaps]
+    denoising, visible = begin(model, gaps, config, sequence)
+    out = finish(denoising, on_step)
+    if out.attention_mask is None and not bool(visible.all()):
+        visible = visible.repeat_interleave(config.num_return_sequences, 0)
+        out = replace(out, attention_mask=visible.to(out.sequences.device))
+    copies = config.num_return_sequences
+    return Filled(gaps, [gaps[i // copies].inside(row) for i, row in enumerate(out.rows())], out)
+
+
+def begin(model: Transformer, gaps: Sequence[Gap], config: MDMGenerationConfig,
+          sequence: Tensor | None = None) -> tuple[Denoising, Tensor]:
+    """What `fill` denoises, for gaps whose lengths are settled; and where the canvas has no padding, [B, L] bool."""
     if (longest := max((gap.positions for gap in gaps), default=0)) > model.config.max_position_embeddings:
         raise UserError(f"a gap needs {longest} positions with what is before and after it, the model has "
                         f"{model.config.max_position_embeddings}; shorten the text or the gap")
     canvas, visible = lay_out(gaps, find_mask_token(model, config), aligned=config.cache != "none")
-    out = denoise(model, canvas, config, visible, on_step, sequence)
-    if out.attention_mask is None and not bool(visible.all()):
-        visible = visible.repeat_interleave(config.num_return_sequences, 0)
-        out = replace(out, attention_mask=visible.to(out.sequences.device))
-    rows = out.sequences.cpu()
-    if out.attention_mask is not None:
-        rows = [row[seen] for row, seen in zip(rows, out.attention_mask.cpu(), strict=True)]
-    copies = config.num_return_sequences
-    return Filled(gaps, [gaps[i // copies].inside(row) for i, row in enumerate(rows)], out)
+    return Denoising(model, canvas, config, visible, sequence, editable=find_texts(gaps, canvas)), visible
 
 
 def read_rows(model: Transformer, ids: Any, name: str) -> list[Tensor]:
@@ -96,7 +101,8 @@ def lay_out(gaps: Sequence[Gap], mask_token_id: int, *, aligned: bool = False) -
 
     aligned: let all gaps begin in the same column, as caches want it; else all rows begin in the first column.
     """
-    rows = [torch.cat((gap.prefix, gap.prefix.new_full((gap.length,), mask_token_id), gap.suffix)) for gap in gaps]
+    rows = [torch.cat((gap.prefix, gap.prefix.new_full((gap.length,), mask_token_id) if gap.text is None else gap.text,
+                       gap.suffix)) for gap in gaps]
     longest = max(len(gap.prefix) for gap in gaps) if aligned else 0
     starts = [longest - len(gap.prefix) if aligned else 0 for gap in gaps]
     width = max(start + len(row) for start, row in zip(starts, rows, strict=True))
@@ -106,6 +112,16 @@ def lay_out(gaps: Sequence[Gap], mask_token_id: int, *, aligned: bool = False) -
         canvas[index, start:start + len(row)] = row
         visible[index, start:start + len(row)] = True
     return canvas, visible
+
+
+def find_texts(gaps: Sequence[Gap], canvas: Tensor) -> Tensor | None:
+    """[B, L] bool: the texts to edit on the canvas that `lay_out` made of the gaps; None: the gaps hold masks."""
+    if gaps[0].text is None:
+        return None
+    first, length = (torch.tensor(values).unsqueeze(1) for values in (
+        [len(gap.prefix) for gap in gaps], [gap.length for gap in gaps]))
+    place = torch.arange(canvas.shape[1])
+    return (place >= first) & (place < first + length)
 
 
 def settle_length(model: Transformer, gap: Gap, config: MDMGenerationConfig) -> Gap:

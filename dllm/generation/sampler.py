@@ -44,6 +44,13 @@ class GenerationOutput:
     confidence: Tensor  # [B, L] fp32 with which each token was committed (on the scale of `alg`), -inf where given
     attention_mask: Tensor | None = None  # [B, L] bool, False after a row's end; None: all rows fill the canvas
 
+    def rows(self) -> list[Tensor]:
+        """The tokens of each row on the CPU, without what is after its end."""
+        rows = list(self.sequences.cpu())
+        if self.attention_mask is None:
+            return rows
+        return [row[seen] for row, seen in zip(rows, self.attention_mask.cpu(), strict=True)]
+
 
 OnStep = Callable[["CanvasStep"], None]
 
@@ -90,6 +97,8 @@ class CanvasStep(NamedTuple):
     confidence: Tensor | None  # [B, L] fp32 of this step, -inf where not scored; None if nothing was scored
     kept: Tensor  # [B, L] fp32 with which each token was committed, -inf where none was committed
     visible: Tensor | None  # [B, L] bool, False after a row's end, if gaps can grow and shrink; else None
+    # What the step deleted, and inserted after each token, of the canvas before it. None: no token has moved by edits.
+    edits: Update | None = None
 
 
 class RowCounts:
@@ -166,6 +175,9 @@ class Denoising:
         if editable is not None:
             self.editable = editable.to(self.tokens.device).repeat_interleave(config.num_return_sequences, 0) & visible
         room = self.model.config.max_position_embeddings - visible.sum(1)
+        if (room < 0).any():
+            raise UserError(f"a text of {int(visible.sum(1).max())} tokens is more than the "
+                            f"{self.model.config.max_position_embeddings} positions of the model; give a shorter one")
         limit = self.editable.sum(1)
         if editable is not None:
             limit = limit + room.clamp(max=config.max_new_tokens)
@@ -277,7 +289,7 @@ class Denoising:
             if self.text is not None:
                 confidence = self._edit(step, update)
                 editable = self.editable
-            yield self._note(confidence)
+            yield self._note(confidence, None if update.inserted is None else update)
 
     def _working(self, rows: RowCounts) -> Tensor:
         """[B] bool: the rows that this step may change."""
@@ -309,7 +321,11 @@ class Denoising:
             self.key_mask if moves else None)
 
     def drop(self, row: int) -> None:
-        """Between two steps: fill the masked positions of a row with any token, so that it costs nothing more."""
+        """Between two steps: fill the masked positions of a row with any token, and edit it no more, so that it costs
+        nothing more."""
+        if self.text is not None:
+            self.text.close(row)
+            return
         masked = self.editable[row] & (self.tokens[row] == self.mask_token_id)
         self.tokens = self.tokens.clone()
         self.tokens[row, masked] = 0 if self.mask_token_id else 1
@@ -372,14 +388,14 @@ class Denoising:
         self.scorer.forwards, self.scorer.row_forwards = before.forwards, before.row_forwards
         return given.masked_fill(~self.editable, -torch.inf)
 
-    def _note(self, confidence: Tensor | None) -> CanvasStep:
+    def _note(self, confidence: Tensor | None, edits: Update | None) -> CanvasStep:
         restore = self.layout.restore  # from whole blocks to the canvas that was given
         tokens = restore(self.tokens)
         if self.config.output_history:
             self.history.append(tokens)
         self.steps += 1
         return CanvasStep(self.steps - 1, tokens, None if confidence is None else restore(confidence),
-                          restore(self.confidence), self.key_mask if self.gap or self.text else None)
+                          restore(self.confidence), self.key_mask if self.gap or self.text else None, edits)
 
     def _uniform(self, draw: int) -> Tensor | None:
         config = self.config

@@ -253,9 +253,13 @@ class EditScorer(HeadScorer):
             before = raw.take_along_dim(self.source.unsqueeze(-1).unsqueeze(0), dim=2)
             raw = torch.cat((before[..., :2], raw[..., 2:]), -1)
         if self.copies == 1:
-            return F.softplus(raw[0])
-        given, without = log_softplus(raw)
-        return torch.exp(without + (self.cfg_scale + 1) * (given - without))
+            rates = F.softplus(raw[0])
+        else:
+            given, without = log_softplus(raw)
+            rates = torch.exp(without + (self.cfg_scale + 1) * (given - without))
+        if self.model.config.edit_heads == "insert":  # the others were never trained
+            rates = rates * rates.new_tensor([0, 0, 1])
+        return rates
 
     def draw(self, positions: Tensor, head: str) -> Update:
         if not positions.any():

@@ -244,3 +244,18 @@ def check_separator(tokenizer) -> None:
     if tokenizer.eos_token_id is None:
         raise UserError("neither the tokenizer nor its folder names an end-of-text token, which separates documents; "
                         "set eos_token in its tokenizer_config.json")
+
+
+def anchor(tokenizer, ids: Tensor) -> Tensor:
+    """ids [N] of a text that edits continue; an empty one becomes the anchor alone."""
+    if len(ids):
+        return ids
+    check_separator(tokenizer)
+    return torch.tensor([anchor_token_id(tokenizer)], device="cpu")
+
+
+def frame(tokenizer, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """What is around a text to edit [N] and [M], from the anchor to the end of text, as such texts are trained on."""
+    check_separator(tokenizer)
+    first, last = torch.tensor([[anchor_token_id(tokenizer)], [tokenizer.eos_token_id]], device="cpu")
+    return torch.cat((first, before)), torch.cat((after, last))

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 # Backgrounds from unsure to sure; black text has a contrast of at least 7 on each.
 RAMP = ("#f4a582", "#fdc98f", "#fdeaa7", "#d3ecab", "#a6dba0")
+INSERTED, DELETED = "#3fd07c", "#ff6b6b"  # of the step that does it; black text has the same contrast
 SERIES = 6  # colours of lines, --s0 to --s5; then they begin again
 WIDTH, HEIGHT = 440, 300  # points of a plot; the page scales them
 TEMPLATES = Path(__file__).with_name("templates")
@@ -76,5 +77,6 @@ def _asset(name: str) -> Markup:
 
 _ENVIRONMENT = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
                            trim_blocks=True, lstrip_blocks=True)
-_ENVIRONMENT.globals.update(asset=_asset, can_plot=can_plot, ramp=RAMP)
+_ENVIRONMENT.globals.update(asset=_asset, can_plot=can_plot, ramp=RAMP,
+                            edit_colours={"inserted": INSERTED, "deleted": DELETED})
 _ENVIRONMENT.policies["json.dumps_kwargs"] = {"separators": (",", ":")}

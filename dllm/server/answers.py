@@ -39,9 +39,9 @@ class Exchange:
             first = len(self.answers)
             self.answers += [Answer(texts, prefix, plan.stops, plan.limit, whole, plan.config.rewrites)
                              for _ in range(plan.config.num_return_sequences)]
-            self.jobs.append(Job(Gap(prefix, plan.prompt.suffix, plan.gap), plan.config, partial(self._notify, first),
-                                 every_step=plan.body.stream, deadline=deadline,
-                                 first=number * plan.config.num_return_sequences,
+            gap = Gap(prefix, plan.prompt.suffix, plan.gap, plan.prompt.text)
+            self.jobs.append(Job(gap, plan.config, partial(self._notify, first), every_step=plan.body.stream,
+                                 deadline=deadline, first=number * plan.config.num_return_sequences,
                                  stops=self.answers[first].complete if plan.stops else None))
 
     def _notify(self, first: int, copy: int | None, event) -> None:
@@ -94,7 +94,8 @@ class Form:
         self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def usage(self) -> dict:
-        prompt = sum(map(len, self.plan.prompt.prefixes)) + len(self.plan.prompt.suffix)
+        given = self.plan.prompt
+        prompt = sum(map(len, given.prefixes)) + len(given.suffix) + (0 if given.text is None else len(given.text))
         new = sum(answer.tokens for answer in self.answers)
         steps = [answer.progress.steps for answer in self.answers]
         forwards = sum(answer.progress.forwards for answer in self.answers)

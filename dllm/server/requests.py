@@ -129,6 +129,8 @@ class Prompt:
     suffix: Tensor  # [S] int64
     fills: bool = False  # the answer fills the whole gap, instead of ending at an end of text
     length: Length | None = None  # positions of the gap; None: as max_tokens needs
+    edits: bool = False  # by the model's edits, whatever the server's method
+    text: Tensor | None = None  # [N] int64, the tokens in the gap, which are edited; None: masks
     max_tokens: int | None = None
     echo: list[str] | None = None  # the text before each answer, one a prefix
 
@@ -177,8 +179,12 @@ def read_chat(body: ChatRequest, texts: Texts) -> Prompt:
 
 def read_edit(body: EditRequest, texts: Texts) -> Prompt:
     before, old, after = split_edit(body.messages[0].text)
-    prefix, suffix = texts.encode(before), texts.encode(after, after=True)
-    length = max(len(texts.encode(old, after=True)), 1)
+    prefix, suffix, text = texts.encode(before), *(texts.encode(part, after=True) for part in (after, old))
+    if texts.model.config.edit_heads == "all":
+        prefix, suffix = texts.frame(prefix, suffix)
+        there = {"text": text} if len(text) else {"length": "auto"}
+        return Prompt(prefixes=[prefix], suffix=suffix, fills=True, max_tokens=body.most_tokens, edits=True, **there)
+    length = max(len(text), 1)
     if body.most_tokens is not None:
         length = min(length, body.most_tokens)
     return Prompt(prefixes=[prefix], suffix=suffix, fills=True, length=length, max_tokens=body.most_tokens)
@@ -218,16 +224,26 @@ async def make_plan(body: Common, prompt: Prompt, texts: Texts, limits: ServerLi
                            param="max_tokens")
     choices = dict(body.diffusion or {})
     length, seed = choices.pop("length", None), choices.pop("seed", None)
+    if prompt.text is not None and length is not None:
+        raise RequestError(400, "diffusion.length is of a gap, and the code to edit is none; leave it out",
+                           param="diffusion.length")
     length = check_length(prompt.length if length is None else length, prompt, limits)
     seed = check_seed(body.seed if seed is None else seed)
     stops = read_stops(body.stop)
     pattern = read_pattern(body.response_format)
     given = {"max_tokens": prompt.max_tokens, "temperature": body.temperature, "top_p": body.top_p, "seed": seed,
-             "copies": body.n, "pattern": pattern, "choices": choices}
+             "copies": body.n, "pattern": pattern, "choices": choices, "edits": prompt.edits}
     # Reading a vocabulary for the first pattern takes a second.
     config = texts.config(**given) if pattern is None else await asyncio.to_thread(texts.config, **given)
     if config.steps > MAX_STEPS:
         raise RequestError(400, f"diffusion.steps must be at most {MAX_STEPS}", param="diffusion.steps")
+    if config.edits:
+        prompt = replace(prompt, prefixes=[texts.anchor(prefix) for prefix in prompt.prefixes])
+    elif prompt.edits:
+        raise RequestError(400, f"this model edits by alg edit, not {config.method}; leave that out",
+                           param="diffusion.alg")
+    if prompt.text is not None:
+        return plan_edits(body, prompt, config, stops, texts, limits)
     if prompt.max_tokens is None:
         taken = max(map(len, prompt.prefixes)) + len(prompt.suffix)
         config = fit_new_tokens(texts.model, config, taken, limits.max_tokens)
@@ -240,12 +256,34 @@ async def make_plan(body: Common, prompt: Prompt, texts: Texts, limits: ServerLi
     return Plan(body=body, prompt=prompt, config=config, gap=gap, limit=limit, stops=stops)
 
 
+def plan_edits(body: Common, prompt: Prompt, config: MDMGenerationConfig, stops: list[str], texts: Texts,
+               limits: ServerLimits) -> Plan:
+    """The plan of editing a text, which may grow to max_tokens."""
+    length, most = len(prompt.text), limits.max_tokens if prompt.max_tokens is None else prompt.max_tokens
+    if length >= most:
+        raise RequestError(400, f"the code to edit has {length} tokens, so max_tokens must be more than that, not "
+                           f"{most}; edit a shorter part" + " or raise it" * (most < limits.max_tokens),
+                           param="max_tokens")
+    check_positions(prompt, length, texts)
+    given = length + max(map(len, prompt.prefixes)) + len(prompt.suffix)
+    config = fit_new_tokens(texts.model, config, given, most - length) if prompt.max_tokens is None else replace(
+        config, max_new_tokens=most - length)
+    return Plan(body=body, prompt=prompt, config=config, gap=length, limit=length + config.max_new_tokens, stops=stops)
+
+
 def fit_gap(config: MDMGenerationConfig, gap: Length, model: Transformer,
             choices: dict[str, Any]) -> MDMGenerationConfig:
     """Fit what the server chose to the gap of a request, which knows nothing of it: lengths, blocks and steps.
 
     choices: the settings that the request itself chose; they stay.
     """
+    if config.edits:
+        if gap == "auto":
+            config = replace(config, max_infill_length=config.max_new_tokens)
+        if config.edit_source == "empty" or "edit_source_length" in choices:
+            return config
+        longest = config.max_new_tokens if gap == "auto" else gap
+        return replace(config, edit_source_length=min(config.edit_source_length, longest))
     block, most = block_of_gap(model, config), config.max_new_tokens
     if block is not None and gap == "auto":
         block = min(block, most)

@@ -21,13 +21,15 @@ from torch import Tensor
 
 from dllm.errors import Failure, UserError
 from dllm.generation.config import MDMGenerationConfig
-from dllm.generation.infilling import Gap, lay_out, settle_length
+from dllm.generation.infilling import Gap, find_texts, lay_out, settle_length
 from dllm.generation.rows import contents_of, name_rows
 from dllm.generation.sampler import Denoising, find_mask_token
+from dllm.model.layouts import Cached, Padded
 from dllm.model.ragged import Call, Ragged
 from dllm.model.transformer import Transformer
 
 BETWEEN_STEPS = 0.02  # seconds at most, of all cohorts together, that constraints may take between two steps
+IDLE = 0.2  # seconds more that a cohort may take for steps that do not ask the model; giving way costs it a round
 
 
 class Busy(Failure):
@@ -91,13 +93,14 @@ class Job:
             self.fail(TooLate("the time of a request is over; ask for fewer tokens or steps"))
 
 
-def give_way() -> None:
-    """Let the other cohorts take their step, if this one has used up its share of the time between two steps.
+def give_way(more: float = 0.0) -> None:
+    """Let the other cohorts take their step, if this one has used up its share of the time between two steps, and so
+    many seconds more.
 
     Called in the midst of long work other than the model's.
     """
     cohort = getcurrent()
-    if cohort.parent is not None and time.monotonic() > cohort.give_way_at:
+    if cohort.parent is not None and time.monotonic() > cohort.give_way_at + more:
         cohort.parent.switch(None)
 
 
@@ -110,8 +113,11 @@ class SharedModel:
     def __getattr__(self, name: str):
         return getattr(self._model, name)
 
-    def hidden_states(self, *call) -> Tensor:
-        return getcurrent().parent.switch(Call(*call))
+    def hidden_states(self, input_ids: Tensor, layout: Padded | Cached) -> Tensor:
+        if layout.queries is None:  # calls that are computed together say what they want
+            places = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+            layout = replace(layout, queries=places)
+        return getcurrent().parent.switch(Call(input_ids, layout))
 
 
 @dataclass(eq=False, slots=True)
@@ -214,7 +220,8 @@ class Scheduler:
         if config.cache != "none" or causal or config.blocks_from == "text":  # a batch shares its blocks
             return job
         gap = None if config.block_length is None else job.gap.length  # which decides the number of blocks
-        return replace(config, seed=None, max_new_tokens=1, num_return_sequences=1), gap
+        growth = 1 if job.gap.text is None else config.max_new_tokens  # of a text to edit; else the gap says it
+        return replace(config, seed=None, max_new_tokens=growth, num_return_sequences=1), gap, job.gap.text is None
 
     def _round(self) -> None:
         """Run each cohort up to its next call of the model, then compute all calls."""
@@ -281,28 +288,35 @@ class Scheduler:
         for job in jobs:
             job.gap = settle_length(model, job.gap, job.config)
         rows = [(job, copy) for job in jobs for copy in range(job.copies)]
-        canvas, visible = lay_out([job.gap for job, _ in rows], mask_token_id)
+        gaps = [job.gap for job, _ in rows]
+        canvas, visible = lay_out(gaps, mask_token_id)
         denoising = Denoising(
             model, canvas, config, visible,
             sequence=name_rows(contents_of(canvas, visible), torch.tensor([job.first + copy for job, copy in rows])),
-            seeds=torch.tensor([job.config.seed for job, _ in rows]))
-        final = config.editing_threshold is None and not config.remasks_at_random
+            seeds=torch.tensor([job.config.seed for job, _ in rows]), editable=find_texts(gaps, canvas))
+        final = config.editing_threshold is None and not (config.remasks_at_random or config.edits)
         steps, forwards = [0] * len(rows), [0] * len(rows)
-        last = None
+        last, edited = None, [True] * len(rows)
         for last in denoising:
+            give_way(IDLE)  # steps that change nothing do not ask the model
             tokens, kept = last.tokens.cpu(), last.kept.cpu()
             seen = visible if last.visible is None else last.visible.cpu()
             asked = [False] * len(rows)
             if last.confidence is not None:
                 asked = last.confidence.isfinite().any(1).tolist()
+            if last.edits is not None:  # a deletion has no confidence
+                asked = [any(both) for both in zip(asked, last.edits.deleted.any(1).tolist(), strict=True)]
+            needed = asked
+            if config.edits:  # the model computes a text at first, and after each change
+                needed, edited = edited, asked
             left = ((tokens == mask_token_id) & seen).any(1).tolist()
             for row, (job, copy) in enumerate(rows):
                 if copy not in job.open:
-                    if left[row]:
+                    if left[row] or config.edits:
                         denoising.drop(row)
                     continue
-                steps[row] += asked[row]
-                forwards[row] += asked[row]
+                steps[row] += needed[row]
+                forwards[row] += needed[row]
                 done = final and not left[row]
                 if not done and job.stops is not None:
                     text = job.gap.inside(tokens[row][seen[row]]).tolist()

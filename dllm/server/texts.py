@@ -13,7 +13,7 @@ from dllm.config.fields import check_kind, settings_of
 from dllm.constraints import Regex, json_schema
 from dllm.errors import UserError, first_line
 from dllm.generation.config import MDMGenerationConfig
-from dllm.model.tokenizer import decode_after, encode, encode_rendered, end_token_ids, protect
+from dllm.model.tokenizer import anchor, decode_after, encode, encode_rendered, end_token_ids, frame, protect
 from dllm.model.transformer import Transformer
 from dllm.server.scheduler import Progress, give_way
 
@@ -32,6 +32,12 @@ class Texts:
 
     def encode(self, text: str, *, after: bool = False) -> torch.Tensor:
         return encode(self.tokenizer, text, after=after) if text else torch.empty(0, dtype=torch.long)
+
+    def anchor(self, prefix: torch.Tensor) -> torch.Tensor:
+        return anchor(self.tokenizer, prefix)
+
+    def frame(self, before: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return frame(self.tokenizer, before, after)
 
     def render(self, messages: Sequence[dict], documents: list[dict] | None = None,
                variables: Mapping[str, Any] | None = None) -> torch.Tensor:
@@ -56,10 +62,12 @@ class Texts:
         return encode_rendered(self.tokenizer, text)
 
     def config(self, *, max_tokens: int | None, temperature: float | None, top_p: float | None, seed: int | None,
-               copies: int, pattern: tuple[str, str] | None, choices: dict[str, Any]) -> MDMGenerationConfig:
+               copies: int, pattern: tuple[str, str] | None, choices: dict[str, Any],
+               edits: bool = False) -> MDMGenerationConfig:
         """The server's settings, overridden by the request's.
 
         pattern: ("regex" or "schema", its text), which the new text must match.
+        edits: by the model's edits, whatever the server's method.
         Raises: UserError naming the field.
         """
         unknown = sorted(set(choices) - set(CHOICES))
@@ -70,11 +78,12 @@ class Texts:
         for name, value in choices.items():
             check_kind(f"diffusion.{name}", value, wanted[name])
         given = {"max_new_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
-        return replace(
-            self.defaults, **{name: value for name, value in given.items() if value is not None}, **choices,
+        given = {name: value for name, value in given.items() if value is not None}
+        config = replace(
+            self.defaults.for_edits() if edits else self.defaults, **given, **choices,
             seed=secrets.randbelow(2**31) if seed is None else seed, num_return_sequences=copies, output_history=False,
-            stop_at_eos=bool(self.model.end_token_ids),
             constraint=None if pattern is None else self.constraint(*pattern))
+        return replace(config, stop_at_eos=bool(self.model.end_token_ids) and not config.edits)
 
     def _constraint(self, kind: str, text: str) -> Regex:
         if len(text) > MAX_PATTERN:
@@ -145,7 +154,8 @@ class Answer:
             text = text[:len(text) - held]
         if progress.done:
             self.tokens = len(ready)
-            self.finish_reason = "stop" if self.fills or ended is not None or stop is not None else "length"
+            cut = len(progress.tokens) >= self.limit and not self.fills and ended is None and stop is None
+            self.finish_reason = "length" if cut else "stop"
         new = text[len(self.text):] if text.startswith(self.text) else ""
         self.text += new
         return new

@@ -1,3 +1,4 @@
+const MARKS = ["", " fresh", " inserted", " deleted"];   // of what a step has done
 for (const root of document.querySelectorAll(".denoise")) {
   const { start, steps } = JSON.parse(root.querySelector("script").textContent);
   const pre = root.querySelector("pre"), slider = root.querySelector("[type=range]");
@@ -5,7 +6,7 @@ for (const root of document.querySelectorAll(".denoise")) {
   const slots = start.map(() => pre.appendChild(document.createElement("span")));
   const frames = [start.map(text => ({ text }))];   // the whole canvas after each step, so that any can be jumped to
   for (const changes of steps) {
-    const next = frames.at(-1).map(slot => ({ ...slot, fresh: false }));
+    const next = frames.at(-1).map(slot => ({ ...slot, fresh: 0 }));
     for (const [position, text, level, fresh] of changes)
       next[position] = { text, level, fresh, at: frames.length };
     frames.push(next);
@@ -17,7 +18,7 @@ for (const root of document.querySelectorAll(".denoise")) {
       const mask = slot.text === null, committed = !mask && slot.level != null;
       slots[i].textContent = mask ? "\u00a0\u00a0" : slot.text;
       slots[i].className = "slot" + (mask ? " mask" : committed ? " l" + slot.level : slot.text === "" ? " gone" : "")
-        + (committed && slot.fresh && now < frames.length - 1 ? " fresh" : "");
+        + (slot.fresh && now < frames.length - 1 ? MARKS[slot.fresh] : "");
       if (committed) slots[i].dataset.at = slot.at; else delete slots[i].dataset.at;
     });
     slider.value = now;

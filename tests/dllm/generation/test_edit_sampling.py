@@ -352,3 +352,19 @@ def test_a_gap_without_a_token_before_it_is_refused():
 def test_nothing_to_edit_gives_back_the_canvas():
     out = denoise(tiny(), torch.tensor([[4, 5, 6]]), MDMGenerationConfig(alg="edit"))
     assert out.sequences.tolist() == [[4, 5, 6]] and out.forwards == 0
+
+
+def test_a_model_that_inserts_alone_neither_deletes_nor_substitutes_whatever_its_other_rates():
+    model = tiny("insert")  # whose other rates are not zero, because nothing trains them
+    ids = torch.arange(20).unsqueeze(0)
+    for cfg_scale in (0.0, 0.5):
+        out = model.edit(ids, steps=20, seed=1, cfg_scale=cfg_scale, max_new_tokens=30).sequences[0].tolist()
+        left = iter(out)
+        assert all(token in left for token in ids[0].tolist()) and len(out) > 20
+
+
+def test_a_text_of_more_tokens_than_the_model_has_positions_is_refused():
+    model = tiny_of("a2d-qwen3", vocab_size=61, edit_heads="all", mask_token_id=MASK, max_position_embeddings=16)
+    assert len(model.edit([[5] * 16], steps=4, seed=1).rows()[0]) <= 16
+    with pytest.raises(UserError, match="a text of 17 tokens is more than the 16 positions of the model"):
+        model.edit([[5] * 17], steps=4)

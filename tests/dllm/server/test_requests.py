@@ -10,14 +10,16 @@ import torch
 pytest.importorskip("fastapi"), pytest.importorskip("greenlet"), pytest.importorskip("httpx")
 from fastapi.testclient import TestClient  # noqa: E402
 
+from dllm.diffusion_lm import DiffusionLM  # noqa: E402
 from dllm.errors import UserError  # noqa: E402
 from dllm.generation.config import MDMGenerationConfig  # noqa: E402
-from dllm.model.tokenizer import train_tokenizer  # noqa: E402
+from dllm.model.tokenizer import encode, load_tokenizer, train_tokenizer  # noqa: E402
 from dllm.server.app import make_app  # noqa: E402
 from dllm.server.guard import RequestError  # noqa: E402
 from dllm.server.limits import ServerLimits  # noqa: E402
 from dllm.server.requests import ChatRequest, read_chat  # noqa: E402
-from dllm.server.texts import Texts  # noqa: E402
+from dllm.server.scheduler import Progress  # noqa: E402
+from dllm.server.texts import Answer, Texts  # noqa: E402
 from tests.dllm.tiny_models import tiny_of  # noqa: E402
 
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
@@ -359,3 +361,119 @@ def test_a_request_that_names_no_length_gets_what_fits(model, tokenizer):
         assert status == 400 and "the request needs 257 positions, the model has 256" in answer["error"]["message"]
         status, answer = ask(http, {"prompt": "def", "max_tokens": 21})
         assert status == 400 and "at most 20 are allowed" in answer["error"]["message"]
+
+
+MARKED = "before = 1\n<|code_to_edit|>\nold = 2\n<|/code_to_edit|>\nafter = 3\n"
+
+
+@pytest.fixture(scope="module")
+def editing(edit_folder):
+    """A server of a model that edits."""
+    tokenizer = load_tokenizer(edit_folder)
+    tokenizer.chat_template = TEMPLATE
+    with client(DiffusionLM.from_pretrained(edit_folder, dtype=torch.float64), tokenizer, alg="edit", steps=10,
+                temperature=1.0) as http:
+        yield http
+
+
+def edit(content=MARKED, **body):
+    return {"messages": [{"role": "user", "content": content}], "seed": 5, **body}
+
+
+def test_the_marked_code_is_edited_where_the_model_edits(editing, edit_folder):
+    status, answer = ask(editing, edit(n=2), "edit/completions")
+    assert status == 200 and answer["diffusion"]["method"] == "edit"
+    model, tokenizer = DiffusionLM.from_pretrained(edit_folder, dtype=torch.float64), load_tokenizer(edit_folder)
+    before, old, after = (encode(tokenizer, part).tolist() for part in ("before = 1\n", "old = 2", "\nafter = 3\n"))
+    end = tokenizer.eos_token_id
+    ids = [end, *before, *old, *after, end]
+    assert answer["usage"]["prompt_tokens"] == len(ids)
+    where = [0] * (1 + len(before)) + [1] * len(old) + [0] * (len(after) + 1)
+    out = model.edit([ids], editable=[where], steps=10, temperature=1.0, seed=5, max_new_tokens=8,
+                     num_return_sequences=2)
+    for row, choice in zip(out.rows(), answer["choices"], strict=True):
+        new = row.tolist()[1 + len(before):len(row) - len(after) - 1]
+        context = [end, *before][-4:]
+        text = tokenizer.decode([*context, *new], skip_special_tokens=True)
+        assert text == tokenizer.decode(context, skip_special_tokens=True) + choice["message"]["content"]
+        assert new != old and choice["finish_reason"] == "stop"
+
+
+def test_an_edit_is_made_by_edits_whatever_the_servers_method(editing, edit_folder):
+    with client(DiffusionLM.from_pretrained(edit_folder, dtype=torch.float64), load_tokenizer(edit_folder), steps=10,
+                temperature=1.0, alg="maskgit_plus", threshold=0.9, block_length=4) as http:
+        answers = [ask(server, edit(), "edit/completions")[1] for server in (http, editing)]
+        assert answers[0]["choices"] == answers[1]["choices"] and answers[0]["diffusion"]["method"] == "edit"
+        nothing = MARKED.replace("old = 2", "")  # then tokens are inserted alone
+        assert ask(http, edit(nothing), "edit/completions")[0] == 200
+
+
+def test_the_canvas_of_edits_is_streamed_as_it_changes_its_length(editing):
+    body = edit(stream=True, diffusing=True, stream_options={"include_usage": True})
+    lines = editing.post("/v1/edit/completions", json=body).text.split("\n\n")
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+    drafts = [chunk for chunk in chunks if "diffusion" in chunk]
+    assert len({len(draft["diffusion"]["tokens"]) for draft in drafts}) > 1
+    assert all(draft["choices"][0]["delta"]["content"] == "".join(text for text, _ in draft["diffusion"]["tokens"])
+               for draft in drafts[:-1])
+    whole = ask(editing, edit(), "edit/completions")[1]["choices"][0]["message"]["content"]
+    assert drafts[-1]["choices"][0]["delta"]["content"] == whole and drafts[-1]["diffusion"]["done"]
+    plain = editing.post("/v1/edit/completions", json=edit(stream=True)).text.split("\n\n")
+    texts = [json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content", "") for line in plain[:-2]]
+    assert "".join(texts) == whole
+
+
+@pytest.mark.parametrize("path, body", [
+    ("chat/completions", CHAT), ("completions", {"prompt": "x = "}), ("completions", {"prompt": ""}),
+    ("completions", {"prompt": ["x", ""], "n": 2}), ("fim/completions", {"prompt": "a", "suffix": "b"}),
+    ("fim/completions", {"prompt": "", "suffix": "b"})])
+@pytest.mark.parametrize("more", [
+    {}, {"max_tokens": 3}, {"stream": True},
+    {"max_tokens": 70, "diffusion": {"edit_source": "masks"}},  # whose length fits itself to a gap
+    {"max_tokens": 5, "diffusion": {"edit_source": "uniform"}}])
+def test_every_endpoint_takes_a_model_whose_method_is_edit(editing, path, body, more):
+    body = {**body, **more, "seed": 4}
+    if more.get("stream"):
+        assert editing.post(f"/v1/{path}", json=body).text.endswith("data: [DONE]\n\n")
+        return
+    status, answer = ask(editing, body, path)
+    assert status == 200, answer
+    most = body.get("max_tokens", 8)
+    assert answer["usage"]["completion_tokens"] <= most * len(answer["choices"])
+    assert answer["usage"]["denoising_steps"] >= 1
+    assert answer["diffusion"]["method"] == "edit"
+    if "suffix" in body:
+        assert all(choice["finish_reason"] == "stop" for choice in answer["choices"])
+
+
+@pytest.mark.parametrize("tokens, reason", [([5, 6], "stop"), ([5, 6, 7], "length"), ([5, 6, 0], "stop"),
+                                            ([], "stop")])
+def test_a_text_that_reaches_max_tokens_says_so(model, tokenizer, tokens, reason):
+    texts = Texts(model, tokenizer, MDMGenerationConfig())
+    answer = Answer(texts, torch.tensor([4]), [], 3, fills=False, rewrites=True)
+    answer.update(Progress(tokens, [0.5] * len(tokens), 1, 1, True))
+    assert answer.finish_reason == reason
+
+
+@pytest.mark.parametrize("path, body, message", [
+    ("edit/completions", edit(max_tokens=3), "the code to edit has [0-9]+ tokens, so max_tokens must be more"),
+    ("edit/completions", edit(MARKED.replace("old", "old " * 1100)), "the code to edit has .* edit a shorter part$"),
+    ("edit/completions", edit(MARKED.replace("old", "old " * 200)), "positions, the model has 256; shorten"),
+    ("edit/completions", edit(diffusion={"length": 5}), "diffusion.length is of a gap"),
+    ("edit/completions", edit(diffusion={"alg": "entropy"}), "this model edits by alg edit, not entropy"),
+    ("edit/completions", edit(diffusion={"corrector": [1, 1, 1]}), "corrector with alg edit undoes insertions"),
+    ("edit/completions", edit("no marks"), "the message needs"),
+    ("completions", {"prompt": "x", "response_format": {"type": "json_object"}}, "constraint does not go with alg"),
+    ("completions", {"prompt": "x", "diffusion": {"block_length": 2}}, "block_length does not go with alg edit"),
+    ("completions", {"prompt": "x", "max_tokens": 3, "diffusion": {"edit_source": "masks", "edit_source_length": 4}},
+     "edit_source_length 4 is more than the 3 tokens")])
+def test_edits_that_cannot_be_are_refused_with_400(editing, path, body, message):
+    status, answer = ask(editing, body, path)
+    assert status == 400 and re.search(message, answer["error"]["message"]), answer
+
+
+def test_a_model_without_heads_for_edits_refuses_them_and_fills_the_marked_code(http):
+    status, answer = ask(http, {"prompt": "x", "diffusion": {"alg": "edit"}})
+    assert status == 400 and "needs a model with heads for edits" in answer["error"]["message"]
+    status, answer = ask(http, edit(), "edit/completions")
+    assert status == 200 and answer["diffusion"]["method"] == "entropy"

@@ -16,7 +16,7 @@ from dllm.diffusion_lm import DiffusionLM
 from dllm.errors import Failure, UserError
 from dllm.generation.config import MDMGenerationConfig
 from dllm.generation.infilling import Gap, infill
-from dllm.generation.sampler import generate
+from dllm.generation.sampler import Denoising, finish, generate
 from dllm.model.families import ModelConfig
 from dllm.model.ragged import Ragged
 from dllm.model.tokenizer import train_tokenizer
@@ -31,8 +31,9 @@ class Request:
 
     def __init__(self, prefix, length, config, suffix=NOTHING, **keywords):
         self.events = queue.Queue()
-        self.job = Job(Gap(torch.as_tensor(prefix), suffix, length), config, lambda *event: self.events.put(event),
-                       **keywords)
+        text = keywords.pop("text", None)
+        self.job = Job(Gap(torch.as_tensor(prefix), suffix, length, text), config,
+                       lambda *event: self.events.put(event), **keywords)
 
     def wait(self) -> dict[int, object]:
         """The last progress of each copy, or the error."""
@@ -310,3 +311,94 @@ def test_the_deadline_holds_while_an_automaton_is_built(spelling_model):
     scheduler.submit(next_one.job)  # which builds it from the start
     assert next_one.wait()[0].done
     scheduler.drain()
+
+
+def edited_alone(model, job) -> list[list[int]]:
+    """What the sampler makes of a job's gap, or of its text to edit: the tokens of each copy."""
+    gap = job.gap
+    if gap.text is None:
+        return [gap.inside(row).tolist() for row in infill(model, gap.prefix, gap.suffix, length=gap.length,
+                                                           generation_config=job.config).rows()]
+    ids = torch.cat((gap.prefix, gap.text, gap.suffix)).unsqueeze(0)
+    place = torch.arange(ids.shape[1]).unsqueeze(0)
+    editable = (place >= len(gap.prefix)) & (place < ids.shape[1] - len(gap.suffix))
+    return [gap.inside(row).tolist() for row in finish(Denoising(model, ids, job.config, editable=editable)).rows()]
+
+
+def test_edits_of_gaps_and_of_texts_come_to_what_each_comes_to_alone(edit_folder):
+    """In float64, because computing together rounds differently."""
+    model = DiffusionLM.from_pretrained(edit_folder, dtype=torch.float64)
+    config = MDMGenerationConfig(alg="edit", steps=10, temperature=1.0)
+    requests = [
+        Request(prompt(5, 0), 12, replace(config, seed=1), prompt(3, 1), every_step=True),
+        Request(prompt(8, 2), 5, replace(config, seed=2, num_return_sequences=2)),
+        Request(prompt(2, 3), "auto", replace(config, seed=3, max_infill_length=9), prompt(4, 4)),
+        Request(prompt(3, 5), 6, replace(config, seed=4, max_new_tokens=4), prompt(1, 6), text=prompt(6, 7)),
+        Request(prompt(4, 8), 9, replace(config, seed=5, max_new_tokens=4, num_return_sequences=2), text=prompt(9, 9),
+                every_step=True),
+        Request(prompt(4, 8), 3, replace(config, seed=6, max_new_tokens=1), prompt(2, 1), text=prompt(3, 2)),
+        Request(prompt(7, 1), 7, replace(config, seed=7, edit_source="masks", edit_source_length=4)),
+        Request(prompt(7, 1), 7, MDMGenerationConfig(steps=7, seed=8))]
+    scheduler = Scheduler(model, max_rows=16)
+    keys = [scheduler._key(request.job) for request in requests]
+    assert keys[0] == keys[1] and keys[3] == keys[4] and len(set(keys)) == 6  # a text's growth is its batch's
+    for request in requests:
+        scheduler.submit(request.job)
+    scheduler.start()
+    for request in requests:
+        done, alone = request.wait(), edited_alone(model, request.job)
+        assert [done[copy].tokens for copy in range(request.job.copies)] == alone, request.job
+        assert all(len(progress.confidence) == len(progress.tokens) for progress in done.values())
+        most = request.job.gap.length + (request.job.config.max_new_tokens if request.job.gap.text is not None else 0)
+        assert all(len(tokens) <= most for tokens in alone)
+    scheduler.drain()
+
+
+def test_edits_tell_each_change_and_count_the_forward_passes_of_the_text(edit_folder):
+    model = DiffusionLM.from_pretrained(edit_folder)
+    config = MDMGenerationConfig(alg="edit", steps=10, temperature=1.0, seed=3, max_new_tokens=5)
+    request = Request(prompt(3, 5), 6, config, prompt(2, 6), text=prompt(6, 7), every_step=True)
+    scheduler = Scheduler(model)
+    scheduler.submit(request.job)
+    scheduler.start()
+    events = []
+    while not events or not events[-1].done:
+        events.append(request.events.get(timeout=60)[1])
+    scheduler.drain()
+    texts = [event.tokens for event in events]
+    assert len(events) > 4 and len({*map(len, texts)}) > 2 and texts[-1] == texts[-2]
+    assert events[-1].forwards == events[-1].steps == scheduler.forwards <= 10
+
+
+def test_the_deadline_holds_over_steps_that_change_nothing_and_others_go_on(edit_folder):
+    model = DiffusionLM.from_pretrained(edit_folder)
+    with torch.no_grad():
+        model.rate_head.weight.zero_()
+        model.rate_head.bias.fill_(-50.0)
+    config = MDMGenerationConfig(alg="edit", steps=1_000_000, seed=0)
+    late, other = (Request(prompt(5, 0), 8, changed, deadline=time.monotonic() + seconds) for changed, seconds in (
+        (config, 0.5), (MDMGenerationConfig(steps=4, seed=0), 60)))
+    scheduler = Scheduler(model)
+    for request in (late, other):
+        scheduler.submit(request.job)
+    began = time.monotonic()
+    scheduler.start()
+    assert other.wait()[0].done
+    with pytest.raises(TooLate):
+        late.wait()
+    assert time.monotonic() - began < 20
+    scheduler.drain()
+
+
+def test_a_dropped_text_is_edited_no_more_and_changes_no_other(edit_folder):
+    model = DiffusionLM.from_pretrained(edit_folder)
+    config = MDMGenerationConfig(alg="edit", steps=12, temperature=1.0, seed=1)
+    canvas = torch.tensor([[5, *[2] * 12], [7, *[2] * 12]])
+    alone = finish(Denoising(model, canvas[1:], config)).rows()[0]
+    denoising = Denoising(model, canvas, config)
+    for step in denoising:
+        if step.index == 5:
+            dropped = step.tokens[0][step.visible[0]].tolist()
+            denoising.drop(0)
+    rows = denoising.result().rows()
+    assert rows[0].tolist() == dropped and rows[1].tolist() == alone.tolist() and len(alone) > 3
