@@ -14,9 +14,10 @@ from dllm.config.fields import check_kind, settings_of
 from dllm.data import Document
 from dllm.errors import UserError
 from dllm.evaluators.held_out import HeldOutSettings, Window, corrupt_share, cut_windows, ratio_with_error
+from dllm.generation.canvas import block_length_of
+from dllm.generation.checks import find_mask_token
 from dllm.generation.config import MDMGenerationConfig
 from dllm.generation.inputs import read_mask
-from dllm.generation.sampler import block_length_of, find_mask_token
 from dllm.model.layouts import Packed, Padded, TwoCopies
 from dllm.model.transformer import Transformer
 from dllm_kernels import linear_masked_cross_entropy, linear_token_scores

@@ -1,16 +1,15 @@
 """How a canvas is denoised: which positions form a block, in whole blocks, or with gaps that grow and shrink."""
 
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dllm.errors import UserError
 from dllm.generation.config import DEFAULT_STEPS, MDMGenerationConfig
-from dllm.generation.strategies import Update
+from dllm.generation.editing import move
 from dllm.model.transformer import Transformer
 
 BLOCK_LENGTH = 32  # for block-causal models whose checkpoint names none (LLaDA2)
@@ -230,83 +229,3 @@ class ElasticGap:
         tokens = torch.where(grown, mask_token_id, tokens)
         visible, moved = move(counts, [(x, x) for x in (tokens, *others)])
         return moved[0], visible, tuple(moved[1:])
-
-
-class EditedText:
-    """Texts whose tokens are inserted, deleted and substituted (Edit Flows).
-
-    tokens [B, L], on which `visible` [B, L] is False after a row's end; `editable` [B, L], the tokens that may change;
-    `open` [B, L], the positions after which tokens may be inserted: editable ones, and the one before each gap.
-
-    Args:
-        visible: [B, L] bool, False at padding, on either side.
-        editable: [B, L] bool.
-        limit: [B] int64, editable tokens of a row at most.
-    Raises: UserError if nothing is before a token that may change.
-    """
-
-    def __init__(self, tokens: Tensor, visible: Tensor, editable: Tensor, limit: Tensor):
-        self.visible, (self.tokens, self.editable) = move(visible.long(), [(tokens, tokens), (editable, editable)])
-        begins = self.editable & ~F.pad(self.editable, (1, -1))
-        if begins[:, 0].any():
-            raise UserError("edits need a token before what they fill; begin the prompt with one, such as the "
-                            "tokenizer's first token or an end of text")
-        self.open = self.editable | F.pad(begins, (-1, 1))
-        self.limit = limit
-
-    @property
-    def room(self) -> Tensor:
-        """[B] int64, how many tokens each row may gain."""
-        return self.limit - self.editable.sum(1)
-
-    def close(self, row: int) -> None:
-        """Let nothing of a row change any more."""
-        self.editable[row] = self.open[row] = False
-
-    def empty(self, length: int) -> None:
-        """Put `length` tokens, 0 until they are chosen, in the place of what is in each gap."""
-        place, source, number = repeat((self.visible & ~self.editable) + length * (self.open & ~self.editable))
-        fresh = number > 0
-        opens = (self.open & ~self.editable).flatten()[source]
-        self.visible = place
-        self.tokens, self.editable, self.open = (lay(place, values) for values in (
-            self.tokens.flatten()[source].masked_fill(fresh, 0), fresh, opens))
-
-    def apply(self, update: Update, others: tuple[tuple[Tensor, Tensor], ...]) -> list[Tensor]:
-        """Take a step's edits. others: (values of the tokens that stay, values of those inserted), [B, L] each.
-
-        Returns: these, moved along, [B, L'].
-        """
-        comes, stays = update.inserted >= 0, self.visible & ~update.deleted
-        instead = comes & ~stays  # what is inserted after a deleted token takes its place
-        pairs = [(update.tokens, update.inserted), (self.editable, comes), (self.open, comes), *others]
-        self.visible, (self.tokens, self.editable, self.open, *rest) = move(
-            stays.long() + comes, [(torch.where(instead, new, old), new) for old, new in pairs])
-        return rest
-
-
-def move(counts: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tensor]]:
-    """Let each position of [B, L] become none, one or two.
-
-    Args:
-        counts: [B, L] int64.
-        pairs: (the value of a position's first, the value of its second), [B, L] each.
-    Returns: [B, L'] bool, False for padding, which is on the right; the values [B, L'], 0 or False there.
-    """
-    place, source, number = repeat(counts)
-    return place, [lay(place, torch.where(number > 0, two.flatten()[source], one.flatten()[source]))
-                   for one, two in pairs]
-
-
-def repeat(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the tokens of rows [B, L] come to lie, if each is there so many times: [B, L'] bool, False for padding on
-    the right; and of each that is there, the number of its token among all B * L, and how many of it are before."""
-    lengths = counts.sum(1)
-    place = torch.arange(int(lengths.max()), device=counts.device) < lengths.unsqueeze(1)
-    source = torch.arange(counts.numel(), device=counts.device).repeat_interleave(counts.flatten())
-    return place, source, torch.arange(len(source), device=counts.device) - torch.searchsorted(source, source)
-
-
-def lay(place: Tensor, values: Tensor) -> Tensor:
-    """[B, L'] with the values, one after the other, where `place` is True, and 0 or False elsewhere."""
-    return torch.zeros(place.shape, dtype=values.dtype, device=values.device).masked_scatter(place, values)

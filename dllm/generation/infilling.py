@@ -10,9 +10,10 @@ from torch import Tensor
 
 from dllm.errors import UserError
 from dllm.generation.canvas import block_of_gap, block_of_text, steps_of_block
+from dllm.generation.checks import find_mask_token
 from dllm.generation.config import MDMGenerationConfig
 from dllm.generation.inputs import read_prompts
-from dllm.generation.sampler import Denoising, GenerationOutput, OnStep, find_mask_token, finish
+from dllm.generation.sampler import Denoising, GenerationOutput, OnStep, finish
 from dllm.model.transformer import Transformer
 
 

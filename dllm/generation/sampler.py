@@ -9,7 +9,6 @@ others, and different prompts draw independently.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -19,13 +18,14 @@ from dllm.errors import UserError
 from dllm.generation.canvas import (
     AsGiven,
     Block,
-    EditedText,
     ElasticGap,
     WholeBlocks,
     block_length_of,
     split_into_blocks,
 )
+from dllm.generation.checks import check_constraint, check_settings, find_ends, find_mask_token
 from dllm.generation.config import MDMGenerationConfig
+from dllm.generation.editing import begin_edits
 from dllm.generation.inputs import read_prompts
 from dllm.generation.rows import contents_of, name_rows, number_equal
 from dllm.generation.scorers import CachedScorer, EditScorer, HeadScorer, StaleScorer
@@ -135,12 +135,17 @@ class Denoising:
         if self.causal:
             config = replace(config, block_length=config.block_length or block_length_of(model))
         self.config = config
-        self._check()
+        check_settings(model, config, self.causal)
         self._lay_out(canvas.to(model.device), attention_mask)
         if config.constraint is not None:
-            self._check_constraint()
+            check_constraint(model, config.constraint, self._constrained(), self.key_mask)
         self._number_rows(sequence, seeds)
-        self.text = self._begin_edits(editable) if config.edits else None
+        self.text = None
+        if config.edits:
+            self.text = begin_edits(model, config, self.tokens, self.key_mask, editable, self.mask_token_id,
+                                    self.seed, self.sequence)
+            self._show_text()
+            self.confidence = torch.full(self.tokens.shape, -torch.inf, device=self.tokens.device)
         self.scorer = self._make_scorer()
         self.blocks = self._split()
         self._choose_strategy()
@@ -168,36 +173,8 @@ class Denoising:
         # The confidence with which each token was committed.
         self.confidence = torch.full(self.tokens.shape, -torch.inf, dtype=torch.float32, device=canvas.device)
 
-    def _begin_edits(self, editable: Tensor | None) -> EditedText:
-        """The canvas with a source in its gaps, or with the tokens that are edited."""
-        config, visible = self.config, self.key_mask
-        visible = torch.ones_like(self.editable) if visible is None else visible
-        if editable is not None:
-            self.editable = editable.to(self.tokens.device).repeat_interleave(config.num_return_sequences, 0) & visible
-        room = self.model.config.max_position_embeddings - visible.sum(1)
-        if (room < 0).any():
-            raise UserError(f"a text of {int(visible.sum(1).max())} tokens is more than the "
-                            f"{self.model.config.max_position_embeddings} positions of the model; give a shorter one")
-        limit = self.editable.sum(1)
-        if editable is not None:
-            limit = limit + room.clamp(max=config.max_new_tokens)
-        text = EditedText(self.tokens, visible, self.editable, limit)
-        if editable is None:
-            length = 0 if config.edit_source == "empty" else config.edit_source_length
-            if length > (fewest := int(limit[limit > 0].min()) if (limit > 0).any() else length):
-                raise UserError(f"edit_source_length {length} is more than the {fewest} tokens that a gap may have; "
-                                "lower it, or raise max_new_tokens or the gap's length")
-            text.empty(length)
-            fresh = torch.full_like(text.tokens, self.mask_token_id)
-            if config.edit_source == "uniform":
-                place = torch.arange(fresh.shape[1], device=fresh.device).expand_as(fresh)
-                drawn = philox_uniform(self.seed, self.sequence, 4 * config.steps, place)[..., 0]
-                fresh = (drawn * (self.model.config.vocab_size - 1)).long()
-                fresh = fresh + (fresh >= self.mask_token_id)
-            text.tokens = torch.where(text.editable, fresh, text.tokens)
-        self.tokens, self.editable, self.key_mask = text.tokens, text.editable, text.visible
-        self.confidence = torch.full(self.tokens.shape, -torch.inf, dtype=torch.float32, device=self.tokens.device)
-        return text
+    def _show_text(self) -> None:
+        self.tokens, self.editable, self.key_mask = self.text.tokens, self.text.editable, self.text.visible
 
     def _number_rows(self, sequence: Tensor | None, seeds: Tensor | None) -> None:
         if sequence is None:
@@ -336,6 +313,9 @@ class Denoising:
         self.scorer.committed = None
         update = self.strategy(step, self.scorer.at(step))
         tokens, confidence = update.tokens, update.confidence
+        if self.text is not None:
+            self.damaged += self.scorer.damaged
+            self._check_damage()
         if confidence is not None:
             self.damaged += confidence.isnan().sum()
             if self.recount:
@@ -366,7 +346,7 @@ class Denoising:
         changed = (update.deleted | (update.inserted >= 0) | (update.tokens != step.tokens)).any(1)
         self.confidence, given = self.text.apply(update._replace(tokens=self.tokens), (
             (self.confidence, inserted), (substituted, inserted)))
-        self.tokens, self.editable, self.key_mask = self.text.tokens, self.text.editable, self.text.visible
+        self._show_text()
         self.confidence, given = (x.masked_fill(~self.editable, -torch.inf) for x in (self.confidence, given))
         self.scorer = EditScorer(self.model, self.config, self.mask_token_id, self.text, self.scorer, changed)
         return given
@@ -429,60 +409,6 @@ class Denoising:
         named = self.config.eos_token_id
         return find_ends(self.model) if named is None else [*named]
 
-    def _check(self) -> None:
-        config = self.config
-        if config.cache != "none" and (self.causal or config.cfg_scale > 0 or config.block_length is None):
-            raise UserError(f"cache {config.cache!r} needs a block_length, and neither a block-causal model (which "
-                            "keeps its finished blocks anyway) nor cfg_scale")
-        if config.cuda_graphs and self.model.device.type != "cuda":
-            raise UserError(f"cuda_graphs needs a model on a GPU, this one is on {self.model.device}; leave it out")
-        if config.edits:
-            self._check_edits()
-        if config.expand_token_id is not None:
-            if config.block_length is not None or config.constraint is not None or self.causal:
-                raise UserError("expand_token_id moves positions, and blocks and constraints need them to stay; leave "
-                                "out block_length, constraint and block-causal models")
-        words = self.model.config.vocab_size
-        named = [("eos_token_id", token) for token in config.eos_token_id or ()]
-        for name, token in [("expand_token_id", config.expand_token_id or 0), *named]:
-            if token >= words:
-                raise UserError(f"{name} {token} is outside the model's vocabulary of {words}")
-
-    def _check_edits(self) -> None:
-        config, heads = self.config, self.model.config.edit_heads
-        if heads is None:
-            raise UserError("alg edit needs a model with heads for edits; train one by dllm train "
-                            "train.objective=edit, or choose another alg")
-        for name in ("block_length", "constraint", "stop_at_eos", "cuda_graphs"):
-            if getattr(config, name):
-                raise UserError(f"{name} does not go with alg edit, whose tokens move; leave it out")
-        if self.causal:
-            raise UserError("alg edit changes a text anywhere, and this model sees whole blocks in their order; choose "
-                            "a model without blocks")
-        if heads == "insert" and config.edit_source != "empty":
-            raise UserError(f"edit_source {config.edit_source} needs a model that substitutes and deletes, and this "
-                            "one inserts alone; leave edit_source out")
-        if heads != "insert" and config.corrector is not None:
-            raise UserError("corrector with alg edit undoes insertions from an empty source, and this model also "
-                            "substitutes and deletes; leave it out")
-
-    def _check_constraint(self) -> None:
-        constraint, wanted = self.config.constraint, self._constrained()
-        if constraint.vocab_size != (words := self.model.config.vocab_size):
-            raise UserError(f"the constraint is for a vocabulary of {constraint.vocab_size}, the model has {words}; "
-                            "make it with model.config.vocab_size")
-        for length in wanted.sum(1).unique().tolist():
-            if length:
-                constraint.check(length)
-        if not constraint.final:
-            return
-        real = torch.ones_like(wanted) if self.key_mask is None else self.key_mask
-        for row, seen in zip(wanted, real, strict=True):
-            if sum(here > before for before, here in pairwise([False, *row[seen].tolist()])) > 1:
-                raise UserError("a constraint holds a text in one piece; take the masks out of the prompt, or leave "
-                                "the constraint out")
-
-
 def denoise(model: Transformer, canvas: Tensor, config: MDMGenerationConfig, attention_mask: Tensor | None = None,
             on_step: OnStep | None = None, sequence: Tensor | None = None) -> GenerationOutput:
     """Fill every masked position of the canvas; see `Denoising`.
@@ -498,26 +424,6 @@ def finish(denoising: Denoising, on_step: OnStep | None = None) -> GenerationOut
         if on_step is not None:
             on_step(step)
     return denoising.result()
-
-
-def find_mask_token(model: Transformer, config: MDMGenerationConfig) -> int:
-    """The mask token of the config, the checkpoint or its tokenizer, in this order."""
-    token_id = model.mask_token_id if config.mask_token_id is None else config.mask_token_id
-    if token_id is None:
-        raise UserError("nothing names the model's mask token: neither a setting, nor generation_config.json, "
-                        "config.json or the tokenizer. An autoregressive model has none until it is adapted, as by "
-                        "dllm train --model.model_path=MODEL; for another one set mask_token_id, or --mask-token")
-    if not 0 <= token_id < model.config.vocab_size:
-        raise UserError(f"mask_token_id {token_id} is outside the model's vocabulary of {model.config.vocab_size}")
-    return token_id
-
-
-def find_ends(model: Transformer) -> list[int]:
-    """The end-of-text tokens that the checkpoint names."""
-    if not model.end_token_ids:
-        raise UserError("the checkpoint names no end-of-text token, which stop_at_eos and growing gaps need; set "
-                        "eos_token_id")
-    return model.end_token_ids
 
 
 def fill_after_end(tokens: Tensor, editable: Tensor, mask_token_id: int, ends: list[int]) -> Tensor:

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dllm.diffusion.edits import log_softplus
-from dllm.generation.canvas import EditedText
 from dllm.generation.config import MDMGenerationConfig
+from dllm.generation.editing import EditedText
 from dllm.generation.graphs import GraphedForward
 from dllm.generation.strategies import Step, Update
 from dllm.model.cache import KeyValueCache
@@ -249,6 +249,7 @@ class EditScorer(HeadScorer):
     def rates(self) -> Tensor:
         self._compute()
         raw = self.model.rate_head(self.hidden).float()
+        self.damaged = raw.isnan().any(-1).sum()  # a rate that is no number would never come true, and not be seen
         if self.model.config.shift_logits:
             before = raw.take_along_dim(self.source.unsqueeze(-1).unsqueeze(0), dim=2)
             raw = torch.cat((before[..., :2], raw[..., 2:]), -1)

@@ -12,12 +12,8 @@ from typing import Literal
 
 from dllm.config.fields import check, setting
 from dllm.errors import UserError, did_you_mean, warn
+from dllm.model.rope_settings import check_rope, differing_rope, flatten_rope
 from dllm.model.special_tokens import check_ids
-
-# Scalings of the rotary embedding that are computed, and the numbers that each needs. "dynamic" acts on inputs beyond
-# max_position_embeddings alone, which are refused, so it is read as "default".
-ROPE_TYPES = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
-                                                "original_max_position_embeddings")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,17 +78,7 @@ class ModelConfig:
         if self.causal_blocks and not self.block_causal:
             raise UserError("model configuration: causal_blocks is about the blocks of a block-causal model; add "
                             "block_size, the tokens of a block, or remove causal_blocks")
-        self._check_rope()
-
-    def _check_rope(self):
-        if (scaling := self.rope_scaling) is None:
-            return
-        if scaling.get("rope_type") not in ROPE_TYPES:
-            raise UserError(f"model configuration: rope_scaling {dict(scaling)} is not supported; null and rope_type "
-                            f"{' and '.join(map(repr, ROPE_TYPES))} are")
-        for name in ROPE_TYPES[scaling["rope_type"]]:
-            if isinstance(value := scaling.get(name), bool) or not isinstance(value, int | float) or value <= 0:
-                raise UserError(f"model configuration: rope_scaling {dict(scaling)} needs a positive number as {name}")
+        check_rope(self.rope_scaling)
 
     def _check_experts(self):
         n, k, groups = self.num_experts, self.num_experts_per_tok, self.n_group
@@ -291,7 +277,7 @@ def read_config(raw: Mapping, where: str = "config.json") -> ModelConfig:
         `where`, the key and what is accepted.
     """
     config = _parse(raw, where)
-    family, flat = FAMILIES[config.family], _flatten_rope(raw)
+    family, flat = FAMILIES[config.family], flatten_rope(raw)
     if unknown := [key for key, value in flat.items() if not _is_empty(value) and not _DROPOUT.fullmatch(key)
                    and key not in {*family.keys, *family.only, *family.ignored, *IGNORED, *CHANGING, *_WINDOW}]:
         hint = did_you_mean(unknown[0], {*family.keys, *family.only}) if len(unknown) == 1 else ""
@@ -301,7 +287,7 @@ def read_config(raw: Mapping, where: str = "config.json") -> ModelConfig:
         warn(f"{where}: the folder brings code of its own for a model_type {raw['model_type']!r}, which is not run; "
              f"position i predicts token i + 1, as in {config.family}. If it predicts its own token, add "
              '"shift_logits": false, and if it decodes by blocks, "block_size"')
-    for differing in filter(None, (_differing_rope(raw), _differing_dtype(raw), _differing_class(raw, family))):
+    for differing in filter(None, (differing_rope(raw), _differing_dtype(raw), _differing_class(raw, family))):
         warn(f"{where}: {differing}")
     return config
 
@@ -316,7 +302,7 @@ def _parse(raw: Mapping, where: str = "config.json") -> ModelConfig:
         raise UserError(f"{where}: model_type {name!r} is not a family this version loads; "
                         f"it loads {', '.join(FAMILIES)}")
     family = FAMILIES[name]
-    raw_keys = _flatten_rope(raw)
+    raw_keys = flatten_rope(raw)
     if missing := [key for key in family.required if raw_keys.get(key) is None]:
         raise UserError(f"{where}: {name} needs the key{'s' * (len(missing) > 1)} {', '.join(missing)}")
     _check_values(name, raw_keys, where)
@@ -416,42 +402,6 @@ def _dense_layers(moe_layer_freq: list, where: str) -> int:
     if moe_layer_freq != [0] * dense + [1] * (len(moe_layer_freq) - dense):
         raise UserError(f"{where}: moe_layer_freq {moe_layer_freq} is not supported; supported: zeros, then ones")
     return dense
-
-
-def _rope(raw: Mapping) -> dict:
-    """The rotary settings: Transformers 5 nests them under rope_parameters, of each kind of layers where these differ;
-    before, they were rope_theta and rope_scaling. As there, a nested value goes before a plain one."""
-    nested = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if isinstance(nested.get("full_attention"), Mapping):
-        nested = nested["full_attention"]
-    return {("rope_type" if key == "type" else key): value for key, value in nested.items() if value is not None}
-
-
-def _flatten_rope(raw: Mapping) -> dict:
-    """A configuration whose rotary settings are rope_theta, partial_rotary_factor and rope_scaling."""
-    flat, scaling = dict(raw), _rope(raw)
-    flat.pop("rope_parameters", None)
-    for name in ("rope_theta", "partial_rotary_factor"):
-        if name in scaling:
-            flat[name] = scaling.pop(name)
-    if scaling.get("rope_type") == "llama3" and flat.get("max_position_embeddings") is not None:
-        scaling.setdefault("original_max_position_embeddings", flat["max_position_embeddings"])
-    if "rope_scaling" in raw or scaling:
-        plain = scaling.get("rope_type", "default") in ("default", "dynamic")
-        flat["rope_scaling"] = None if plain else scaling
-    return flat
-
-
-def _differing_rope(raw: Mapping) -> str:
-    """What config.json says twice about the rotary embedding, and differently."""
-    nested = _rope(raw)
-    for name in ("rope_theta", "partial_rotary_factor"):
-        if None not in (raw.get(name), nested.get(name)) and raw[name] != nested[name]:
-            return f"{name} is {raw[name]}, and {nested[name]} among the rotary settings, which is taken"
-    both = raw.get("rope_scaling"), raw.get("rope_parameters")
-    if all(both) and nested != _rope({"rope_parameters": both[1]}):
-        return f"rope_scaling {both[0]} and rope_parameters {both[1]} differ; rope_scaling is taken"
-    return ""
 
 
 def _differing_dtype(raw: Mapping) -> str:

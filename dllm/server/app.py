@@ -9,8 +9,8 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import generate_latest
 
+from dllm.generation.checks import find_mask_token
 from dllm.generation.config import MDMGenerationConfig
-from dllm.generation.sampler import find_mask_token
 from dllm.model.transformer import Transformer
 from dllm.pages.base import fill
 from dllm.server.answers import ChatForm, EditForm, Exchange, Form, TextForm, stream, whole

@@ -20,10 +20,11 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor
 
 from dllm.errors import Failure, UserError
+from dllm.generation.checks import find_mask_token
 from dllm.generation.config import MDMGenerationConfig
 from dllm.generation.infilling import Gap, find_texts, lay_out, settle_length
 from dllm.generation.rows import contents_of, name_rows
-from dllm.generation.sampler import Denoising, find_mask_token
+from dllm.generation.sampler import Denoising
 from dllm.model.layouts import Cached, Padded
 from dllm.model.ragged import Call, Ragged
 from dllm.model.transformer import Transformer

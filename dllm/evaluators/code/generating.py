@@ -39,9 +39,9 @@ from dllm.evaluators.runs import (
 from dllm.evaluators.sandbox.host import Sandbox
 from dllm.evaluators.settings import RunSettings
 from dllm.files import own_folder, write_atomically, write_json
+from dllm.generation.checks import find_mask_token
 from dllm.generation.config import MDMGenerationConfig
 from dllm.generation.infilling import Gap, fill
-from dllm.generation.sampler import find_mask_token
 from dllm.model.tokenizer import cut_at_end, decode_after, encode
 from dllm.model.transformer import Transformer
 

@@ -30,9 +30,9 @@ from dllm.evaluators.likelihood import bound_likelihood
 from dllm.evaluators.runs import check_continues, identify_model
 from dllm.files import digest_files, own_folder, write_json
 from dllm.generation.canvas import positions_of
+from dllm.generation.checks import find_mask_token
 from dllm.generation.config import MDMGenerationConfig
 from dllm.generation.infilling import Gap, fill
-from dllm.generation.sampler import find_mask_token
 from dllm.model.loading import load_with_tokenizer
 from dllm.model.tokenizer import cut_at_end, decode_after, encode, encode_rendered, protect
 from dllm.model.transformer import Transformer

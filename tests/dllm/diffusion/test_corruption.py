@@ -22,12 +22,13 @@ def test_equals_open_dllms_masking_collator(shared):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_go_from_everything_kept_to_nothing_and_their_weight_is_the_bounds(name):
-    alpha, weight = SCHEDULES[name]
+    alpha, weight, when = SCHEDULES[name]
     t = torch.linspace(0.01, 0.99, 50, dtype=torch.float64, requires_grad=True)
     ends = alpha(torch.tensor([0.0, 1.0], dtype=torch.float64))
     assert torch.allclose(ends, torch.tensor([1.0, 0.0], dtype=torch.float64), atol=1e-12)
     slope, = torch.autograd.grad(alpha(t).sum(), t)
     assert (slope < 0).all() and torch.allclose(weight(t), -slope / (1 - alpha(t)))
+    assert torch.allclose(when(alpha(t)), t)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from dllm import DiffusionLM, MDMGenerationConfig, UserError
-from dllm.generation.canvas import EditedText
+from dllm.generation.editing import EditedText
 from dllm.generation.sampler import Denoising, denoise
 from dllm.generation.scorers import EditScorer
 from dllm.generation.strategies import Step, Update, flow_rates, take_edits
@@ -347,6 +347,24 @@ def test_settings_of_other_methods_are_refused(settings):
 def test_a_gap_without_a_token_before_it_is_refused():
     with pytest.raises(UserError, match="edits need a token before what they fill"):
         denoise(tiny(), torch.tensor([[MASK, MASK, 4]]), MDMGenerationConfig(alg="edit"))
+
+
+def test_copies_of_a_prompt_get_texts_of_their_own_and_a_seed_repeats_them():
+    model, config = tiny(), MDMGenerationConfig(alg="edit", steps=12, seed=1, temperature=1.0, max_new_tokens=12)
+    several = model.diffusion_generate([[5, 6]], generation_config=config.changed({"num_return_sequences": 3})).rows()
+    batch = model.diffusion_generate([[5, 6], [7, 8], [5, 6], [5, 6]], generation_config=config).rows()
+    assert len({tuple(row.tolist()) for row in several}) == 3
+    assert all(torch.equal(row, batch[k]) for row, k in zip(several, (0, 2, 3), strict=True))
+
+
+@pytest.mark.parametrize("name", ["rate_head", "insert_head", "lm_head"])
+def test_a_head_that_gives_no_numbers_is_an_error_and_no_text(name):
+    model = tiny()
+    with torch.no_grad():
+        getattr(model, name).weight[2] = torch.nan
+    with pytest.raises(UserError, match="positions are NaN or infinite: its weights"):
+        denoise(model, torch.tensor([[5, *[MASK] * 12]]), MDMGenerationConfig(
+            alg="edit", steps=12, seed=1, edit_source="masks", edit_source_length=8))
 
 
 def test_nothing_to_edit_gives_back_the_canvas():

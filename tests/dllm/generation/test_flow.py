@@ -60,7 +60,7 @@ def test_every_step_equals_flow_matchings_solver_in_every_position(golden, case,
 def test_kept_share_and_weight_are_the_recorded_paths(golden, n):
     z = {key.removeprefix(f"mask_n{n}_"): torch.as_tensor(value) for key, value in golden["path_and_loss"].items()
          if key.startswith(f"mask_n{n}_")}
-    alpha, weight = SCHEDULES[NAMES[n]]
+    alpha, weight, _ = SCHEDULES[NAMES[n]]
     time = 1 - z["t"].double()
     assert torch.allclose(alpha(time), z["kappa"].double(), atol=1e-6)
     assert torch.allclose(weight(time), (z["dkappa"] / (1 - z["kappa"])).double(), rtol=1e-5)
@@ -157,7 +157,7 @@ def test_the_corrector_masks_tokens_again_and_still_fills_everything_with_any_ro
 
 @pytest.mark.parametrize("settings, message", [
     ({"corrector": (5, 0.25, 0.5)}, "corrector needs alg flow"),
-    ({"flow_rule": "euler"}, "flow_rule needs alg flow, and no remasking; the method is entropy"),
+    ({"flow_rule": "euler"}, "flow_rule needs alg flow or edit, and no remasking; the method is entropy"),
     ({"alg": "flow", "flow_schedule": "square", "remasking": "random"}, "flow_schedule needs alg flow"),
     ({"alg": "flow", "corrector": (5, 0.25)}, "corrector must be the three numbers A, a, b"),
     ({"alg": "flow", "corrector": (5, -1, 0)}, "corrector must be numbers at least 0"),

@@ -7,8 +7,7 @@ from dllm.errors import UserError
 from dllm.evaluators.likelihood import bound_likelihood
 from dllm.generation.config import MDMGenerationConfig
 from dllm.generation.infilling import Gap, fill
-from dllm.generation.strategies import STRATEGIES
-from tests.dllm.tiny_models import tiny, tiny_of
+from tests.dllm.tiny_models import MASKED_ALGS, tiny, tiny_of
 
 MASK = 60
 NEEDS = {"confidence_threshold": {"threshold": 0.5}}
@@ -20,14 +19,14 @@ def padded(*rows: list[int]) -> dict[str, torch.Tensor]:
             "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])}
 
 
-@pytest.mark.parametrize("alg", STRATEGIES)
+@pytest.mark.parametrize("alg", MASKED_ALGS)
 def test_equal_prompts_draw_different_texts(alg):
     settings = {"max_new_tokens": 16, "steps": 16, "temperature": 1.0, "alg": alg, **NEEDS.get(alg, {})}
     out = tiny().diffusion_generate(torch.tensor([[5, 6, 7]]).repeat(8, 1), **settings)
     assert len(out.sequences.unique(dim=0)) == 8
 
 
-@pytest.mark.parametrize("alg", STRATEGIES)
+@pytest.mark.parametrize("alg", MASKED_ALGS)
 def test_the_kth_copy_of_a_prompt_is_the_kth_return_sequence_whatever_stands_between(alg):
     settings = {"max_new_tokens": 8, "steps": 8, "temperature": 1.0, "alg": alg, "seed": 3, **NEEDS.get(alg, {})}
     model, first, second = tiny(), [5, 6, 7], [9]

@@ -1,0 +1,87 @@
+"""What a model needs before it denoises: settings that go together, its mask token and its ends of text."""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from dllm.constraints import Constraint
+from dllm.errors import UserError
+from dllm.generation.config import MDMGenerationConfig
+from dllm.model.transformer import Transformer
+
+
+def check_settings(model: Transformer, config: MDMGenerationConfig, causal: bool) -> None:
+    """Refuse settings that do not go with each other or with the model; causal: whether it is decoded by blocks."""
+    if config.cache != "none" and (causal or config.cfg_scale > 0 or config.block_length is None):
+        raise UserError(f"cache {config.cache!r} needs a block_length, and neither a block-causal model (which "
+                        "keeps its finished blocks anyway) nor cfg_scale")
+    if config.cuda_graphs and model.device.type != "cuda":
+        raise UserError(f"cuda_graphs needs a model on a GPU, this one is on {model.device}; leave it out")
+    if config.edits:
+        check_edits(model, config, causal)
+    if config.expand_token_id is not None:
+        if config.block_length is not None or config.constraint is not None or causal:
+            raise UserError("expand_token_id moves positions, and blocks and constraints need them to stay; leave "
+                            "out block_length, constraint and block-causal models")
+    words = model.config.vocab_size
+    named = [("eos_token_id", token) for token in config.eos_token_id or ()]
+    for name, token in [("expand_token_id", config.expand_token_id or 0), *named]:
+        if token >= words:
+            raise UserError(f"{name} {token} is outside the model's vocabulary of {words}")
+
+
+def check_edits(model: Transformer, config: MDMGenerationConfig, causal: bool) -> None:
+    heads = model.config.edit_heads
+    if heads is None:
+        raise UserError("alg edit needs a model with heads for edits; train one by dllm train "
+                        "train.objective=edit, or choose another alg")
+    for name in ("block_length", "constraint", "stop_at_eos", "cuda_graphs"):
+        if getattr(config, name):
+            raise UserError(f"{name} does not go with alg edit, whose tokens move; leave it out")
+    if causal:
+        raise UserError("alg edit changes a text anywhere, and this model sees whole blocks in their order; choose "
+                        "a model without blocks")
+    if heads == "insert" and config.edit_source != "empty":
+        raise UserError(f"edit_source {config.edit_source} needs a model that substitutes and deletes, and this "
+                        "one inserts alone; leave edit_source out")
+    if heads != "insert" and config.corrector is not None:
+        raise UserError("corrector with alg edit undoes insertions from an empty source, and this model also "
+                        "substitutes and deletes; leave it out")
+
+
+def check_constraint(model: Transformer, constraint: Constraint, wanted: Tensor, key_mask: Tensor | None) -> None:
+    """Refuse a constraint that the positions `wanted` [B, L] to fill cannot hold."""
+    if constraint.vocab_size != (words := model.config.vocab_size):
+        raise UserError(f"the constraint is for a vocabulary of {constraint.vocab_size}, the model has {words}; "
+                        "make it with model.config.vocab_size")
+    for length in wanted.sum(1).unique().tolist():
+        if length:
+            constraint.check(length)
+    if not constraint.final:
+        return
+    real = torch.ones_like(wanted) if key_mask is None else key_mask
+    for row, seen in zip(wanted, real, strict=True):
+        if sum(here > before for before, here in pairwise([False, *row[seen].tolist()])) > 1:
+            raise UserError("a constraint holds a text in one piece; take the masks out of the prompt, or leave "
+                            "the constraint out")
+
+
+def find_mask_token(model: Transformer, config: MDMGenerationConfig) -> int:
+    """The mask token of the config, the checkpoint or its tokenizer, in this order."""
+    token_id = model.mask_token_id if config.mask_token_id is None else config.mask_token_id
+    if token_id is None:
+        raise UserError("nothing names the model's mask token: neither a setting, nor generation_config.json, "
+                        "config.json or the tokenizer. An autoregressive model has none until it is adapted, as by "
+                        "dllm train --model.model_path=MODEL; for another one set mask_token_id, or --mask-token")
+    if not 0 <= token_id < model.config.vocab_size:
+        raise UserError(f"mask_token_id {token_id} is outside the model's vocabulary of {model.config.vocab_size}")
+    return token_id
+
+
+def find_ends(model: Transformer) -> list[int]:
+    """The end-of-text tokens that the checkpoint names."""
+    if not model.end_token_ids:
+        raise UserError("the checkpoint names no end-of-text token, which stop_at_eos and growing gaps need; set "
+                        "eos_token_id")
+    return model.end_token_ids
