@@ -314,7 +314,7 @@ def test_what_cannot_be_a_conversation_is_refused(tmp_path, tokenizer):
 
 
 def conversations(path):
-    reader = Reader(DataGroup(data_type="conversation").key_list, conversations=True)
+    reader = Reader(DataGroup(data_type="conversation").key_list, "conversation")
     found = [json.loads(document.messages)["messages"] for shard in find_shards([path], skipped=reader.skipped)
              for _, document in reader.read(shard)]
     return found, reader.skipped

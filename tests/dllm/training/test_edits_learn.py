@@ -37,13 +37,12 @@ def ids_of(text: str) -> list[int]:
     return [len(SPECIAL) + LETTERS.index(letter) for letter in text]
 
 
-def learn(folder: Path, letters: Path, data: Path, width: int, steps: int, **keys) -> DiffusionLM:
-    data_keys = keys.pop("data", {})
+def learn(folder: Path, letters: Path, path: Path, width: int, steps: int, *, data: dict, **keys) -> DiffusionLM:
     result = train(Config(
         model=ModelGroup(tokenizer_path=str(letters), hidden_size=width, intermediate_size=2 * width,
                          num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=False,
                          shift_logits=False, initializer_range=0.06),
-        data=DataGroup(train_path=str(data), validation_share=0.0, **data_keys),
+        data=DataGroup(train_path=str(path), validation_share=0.0, **data),
         train=TrainGroup(output_dir=str(folder), optimizer="muon", lr=0.01, muon_lr=0.0177, lr_decay_style="linear",
                          lr_warmup_ratio=0.03, max_steps=steps, num_train_epochs=10_000, device="cpu",
                          precision="fp32", use_tensorboard=False, save_hf_weights=False, **keys)))
@@ -92,10 +91,10 @@ def test_insertions_fill_gaps_of_unknown_length_better_than_masks_of_the_surest_
         answers.append(ids_of(line[start:end]))
     right = {}
     for objective, steps, config in (
-            ("edit", 1000, MDMGenerationConfig(alg="edit", flow_schedule="linear", steps=100, max_infill_length=16, seed=0)),
-            ("mdm", 640, MDMGenerationConfig(alg="maskgit_plus", steps=16, infill_lengths=tuple(range(1, 13)), seed=0))):
+            ("edit", 1000, {"alg": "edit", "flow_schedule": "linear", "steps": 100, "max_infill_length": 16}),
+            ("mdm", 640, {"alg": "maskgit_plus", "steps": 16, "infill_lengths": tuple(range(1, 13))})):
         model = learn(tmp_path / objective, letters, data, 64, steps, objective=objective, micro_batch_size=16,
                       data={"max_seq_len": 32})
-        filled = fill(model, gaps, config).answers
+        filled = fill(model, gaps, MDMGenerationConfig(seed=0, **config)).answers
         right[objective] = sum(got.tolist() == answer for got, answer in zip(filled, answers, strict=True))
     assert right["edit"] >= 108 and right["edit"] > right["mdm"], right  # of 120
