@@ -31,6 +31,12 @@ LOSS_AT_MOST, SCORES_AT_LEAST = 1.25, 0.85  # times the products alone; of the s
 MULTIPROCESSORS, LANES, HERTZ, PRODUCT_FLOP_PER_S, COPY_BYTES_PER_S = 132, 128, 1.755e9, 790e12, 4.3e12
 
 
+# Of Triton's 128 x 128 tiles of words and rows, eight warps each: their products, which wait for the L2 cache
+# (estimated), and the instructions per warp that follow them (counted in the machine code for sm_90).
+TILE_FLOP_PER_S, TILE_INSTRUCTIONS = 500e12, 2_100
+BLOCK_BYTES_PER_S = 8192 / 600e-9  # of the scores: what a block has on its way, over the memory's latency (estimated)
+
+
 class Counts(NamedTuple):
     """Of the loops of one kernel that read or write a row of bf16 16 bytes at a time, in instructions per word."""
 
@@ -105,6 +111,24 @@ def scores_against_copy(counts: Counts) -> tuple[float, float]:
     blocks = min(65_536 // (counts.registers * 128), 16)
     seconds = seconds_of_pass(SCORED_ROWS, V, 2, counts.reading, blocks)
     return seconds, SCORED_ROWS * V * 2 / COPY_BYTES_PER_S / seconds
+
+
+def head_in_tiles(rows: int, D: int) -> float:
+    """Seconds of the scores of a few rows of bf16 hidden states at temperature 0, in Triton."""
+    padded = next((size for size in (16, 32, 64) if rows <= size), -(-rows // 128) * 128)
+    products = 2 * padded * V * D / TILE_FLOP_PER_S
+    rest = padded * V / 128**2 * TILE_INSTRUCTIONS * 8 * 32 / (MULTIPROCESSORS * LANES * HERTZ)
+    return max(V * D * 2 / COPY_BYTES_PER_S, products + rest)
+
+
+def head_by_products(counts: Counts, rows: int, D: int) -> float:
+    """The same by cuBLAS, which writes fp32 logits, and the CUDA C++ pass over them."""
+    padded, blocks = -(-rows // 128) * 128, 65_536 // (counts.registers * 128)
+    products = max(V * D * 2 / COPY_BYTES_PER_S, 2 * padded * V * D / PRODUCT_FLOP_PER_S)
+    copied = rows * V * 4 / COPY_BYTES_PER_S
+    full = rows >= blocks * MULTIPROCESSORS
+    reads = seconds_of_pass(rows, V, 4, counts.reading, blocks) if full else max(copied, V * 4 / BLOCK_BYTES_PER_S)
+    return products + copied + reads
 
 
 def table(counts: dict[str, Counts]) -> list[tuple[str, str, str, str]]:

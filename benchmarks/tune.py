@@ -35,14 +35,14 @@ def unmask_case() -> Case:
     from benchmarks import bench_gpu_topk_unmask as bench
     from dllm_kernels.topk_unmask import triton_kernels
 
-    hidden, weight, rows = bench.make_head(bench.ROWS[0], bench.SIZES[0])
+    hidden, weight, rows = bench.make_head(32, bench.SIZES[0])
     if SMALL:
         hidden, weight = hidden.half(), weight.half()
 
     def call():
         return [linear_token_scores(hidden, weight, rows, backend="triton").confidence]
 
-    return Case("topk_unmask", 2, triton_kernels.TILES, ["linear"], call)
+    return Case("topk_unmask", 2, triton_kernels.TILES, ["few"], call)
 
 
 def attention_case(heads: tuple[int, int, int], few: bool) -> Case:

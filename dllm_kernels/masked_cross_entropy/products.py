@@ -198,12 +198,16 @@ def _ends(live: Tensor, rows: int) -> Tensor:
     return live.clamp(0, rows).int().unsqueeze(0)
 
 
+def empty_logits(like: Tensor, rows: int, words: int, dtype: torch.dtype) -> Tensor:
+    per_row = ALIGNED // dtype.itemsize
+    return like.new_empty(rows, -(-words // per_row) * per_row, dtype=dtype)[:, :words]
+
+
 def logits_of(x: Tensor, weight: Tensor, bias: Tensor | None, live: Tensor | None) -> Tensor:
     """x @ weight.T + bias [C, V]; of the first `live` rows if it is given, the others being arbitrary."""
     if live is not None:
         return F.grouped_mm(x, weight.T.unsqueeze(0), offs=_ends(live, len(x)))
-    words, per_row = len(weight), ALIGNED // x.element_size()
-    z = x.new_empty(len(x), -(-words // per_row) * per_row)[:, :words]
+    z = empty_logits(x, len(x), len(weight), x.dtype)
     return torch.mm(x, weight.T, out=z) if bias is None else torch.addmm(bias, x, weight.T, out=z)
 
 

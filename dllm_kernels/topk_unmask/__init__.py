@@ -11,6 +11,7 @@ its batch. B rows, L positions, M masked positions, V words, D hidden size.
 """
 
 import os
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from dllm_kernels import native_extension, triton_support
 from dllm_kernels.custom_op import define_operator
 from dllm_kernels.dispatch import Backend, choose, takes
 from dllm_kernels.topk_unmask import allowed as allowed_words
-from dllm_kernels.topk_unmask import cpu, cuda, reference, vocabulary_parallel
+from dllm_kernels.topk_unmask import cpu, cuda, products, reference, vocabulary_parallel
 from dllm_kernels.topk_unmask import random as random_numbers
 from dllm_kernels.topk_unmask.allowed import pack as pack_allowed
 from dllm_kernels.topk_unmask.selection import commit
@@ -31,17 +32,20 @@ __all__ = ["Scores", "Unmasked", "linear_token_scores", "linear_topk_unmask", "p
            "token_scores", "topk_unmask"]
 
 
-def _on_triton(function: str) -> Backend:
-    return Backend("triton", triton_support.on_triton("topk_unmask", function), triton_support.missing,
-                   triton_support.refuses)
+_on_triton = triton_support.on_triton("topk_unmask", "score_rows")
 
 
-# CUDA C++ before Triton by the count of instructions (benchmarks/predict.py): 9 to 10 a word against 20 at T = 0.
-LOGITS_BACKENDS = (Backend("cpu", cpu.score_rows, native_extension.why_missing, takes("cpu")),
-                   Backend("cuda", cuda.score_rows, cuda.missing, cuda.refuses), _on_triton("score_rows"),
-                   Backend("reference", reference.score_rows))
-LINEAR_BACKENDS = (Backend("cpu", cpu.linear_score_rows, native_extension.why_missing, takes("cpu")),
-                   _on_triton("linear_score_rows"), Backend("reference", reference.linear_score_rows))
+def _backends(on_cpu: Callable, on_cuda: Callable, on_triton: Callable, by_definition: Callable) -> tuple[Backend, ...]:
+    # CUDA C++ before Triton by the count of instructions (benchmarks/predict.py): 9 to 10 a word against 20 at T = 0.
+    return (Backend("cpu", on_cpu, native_extension.why_missing, takes("cpu")),
+            Backend("cuda", on_cuda, cuda.missing, cuda.refuses),
+            Backend("triton", on_triton, triton_support.missing, triton_support.refuses),
+            Backend("reference", by_definition))
+
+
+LOGITS_BACKENDS = _backends(cpu.score_rows, cuda.score_rows, _on_triton, reference.score_rows)
+LINEAR_BACKENDS = _backends(cpu.linear_score_rows, partial(products.linear_score_rows, cuda.score_rows),
+                            partial(products.linear_score_rows, _on_triton), reference.linear_score_rows)
 BACKENDS = {"topk_unmask": LOGITS_BACKENDS, "linear_topk_unmask": LINEAR_BACKENDS, "token_scores": LOGITS_BACKENDS,
             "linear_token_scores": LINEAR_BACKENDS}
 
@@ -277,7 +281,7 @@ def _unmask(inputs: Inputs, tokens: Tensor, mask_token_id: int, rows: Rows, samp
             backend: str | None, group=None) -> tuple[Tensor, Tensor, Tensor]:
     """The fields of `Unmasked`. `rows` has the uniforms of all positions, and bits as `_allowed_bits` returns them."""
     table = LOGITS_BACKENDS if inputs.weight is None else LINEAR_BACKENDS
-    if group is None and (name := choose("topk_unmask", table, backend, inputs.values).name) in ("triton", "cuda"):
+    if group is None and (name := choose("topk_unmask", table, backend, _logits(inputs)).name) in ("triton", "cuda"):
         return _unmask_without_waiting(inputs, tokens, mask_token_id, rows, sampling, selection, name)
     masked = tokens == mask_token_id
     positions = masked.flatten().nonzero().squeeze(1)
@@ -311,9 +315,14 @@ def _unmask_without_waiting(inputs: Inputs, tokens: Tensor, mask_token_id: int, 
             bits = bits[place.clamp(0, len(bits) - 1)]
         else:
             bits = bits.expand(len(index), -1) if bits.ndim == 1 else bits.flatten(0, 1)
-    all_rows = Rows(index, None if rows.uniform is None else rows.uniform.flatten(0, 1), bits)
+    all_rows = Rows(index, None if rows.uniform is None else rows.uniform.flatten(0, 1), bits, sparse=True)
     token, score = _score(inputs, all_rows, sampling, backend)
     return kernels.commit(tokens, masked, token.view_as(tokens), score.view_as(tokens), selection, rows.uniform)
+
+
+def _logits(inputs: Inputs) -> Tensor:
+    """What backends accept or refuse: the logits or, of hidden states, none of them."""
+    return inputs.values if inputs.weight is None else inputs.values.new_empty(0, len(inputs.weight))
 
 
 def _scores(inputs: Inputs, rows: Rows, sampling: Sampling, backend: str | None, group=None) -> tuple[Tensor, Tensor]:
@@ -329,7 +338,7 @@ def _score(inputs: Inputs, rows: Rows, sampling: Sampling, backend: str | None, 
     linear = inputs.weight is not None
     op, table = ("linear_token_scores", LINEAR_BACKENDS) if linear else ("token_scores", LOGITS_BACKENDS)
     if group is None:
-        run = choose(op, table, backend, values).run
+        run = choose(op, table, backend, _logits(inputs)).run
     elif backend in (None, "reference"):
         run = partial(vocabulary_parallel.linear_score_rows, group=group)
     else:
