@@ -102,13 +102,16 @@ def bench_head_against_product_then_logits(paired, D, at_least, rows, temperatur
             must_multiply_flop=2 * rows * D * V)
 
 
+@pytest.mark.parametrize("masked", [0.5, 1.0])
 @pytest.mark.parametrize("D", SIZES)
-def bench_head_in_tiles_against_products(paired, D):
-    """All positions of a step masked, which only the GPU knows: Triton's tiles beside cuBLAS, told so."""
-    hidden, weight, positions = make_head(ROWS[0], D)
-    tokens, k = torch.full((1, ROWS[0]), MASK, device=DEVICE), torch.full((1,), 4, device=DEVICE)
-    measure(paired, captured(lambda: linear_topk_unmask(hidden, weight, tokens, MASK, k)),
-            captured(lambda: linear_token_scores(hidden, weight, positions)))
+def bench_head_of_counted_positions(paired, D, masked):
+    """By cuBLAS, against Triton's tiles where only the GPU knows how many are masked."""
+    hidden, weight, _ = make_head(ROWS[0], D)
+    tokens, k = torch.zeros((1, ROWS[0]), dtype=torch.int64, device=DEVICE), torch.full((1,), 4, device=DEVICE)
+    count = int(masked * ROWS[0])
+    tokens[:, :count] = MASK
+    measure(paired, captured(lambda: linear_topk_unmask(hidden, weight, tokens, MASK, k, count=count)),
+            captured(lambda: linear_topk_unmask(hidden, weight, tokens, MASK, k)))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])

@@ -53,7 +53,7 @@ class Rows(NamedTuple):
     index: Tensor | None = None  # [n] int64, rows of the inputs; None: all, in order
     uniform: Tensor | None = None  # [n, 2] float64
     allowed: Tensor | None = None  # [n, ceil(V / 32)] int32 bits, see `allowed.py`
-    sparse: bool = False  # only the GPU knows which of the index are -1, not asked for; else they all are
+    sparse: bool = False  # only the GPU knows which of the index are -1, not asked for
 
     def part(self, some: slice) -> "Rows":
         return Rows(*(None if x is None else x[some] for x in self[:3]), self.sparse)

@@ -6,6 +6,7 @@ The tokens must be those of the reference. Rounding decides where u is within so
 none of the draws here, whose uniforms are fixed.
 """
 
+import importlib
 import math
 import os
 from itertools import product
@@ -24,6 +25,7 @@ from tests.kernels.turns import with_dtypes
 pytest.importorskip("triton")
 from dllm_kernels.topk_unmask import triton_kernels  # noqa: E402
 
+topk_unmask = importlib.import_module("dllm_kernels.topk_unmask")  # whose name the package has for a function
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 RUNS = triton_support.missing() is None
 DEVICE = "cpu" if INTERPRETED or not RUNS else "cuda"
@@ -438,6 +440,31 @@ def test_a_whole_step_equals_the_reference(settings, given):
         mine, theirs = (step(*inputs, tokens, 7, 2, backend=name, **settings) for name in ("triton", "reference"))
         assert torch.equal(mine.tokens, theirs.tokens) and torch.equal(mine.committed, theirs.committed)
         torch.testing.assert_close(mine.confidence, theirs.confidence, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("given", ["none", "each", "one"])
+def test_a_step_of_counted_positions_equals_one_of_others(given, monkeypatch):
+    """Those that are masked are gathered, and multiplied by PyTorch."""
+    B, L, D, V = 2, 6, 16, 301
+    hidden, u, _ = make(B * L, D)
+    hidden, weight = hidden.view(B, L, D), make(V, D, scale=0.3)[0]
+    tokens = torch.tensor([[7, 3, 7, 7, 3, 7], [3, 3, 7, 3, 7, 7]], device=DEVICE)
+    hidden[tokens != 7] = torch.nan
+    allowed = torch.rand(B, L, V, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1)) < 0.5
+    settings = {"temperature": 0.8, "generator": u.view(B, L, 2), "backend": "triton",
+                "allowed": {"none": None, "each": allowed, "one": allowed[0, 0]}[given]}
+    plain = dllm_kernels.linear_topk_unmask(hidden, weight, tokens, 7, 2, **settings)
+    monkeypatch.setattr(products, "FEW", 2)
+    monkeypatch.setattr(triton_kernels, "linear_score_rows", None)
+    counted = dllm_kernels.linear_topk_unmask(hidden, weight, tokens, 7, 2, count=7, **settings)
+    assert torch.equal(plain.tokens, counted.tokens) and torch.equal(plain.committed, counted.committed)
+    torch.testing.assert_close(plain.confidence, counted.confidence, rtol=1e-5, atol=1e-6)
+    if given == "none":
+        for wrong in (6, 8, 13):
+            tokens_of, confidence, committed = topk_unmask._unmask_without_waiting(
+                topk_unmask.Inputs(hidden, weight), tokens, 7, Rows(None, u.view(B, L, 2)), Sampling("prob", 0.8),
+                Selection(torch.full((B,), L, device=DEVICE)), wrong, "triton")
+            assert confidence[tokens == 7].isnan().all() and not committed.any() and torch.equal(tokens_of, tokens)
 
 
 def test_a_whole_step_of_nothing_and_of_missing_rows():
