@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dllm.files import write_json
-from dllm_kernels.masked_cross_entropy.products import WORKSPACE_BYTES, rows_of_chunk
+from dllm_kernels.chunks import WORKSPACE_BYTES, rows_of_chunk
 
 COUNTS = Path(__file__).with_name("machine_code.json")
 V = 151_936  # the vocabulary of Qwen2.5

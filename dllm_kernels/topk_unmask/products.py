@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from dllm_kernels import triton_support
-from dllm_kernels.masked_cross_entropy.products import WORKSPACE_BYTES, empty_logits, rows_of_chunk
-from dllm_kernels.masked_cross_entropy.rows import with_rows_contiguous
+from dllm_kernels.chunks import WORKSPACE_BYTES, empty_logits, rows_of_chunk
 from dllm_kernels.topk_unmask.settings import Rows, Sampling, places
 
 FEW = 128  # rows, up to which storing their logits costs more than cuBLAS gains
@@ -30,7 +29,7 @@ def linear_score_rows(score_rows: Callable, hidden: Tensor, weight: Tensor, bias
     The products are of the wider of the two dtypes, summed in fp32.
     """
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    hidden, weight = (with_rows_contiguous(x.to(dtype)) for x in (hidden, weight))
+    hidden, weight = (x.to(dtype) if x.stride(-1) == 1 else x.to(dtype).contiguous() for x in (hidden, weight))
     index = torch.arange(len(hidden), device=hidden.device) if rows.index is None else rows.index.contiguous()
     rows, n, V = rows._replace(index=index), len(index), len(weight)
     score, stored = _product_then, True

@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dllm_kernels import tuned
-from dllm_kernels.masked_cross_entropy.products import empty_logits
+from dllm_kernels.chunks import empty_logits
 from dllm_kernels.topk_unmask.settings import Rows, Sampling, Selection, places
 
 # Not measured on a GPU: tiles that spill no registers on sm_80, sm_90 and sm_100, but for 8 bytes on sm_100 where the

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from dllm_kernels import (
+    chunks,
     linear_masked_cross_entropy,
     linear_masked_kl_divergence,
     masked_cross_entropy,
@@ -51,7 +52,7 @@ def many_blocks(monkeypatch):
     """Blocks and a workspace so small that every loop has several passes."""
     monkeypatch.setattr(triton_kernels, "ROW", {"WORDS": 128, "num_warps": 4})
     monkeypatch.setattr(triton_kernels, "CHUNK", dict.fromkeys((2, 4), {"WORDS": 128, "num_warps": 4}))
-    monkeypatch.setattr(products, "ROWS", 8)
+    monkeypatch.setattr(chunks, "ROWS", 8)
     monkeypatch.setattr(products, "WORKSPACE_BYTES", dict.fromkeys(("cpu", "cuda"), 1 << 13))
 
 
