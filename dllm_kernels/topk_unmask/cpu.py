@@ -52,5 +52,5 @@ def _outputs(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def _score_into(logits: Tensor, rows: Rows, sampling: Sampling, token: Tensor, score: Tensor) -> None:
     native_extension.operators().score_rows_cpu(
-        logits, *rows, token, score, CONFIDENCES.index(sampling.confidence), sampling.temperature, sampling.top_k or 0,
-        1.0 if sampling.top_p is None else sampling.top_p, sampling.raw)
+        logits, rows.index, rows.uniform, rows.allowed, token, score, CONFIDENCES.index(sampling.confidence),
+        sampling.temperature, sampling.top_k or 0, 1.0 if sampling.top_p is None else sampling.top_p, sampling.raw)
