@@ -9,8 +9,8 @@ import inspect
 import torch
 from torch import Tensor
 
-from dllm_kernels.attention.reference import Mask
-from dllm_kernels.dispatch import takes
+from ..dispatch import takes
+from .reference import Mask
 
 
 def missing_in_torch() -> str | None:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllm_kernels.masked_cross_entropy.rows import (
+from .rows import (
     Form,
     Kept,
     Linear,

@@ -28,9 +28,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dllm_kernels import tuned
-from dllm_kernels.topk_unmask.settings import Rows, Sampling, Selection
-from dllm_kernels.triton_head import logits_of_tile, tile_and_split
+from .. import tuned
+from ..triton_head import logits_of_tile, tile_and_split
+from .settings import Rows, Sampling, Selection
 
 # Not measured on a GPU: tiles that spill no registers on sm_80, sm_90 and sm_100.
 BLOCK = {"WORDS": 4096, "num_warps": 8}  # of a row of logits
