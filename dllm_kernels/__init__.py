@@ -5,6 +5,7 @@ prints the backends that run on this machine. Transformers, Triton and the compi
 """
 
 from . import attention as _attention
+from . import layers
 from . import masked_cross_entropy as _masked_cross_entropy
 from . import topk_unmask as _topk_unmask
 from .attention import bidirectional_attention, bidirectional_attention_varlen, block_diffusion_attention
