@@ -15,12 +15,12 @@ import functools
 import torch
 from torch import Tensor
 
-from dllm_kernels import triton_support
-from dllm_kernels.attention import cuda, flash, reference, sdpa
-from dllm_kernels.attention.choices import preferred
-from dllm_kernels.attention.reference import Mask
-from dllm_kernels.custom_op import Differentiable
-from dllm_kernels.dispatch import Backend, choose
+from .. import triton_support
+from ..custom_op import Differentiable
+from ..dispatch import Backend, choose
+from . import cuda, flash, reference, sdpa
+from .choices import preferred
+from .reference import Mask
 
 __all__ = ["bidirectional_attention", "bidirectional_attention_varlen", "block_diffusion_attention"]
 

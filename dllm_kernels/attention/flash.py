@@ -10,8 +10,8 @@ import inspect
 import torch
 from torch import Tensor
 
-from dllm_kernels.attention.reference import Mask
-from dllm_kernels.dispatch import takes
+from ..dispatch import takes
+from .reference import Mask
 
 CUDNN_ARGUMENTS = ["query", "key", "value", "attn_bias", "cum_seq_q", "cum_seq_k", "max_q", "max_k",
                    "compute_log_sumexp", "dropout_p", "is_causal", "return_debug_mask", "scale"]

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllm_kernels.chunks import ALIGNED, WORKSPACE_BYTES, empty_logits, rows_of_chunk
-from dllm_kernels.masked_cross_entropy.rows import (
+from ..chunks import ALIGNED, WORKSPACE_BYTES, empty_logits, rows_of_chunk
+from .rows import (
     Form,
     Kept,
     Linear,

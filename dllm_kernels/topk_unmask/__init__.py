@@ -18,15 +18,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dllm_kernels import native_extension, triton_support
-from dllm_kernels.custom_op import define_operator
-from dllm_kernels.dispatch import Backend, choose, takes
-from dllm_kernels.topk_unmask import allowed as allowed_words
-from dllm_kernels.topk_unmask import cpu, cuda, products, reference, vocabulary_parallel
-from dllm_kernels.topk_unmask import random as random_numbers
-from dllm_kernels.topk_unmask.allowed import pack as pack_allowed
-from dllm_kernels.topk_unmask.selection import commit
-from dllm_kernels.topk_unmask.settings import CONFIDENCES, Rows, Sampling, Selection
+from .. import native_extension, triton_support
+from ..custom_op import define_operator
+from ..dispatch import Backend, choose, takes
+from . import allowed as allowed_words
+from . import cpu, cuda, products, reference, vocabulary_parallel
+from . import random as random_numbers
+from .allowed import pack as pack_allowed
+from .selection import commit
+from .settings import CONFIDENCES, Rows, Sampling, Selection
 
 __all__ = ["Scores", "Unmasked", "linear_token_scores", "linear_topk_unmask", "pack_allowed", "philox_uniform",
            "token_scores", "topk_unmask"]

@@ -7,8 +7,8 @@ so the logits of some rows are then stored.
 import torch
 from torch import Tensor
 
-from dllm_kernels import native_extension
-from dllm_kernels.topk_unmask.settings import CONFIDENCES, Rows, Sampling
+from .. import native_extension
+from .settings import CONFIDENCES, Rows, Sampling
 
 _WORKSPACE_BYTES = 64 << 20  # of logits, for the filters
 _MAX_ROWS = 128  # of one product, so that the hidden rows stay in the cache

@@ -6,9 +6,9 @@ A row is read once; filters read it up to 19 times (bf16 11, fp16 13), as in Tri
 import torch
 from torch import Tensor
 
-from dllm_kernels import native_extension
-from dllm_kernels.dispatch import takes
-from dllm_kernels.topk_unmask.settings import CONFIDENCES, Rows, Sampling, Selection
+from .. import native_extension
+from ..dispatch import takes
+from .settings import CONFIDENCES, Rows, Sampling, Selection
 
 MOST_WORDS = 1 << 20  # kMostWords
 

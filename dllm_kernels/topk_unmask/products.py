@@ -15,9 +15,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dllm_kernels import triton_support
-from dllm_kernels.chunks import WORKSPACE_BYTES, empty_logits, rows_of_chunk
-from dllm_kernels.topk_unmask.settings import Rows, Sampling, places
+from .. import triton_support
+from ..chunks import WORKSPACE_BYTES, empty_logits, rows_of_chunk
+from .settings import Rows, Sampling, places
 
 FEW = 128  # rows: of more, cuBLAS gains more than storing their logits costs
 

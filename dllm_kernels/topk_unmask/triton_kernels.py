@@ -30,9 +30,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dllm_kernels import tuned
-from dllm_kernels.chunks import empty_logits
-from dllm_kernels.topk_unmask.settings import Rows, Sampling, Selection, places
+from .. import tuned
+from ..chunks import empty_logits
+from .settings import Rows, Sampling, Selection, places
 
 # Not measured on a GPU: tiles that spill no registers on sm_80, sm_90 and sm_100, but for 8 bytes on sm_100 where the
 # linear form has allowed words, a bias and two distributions.
