@@ -25,7 +25,7 @@ def run(*command, **variables):
                           env={**os.environ, "OMP_NUM_THREADS": "1", **variables})
 
 
-SMALL = ["benchmarks.gpu", "--device", "cpu", "--small", "--output-dir"]
+SMALL = ["benchmarks.gpu", "--device", "cpu", "--small", "--minutes", "60", "--output-dir"]
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,13 @@ def test_a_run_reports_its_machine_its_limits_and_every_benchmark(tried):
     assert said.index("head: done, 12 results so far") < said.index("loss: done, 16 results so far")
     assert "every promise holds" in said
     assert {file.name for file in folder.iterdir()} == {"cpu.json", "cpu.records.jsonl"}
+
+
+def test_a_small_run_has_no_limit_but_that_of_the_whole_run(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(gpu, "take", lambda name, results, options, seconds, records: given.append(seconds))
+    monkeypatch.setattr("sys.argv", [*SMALL, str(tmp_path), "--group", "logits"])
+    assert gpu.main() == 0 and given[0] > max(group.seconds for group in gpu.GROUPS.values())
 
 
 @pytest.mark.slow
