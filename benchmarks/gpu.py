@@ -37,7 +37,8 @@ SLACK = 30  # seconds after which a group that does not end is ended
 
 
 class Group(NamedTuple):
-    """Benchmarks that run together. seconds: on an H200; afterwards no other benchmark of the group begins."""
+    """Benchmarks that run together. seconds: on an H200; afterwards no other benchmark of the group begins. A small run
+    has no limit but --minutes."""
     seconds: float
     file: str = ""  # bench_gpu_<file>.py
     names: str = ""  # pytest's -k; empty: all
@@ -294,7 +295,7 @@ def main() -> int:
         if (left := end - time.time()) <= 0:
             results["skipped"].append(f"{group}: out of time")
             continue
-        take(group, results, options, min(GROUPS[group].seconds, left), records)
+        take(group, results, options, left if options.small else min(GROUPS[group].seconds, left), records)
         write(results | {"seconds": time.time() - start}, folder / f"{name}.json")
     print_table(results["benchmarks"])
     print("".join(f"\nskipped {reason}" for reason in results["skipped"]))

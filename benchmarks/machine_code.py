@@ -43,15 +43,15 @@ class TileCounts(NamedTuple):
 
 
 class HeadCounts(NamedTuple):
-    """Of a kernel that multiplies hidden states with the head, INNER numbers at a time, and reduces tiles of logits."""
+    """Of a kernel whose programs multiply a tile of the head by hidden states, INNER at a time, and reduce logits."""
 
     rows: int  # of hidden states in a tile
     words: int  # in a tile
     inner: int
-    instructions: int  # of a warp, per tile, besides those of the inner loop
-    step_instructions: int  # of a warp, per step of the inner loop
+    instructions: int  # of a warp, besides those of the loop
+    step_instructions: int  # of a warp, per step of the loop
     smallest_n: int
-    load_bytes: list[int]  # in the inner loop
+    load_bytes: list[int]  # in the loop
     warps: int
     registers: int
     shared: int
@@ -109,17 +109,17 @@ def row_counts(function: str, registers: int) -> RowCounts:
 
 
 def product_counts(function: str, settings: dict[str, int], registers: int, shared: int) -> TileCounts | HeadCounts:
-    """Of the shortest loop with products, the inner one or, of attention, the one that tests no pair."""
-    loops = sorted((x for x in loops_of(lines_of(function)) if any("HGMMA" in line.text for line in x)), key=len)
-    code = "\n".join(line.text for line in loops[0])
+    """Of the shortest loop with products: of attention, the one that tests no pair; of the head, the only one."""
+    lines = [line for line in lines_of(function) if not line.text.startswith("NOP")]
+    loop = min((x for x in loops_of(lines) if any("HGMMA" in line.text for line in x)), key=len)
+    code = "\n".join(line.text for line in loop)
     widths = {next((WIDTHS[part] for part in load.split(".") if part in WIDTHS), 4)
               for load in re.findall(r"\bLDG(?:STS)?\.E[.\w]*", code)}
     rest = (min(int(n) for n in re.findall(r"HGMMA\.64x(\d+)x16", code)), sorted(widths), settings["num_warps"],
             registers, shared)
     if "COLUMNS" in settings:
-        return TileCounts(settings["ROWS"], settings["COLUMNS"], len(loops[0]), *rest)
-    inner, outer = map(len, loops)
-    return HeadCounts(settings["ROWS"], settings["WORDS"], settings["INNER"], outer - inner, inner, *rest)
+        return TileCounts(settings["ROWS"], settings["COLUMNS"], len(loop), *rest)
+    return HeadCounts(settings["ROWS"], settings["WORDS"], settings["INNER"], len(lines) - len(loop), len(loop), *rest)
 
 
 def count_extension(library: Path, disassembler: str) -> dict[str, RowCounts]:

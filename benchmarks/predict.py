@@ -4,10 +4,10 @@ Predictions, not measurements, so that a kernel that cannot reach its promise is
 
 A pass over rows takes the longer of two times: its bytes at the speed of a copy, and its instructions at one per cycle
 and scheduler. Products of a library take their multiplications at the speed of a large one. A tile of a kernel that
-multiplies takes its products at that speed and its other instructions at one per cycle and scheduler. Two numbers are
-the ends of a range: where they never overlap, and where they always do, those of attention between the programs on a
-multiprocessor, for a program waits for its products, and those of the head with the instructions between its products.
-All of it is over the share that programs take of the places in all waves.
+multiplies takes its products at that speed, those of the head at the L2 cache's if that is longer, and its other
+instructions at one per cycle and scheduler. Two numbers are the ends of a range: where the programs on a multiprocessor
+always overlap, for a program waits for its products, and where they never do. All of it is over the share that programs
+take of the places in all waves.
 
 Left out: latencies, launches, the beginning and end of a program, tiles in which each pair is tested, exponentials
 (which a unit of their own computes), products too narrow for full speed, and memory where attention is not decoding.
@@ -18,17 +18,19 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from benchmarks.machine_code import Counts, HeadCounts, RowCounts, TileCounts, read
-from dllm_kernels.masked_cross_entropy.products import WORKSPACE_BYTES, rows_of_chunk
+from dllm_kernels.chunks import WORKSPACE_BYTES, rows_of_chunk
 
 V = 151_936  # the vocabulary of Qwen2.5
 LOSS_SHAPES = {"0.5B": (32_768, 896), "7B": (16_384, 3_584)}  # corrupted positions, hidden size; bf16
 SCORED_ROWS = 4096
 LOSS_AT_MOST, SCORES_AT_LEAST = 1.25, 0.85  # times the products alone; of the speed of a copy
-HEAD_AT_LEAST = {896: 1.1, 3_584: 1.0}  # by hidden size: times as fast as a product and then the scores
+FEW, SETS = 32, 3  # rows of hidden states, or of a cache; sets of inputs in a call of a benchmark
+# By hidden size: times as fast as with logits rounded to bf16. Of few rows: times a reading of the head.
+HEAD_AT_LEAST, FEW_AT_MOST = {896: 0.75, 3_584: 0.9}, 1.3
 
 HEADS = {"0.5B": (14, 2, 64), "7B": (28, 4, 128)}  # of queries, of keys, size
 B, L, DOCUMENT, BLOCK = 8, 4096, 512, 32
-CACHED, SETS = (32, 32, 2048), 3  # rows, queries, keys; decodings in a call of the benchmark
+CACHED = FEW, 32, 2048  # rows, queries, keys
 # By task: the mask that is counted, positions, pairs of a query and a key that it sees, of one head, and the benchmark.
 ATTENTION = {
     "dense": ("all", B * L, B * L * L, "bench_dense[triton-cudnn-{}]"),
@@ -39,13 +41,16 @@ PRODUCTS = {"forward": 2, "query_gradient": 3, "key_gradient": 4}  # of a tile
 NEEDED = {"forward": 2, "forward_backward": 7}  # the others are computed twice
 WANTED = {"dense": ("0.7 of cuDNN's speed", "-"), "documents of 512": ("1.25 times `varlen_attn`'s", "1.05 times"),
           "block diffusion": ("1.15 times FlexAttention's", "1.15 times")}
-# Threads of a program that scores rows of logits, and the programs: Triton's takes up to 4 blocks of 4,096 words.
-SCORING = {"cuda": (128, SCORED_ROWS), "triton": (256, SCORED_ROWS * -(-V // (4 * 4096)))}
+# Threads of a program that scores a row of logits, and its programs: Triton's take up to 4 blocks of 4,096 words.
+SCORING = {"cuda": (128, 1), "triton": (256, -(-V // (4 * 4096)))}
 LAUNCHES = {"cuda": 3, "triton": 4, "head": 5}  # of a denoising step
 
 # Of an H200: lanes are those of four schedulers; the last two are what large bf16 products and copies reach.
 MULTIPROCESSORS, LANES, HERTZ, PRODUCT_FLOP_PER_S, COPY_BYTES_PER_S = 132, 128, 1.755e9, 790e12, 4.3e12
 REGISTERS, SHARED_BYTES, THREADS, PROGRAMS = 65_536, 228 << 10, 2048, 32  # of a multiprocessor
+# Estimates: the L2 cache, which allows tiles of 128 x 128 some 500e12 FLOP/s; and what one program of CUDA C++ that
+# scores a row has on its way, over the memory's latency.
+CACHE_BYTES_PER_S, ROW_BYTES_PER_S = 7.8e12, 8192 / 600e-9
 
 
 def programs_at_once(counts: TileCounts | HeadCounts) -> int:
@@ -81,11 +86,19 @@ def loss_against_products(counts: RowCounts, rows: int, D: int) -> tuple[float, 
     return products + passes + sums, (products + passes + sums) / products
 
 
-def scores_against_copy(counts: RowCounts, backend: str) -> tuple[float, float]:
-    """Seconds of the scores of rows of logits, and the share of a copy's speed at which they are read."""
+def seconds_of_scores(counts: RowCounts, backend: str, rows: int, bytes_per_word: int) -> float:
+    """Of rows of logits. The programs of less than a wave wait for the memory."""
     threads, programs = SCORING[backend]
     at_once = min(REGISTERS // (-(-counts.registers // 8) * 8 * threads), THREADS // threads)
-    seconds = seconds_of_pass(SCORED_ROWS, 2, counts.reading) / filled(programs, at_once)
+    seconds = seconds_of_pass(rows, bytes_per_word, counts.reading)
+    if rows * programs < at_once * MULTIPROCESSORS:
+        return max(seconds, V * bytes_per_word / programs / ROW_BYTES_PER_S)
+    return seconds / filled(rows * programs, at_once)
+
+
+def scores_against_copy(counts: RowCounts, backend: str) -> tuple[float, float]:
+    """Seconds of the scores of rows of bf16 logits, and the share of a copy's speed at which they are read."""
+    seconds = seconds_of_scores(counts, backend, SCORED_ROWS, 2)
     return seconds, SCORED_ROWS * V * 2 / COPY_BYTES_PER_S / seconds
 
 
@@ -97,10 +110,10 @@ class Range(NamedTuple):
 
 
 def seconds_of_tiles(counts: TileCounts | HeadCounts, tiles: float, programs: int, flop: float,
-                     instructions: float) -> Range:
-    """flop and instructions of a warp: of a tile."""
+                     instructions: float, cached_bytes: float = 0) -> Range:
+    """flop, instructions of a warp and bytes that the products read from the L2 cache: of a tile."""
     at_once = programs_at_once(counts)
-    multiplying = flop / PRODUCT_FLOP_PER_S * MULTIPROCESSORS
+    multiplying = max(flop / PRODUCT_FLOP_PER_S, cached_bytes / CACHE_BYTES_PER_S) * MULTIPROCESSORS
     issuing = instructions * counts.warps * 32 / (LANES * HERTZ)
     share = tiles / MULTIPROCESSORS / filled(programs, at_once)
     alone = multiplying + issuing
@@ -138,26 +151,29 @@ def seconds_of_decoding(counts: dict[str, TileCounts], heads: tuple[int, int, in
     return Range(*(SETS * max(seconds, reading) for seconds in computing))
 
 
-def head_programs(counts: HeadCounts) -> int:
-    """As topk_unmask/triton_kernels.py splits the words: at least 32 ways."""
-    span = -(-V // (32 * counts.words))  # tiles of words of a program
-    return SCORED_ROWS // counts.rows * -(-V // (span * counts.words))
+def head_in_tiles(counts: HeadCounts, rows: int, D: int) -> Range:
+    """Seconds of the scores of rows of bf16 hidden states at temperature 0, in Triton: a program for each tile."""
+    tiles = -(-rows // counts.rows) * -(-V // counts.words)
+    found = seconds_of_tiles(counts, tiles, tiles, 2 * counts.rows * counts.words * D,
+                             counts.instructions + counts.step_instructions * D / counts.inner,
+                             2 * (counts.rows + counts.words) * D)
+    return Range(*(max(seconds, reading_of_head(D)) for seconds in found))
 
 
-def seconds_of_head(counts: HeadCounts, D: int) -> Range:
-    """Where products overlap with the instructions between them, and where they never do; the rest of a tile waits."""
-    cycles = counts.warps * 32 / LANES
-    product = 2 * counts.rows * counts.words * D / PRODUCT_FLOP_PER_S * MULTIPROCESSORS
-    steps, rest = (x * cycles / HERTZ for x in (counts.step_instructions * D / counts.inner, counts.instructions))
-    tiles = SCORED_ROWS / counts.rows * V / counts.words
-    share = tiles / MULTIPROCESSORS / filled(head_programs(counts), programs_at_once(counts))
-    return Range(share * (max(product, steps) + rest), share * (product + steps + rest))
+def reading_of_head(D: int) -> float:
+    return V * D * 2 / COPY_BYTES_PER_S
 
 
-def product_then_scores(D: int) -> float:
-    """Seconds of the logits and then their scores by CUDA C++."""
-    scores = next(kernels["scores"] for name, kernels in read().items() if name.startswith("nvcc"))
-    return 2 * SCORED_ROWS * V * D / PRODUCT_FLOP_PER_S + scores_against_copy(scores, "cuda")[0]
+def head_by_products(counts: RowCounts, rows: int, D: int, bytes_per_logit: int = 4) -> float:
+    """Seconds of the same by cuBLAS, which writes the logits, and the CUDA C++ pass over them."""
+    products = max(reading_of_head(D), 2 * -(-rows // 128) * 128 * V * D / PRODUCT_FLOP_PER_S)
+    writing = rows * V * bytes_per_logit / COPY_BYTES_PER_S
+    return products + writing + seconds_of_scores(counts, "cuda", rows, bytes_per_logit)
+
+
+def counts_by_nvcc() -> dict[str, Counts]:
+    counts, = (counts for compiler, counts in read().items() if compiler.startswith("nvcc"))
+    return counts
 
 
 def counts_by_triton() -> dict[str, dict[str, Counts]]:
@@ -186,25 +202,40 @@ def row_passes() -> list[tuple[str, str, str, str, str]]:
                     f"{counts[name].reading} instructions and 2 bytes a word, {counts[name].registers} registers; "
                     f"{LAUNCHES[ours]} launches a step",
                     f"bench_gpu_topk_unmask.py::bench_logits_against_the_memory[{ours}-{SCORED_ROWS}-{temperature}]"))
-        if "head" in counts:
-            found += head_passes(compiler, counts["head"])
+        found += head_by_nvcc(compiler, counts["scores"]) if ours == "cuda" else head_by_triton(compiler, counts)
     return found
 
 
-def head_passes(compiler: str, counts: HeadCounts) -> list[tuple[str, str, str, str, str]]:
-    found, at_once = [], programs_at_once(counts)
+def head_by_nvcc(compiler: str, counts: RowCounts) -> list[tuple[str, str, str, str, str]]:
+    found = []
     for D, least in HEAD_AT_LEAST.items():
-        seconds = seconds_of_head(counts, D)
-        times = span(f"{product_then_scores(D) / x:.2f}" for x in reversed(seconds))
+        seconds, rounded = (head_by_products(counts, SCORED_ROWS, D, size) for size in (4, 2))
         found.append((
-            f"{compiler}: token and probability of {SCORED_ROWS:,} rows of hidden states of {D:,}",
-            f"{span(f'{1e3 * x:.2f}' for x in seconds)} ms, {times} times as fast as a product and then its scores",
-            f"at least {least}",
-            f"{counts.instructions} + {D // counts.inner} x {counts.step_instructions} instructions per tile of "
-            f"{counts.rows} x {counts.words}, {at_once} at once with {counts.registers} registers, "
-            f"{filled(head_programs(counts), at_once):.0%} of the places, N {counts.smallest_n}; "
-            f"{LAUNCHES['head']} launches a step",
-            f"bench_gpu_topk_unmask.py::bench_head_against_product_then_logits[{D}-{least}-{SCORED_ROWS}]"))
+            f"{compiler}: a product, then token and probability of {SCORED_ROWS:,} rows of hidden states of {D:,}",
+            f"{1e3 * seconds:.2f} ms, {rounded / seconds:.2f} times as fast as with logits rounded to bf16",
+            f"at least {least}", "4 bytes a word, written and read",
+            f"bench_gpu_topk_unmask.py::bench_head_against_product_then_logits[{D}-{least}-{SCORED_ROWS}-0.0]"))
+    return found
+
+
+def head_by_triton(compiler: str, kernels: dict[str, Counts]) -> list[tuple[str, str, str, str, str]]:
+    """Few rows, and many of which only the GPU knows which are asked for."""
+    found = []
+    for D in HEAD_AT_LEAST:
+        for rows, times, measured in ((FEW, SETS, f"bench_gpu_topk_unmask.py::bench_head_of_one_block[{D}-0.0]"),
+                                      (SCORED_ROWS, 1, "")):
+            counts = kernels[f"head {min(rows, 128)}"]
+            seconds = head_in_tiles(counts, rows, D)
+            known = head_by_products(counts_by_nvcc()["scores"], rows, D)
+            found.append((
+                f"{compiler}: {f'{times} times ' * (times > 1)}token and probability of {rows:,} rows of hidden states "
+                f"of {D:,}",
+                f"{span(f'{1e3 * times * x:.3g}' for x in seconds)} ms, "
+                f"{span(f'{known / x:.2f}' for x in reversed(seconds))} times as fast as a product, then scores",
+                f"at most {FEW_AT_MOST} times reading the head" if measured else "-",
+                f"{counts.instructions} + {D // counts.inner} x {counts.step_instructions} instructions per tile of "
+                f"{counts.words} words x {counts.rows} rows, {programs_at_once(counts)} at once with "
+                f"{counts.registers} registers, N {counts.smallest_n}; {LAUNCHES['head']} launches a step", measured))
     return found
 
 

@@ -93,8 +93,8 @@ def of_machine_code(results: list[dict]) -> str:
 
     tritons = [*predict.counts_by_triton()]
     lines = ["From the instructions of the compiled kernels; `benchmarks/predict.py` says how, and what is left out.",
-             "Tests hold the counts to these, and the predictions to what is wanted. Triton's scores miss it:",
-             "those of logits run only where the CUDA C++ kernels are not built, those of hidden states always.", "",
+             "Tests hold the counts to these, and the predictions to what is wanted. Triton's scores of logits miss it",
+             "and run only where the CUDA C++ kernels are not built.", "",
              *row("task", "predicted", "wanted", "counted", "measured"), *row(*["---"] * 5)]
     for cells in predict.row_passes():
         lines += with_measured(*cells)

@@ -62,7 +62,7 @@ class Kernel(NamedTuple):
 def make_unmasking() -> Callable[[], list[torch.Tensor]]:
     from benchmarks import bench_gpu_topk_unmask as bench
 
-    hidden, weight, rows = bench.make_head(bench.ROWS[0], bench.SIZES[0])
+    hidden, weight, rows = bench.make_head(32, bench.SIZES[0])
     if SMALL:
         hidden, weight = hidden.half(), weight.half()
     return lambda: [linear_token_scores(hidden, weight, rows, backend="triton").confidence]
@@ -87,7 +87,7 @@ def kernels() -> list[Kernel]:
     from dllm_kernels.attention import triton_kernels as attention
     from dllm_kernels.topk_unmask import triton_kernels as unmask
 
-    found = [Kernel("topk_unmask", 2, "linear", unmask.TILES, make_unmasking)]
+    found = [Kernel("topk_unmask", 2, "few", unmask.TILES, make_unmasking)]
     own = attention.BY_ARCHITECTURE.get(tuned.architecture(), {})
     for heads in pick([(14, 2, 64), (28, 4, 128)], [(2, 1, 32)]):
         shape = 2, heads[2]

@@ -1,8 +1,8 @@
-// The operators of the compiled extension, all in the namespace dllm_kernels_native. The Python packages wrap them;
-// shapes and settings are checked there.
-#include <torch/csrc/stable/library.h>
+// The operators of the compiled extension, all in its namespace (library.h). The Python packages wrap them; shapes and
+// settings are checked there.
+#include "library.h"
 
-STABLE_TORCH_LIBRARY(dllm_kernels_native, m) {
+DLLM_LIBRARY(m) {
   // topk_unmask.cpp. confidence: 0 prob, 1 margin, 2 entropy, 3 random. top_k 0 and top_p 1: no filter. index [M] int64:
   // the rows of the logits. uniform [M, 2] float64, allowed [M, ceil(V / 32)] int32 bits. hidden [M, D] fp32.
   m.def(

@@ -4,14 +4,15 @@ Every operation takes `backend=None` (the fastest that can run on the inputs) or
 prints the backends that run on this machine. Transformers, Triton and the compiled extension are loaded when needed.
 """
 
-from dllm_kernels import attention as _attention
-from dllm_kernels import masked_cross_entropy as _masked_cross_entropy
-from dllm_kernels import topk_unmask as _topk_unmask
-from dllm_kernels.attention import bidirectional_attention, bidirectional_attention_varlen, block_diffusion_attention
-from dllm_kernels.masked_cross_entropy import kl_divergence as _kl_divergence
-from dllm_kernels.masked_cross_entropy import linear_masked_cross_entropy, masked_cross_entropy
-from dllm_kernels.masked_cross_entropy.kl_divergence import linear_masked_kl_divergence
-from dllm_kernels.topk_unmask import (
+from . import attention as _attention
+from . import layers
+from . import masked_cross_entropy as _masked_cross_entropy
+from . import topk_unmask as _topk_unmask
+from .attention import bidirectional_attention, bidirectional_attention_varlen, block_diffusion_attention
+from .masked_cross_entropy import kl_divergence as _kl_divergence
+from .masked_cross_entropy import linear_masked_cross_entropy, masked_cross_entropy
+from .masked_cross_entropy.kl_divergence import linear_masked_kl_divergence
+from .topk_unmask import (
     Scores,
     Unmasked,
     linear_token_scores,
@@ -27,9 +28,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Scores", "Unmasked", "apply_dllm_kernels_to_dream", "apply_dllm_kernels_to_llada", "apply_dllm_kernels_to_llama",
     "apply_dllm_kernels_to_qwen2", "apply_dllm_kernels_to_qwen3", "bidirectional_attention",
-    "bidirectional_attention_varlen", "block_diffusion_attention", "describe_backends", "linear_masked_cross_entropy",
-    "linear_masked_kl_divergence", "linear_token_scores", "linear_topk_unmask", "masked_cross_entropy", "pack_allowed",
-    "philox_uniform", "register_attention", "token_scores", "topk_unmask",
+    "bidirectional_attention_varlen", "block_diffusion_attention", "describe_backends", "layers",
+    "linear_masked_cross_entropy", "linear_masked_kl_divergence", "linear_token_scores", "linear_topk_unmask",
+    "masked_cross_entropy", "pack_allowed", "philox_uniform", "register_attention", "token_scores", "topk_unmask",
 ]
 
 
@@ -46,7 +47,7 @@ def describe_backends() -> str:
 
 def __getattr__(name: str):
     if name in __all__:  # the patches, which need Transformers
-        from dllm_kernels import patch
+        from . import patch
 
         return getattr(patch, name)
     raise AttributeError(f"module 'dllm_kernels' has no attribute {name!r}")

@@ -12,6 +12,8 @@ from typing import Any, get_args, get_type_hints
 import torch
 from torch import Tensor
 
+from ._ops import add_op_namespace_prefix
+
 
 class _Signature:
     """Parameters and result of a function; named tuples among the parameters are spread into their fields."""
@@ -49,14 +51,14 @@ def _register(name: str, parameters: dict[str, Any], returns: Any, run: Callable
     prototype.__signature__ = inspect.Signature(
         [inspect.Parameter(parameter, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind)
          for parameter, kind in parameters.items()], return_annotation=returns)
-    operator = torch.library.custom_op(f"dllm_kernels::{name}", run, mutates_args=(),
+    operator = torch.library.custom_op(add_op_namespace_prefix(name), run, mutates_args=(),
                                        schema=torch.library.infer_schema(prototype, mutates_args=()))
     operator.register_fake(fake)
     return operator
 
 
 def define_operator(name: str, run: Callable, fake: Callable) -> Callable:
-    """Register `run`, which has no derivative, as `dllm_kernels::<name>`.
+    """Register `run`, which has no derivative, as the operator `name`.
 
     `fake` takes the same arguments and returns empty tensors of the results' shapes.
     """
@@ -84,7 +86,7 @@ class Differentiable:
         return _Eager.apply(self, *_flatten(inputs))
 
     def register(self, name: str, fake: Callable) -> Callable:
-        """Register the forward as `dllm_kernels::<name>` and the backward as `<name>_backward`; returns the forward.
+        """Register the forward as the operator `name` and the backward as `<name>_backward`; returns the forward.
 
         `fake` takes the inputs and returns empty tensors of the shapes of the forward's tuple.
         """

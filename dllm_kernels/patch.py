@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dllm_kernels.attention import bidirectional_attention
-from dllm_kernels.masked_cross_entropy import linear_masked_cross_entropy
+from .attention import bidirectional_attention
+from .masked_cross_entropy import linear_masked_cross_entropy
 
 __all__ = ["apply_dllm_kernels_to_dream", "apply_dllm_kernels_to_llada", "apply_dllm_kernels_to_llama",
            "apply_dllm_kernels_to_qwen2", "apply_dllm_kernels_to_qwen3", "register_attention"]

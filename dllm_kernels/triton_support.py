@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dllm_kernels.dispatch import takes
+from .dispatch import takes
 
 
 def interpreted() -> bool:
@@ -36,7 +36,7 @@ def refuses(tensor: Tensor) -> str | None:
 
 def kernels(operation: str):
     """The module of an operation's kernels. It imports Triton, so it is loaded only when they run."""
-    return importlib.import_module(f"dllm_kernels.{operation}.triton_kernels")
+    return importlib.import_module(f".{operation}.triton_kernels", __package__)
 
 
 def on_triton(operation: str, function: str) -> Callable:

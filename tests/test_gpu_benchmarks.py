@@ -25,7 +25,7 @@ def run(*command, **variables):
                           env={**os.environ, "OMP_NUM_THREADS": "1", **variables})
 
 
-SMALL = ["benchmarks.gpu", "--device", "cpu", "--small", "--output-dir"]
+SMALL = ["benchmarks.gpu", "--device", "cpu", "--small", "--minutes", "60", "--output-dir"]
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +42,25 @@ def test_a_run_reports_its_machine_its_limits_and_every_benchmark(tried):
     assert results["machine"]["device"] == "CPU" and len(results["machine"]["commit"] or 40 * "0") == 40
     assert results["limits"]["copy_bytes_per_s"] > 1e6 and results["limits"]["product_flop_per_s"] > 1e6
     assert {line["name"].split("::")[1] for line in results["benchmarks"]} == {
-        *(f"bench_head_against_product_then_logits[{case}]" for case in ("16-1.1-16", "16-1.1-32", "32-1.0-16",
-                                                                          "32-1.0-32")),
+        *(f"bench_head_against_product_then_logits[{size}-{case}]" for size in ("16-0.75", "32-0.9")
+          for case in ("16-0.0", "16-0.7", "32-0.0")),
+        "bench_head_of_counted_positions[16]", "bench_head_of_counted_positions[32]",
         *(f"bench_against_the_products_alone[{shape}-{known}counted]" for shape in ("0.5B", "7B")
           for known in ("", "not ")),
-        "bench_head_of_one_block[16]", "bench_head_of_one_block[32]"}
+        *(f"bench_head_of_one_block[{D}-{temperature}]" for D in (16, 32) for temperature in (0.0, 0.7))}
     for line in results["benchmarks"]:
         assert len(line["samples_s"]) == len(line["baseline_samples_s"]) == 2 and line["ours_s"] > 0
         assert line["name"] in said and line["at_least"] is None and not line["wrong"]
-    assert said.index("head: done, 6 results so far") < said.index("loss: done, 10 results so far")
+    assert said.index("head: done, 12 results so far") < said.index("loss: done, 16 results so far")
     assert "every promise holds" in said
     assert {file.name for file in folder.iterdir()} == {"cpu.json", "cpu.records.jsonl"}
+
+
+def test_a_small_run_has_no_limit_but_that_of_the_whole_run(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(gpu, "take", lambda name, results, options, seconds, records: given.append(seconds))
+    monkeypatch.setattr("sys.argv", [*SMALL, str(tmp_path), "--group", "logits"])
+    assert gpu.main() == 0 and given[0] > max(group.seconds for group in gpu.GROUPS.values())
 
 
 @pytest.mark.slow

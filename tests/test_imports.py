@@ -74,6 +74,15 @@ def test_kernels_never_import_dllm(imports):
     assert not [i for i in imports if i.file.startswith("dllm_kernels/") and i.touches("dllm")]
 
 
+def test_kernels_import_themselves_by_relative_names():
+    nodes = [node for path in (ROOT / "dllm_kernels").rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
+    assert not [node for node in nodes if isinstance(node, ast.Import) for alias in node.names
+                if alias.name.split(".")[0] == "dllm_kernels"]
+    own = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level]
+    assert own and not [node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level
+                        and node.module.split(".")[0] == "dllm_kernels"]
+
+
 def test_kernels_import_neither_transformers_nor_triton_at_import_time(imports):
     # The files of Triton kernels need Triton themselves; they are imported when the backend runs.
     assert not [i for i in imports if i.file.startswith("dllm_kernels/") and i.at_import_time

@@ -20,16 +20,16 @@ def test_instructions_per_word_are_those_of_the_loop_that_moves_sixteen_bytes_at
     assert machine_code.row_counts(listing("MOV R1, R2", "EXIT"), 40) == machine_code.RowCounts(0.0, 0.0, 40)
 
 
-def test_instructions_per_tile_are_those_of_the_loops_with_products():
+def test_instructions_per_tile_are_those_of_the_shortest_loop_with_products_and_what_surrounds_the_heads():
     inner = ["LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64]", "LDGSTS.E [R1], desc[UR4][R2.64]",
              "HGMMA.64x32x16.F32.BF16 R24, gdesc[UR8], R24", "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24",
              "@P0 BRA 0x20"]
-    code = listing("MOV R1, R2", "MOV R3, R4", *inner, "MUFU.EX2 R5, R4", "@P1 BRA 0x10", "EXIT")
+    code = listing("MOV R1, R2", "MOV R3, R4", *inner, "MUFU.EX2 R5, R4", "@P1 BRA 0x10", "EXIT", "NOP")
     settings = {"ROWS": 64, "num_warps": 4}
     assert machine_code.product_counts(code, settings | {"COLUMNS": 32}, 100, 2048) == machine_code.TileCounts(
         rows=64, columns=32, instructions=5, smallest_n=32, load_bytes=[4, 16], warps=4, registers=100, shared=2048)
     head = machine_code.product_counts(code, settings | {"WORDS": 128, "INNER": 64}, 100, 2048)
-    assert head == machine_code.HeadCounts(64, 128, 64, instructions=3, step_instructions=5, smallest_n=32,
+    assert head == machine_code.HeadCounts(64, 128, 64, instructions=5, step_instructions=5, smallest_n=32,
                                            load_bytes=[4, 16], warps=4, registers=100, shared=2048)
     for counts in (head, machine_code.RowCounts(1.5, 0.0, 40)):
         assert machine_code.as_counts(counts._asdict()) == counts
@@ -51,3 +51,15 @@ def test_waves_that_are_not_full_cost_as_much_as_full_ones():
     # 312 instructions of 4 warps on 4 schedulers, and 2**20 operations at 790e12 / 132 a second.
     cycles, product = 312 / 1.755e9, 2**20 * 132 / 790e12
     assert full == pytest.approx((1e6 / 132 * max(cycles, product), 1e6 / 132 * (cycles + product)))
+    cached = predict.seconds_of_tiles(counts, 1e6, 396, 2**20, 312, 2**16)
+    assert cached.most == pytest.approx(1e6 / 132 * (cycles + 2**16 * 132 / predict.CACHE_BYTES_PER_S))
+
+
+def test_the_head_by_products_is_as_fast_as_wanted_beside_rounded_logits():
+    scores = predict.counts_by_nvcc()["scores"]
+    for D, least in predict.HEAD_AT_LEAST.items():
+        ours, rounded = (predict.head_by_products(scores, predict.SCORED_ROWS, D, size) for size in (4, 2))
+        assert rounded / ours >= least
+    # 32 rows of one wave: the head is read once, and a program waits for each 8,192 bytes of its row.
+    by_hand = 151_936 * 896 * 2 / 4.3e12 + 32 * 151_936 * 4 / 4.3e12 + 151_936 * 4 / 8192 * 600e-9
+    assert predict.head_by_products(scores, 32, 896) == pytest.approx(by_hand)

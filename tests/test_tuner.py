@@ -109,7 +109,7 @@ def test_the_choice_is_the_fastest_of_the_records_of_this_machine_and_these_tile
                  result("few", SECOND, seconds=1.97, seconds_in_use=2.0)):
         append(tmp_path / "records", line)
     before = {("sm_90", "attention", (2, 64), "forward"): ({"ROWS": 64}, "x1.1"),
-              ("sm_80", "topk_unmask", 2, "linear"): ({"ROWS": 64}, "another GPU")}
+              ("sm_80", "topk_unmask", 2, "few"): ({"ROWS": 64}, "another GPU")}
     after = tune.improved(before, [kernel("forward"), kernel("few")], tmp_path / "records")
     assert after == before | {("sm_90", "attention", (2, 64), "forward"): (
         {"ROWS": 64, "num_warps": 8}, "a GPU, x1.37")}
@@ -120,7 +120,7 @@ def test_the_table_is_rewritten_and_read(tmp_path):
     path = tmp_path / "tuned.py"
     path.write_text(Path(tuned.__file__).read_text())
     found = {("sm_90", "attention", (2, 64), "forward"): ({"ROWS": 64}, "a GPU, x1.20")}
-    for table in (found, {}, found | {("sm_80", "topk_unmask", 2, "linear"): ({"num_warps": 4}, "another")}):
+    for table in (found, {}, found | {("sm_80", "topk_unmask", 2, "few"): ({"num_warps": 4}, "another")}):
         tune.rewrite(path, table)
         names = {}
         exec(path.read_text(), names)
@@ -146,8 +146,8 @@ def test_a_whole_run_in_the_interpreter(tmp_path):
     done = tune_in_the_interpreter(tmp_path, "topk_unmask")
     line, = read(tmp_path / "out" / "tune.records.jsonl")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert line["kernel"] == "topk_unmask 2 linear" and line["seconds"] > 0 and line["seconds_in_use"] > 0
-    assert f"# topk_unmask 2 linear {line['settings']}: " in done.stdout
+    assert line["kernel"] == "topk_unmask 2 few" and line["seconds"] > 0 and line["seconds_in_use"] > 0
+    assert f"# topk_unmask 2 few {line['settings']}: " in done.stdout
 
 
 @pytest.mark.parametrize("command, message", [

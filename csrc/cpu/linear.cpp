@@ -1,8 +1,7 @@
 // logits [M, V] = hidden [M, D] weight[V, D]^T + bias, stored.
 #include "linear.h"
 
-#include <torch/csrc/stable/library.h>
-
+#include "../library.h"
 #include "parallel.h"
 
 namespace {
@@ -33,4 +32,4 @@ void linear_rows(const Tensor& hidden, const Tensor& weight, std::optional<Tenso
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(dllm_kernels_native, CPU, m) { m.impl("linear_rows_cpu", TORCH_BOX(&linear_rows)); }
+DLLM_LIBRARY_IMPL(CPU, m) { m.impl("linear_rows_cpu", TORCH_BOX(&linear_rows)); }

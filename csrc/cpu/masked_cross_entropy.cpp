@@ -8,7 +8,6 @@
 //     gradients    z again;  g = probability_scale exp(z - top) - target_scale [target];  grad_x += g w, grad_w = g x
 // A training step takes four products, and no more memory than the gradients. Threads divide the words; their parts of
 // a row are combined in order, so results do not vary from run to run.
-#include <torch/csrc/stable/library.h>
 
 #include <cmath>
 #include <limits>
@@ -16,6 +15,7 @@
 #include <optional>
 #include <vector>
 
+#include "../library.h"
 #include "head.h"
 #include "parallel.h"
 
@@ -370,7 +370,7 @@ void gradients(const Tensor& logits, const Tensor& rows, const Tensor& targets, 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(dllm_kernels_native, CPU, m) {
+DLLM_LIBRARY_IMPL(CPU, m) {
   m.impl("cross_entropy_statistics_cpu", TORCH_BOX(&statistics));
   m.impl("cross_entropy_gradients_cpu", TORCH_BOX(&gradients));
   m.impl("linear_cross_entropy_statistics_cpu", TORCH_BOX(&linear_statistics));

@@ -7,7 +7,6 @@
 // cumulative sum passes u * s: the sums per block locate its block, and only that block is read, or multiplied, again.
 // top-p and top-k need no sort of the row: a histogram over m - x (1,024 bins) locates the bin where each bound falls,
 // and only the elements of that bin are sorted. A NaN makes s, and so the confidence, NaN.
-#include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -21,6 +20,7 @@
 #include <utility>
 #include <vector>
 
+#include "../library.h"
 #include "linear.h"
 #include "numbers.h"
 #include "parallel.h"
@@ -650,7 +650,7 @@ void linear_score_rows(const Tensor& hidden, const Tensor& weight, std::optional
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(dllm_kernels_native, CPU, m) {
+DLLM_LIBRARY_IMPL(CPU, m) {
   m.impl("score_rows_cpu", TORCH_BOX(&score_rows));
   m.impl("linear_score_rows_cpu", TORCH_BOX(&linear_score_rows));
 }

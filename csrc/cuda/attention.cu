@@ -1,7 +1,6 @@
 // Launches the kernels of decode_attention.cuh; the Python side has checked what may reach them.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -9,6 +8,7 @@
 #include <limits>
 
 #include "../checks.h"
+#include "../library.h"
 #include "decode_attention.cuh"
 
 namespace {
@@ -105,4 +105,4 @@ void decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const s
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(dllm_kernels_native, CUDA, m) { m.impl("decode_attention_cuda", TORCH_BOX(&decode_attention)); }
+DLLM_LIBRARY_IMPL(CUDA, m) { m.impl("decode_attention_cuda", TORCH_BOX(&decode_attention)); }

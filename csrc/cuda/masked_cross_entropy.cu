@@ -1,7 +1,6 @@
 // Launches the kernels of cross_entropy_rows.cuh; the Python side has checked what may reach them.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
@@ -9,6 +8,7 @@
 #include <type_traits>
 
 #include "../checks.h"
+#include "../library.h"
 #include "cross_entropy_rows.cuh"
 
 namespace {
@@ -131,7 +131,7 @@ void loss_of_rows(Tensor logits, const Tensor& targets, const Tensor& scale, con
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(dllm_kernels_native, CUDA, m) {
+DLLM_LIBRARY_IMPL(CUDA, m) {
   m.impl("cross_entropy_statistics_cuda", TORCH_BOX(&statistics));
   m.impl("cross_entropy_gradients_cuda", TORCH_BOX(&gradients));
   m.impl("cross_entropy_rows_cuda", TORCH_BOX(&loss_of_rows));

@@ -1,12 +1,12 @@
 // Launches the kernels of score_rows.cuh; the Python side has checked what may reach them.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
 
 #include "../checks.h"
+#include "../library.h"
 #include "score_rows.cuh"
 
 namespace {
@@ -114,7 +114,7 @@ void commit(const Tensor& tokens, const Tensor& masked, const Tensor& token, con
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(dllm_kernels_native, CUDA, m) {
+DLLM_LIBRARY_IMPL(CUDA, m) {
   m.impl("score_rows_cuda", TORCH_BOX(&score_rows));
   m.impl("find_rows_cuda", TORCH_BOX(&find_rows));
   m.impl("commit_cuda", TORCH_BOX(&commit));

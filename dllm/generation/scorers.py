@@ -92,7 +92,8 @@ class HeadScorer:
         result = linear_topk_unmask(hidden, self.model.head_weight, tokens, self.mask_token_id, k,
                                     confidence=confidence, selection_temperature=self.selection_temperature,
                                     threshold=threshold, confidence_of="raw" if raw else "filtered",
-                                    allowed=self._allowed(asked), generator=uniform, **self.sampling)
+                                    allowed=self._allowed(asked), generator=uniform,
+                                    count=int(step.left[chosen].sum()), **self.sampling)
         return Update(asked.place(step.tokens, result.tokens), asked.place(None, result.confidence))
 
     def score(self, positions: Tensor, *, raw: bool = False) -> Update:

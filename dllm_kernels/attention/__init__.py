@@ -15,12 +15,12 @@ import functools
 import torch
 from torch import Tensor
 
-from dllm_kernels import triton_support
-from dllm_kernels.attention import cuda, flash, reference, sdpa
-from dllm_kernels.attention.choices import preferred
-from dllm_kernels.attention.reference import Mask
-from dllm_kernels.custom_op import Differentiable
-from dllm_kernels.dispatch import Backend, choose
+from .. import triton_support
+from ..custom_op import Differentiable
+from ..dispatch import Backend, choose
+from . import cuda, flash, reference, sdpa
+from .choices import preferred
+from .reference import Mask
 
 __all__ = ["bidirectional_attention", "bidirectional_attention_varlen", "block_diffusion_attention"]
 
@@ -42,8 +42,9 @@ TRITON = Backend("triton", Differentiable("attention in Triton", _triton_forward
 CUDA = Backend("cuda", cuda.masked_attention, cuda.missing, cuda.refuses)
 FLASH = (Backend("torch_varlen", flash.varlen_by_torch, flash.missing_in_torch, flash.refuses),
          Backend("flash_attn", flash.varlen_by_flash_attn, flash.missing, flash.refuses))
+CUDNN = Backend("cudnn", flash.varlen_by_cudnn, flash.missing_cudnn, flash.refuses_cudnn)
 DENSE_BACKENDS = (SDPA, TRITON, CUDA, REFERENCE)
-VARLEN_BACKENDS = (FLASH[0], SDPA, TRITON, FLASH[1], REFERENCE)
+VARLEN_BACKENDS = (FLASH[0], SDPA, TRITON, FLASH[1], REFERENCE, CUDNN)  # cudnn by name alone, until it is measured
 BLOCK_DIFFUSION_BACKENDS = (SDPA, TRITON, REFERENCE)
 BACKENDS = {"bidirectional_attention": DENSE_BACKENDS, "bidirectional_attention_varlen": VARLEN_BACKENDS,
             "block_diffusion_attention": BLOCK_DIFFUSION_BACKENDS}
@@ -84,8 +85,9 @@ def bidirectional_attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: 
         cu_seqlens: [S + 1] int32, from 0 to T: document s holds the positions cu_seqlens[s] to cu_seqlens[s + 1].
         max_seqlen: positions of the longest document.
         block_length, scale: as `bidirectional_attention`; blocks are counted within each document.
-        backend: "torch_varlen" (PyTorch's FlashAttention) or "flash_attn" (if installed), both on a GPU, for
-            block_length None or 1; "sdpa", "triton" or "reference"; None as there.
+        backend: "torch_varlen" (PyTorch's FlashAttention), "flash_attn" (if installed) or "cudnn" (without gradients,
+            not measured, never chosen by itself), all on a GPU, for block_length None or 1; "sdpa", "triton" or
+            "reference"; None as there.
     Returns: [T, Hq, E] in q's dtype.
     Raises: ValueError as `bidirectional_attention`. The values of cu_seqlens are checked on a CPU; a GPU would wait.
     """
@@ -182,7 +184,7 @@ def _in_order(op: str, kind: str, device: torch.device, blocks: bool = False) ->
     """The backends of an operation, in the order of choices.py."""
     backends = BACKENDS[op]
     if blocks:
-        backends = (b._replace(refuses=flash.refuses_blocks) if b in FLASH else b for b in backends)
+        backends = (b._replace(refuses=flash.refuses_blocks) if b in (*FLASH, CUDNN) else b for b in backends)
     return tuple(sorted(backends, key=preferred(kind, device)))
 
 

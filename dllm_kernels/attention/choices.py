@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from dllm_kernels.dispatch import Backend
+from ..dispatch import Backend
 
 
 class Choice(NamedTuple):

@@ -6,9 +6,9 @@ It uses the tensor cores through mma.sync, so it needs sm_80 or newer; blocks sh
 import torch
 from torch import Tensor
 
-from dllm_kernels import native_extension
-from dllm_kernels.attention.reference import Mask
-from dllm_kernels.dispatch import takes
+from .. import native_extension
+from ..dispatch import takes
+from .reference import Mask
 
 QUERIES = 64  # at most; a kernel for long inputs is better at more
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dllm_kernels.attention.reference import Mask, dense_mask
+from .reference import Mask, dense_mask
 
 TILE = 128
 

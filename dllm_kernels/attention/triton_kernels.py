@@ -25,8 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dllm_kernels import tuned
-from dllm_kernels.attention.reference import Mask
+from .. import tuned
+from .reference import Mask
 
 FEW = 128  # up to this many queries, the heads of a group share a tile, and programs share the keys
 PROGRAMS = 264  # at most: two for each multiprocessor of an H200. Not measured on a GPU.

@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dllm_kernels import native_extension, triton_support
-from dllm_kernels.custom_op import Differentiable
-from dllm_kernels.dispatch import Backend, choose, takes
-from dllm_kernels.masked_cross_entropy import cpu, cuda, reference
-from dllm_kernels.masked_cross_entropy.products import three_products
-from dllm_kernels.masked_cross_entropy.rows import Form, Linear, Passes, Scored, scale_of, sums_dtype, two_passes
+from .. import native_extension, triton_support
+from ..custom_op import Differentiable
+from ..dispatch import Backend, choose, takes
+from . import cpu, cuda, reference
+from .products import three_products
+from .rows import Form, Linear, Passes, Scored, scale_of, sums_dtype, two_passes
 
 __all__ = ["linear_masked_cross_entropy", "masked_cross_entropy"]
 
@@ -179,7 +179,7 @@ def _run(eager: Callable, operator: Callable, inputs: Tensor | Linear, scored: S
 
 
 def _run_parallel(inputs: Linear, scored: Scored, form: Form, group, backend: str | None) -> tuple[Tensor, Tensor]:
-    from dllm_kernels.masked_cross_entropy.vocabulary_parallel import combine, count_words
+    from .vocabulary_parallel import combine, count_words
 
     sizes = count_words(inputs.weight, group)
     if scored.targets.is_cpu:

@@ -7,8 +7,8 @@ processor's full width is faster than keeping them in memory.
 import torch
 from torch import Tensor
 
-from dllm_kernels import native_extension
-from dllm_kernels.masked_cross_entropy.rows import Form, Linear, Scales, Scored, with_rows_contiguous
+from .. import native_extension
+from .rows import Form, Linear, Scales, Scored, with_rows_contiguous
 
 ROWS_AT_ONCE = 4096  # in the backward, because each thread holds gradients of all of them
 

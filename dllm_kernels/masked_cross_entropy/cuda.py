@@ -6,9 +6,9 @@ A target out of range makes the loss NaN.
 import torch
 from torch import Tensor
 
-from dllm_kernels import native_extension
-from dllm_kernels.masked_cross_entropy.products import Chunk
-from dllm_kernels.masked_cross_entropy.rows import Form, Scale, Scales, Scored, with_rows_contiguous
+from .. import native_extension
+from .products import Chunk
+from .rows import Form, Scale, Scales, Scored, with_rows_contiguous
 
 
 def missing() -> str | None:

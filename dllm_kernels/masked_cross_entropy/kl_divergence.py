@@ -14,11 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dllm_kernels import triton_support
-from dllm_kernels.custom_op import Differentiable
-from dllm_kernels.dispatch import Backend, choose
-from dllm_kernels.masked_cross_entropy.products import WORKSPACE_BYTES, Chunk, logits_of, operands, three_products
-from dllm_kernels.masked_cross_entropy.rows import Form, Linear, Passes, Scale, Scored, scale_of, sums_dtype
+from .. import triton_support
+from ..chunks import WORKSPACE_BYTES
+from ..custom_op import Differentiable
+from ..dispatch import Backend, choose
+from .products import Chunk, logits_of, operands, three_products
+from .rows import Form, Linear, Passes, Scale, Scored, scale_of, sums_dtype
 
 OP = "linear_masked_kl_divergence"
 

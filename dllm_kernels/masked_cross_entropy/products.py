@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllm_kernels.masked_cross_entropy.rows import (
+from ..chunks import ALIGNED, WORKSPACE_BYTES, empty_logits, rows_of_chunk
+from .rows import (
     Form,
     Kept,
     Linear,
@@ -34,10 +35,6 @@ from dllm_kernels.masked_cross_entropy.rows import (
     sums_dtype,
     with_rows_contiguous,
 )
-
-WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 896 << 20}  # by default, for the logits of a chunk
-ROWS = 128  # a chunk has a multiple of as many, where the workspace has room for them
-ALIGNED = 16  # bytes: rows of the logits begin at multiples, for wide reads and the products
 
 
 class Chunk(NamedTuple):
@@ -170,15 +167,6 @@ def _chunks(hidden: Tensor, words: int, scored: Scored, workspace_bytes: int | N
         yield rows[start:start + size], None if live is None else live - start
 
 
-def rows_of_chunk(rows: int, bytes_of_row: int, room: int) -> int:
-    """How many rows of logits a chunk has, so that `rows` make chunks of equal size."""
-    fitting = max(1, room // max(bytes_of_row, 1))
-    if fitting < ROWS:
-        return fitting
-    chunks = max(-(-rows // (fitting - fitting % ROWS)), 1)
-    return max(-(-rows // (chunks * ROWS)), 1) * ROWS
-
-
 def _corrupted_first(scored: Scored) -> tuple[Tensor, Tensor | None]:
     """The corrupted positions; where their number is not known on the host, all positions, and it."""
     if scored.corrupted.is_cpu:
@@ -202,8 +190,7 @@ def logits_of(x: Tensor, weight: Tensor, bias: Tensor | None, live: Tensor | Non
     """x @ weight.T + bias [C, V]; of the first `live` rows if it is given, the others being arbitrary."""
     if live is not None:
         return F.grouped_mm(x, weight.T.unsqueeze(0), offs=_ends(live, len(x)))
-    words, per_row = len(weight), ALIGNED // x.element_size()
-    z = x.new_empty(len(x), -(-words // per_row) * per_row)[:, :words]
+    z = empty_logits(x, len(x), len(weight), x.dtype)
     return torch.mm(x, weight.T, out=z) if bias is None else torch.addmm(bias, x, weight.T, out=z)
 
 

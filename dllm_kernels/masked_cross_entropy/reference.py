@@ -8,8 +8,9 @@ For a corrupted row with target y, where z is the logits or softcap * tanh(logit
 import torch
 from torch import Tensor
 
-from dllm_kernels.masked_cross_entropy.products import WORKSPACE_BYTES, Chunk
-from dllm_kernels.masked_cross_entropy.rows import Form, Scale, Scales, Scored, sums_dtype
+from ..chunks import WORKSPACE_BYTES
+from .products import Chunk
+from .rows import Form, Scale, Scales, Scored, sums_dtype
 
 
 def statistics(logits: Tensor, scored: Scored, form: Form) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dllm_kernels.masked_cross_entropy.products import Chunk
-from dllm_kernels.masked_cross_entropy.rows import Form, Scale, Scales, Scored, with_rows_contiguous
+from .products import Chunk
+from .rows import Form, Scale, Scales, Scored, with_rows_contiguous
 
 ROW = {"WORDS": 4096, "num_warps": 8}  # of the kernels that read logits once
 # Of the kernel that reads them twice, by bytes per number: a program on each multiprocessor, so that the rows at work

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dllm_kernels.masked_cross_entropy.rows import Linear, Scored
+from .rows import Linear, Scored
 
 
 def count_words(weight: Tensor, group: dist.ProcessGroup) -> Tensor:

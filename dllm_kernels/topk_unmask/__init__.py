@@ -11,37 +11,41 @@ its batch. B rows, L positions, M masked positions, V words, D hidden size.
 """
 
 import os
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dllm_kernels import native_extension, triton_support
-from dllm_kernels.custom_op import define_operator
-from dllm_kernels.dispatch import Backend, choose, takes
-from dllm_kernels.topk_unmask import allowed as allowed_words
-from dllm_kernels.topk_unmask import cpu, cuda, reference, vocabulary_parallel
-from dllm_kernels.topk_unmask import random as random_numbers
-from dllm_kernels.topk_unmask.allowed import pack as pack_allowed
-from dllm_kernels.topk_unmask.selection import commit
-from dllm_kernels.topk_unmask.settings import CONFIDENCES, Rows, Sampling, Selection
+from .. import native_extension, triton_support
+from ..custom_op import define_operator
+from ..dispatch import Backend, choose, takes
+from . import allowed as allowed_words
+from . import cpu, cuda, products, reference, vocabulary_parallel
+from . import random as random_numbers
+from .allowed import pack as pack_allowed
+from .selection import commit
+from .settings import CONFIDENCES, Rows, Sampling, Selection
 
 __all__ = ["Scores", "Unmasked", "linear_token_scores", "linear_topk_unmask", "pack_allowed", "philox_uniform",
            "token_scores", "topk_unmask"]
 
 
-def _on_triton(function: str) -> Backend:
-    return Backend("triton", triton_support.on_triton("topk_unmask", function), triton_support.missing,
-                   triton_support.refuses)
+_on_triton = triton_support.on_triton("topk_unmask", "score_rows")
 
 
-# CUDA C++ before Triton by the count of instructions (benchmarks/predict.py): 9 to 10 a word against 20 at T = 0.
-LOGITS_BACKENDS = (Backend("cpu", cpu.score_rows, native_extension.why_missing, takes("cpu")),
-                   Backend("cuda", cuda.score_rows, cuda.missing, cuda.refuses), _on_triton("score_rows"),
-                   Backend("reference", reference.score_rows))
-LINEAR_BACKENDS = (Backend("cpu", cpu.linear_score_rows, native_extension.why_missing, takes("cpu")),
-                   _on_triton("linear_score_rows"), Backend("reference", reference.linear_score_rows))
+def _backends(on_cpu: Callable, on_cuda: Callable, on_triton: Callable, by_definition: Callable) -> tuple[Backend, ...]:
+    # CUDA C++ before Triton by the count of instructions (benchmarks/predict.py): 9 to 10 a word against 20 at T = 0.
+    return (Backend("cpu", on_cpu, native_extension.why_missing, takes("cpu")),
+            Backend("cuda", on_cuda, cuda.missing, cuda.refuses),
+            Backend("triton", on_triton, triton_support.missing, triton_support.refuses),
+            Backend("reference", by_definition))
+
+
+LOGITS_BACKENDS = _backends(cpu.score_rows, cuda.score_rows, _on_triton, reference.score_rows)
+LINEAR_BACKENDS = _backends(cpu.linear_score_rows, partial(products.linear_score_rows, cuda.score_rows),
+                            partial(products.linear_score_rows, _on_triton), reference.linear_score_rows)
 BACKENDS = {"topk_unmask": LOGITS_BACKENDS, "linear_topk_unmask": LINEAR_BACKENDS, "token_scores": LOGITS_BACKENDS,
             "linear_token_scores": LINEAR_BACKENDS}
 
@@ -105,7 +109,7 @@ def topk_unmask(logits: Tensor, tokens: Tensor, mask_token_id: int, k: Tensor | 
     rows = Rows(None, _uniforms(op, generator, tokens, sampling, selection),
                 _allowed_bits(op, allowed, tokens, logits.shape[-1]))
     run = _unmask_operator if torch.compiler.is_compiling() else _unmask
-    return Unmasked(*run(Inputs(logits), tokens, mask_token_id, rows, sampling, selection, backend))
+    return Unmasked(*run(Inputs(logits), tokens, mask_token_id, rows, sampling, selection, None, backend))
 
 
 def linear_topk_unmask(hidden: Tensor, weight: Tensor, tokens: Tensor, mask_token_id: int, k: Tensor | int, *,
@@ -113,11 +117,13 @@ def linear_topk_unmask(hidden: Tensor, weight: Tensor, tokens: Tensor, mask_toke
                        top_k: int | None = None, top_p: float | None = None, selection_temperature: float = 0.0,
                        threshold: float | None = None, confidence_of: str = "filtered",
                        allowed: Tensor | None = None, generator: torch.Generator | Tensor | None = None,
-                       group=None, backend: str | None = None) -> Unmasked:
+                       count: int | None = None, group=None, backend: str | None = None) -> Unmasked:
     """`topk_unmask` of the logits hidden @ weight.T + bias, multiplied at the masked positions alone, never all stored.
 
     Args:
         hidden: [B, L, D], read only where masked. weight: [V, D]. bias: [V].
+        count: how many positions are masked, if it is known: on a GPU, where counting would stall the host, cuBLAS then
+            multiplies them if they are many. A wrong one raises on a CPU; on a GPU it may make every confidence NaN.
         group: a process group of torch.distributed each of whose processes holds a slice of the words, in the order of
             ranks: `weight` and `bias` are this process's; all else, and the result, is the same in every process. Runs
             on "reference".
@@ -129,13 +135,17 @@ def linear_topk_unmask(hidden: Tensor, weight: Tensor, tokens: Tensor, mask_toke
     if hidden.shape[:-1] != tokens.shape:
         raise ValueError(f"{op} takes hidden [B, L, D] and tokens [B, L], not {list(hidden.shape)} and "
                          f"{list(tokens.shape)}")
+    if count is not None and tokens.is_cpu and not torch.compiler.is_compiling() and (
+            count != (masked := int((tokens == mask_token_id).sum()))):
+        raise ValueError(f"{op}: count is the number of masked positions, {masked}, not {count}")
     sampling = _check_sampling(op, confidence, temperature, top_k, top_p, confidence_of)
     selection = _check_selection(op, tokens, k, selection_temperature, threshold)
     rows = Rows(None, _uniforms(op, generator, tokens, sampling, selection),
                 _allowed_bits(op, allowed, tokens, weight.shape[0] if group is None else None))
     run = _unmask_operator if torch.compiler.is_compiling() else _unmask
     run = run if group is None else partial(_unmask, group=group)
-    return Unmasked(*run(Inputs(hidden, weight, bias), tokens, mask_token_id, rows, sampling, selection, backend))
+    return Unmasked(*run(Inputs(hidden, weight, bias), tokens, mask_token_id, rows, sampling, selection, count,
+                         backend))
 
 
 def token_scores(logits: Tensor, *, confidence: str = "prob", temperature: float = 0.0, top_k: int | None = None,
@@ -274,11 +284,11 @@ def _allowed_bits(op: str, allowed: Tensor | None, each: Tensor, words: int | No
 
 
 def _unmask(inputs: Inputs, tokens: Tensor, mask_token_id: int, rows: Rows, sampling: Sampling, selection: Selection,
-            backend: str | None, group=None) -> tuple[Tensor, Tensor, Tensor]:
+            count: int | None, backend: str | None, group=None) -> tuple[Tensor, Tensor, Tensor]:
     """The fields of `Unmasked`. `rows` has the uniforms of all positions, and bits as `_allowed_bits` returns them."""
     table = LOGITS_BACKENDS if inputs.weight is None else LINEAR_BACKENDS
-    if group is None and (name := choose("topk_unmask", table, backend, inputs.values).name) in ("triton", "cuda"):
-        return _unmask_without_waiting(inputs, tokens, mask_token_id, rows, sampling, selection, name)
+    if group is None and (name := choose("topk_unmask", table, backend, _logits(inputs)).name) in ("triton", "cuda"):
+        return _unmask_without_waiting(inputs, tokens, mask_token_id, rows, sampling, selection, count, name)
     masked = tokens == mask_token_id
     positions = masked.flatten().nonzero().squeeze(1)
     bits = rows.allowed
@@ -297,8 +307,8 @@ def _unmask(inputs: Inputs, tokens: Tensor, mask_token_id: int, rows: Rows, samp
 
 
 def _unmask_without_waiting(inputs: Inputs, tokens: Tensor, mask_token_id: int, rows: Rows, sampling: Sampling,
-                            selection: Selection, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_unmask`, where only the GPU knows how many positions are masked.
+                            selection: Selection, count: int | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_unmask`, on a GPU, which alone knows which positions are masked.
 
     Every position has a place, and nothing is read where it is not masked. A row that [M, V] lacks gives NaN.
     """
@@ -311,9 +321,31 @@ def _unmask_without_waiting(inputs: Inputs, tokens: Tensor, mask_token_id: int, 
             bits = bits[place.clamp(0, len(bits) - 1)]
         else:
             bits = bits.expand(len(index), -1) if bits.ndim == 1 else bits.flatten(0, 1)
-    all_rows = Rows(index, None if rows.uniform is None else rows.uniform.flatten(0, 1), bits)
-    token, score = _score(inputs, all_rows, sampling, backend)
+    all_rows = Rows(index, None if rows.uniform is None else rows.uniform.flatten(0, 1), bits, sparse=True)
+    if count is not None and count > products.FEW:
+        token, score = _score_counted(inputs, all_rows, sampling, count, backend)
+    else:
+        token, score = _score(inputs, all_rows, sampling, backend)
     return kernels.commit(tokens, masked, token.view_as(tokens), score.view_as(tokens), selection, rows.uniform)
+
+
+def _score_counted(inputs: Inputs, rows: Rows, sampling: Sampling, count: int, backend: str) -> tuple[Tensor, Tensor]:
+    """As `_score`, of the `count` rows that are asked for, gathered. If there are more or fewer, theirs are NaN."""
+    asked = rows.index >= 0
+    places = asked.byte().argsort(descending=True, stable=True)[:count]
+    uniform, bits = rows.uniform, rows.allowed
+    if bits is not None:
+        bits = bits[places] if bits.stride(0) else bits[:count]
+    gathered = Rows(rows.index[places], None if uniform is None else uniform[places], bits)
+    token, score = _score(inputs, gathered, sampling, backend)
+    tokens = torch.zeros_like(rows.index).index_copy_(0, places, token)
+    scores = torch.full_like(rows.index, -torch.inf, dtype=torch.float32).index_copy_(0, places, score)
+    return tokens, scores.masked_fill_(asked & (asked.sum() != count), torch.nan)
+
+
+def _logits(inputs: Inputs) -> Tensor:
+    """What backends accept or refuse: the logits or, of hidden states, none of them."""
+    return inputs.values if inputs.weight is None else inputs.values.new_empty(0, len(inputs.weight))
 
 
 def _scores(inputs: Inputs, rows: Rows, sampling: Sampling, backend: str | None, group=None) -> tuple[Tensor, Tensor]:
@@ -329,7 +361,7 @@ def _score(inputs: Inputs, rows: Rows, sampling: Sampling, backend: str | None, 
     linear = inputs.weight is not None
     op, table = ("linear_token_scores", LINEAR_BACKENDS) if linear else ("token_scores", LOGITS_BACKENDS)
     if group is None:
-        run = choose(op, table, backend, values).run
+        run = choose(op, table, backend, _logits(inputs)).run
     elif backend in (None, "reference"):
         run = partial(vocabulary_parallel.linear_score_rows, group=group)
     else:

@@ -7,8 +7,8 @@ so the logits of some rows are then stored.
 import torch
 from torch import Tensor
 
-from dllm_kernels import native_extension
-from dllm_kernels.topk_unmask.settings import CONFIDENCES, Rows, Sampling
+from .. import native_extension
+from .settings import CONFIDENCES, Rows, Sampling
 
 _WORKSPACE_BYTES = 64 << 20  # of logits, for the filters
 _MAX_ROWS = 128  # of one product, so that the hidden rows stay in the cache
@@ -52,5 +52,5 @@ def _outputs(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def _score_into(logits: Tensor, rows: Rows, sampling: Sampling, token: Tensor, score: Tensor) -> None:
     native_extension.operators().score_rows_cpu(
-        logits, *rows, token, score, CONFIDENCES.index(sampling.confidence), sampling.temperature, sampling.top_k or 0,
-        1.0 if sampling.top_p is None else sampling.top_p, sampling.raw)
+        logits, rows.index, rows.uniform, rows.allowed, token, score, CONFIDENCES.index(sampling.confidence),
+        sampling.temperature, sampling.top_k or 0, 1.0 if sampling.top_p is None else sampling.top_p, sampling.raw)

@@ -1,4 +1,4 @@
-"""The CUDA C++ backend from logits (csrc/cuda/score_rows.cuh): three launches a step, and no host synchronisation.
+"""The CUDA C++ backend (csrc/cuda/score_rows.cuh): from logits three launches a step, and no host synchronisation.
 
 A row is read once; filters read it up to 19 times (bf16 11, fp16 13), as in Triton; a sample reads 2 KB of it again.
 """
@@ -6,9 +6,9 @@ A row is read once; filters read it up to 19 times (bf16 11, fp16 13), as in Tri
 import torch
 from torch import Tensor
 
-from dllm_kernels import native_extension
-from dllm_kernels.dispatch import takes
-from dllm_kernels.topk_unmask.settings import CONFIDENCES, Rows, Sampling, Selection
+from .. import native_extension
+from ..dispatch import takes
+from .settings import CONFIDENCES, Rows, Sampling, Selection
 
 MOST_WORDS = 1 << 20  # kMostWords
 
@@ -28,10 +28,10 @@ def score_rows(logits: Tensor, rows: Rows, sampling: Sampling) -> tuple[Tensor, 
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     n = len(logits) if rows.index is None else len(rows.index)
     token, score = logits.new_empty(n, dtype=torch.int64), logits.new_empty(n, dtype=torch.float32)
-    settings = sampling.effective(logits.shape[1], rows.allowed is not None)
+    settings, rows = sampling.effective(logits.shape[1], rows.allowed is not None), rows.readable()
     native_extension.operators().score_rows_cuda(
-        logits, *rows.readable(), token, score, CONFIDENCES.index(sampling.confidence), settings.temperature or 0.0,
-        settings.filtered, settings.top_k, settings.top_p, settings.raw)
+        logits, rows.index, rows.uniform, rows.allowed, token, score, CONFIDENCES.index(sampling.confidence),
+        settings.temperature or 0.0, settings.filtered, settings.top_k, settings.top_p, settings.raw)
     return token, score
 
 

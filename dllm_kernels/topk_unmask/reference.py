@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dllm_kernels.topk_unmask.allowed import unpack
-from dllm_kernels.topk_unmask.settings import Rows, Sampling
+from .allowed import unpack
+from .settings import Rows, Sampling
 
 _CHUNK_BYTES = 256 << 20  # of logits at once
 

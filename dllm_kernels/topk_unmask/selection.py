@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dllm_kernels.topk_unmask.settings import Selection
+from .settings import Selection
 
 
 def commit(tokens: Tensor, masked: Tensor, token: Tensor, confidence: Tensor, selection: Selection,

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 CONFIDENCES = ("prob", "margin", "entropy", "random")  # csrc counts them in this order
@@ -52,15 +53,23 @@ class Rows(NamedTuple):
     index: Tensor | None = None  # [n] int64, rows of the inputs; None: all, in order
     uniform: Tensor | None = None  # [n, 2] float64
     allowed: Tensor | None = None  # [n, ceil(V / 32)] int32 bits, see `allowed.py`
+    sparse: bool = False  # only the GPU knows which of the index are -1, not asked for
 
     def part(self, some: slice) -> "Rows":
-        return Rows(*(None if x is None else x[some] for x in self))
+        return Rows(*(None if x is None else x[some] for x in self[:3]), self.sparse)
 
     def readable(self) -> "Rows":
         """With strides that the compiled kernels take; that of the rows of `allowed` is free."""
         index, uniform = (None if x is None else x.contiguous() for x in (self.index, self.uniform))
         allowed = self.allowed
-        return Rows(index, uniform, allowed if allowed is None or allowed.stride(-1) == 1 else allowed.contiguous())
+        allowed = allowed if allowed is None or allowed.stride(-1) == 1 else allowed.contiguous()
+        return Rows(index, uniform, allowed, self.sparse)
+
+
+def places(index: Tensor, R: int) -> Tensor:
+    """Each row's own place where it is one of R rows; -1 where it is not asked for, and else past the last place."""
+    place = torch.arange(len(index), device=index.device)
+    return torch.where(index < 0, -1, torch.where(index < R, place, len(index)))
 
 
 class Selection(NamedTuple):

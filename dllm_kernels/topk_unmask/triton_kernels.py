@@ -16,35 +16,37 @@ top-k, the smallest value that has fewer than top_k larger words. The search for
 integer key twice per read, so nothing is sorted. At temperature 0 with a raw or random confidence a filter changes
 nothing, and is left out.
 
-The linear form computes tiles of hidden @ weight.T and reduces them in registers. To sample, it multiplies one block of
-words again. For a filter it stores fp32 logits, at most WORKSPACE_BYTES at a time. The number of rows stays on the GPU:
-programs without a row return at once. n rows to score, R rows of inputs, V words, D hidden size.
+The linear form multiplies tiles of words by rows, weight @ hidden.T, so that few rows need little padding: tensor cores
+take 64 words at a time, but as few as 16 rows. A tile leaves the same numbers as a block of logits, from registers. To
+sample or to filter it stores its logits too, in fp32, so that no row of the head is read again. The number of rows
+stays on the GPU: programs without a row return at once. n rows to score, R rows of inputs, V words, D hidden size.
 """
 
 import struct
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dllm_kernels import tuned
-from dllm_kernels.topk_unmask.settings import Rows, Sampling, Selection
-from dllm_kernels.triton_head import logits_of_tile, tile_and_split
+from .. import tuned
+from ..chunks import empty_logits
+from .settings import Rows, Sampling, Selection, places
 
-# Not measured on a GPU: tiles that spill no registers on sm_80, sm_90 and sm_100.
+# Not measured on a GPU: tiles that spill no registers on sm_80, sm_90 and sm_100, but for 8 bytes on sm_100 where the
+# linear form has allowed words, a bias and two distributions.
 BLOCK = {"WORDS": 4096, "num_warps": 8}  # of a row of logits
 CUT = {"WORDS": 2048, "num_warps": 8}
 PROGRAMS, SHARE = 4096, 4  # blocks per program: up to SHARE, as long as there are PROGRAMS
-# For the linear form, by bytes per element.
+# For the linear form, by bytes per element: "few" with as many ROWS as there are, 16 to MOST_FEW of them.
 TILES = tuned.apply("topk_unmask", {
-    2: {"linear": {"ROWS": 128, "WORDS": 128, "INNER": 64, "num_warps": 8, "num_stages": 3}},
-    4: {"linear": {"ROWS": 64, "WORDS": 64, "INNER": 32, "num_warps": 8, "num_stages": 3}}})
-NARROW = {2: 64, 4: 32}  # WORDS where words are allowed one by one, or two distributions measured: more registers each
-GROUP, LINEAR_SPLITS, LINEAR_PROGRAMS = 16, 32, 512  # as in masked_cross_entropy
-SAMPLED = 512  # words that the linear form multiplies again to sample; more if the statistics would not fit
-CHOOSE = {"logits": {"INNER": 32, "num_warps": 16}, "linear": {"INNER": 32, "num_warps": 8}}
-WORKSPACE_BYTES, STATISTICS_BYTES = 1 << 30, 1 << 28
+    2: {"few": {"WORDS": 128, "INNER": 64, "num_warps": 4, "num_stages": 3},
+        "linear": {"ROWS": 128, "WORDS": 128, "INNER": 64, "num_warps": 8, "num_stages": 3}},
+    4: {"few": {"WORDS": 64, "INNER": 32, "num_warps": 4, "num_stages": 3},
+        "linear": {"ROWS": 64, "WORDS": 64, "INNER": 32, "num_warps": 8, "num_stages": 3}}})
+MOST_FEW = 64
+CHOOSE = {"num_warps": 16}
 POSITIONS = {"BLOCK": 1024, "num_warps": 4}
 COMMIT = {"BLOCK": 64, "OTHERS": 64, "num_warps": 8}
 
@@ -94,22 +96,6 @@ def _statistics(x, v, V, IDS: tl.constexpr, MEASURE: tl.constexpr):
     if MEASURE == "entropy":
         extra = tl.sum(tl.where(e > 0, e * shifted, 0.0), 1)
     return top, best, total, extra
-
-
-@triton.jit
-def _fold(top, best, total, extra, x, v, V, IDS: tl.constexpr, MEASURE: tl.constexpr):
-    """The statistics of x and of the lower words before it, together."""
-    its_top, its_best, its_total, its_extra = _statistics(x, v, V, IDS, MEASURE)
-    new_top = tl.maximum(top, its_top)
-    shift = _finite(new_top)
-    scale, its_scale = tl.exp(top - shift), tl.exp(its_top - shift)
-    if MEASURE == "margin":
-        extra = tl.maximum(tl.minimum(top, its_top), tl.maximum(extra, its_extra))
-    if MEASURE == "entropy":
-        extra = tl.where(total > 0, scale * (extra + (top - shift) * total), 0.0)
-        extra += tl.where(its_total > 0, its_scale * (its_extra + (its_top - shift) * its_total), 0.0)
-    best = tl.where(its_top > top, its_best, best)
-    return new_top, best, total * scale + its_total * its_scale, extra
 
 
 @triton.jit
@@ -238,12 +224,11 @@ def _cut_kernel(cuts, lasts, stats, logits, rows, allowed, temperature, top_p_bi
     tl.store(lasts + n, last)
 
 
-@triton.jit(do_not_specialize=["allowed_stride", "R", "blocks", "span"])
-def _choose_kernel(tokens, scores, stats, ids, inputs, weight, bias, rows, uniform, allowed, cuts, lasts, temperature,
-                   inputs_stride, weight_stride, allowed_stride, R, V, D, blocks, span, CONFIDENCE: tl.constexpr,
-                   RAW: tl.constexpr, SHIFT: tl.constexpr, BLOCKS: tl.constexpr, WORDS: tl.constexpr,
-                   INNER: tl.constexpr):
-    """Choose and score the token of a row, given the statistics of its blocks of `span` words."""
+@triton.jit(do_not_specialize=["allowed_stride", "R", "blocks"])
+def _choose_kernel(tokens, scores, stats, ids, logits, rows, uniform, allowed, cuts, lasts, temperature, logits_stride,
+                   allowed_stride, R, V, blocks, CONFIDENCE: tl.constexpr, RAW: tl.constexpr, SHIFT: tl.constexpr,
+                   BLOCKS: tl.constexpr, WORDS: tl.constexpr):
+    """Choose and score the token of a row, given the statistics of its blocks. At temperature 0 it reads no logits."""
     n = tl.program_id(0).to(tl.int64)
     row = _row_of(rows, n)
     if (row < 0) | (row >= R):
@@ -264,15 +249,11 @@ def _choose_kernel(tokens, scores, stats, ids, inputs, weight, bias, rows, unifo
         passed = tl.load(uniform + 2 * n) * total
         block = tl.minimum(tl.sum(((sums <= passed) & (b < blocks)).to(tl.int32), 0),
                            tl.max(tl.where(shares > 0, b, 0), 0))
-        v = block * span + tl.arange(0, WORDS)
-        end = tl.minimum(V, (block + 1) * span)
-        if weight is None:
-            z = tl.load(inputs + row * inputs_stride + v, mask=v < end, other=-float("inf")).to(tl.float32)
-        else:
-            z = _multiply(inputs + row * inputs_stride, weight, bias, block * span, weight_stride, V, D, WORDS, INNER)
+        v = block * WORDS + tl.arange(0, WORDS)
+        z = tl.load(logits + row * logits_stride + v, mask=v < V, other=-float("inf")).to(tl.float32)
         if allowed is not None:
             allowed += n * allowed_stride
-        x = _tempered(z, v, allowed, end, temperature)
+        x = _tempered(z, v, allowed, V, temperature)
         if cuts is not None:
             key, cut = _key(z, x, SHIFT), tl.load(cuts + n)
             x = tl.where((key > cut) | ((key == cut) & (v <= tl.load(lasts + n))), x, -float("inf"))
@@ -280,7 +261,7 @@ def _choose_kernel(tokens, scores, stats, ids, inputs, weight, bias, rows, unifo
         before = tl.sum(tl.where(b == block, sums - shares, 0.0), 0)
         word = tl.sum((before + tl.cumsum(e, 0) <= passed).to(tl.int32), 0)
         word = tl.minimum(word, tl.max(tl.where(e > 0, tl.arange(0, WORDS), 0), 0))
-        token = tl.minimum(block * span + word, V - 1)
+        token = tl.minimum(block * WORDS + word, V - 1)
         chosen = tl.sum(tl.where(v == token, x, 0.0), 0)
         raw_chosen = tl.sum(tl.where(v == token, z, 0.0), 0)
     tl.store(tokens + n, token.to(tl.int64))
@@ -306,70 +287,45 @@ def _choose_kernel(tokens, scores, stats, ids, inputs, weight, bias, rows, unifo
     tl.store(scores + n, tl.where(possible, score.to(tl.float32), float("nan")))
 
 
-@triton.jit
-def _multiply(hidden, weight, bias, first, weight_stride, V, D, WORDS: tl.constexpr, INNER: tl.constexpr):
-    """One row's logits of the words from `first`, [WORDS] in fp32."""
-    v = tl.minimum(first + tl.arange(0, WORDS), V - 1).to(tl.int64)  # the caller drops words past the last
-    z = tl.zeros((WORDS,), tl.float32)
-    for start in range(0, D, INNER):
-        d = start + tl.arange(0, INNER)
-        h = tl.load(hidden + d, mask=d < D, other=0.0).to(tl.float32)
-        w = tl.load(weight + (v[:, None] * weight_stride + d[None, :]), mask=d[None, :] < D, other=0.0).to(tl.float32)
-        z += tl.sum(w * h[None, :], 1)
-    if bias is not None:
-        z += tl.load(bias + v).to(tl.float32)
-    return z
-
-
-@triton.jit(do_not_specialize=["allowed_stride", "group", "splits"])
-def _linear_statistics_kernel(stats, ids, hidden, weight, bias, rows, listed, count, allowed, temperature,
-                              hidden_stride, weight_stride, allowed_stride, V, D, group, splits, span,
-                              IDS: tl.constexpr, MEASURE: tl.constexpr, RAW: tl.constexpr, ROWS: tl.constexpr,
-                              WORDS: tl.constexpr, INNER: tl.constexpr):
-    """Write stats [n, splits, NUMBERS] and ids [n, splits] of `span` words each, for the `count` places in `listed`."""
-    tile, split = tile_and_split(group, splits)
+@triton.jit(do_not_specialize=["allowed_stride", "row_tiles", "blocks"])
+def _linear_kernel(stats, ids, logits, hidden, weight, bias, rows, listed, count, allowed, temperature, hidden_stride,
+                   weight_stride, logits_stride, allowed_stride, V, D, row_tiles, blocks, IDS: tl.constexpr,
+                   MEASURE: tl.constexpr, RAW: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+                   INNER: tl.constexpr):
+    """Write stats [n, blocks, NUMBERS], ids [n, blocks] and logits [n, V] for the `count` places in `listed`."""
+    # Programs that run at the same time share few blocks of words, which stay in the cache.
+    tile, block = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles
     live = tl.load(count).to(tl.int32)
     if tile * ROWS >= live:
         return
     i = tile * ROWS + tl.arange(0, ROWS)
     n = tl.load(listed + tl.minimum(i, live - 1))
     hidden += _row_of(rows, n) * hidden_stride
-    if allowed is not None:
-        allowed += (n * allowed_stride)[:, None]
-    top = tl.full((ROWS,), -float("inf"), tl.float32)
-    best, total, extra = tl.zeros((ROWS,), tl.int32), tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
-    if MEASURE == "margin":
-        extra += -float("inf")
-    raw_top, raw_best, raw_total, raw_extra = top, best, total, extra
-    for start in range(split * span, tl.minimum((split + 1) * span, V), WORDS):
-        v = start + tl.arange(0, WORDS)[None, :]
-        z = logits_of_tile(hidden, weight, bias, start, weight_stride, V, D, WORDS, INNER)
+    first = block * WORDS
+    weight += tl.cast(first, tl.int64) * weight_stride  # in 64 bits once: offsets within a tile fit 32
+    word = tl.minimum(tl.arange(0, WORDS), V - 1 - first)
+    z = tl.zeros((WORDS, ROWS), tl.float32)
+    for start in range(0, D, INNER):
+        d = start + tl.arange(0, INNER)
+        a = tl.load(weight + (word[:, None] * weight_stride + d[None, :]), mask=d[None, :] < D, other=0.0)
+        b = tl.load(hidden[None, :] + d[:, None], mask=d[:, None] < D, other=0.0)
+        z = tl.dot(a, b, z, input_precision="ieee")
+    if bias is not None:
+        z += tl.load(bias + first + word).to(tl.float32)[:, None]
+    z = tl.trans(z)
+    v = first + tl.arange(0, WORDS)[None, :]
+    if logits is not None:
+        tl.store(logits + (n[:, None] * logits_stride + v), z, mask=(i[:, None] < live) & (v < V))
+    if stats is not None:
+        if allowed is not None:
+            allowed += (n * allowed_stride)[:, None]
         x = _tempered(z, v, allowed, V, temperature)
-        top, best, total, extra = _fold(top, best, total, extra, x, v, V, IDS, "" if RAW else MEASURE)
+        top, best, total, extra = _statistics(x, v, V, IDS, "" if RAW else MEASURE)
+        raw_top, raw_total = top, total
         if RAW:
-            x = tl.where(v < V, z, -float("inf"))
-            raw_top, raw_best, raw_total, raw_extra = _fold(raw_top, raw_best, raw_total, raw_extra, x, v, V, False,
-                                                            MEASURE)
-    if RAW:
-        extra = raw_extra
-    _store(stats, ids, n * splits + split, i < live, top, best, total, extra, raw_top, raw_total, IDS, MEASURE, RAW)
-
-
-@triton.jit(do_not_specialize=["row_tiles"])
-def _linear_logits_kernel(workspace, hidden, weight, bias, rows, listed, count, hidden_stride, weight_stride, V, D,
-                          row_tiles, ROWS: tl.constexpr, WORDS: tl.constexpr, INNER: tl.constexpr):
-    """Write the rows of workspace [n, V], fp32 logits, whose places are in `listed`."""
-    program = tl.program_id(0)
-    tile, first = program % row_tiles, program // row_tiles * WORDS
-    live = tl.load(count).to(tl.int32)
-    if tile * ROWS >= live:
-        return
-    i = tile * ROWS + tl.arange(0, ROWS)
-    n = tl.load(listed + tl.minimum(i, live - 1))
-    x = hidden + _row_of(rows, n) * hidden_stride
-    z = logits_of_tile(x, weight, bias, first, weight_stride, V, D, WORDS, INNER)
-    v = first + tl.arange(0, WORDS)
-    tl.store(workspace + (n[:, None] * V + v[None, :]), z, mask=(i[:, None] < live) & (v[None, :] < V))
+            raw_top, _, raw_total, extra = _statistics(tl.where(v < V, z, -float("inf")), v, V, False, MEASURE)
+        _store(stats, ids, n * blocks + block, i < live, top, best, total, extra, raw_top, raw_total, IDS, MEASURE,
+               RAW)
 
 
 @triton.jit(do_not_specialize=["n", "R"])
@@ -496,62 +452,38 @@ def score_rows(logits: Tensor, rows: Rows, sampling: Sampling) -> tuple[Tensor, 
                 measure(cuts, lasts, "" if plan.raw else plan.measure, False)
             else:
                 measure(None, None, plan.measure, plan.raw)
-            plan.choose(logits, None, None, cuts, lasts, words, chosen["SHIFT"])
+            plan.choose(logits, cuts, lasts, words, chosen["SHIFT"])
     return plan.tokens, plan.scores
 
 
-def linear_score_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows,
+def linear_score_rows(score_rows: Callable, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows,
                       sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """`score_rows` of the logits hidden [R, D] @ weight [V, D].T + bias [V].
+    """See `products.linear_score_rows`; rows have an index, hidden and weight one dtype and contiguous rows.
 
-    The products are of the wider of the two dtypes, summed in fp32. Without filters each weight is read once per tile
-    of rows and no logits are stored: three launches (a list of the rows, statistics, choice). With filters the logits
-    of as many rows as WORKSPACE_BYTES hold are stored at a time.
+    Each weight is read once per tile of rows. Three launches (a list of the rows, statistics, choice) and, with
+    filters, those of `score_rows`.
     """
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    hidden, weight = _readable(hidden.to(dtype)), _readable(weight.to(dtype))
-    (R, D), V, tiles = hidden.shape, len(weight), TILES[dtype.itemsize]["linear"]
-    if rows.allowed is not None or (sampling.raw and sampling.temperature > 0):
-        tiles = {**tiles, "WORDS": NARROW[dtype.itemsize]}
-    n = R if rows.index is None else len(rows.index)
-    index = torch.arange(n, device=hidden.device) if rows.index is None else rows.index.contiguous()
-    rows = rows._replace(index=index)
-    row_tiles, word_tiles = -(-n // tiles["ROWS"]), -(-V // tiles["WORDS"])
-    strides = hidden.stride(0), weight.stride(0)
-    if sampling.is_filtered(V):
-        size = max(1, min(n, WORKSPACE_BYTES // (4 * V)))
-        logits = torch.empty(size, V, dtype=torch.float32, device=hidden.device)
-        tokens, scores = _outputs(n, hidden.device)
-        for start in range(0, n, size):
-            some = rows.part(slice(start, start + size))
-            listed, count = _list(some.index, R)
-            row_tiles = -(-len(some.index) // tiles["ROWS"])
-            with torch.cuda.device_of(hidden):
-                _linear_logits_kernel[(row_tiles * word_tiles,)](
-                    logits, hidden, weight, bias, some.index, listed, count, *strides, V, D, row_tiles, **tiles)
-            place = torch.arange(len(some.index), device=index.device)
-            place = torch.where(some.index < 0, -1, torch.where(some.index < R, place, size))
-            found = score_rows(logits, some._replace(index=place), sampling)
-            tokens[start:start + size], scores[start:start + size] = found
-        return tokens, scores
-    if sampling.temperature > 0:
-        span = max(SAMPLED, tiles["WORDS"])
-        while n * -(-V // span) * 4 * NUMBERS.value > STATISTICS_BYTES and span < 4096:
-            span *= 2
-    else:
-        splits = min(word_tiles, max(LINEAR_SPLITS, LINEAR_PROGRAMS // max(row_tiles, 1)))
-        span = -(-word_tiles // splits) * tiles["WORDS"]
-    splits = -(-V // span)
-    plan = _Plan(n, V, splits, hidden, rows, sampling)
+    (R, D), V, n = hidden.shape, len(weight), len(rows.index)
+    tiles = TILES[hidden.dtype.itemsize]["linear"]
+    if n <= MOST_FEW:
+        tiles = {"ROWS": max(16, triton.next_power_of_2(n)), **TILES[hidden.dtype.itemsize]["few"]}
+    blocks, row_tiles = -(-V // tiles["WORDS"]), -(-n // tiles["ROWS"])
+    filtered, logits, of_choice = sampling.is_filtered(V), None, rows
+    if filtered or sampling.temperature > 0:
+        logits = empty_logits(hidden, n, V, torch.float32)
+        of_choice = rows._replace(index=places(rows.index, R))
+    plan = _Plan(n, V, 0 if filtered else blocks, hidden, of_choice, sampling)
     if n:
-        listed, count = _list(index, R)
-        group = min(GROUP, row_tiles)
+        listed, count = _list(rows.index, R)
         with torch.cuda.device_of(hidden):
-            _linear_statistics_kernel[(-(-row_tiles // group) * group * splits,)](
-                plan.stats, plan.ids, hidden, weight, bias, plan.index, listed, count, plan.allowed, plan.temperature,
-                *strides, plan.allowed_stride, V, D, group, splits, span, IDS=plan.ids is not None,
-                MEASURE=plan.measure, RAW=plan.raw, **tiles)
-            plan.choose(hidden, weight, bias, None, None, span, 0)
+            _linear_kernel[(row_tiles * blocks,)](
+                None if filtered else plan.stats, plan.ids, logits, hidden, weight, bias, rows.index, listed, count,
+                plan.allowed, plan.temperature, hidden.stride(0), weight.stride(0),
+                0 if logits is None else logits.stride(0), plan.allowed_stride, V, D, row_tiles, blocks,
+                IDS=plan.ids is not None, MEASURE=plan.measure, RAW=plan.raw, **tiles)
+            if filtered:
+                return score_rows(logits, of_choice, sampling)
+            plan.choose(hidden if logits is None else logits, None, None, tiles["WORDS"], 0)
     return plan.tokens, plan.scores
 
 
@@ -563,19 +495,18 @@ class _Plan:
         self.n, self.V, self.blocks, self.confidence = n, V, blocks, sampling.confidence
         self.measure, self.temperature, self.filtered, self.top_k, self.top_p, self.raw = sampling.effective(
             V, rows.allowed is not None)
-        self.index, self.uniform, self.allowed = rows.readable()
+        self.index, self.uniform, self.allowed, _ = rows.readable()
         self.allowed_stride = 0 if self.allowed is None else self.allowed.stride(0)
         self.stats = torch.empty(n, blocks, NUMBERS.value, dtype=torch.float32, device=device)
         self.ids = None if sampling.temperature > 0 else torch.empty(n, blocks, dtype=torch.int32, device=device)
         self.tokens, self.scores = _outputs(n, device)
 
-    def choose(self, inputs, weight, bias, cuts, lasts, span, shift):
+    def choose(self, logits, cuts, lasts, words, shift):
         _choose_kernel[(self.n,)](
-            self.tokens, self.scores, self.stats, self.ids, inputs, weight, bias, self.index, self.uniform,
-            self.allowed, cuts, lasts, self.temperature, inputs.stride(0), 0 if weight is None else weight.stride(0),
-            self.allowed_stride, len(inputs), self.V, inputs.shape[1], self.blocks, span, CONFIDENCE=self.confidence,
-            RAW=self.raw, SHIFT=shift, BLOCKS=triton.next_power_of_2(self.blocks), WORDS=triton.next_power_of_2(span),
-            **CHOOSE["logits" if weight is None else "linear"])
+            self.tokens, self.scores, self.stats, self.ids, logits, self.index, self.uniform, self.allowed, cuts, lasts,
+            self.temperature, logits.stride(0), self.allowed_stride, len(logits), self.V, self.blocks,
+            CONFIDENCE=self.confidence, RAW=self.raw, SHIFT=shift, BLOCKS=triton.next_power_of_2(self.blocks),
+            WORDS=words, **CHOOSE)
 
 
 def _outputs(n, device):

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dllm_kernels.topk_unmask import reference
-from dllm_kernels.topk_unmask.allowed import unpack, width
-from dllm_kernels.topk_unmask.settings import Rows, Sampling
+from . import reference
+from .allowed import unpack, width
+from .settings import Rows, Sampling
 
 
 def linear_score_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, sampling: Sampling, *,

@@ -22,17 +22,17 @@ POINTERS = {
     "lasts": "*i32", "live": "*i64", "listed": "*i64", "masked": "*i1", "numbers": "*fp64", "position": "*i64",
     "rows": "*i64", "sequence": "*i64", "step_pointer": "*i64", "targets": "*i32", "token": "*i64",
     "tokens": "*i64", "uniform": "*fp64"}
-MULTIPLES_OF_16 = {"D", "N", "V", "hidden_stride", "inputs_stride", "logits_stride", "size", "span", "start",
-                   "teacher_stride", "weight_stride", "width"}
+MULTIPLES_OF_16 = {"D", "N", "V", "hidden_stride", "logits_stride", "size", "start", "teacher_stride", "weight_stride",
+                   "width"}
 NUMBERS = dict.fromkeys(
-    MULTIPLES_OF_16 | {"C", "L", "R", "allowed_stride", "blocks", "group", "high", "low", "mask_token_id",
+    MULTIPLES_OF_16 | {"C", "L", "R", "allowed_stride", "blocks", "high", "low", "mask_token_id",
                        "n", "position_stride0", "position_stride1", "row_tiles", "sequence_stride0",
                        "sequence_stride1", "share", "splits", "step", "top_k"}, "i32")
 NUMBERS |= dict.fromkeys({"Lk", "Lq", "T", "documents", "heads"} | {
     f"{name}_{dimension}" for name in "qkv" for dimension in ("batch", "row", "head")}, "i32")
 NUMBERS |= dict.fromkeys(("scale", "softcap", "temperature", "threshold"), "fp32")
 NUMBERS |= dict.fromkeys(("temperature_bits", "top_p_bits"), "i64")
-PRODUCTS = {"unmask_linear_statistics", "unmask_linear_logits"}
+PRODUCTS = {"unmask_linear"}
 
 
 def cases():
@@ -65,20 +65,22 @@ def unmask_cases():
         yield name, dtype, kernel, plain | {"MEASURE": "entropy"}, set()
         yield name, dtype, kernel, plain | {"MEASURE": "margin", "RAW": True}, filters
         yield "unmask_cut", dtype, unmask._cut_kernel, {**unmask.CUT, "SHIFT": shift, "BLOCKS": 64}, set()
-        tiles = unmask.TILES[size]["linear"]
-        for measure, raw, ids, absent in (
-                ("prob", False, True, greedy | {"allowed", "bias"}), ("entropy", False, False, {"allowed"}),
-                ("margin", False, True, greedy), ("entropy", True, False, set()), ("margin", True, False, set())):
-            words = tiles["WORDS"] if "allowed" in absent else unmask.NARROW[size]
-            chosen = {**tiles, "WORDS": words, "IDS": ids, "MEASURE": measure, "RAW": raw}
-            yield "unmask_linear_statistics", dtype, unmask._linear_statistics_kernel, chosen, absent
-        yield "unmask_linear_logits", dtype, unmask._linear_logits_kernel, tiles, set()
+        tiles, few = unmask.TILES[size]["linear"], unmask.TILES[size]["few"] | {"ROWS": 32}
+        for chosen, measure, raw, ids, absent in (
+                (few, "prob", False, True, greedy | {"allowed", "bias", "logits"}), (few, "margin", True, False, set()),
+                (few | {"ROWS": 64}, "entropy", True, False, set()),
+                (few | {"ROWS": 16}, "margin", False, True, greedy),
+                (tiles, "prob", False, True, greedy | {"allowed", "bias", "logits"}),
+                (tiles, "entropy", False, False, {"allowed"}), (tiles, "margin", False, True, greedy),
+                (tiles, "entropy", True, False, set()), (tiles, "prob", False, False, {"stats", "ids"})):
+            chosen = {**chosen, "IDS": ids, "MEASURE": measure, "RAW": raw}
+            yield "unmask_linear", dtype, unmask._linear_kernel, chosen, absent
         for i, confidence in enumerate(("prob", "margin", "entropy", "random")):
-            chosen = {"CONFIDENCE": confidence, "RAW": confidence != "random", "SHIFT": shift}
-            from_logits = chosen | {**unmask.CHOOSE["logits"], "BLOCKS": 64, "WORDS": unmask.BLOCK["WORDS"]}
-            from_hidden = chosen | {**unmask.CHOOSE["linear"], "BLOCKS": 512, "WORDS": unmask.SAMPLED}
+            chosen = {**unmask.CHOOSE, "CONFIDENCE": confidence, "RAW": confidence != "random", "SHIFT": shift}
+            from_logits = chosen | {"BLOCKS": 64, "WORDS": unmask.BLOCK["WORDS"]}
+            from_hidden = chosen | {"BLOCKS": 2048, "WORDS": tiles["WORDS"]}
             name, kernel, sampled = "unmask_choose", unmask._choose_kernel, i % 2 == 0  # every two of these meet
-            yield name, dtype, kernel, from_logits, {"weight", "bias"} | (set() if sampled else filters | greedy)
+            yield name, dtype, kernel, from_logits, set() if sampled else filters | greedy
             yield name, dtype, kernel, from_hidden, filters | (greedy if sampled else set())
     yield "unmask_list", "i64", unmask._list_kernel, unmask.POSITIONS, set()
     yield "unmask_find_rows", "i64", unmask._find_rows_kernel, unmask.POSITIONS | {"PACKED": True}, set()
@@ -147,8 +149,8 @@ def counted_as(name: str, dtype: str, chosen: dict, absent: set[str]) -> str | N
         return "loss"
     if name == "unmask_statistics" and chosen["MEASURE"] == "prob":
         return "scores" if "temperature" in absent else "scores sampled"
-    if name == "unmask_linear_statistics" and chosen["MEASURE"] == "prob":
-        return "head"
+    if name == "unmask_linear" and chosen["MEASURE"] == "prob" and "logits" in absent:
+        return f"head {chosen['ROWS']}"
     if name == "attention_few" or chosen.get("MASK") in ("all", "diffusion"):
         return f"{name.removeprefix('attention_')} {chosen['MASK']} {chosen['E']}"
     return None

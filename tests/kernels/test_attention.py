@@ -15,6 +15,7 @@ from dllm_kernels import bidirectional_attention, bidirectional_attention_varlen
 from dllm_kernels.attention import (
     BACKENDS,
     BLOCK_DIFFUSION_BACKENDS,
+    CUDNN,
     DENSE_BACKENDS,
     FLASH,
     VARLEN_BACKENDS,
@@ -440,7 +441,49 @@ def test_torch_varlen_gets_packed_documents_as_it_names_them(monkeypatch, groupe
                 torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("backend", ["torch_varlen", "flash_attn"])
+def test_cudnn_gets_packed_documents_as_the_operator_names_them(monkeypatch):
+    """It needs a GPU: a function in the operator's place, with the operator's own parameters, computes the same."""
+    schema = torch.ops.aten._cudnn_attention_forward.default._schema
+    assert [x.name for x in schema.arguments[:13]] == flash.CUDNN_ARGUMENTS and schema.returns[0].name == "output"
+    assert all(x.has_default_value() for x in schema.arguments[13:])
+    seen = []
+
+    def operator(query, key, value, attn_bias, cum_seq_q, cum_seq_k, max_q, max_k, compute_log_sumexp, dropout_p=0.0,
+                 is_causal=False, return_debug_mask=False, *, scale=None):
+        assert cum_seq_q is cum_seq_k and attn_bias is None and dropout_p == 0 and not compute_log_sumexp
+        assert all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (query, key, value))
+        seen.append((max_q, max_k, is_causal))
+        mask = Mask("packed", 1 if is_causal else None, cu_seqlens=cum_seq_q)
+        return reference.masked_attention(query, key, value, mask, scale), *[None] * 8
+
+    monkeypatch.setattr(torch.ops.aten, "_cudnn_attention_forward", operator)
+    ends = torch.tensor([0, 4, 9], dtype=torch.int32)
+    q, k, v = (x[0] for x in make(1, 9, 9, 4, 2, 16))
+    shifted = torch.cat((torch.zeros(1), q.flatten()))[1:].view_as(q)  # contiguous, 4 bytes past a multiple of 16
+    for queries in (q, q.mT.contiguous().mT, shifted):
+        for block_length in (None, 1):
+            arguments = Mask("packed", block_length, cu_seqlens=ends, max_seqlen=5), 0.3
+            ours = flash.varlen_by_cudnn(queries, k, v, *arguments)
+            assert torch.equal(ours, reference.masked_attention(q, k, v, *arguments))
+    assert seen == [(5, 5, False), (5, 5, True)] * 3
+
+
+def test_cudnn_runs_by_name_alone_and_without_gradients(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    assert all("cudnn" not in choice.order for choice in choices.CHOICES.values())
+    q = torch.zeros(9, 4, 64, dtype=torch.bfloat16).as_subclass(SaysCuda)
+    assert flash.refuses_cudnn(q) is None
+    assert flash.refuses_cudnn(q.clone().requires_grad_()) == "has no gradients: call it under torch.no_grad()"
+    assert flash.refuses_cudnn(torch.cat((q, q, q), 2)) == "takes head sizes up to 128, not 192"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert flash.refuses_cudnn(q) == "needs a GPU of compute capability 9.0 or newer"
+
+
+class SaysCuda(torch.Tensor):
+    is_cuda = property(lambda self: True)
+
+
+@pytest.mark.parametrize("backend", ["torch_varlen", "flash_attn", "cudnn"])
 @pytest.mark.parametrize("block_length", [None, 4])
 def test_flash_attention_says_why_it_cannot_run(block_length, backend):
     q, k, v = (x[0] for x in make(1, 9, 9, 4, 2, 16))
@@ -459,13 +502,15 @@ def test_packed_documents_on_a_gpu(block_length, backend):
     q, k, v = (x[0].to("cuda", torch.bfloat16).transpose(0, 1).contiguous().transpose(0, 1)
                for x in make(1, 300, 300, 4, 2, 64))
     ends = torch.tensor([0, 1, 1, 64, 193, 300], dtype=torch.int32, device="cuda")
-    backends = VARLEN_BACKENDS if block_length != 3 else [b for b in VARLEN_BACKENDS if b not in FLASH]
+    backends = [b for b in VARLEN_BACKENDS if block_length != 3 or b not in (*FLASH, CUDNN)]
     if backend not in runnable(backends, q):
         pytest.skip(f"{backend} cannot run here")
 
     def outcome(attend, dtype):
-        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        leaves = [x.to(dtype).requires_grad_(backend != "cudnn") for x in (q, k, v)]
         out = attend(*leaves)
+        if backend == "cudnn":
+            return [out]
         return [out, *torch.autograd.grad(out, leaves, torch.linspace(-1, 1, out.numel(), device="cuda").view_as(out)
                                           .bfloat16().to(dtype))]
 

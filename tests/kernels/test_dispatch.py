@@ -33,7 +33,8 @@ def test_a_backend_that_cannot_run_is_refused_with_every_reason(name, message):
 
 def test_every_public_name_is_there():
     for name in dllm_kernels.__all__:
-        assert callable(getattr(dllm_kernels, name)), name
+        found = getattr(dllm_kernels, name)
+        assert callable(found) or found is dllm_kernels.layers, name
 
 
 def test_describe_backends_has_a_line_for_each(capsys):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from dllm_kernels import (
+    chunks,
     linear_masked_cross_entropy,
     linear_masked_kl_divergence,
     masked_cross_entropy,
@@ -38,7 +39,7 @@ def many_blocks(monkeypatch):
     """Blocks and a workspace so small that every loop has several passes."""
     monkeypatch.setattr(triton_kernels, "ROW", {"WORDS": 128, "num_warps": 4})
     monkeypatch.setattr(triton_kernels, "CHUNK", dict.fromkeys((2, 4), {"WORDS": 128, "num_warps": 4}))
-    monkeypatch.setattr(products, "ROWS", 8)
+    monkeypatch.setattr(chunks, "ROWS", 8)
     monkeypatch.setattr(products, "WORKSPACE_BYTES", dict.fromkeys(("cpu", "cuda"), 1 << 13))
 
 

@@ -510,7 +510,7 @@ def test_operators_pass_opcheck(backend):
     hidden, weight = torch.randn(2, 3, 6), torch.randn(11, 6)
     for head in ((torch.randn(2, 3, 11), None, None), (hidden, weight, torch.randn(11))):
         torch.library.opcheck(torch.ops.dllm_kernels.topk_unmask,
-                              (*head, tokens, MASK, *rows, *sampling, torch.tensor([1, 2]), 0.5, 0.9, backend))
+                              (*head, tokens, MASK, *rows, *sampling, torch.tensor([1, 2]), 0.5, 0.9, None, backend))
     for head, index in (((torch.randn(4, 11), None, None), None), ((hidden, weight, None), torch.tensor([1, 5, 0, 2]))):
         torch.library.opcheck(torch.ops.dllm_kernels.token_scores,
                               (*head, *Rows(index, uniforms(4)), *sampling, backend))
@@ -612,6 +612,7 @@ def test_philox_uniform_depends_on_seed_sequence_step_and_position_alone():
         ),
         (lambda z, t: token_scores(z), "flatten B and L first"),
         (lambda z, t: token_scores(torch.empty(2, 0)), "V at least 1"),
+        (lambda z, t: linear_topk_unmask(z, torch.randn(9, 9), t, 0, 1, count=3), "masked positions, 6, not 3"),
         (lambda z, t: linear_topk_unmask(z, torch.randn(9, 8), t, 0, 1), r"weight \[V, D\] and bias \[V\], not"),
         (lambda z, t: linear_topk_unmask(z, torch.randn(9, 9), t[:1], 0, 1), r"hidden \[B, L, D\] and tokens \[B, L\]"),
         (lambda z, t: linear_token_scores(z, torch.randn(9, 9), t), r"positions \[M\] int64"),

@@ -11,11 +11,13 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import dllm_kernels
+from benchmarks import predict
 from dllm_kernels import native_extension
 from dllm_kernels.dispatch import Backend
-from dllm_kernels.topk_unmask import cuda, random, reference, selection
+from dllm_kernels.topk_unmask import cuda, products, random, reference, selection
 from dllm_kernels.topk_unmask.allowed import pack, width
 from dllm_kernels.topk_unmask.settings import Rows, Sampling, Selection
 
@@ -287,22 +289,90 @@ def test_commit_equals_the_definition_to_the_bit(B, L, selection_temperature, th
                                       {"confidence": "random", "selection_temperature": 0.5}])
 @pytest.mark.parametrize("given", ["none", "each", "masked", "one"])
 def test_a_whole_step_equals_the_reference(settings, given, device, monkeypatch):
-    """Through the public function: logits of all positions, and of the masked ones."""
+    """Through the public functions: logits of all positions, of the masked ones, and hidden states."""
     if device == "cpu":
-        here = Backend("cuda", cuda.score_rows)
-        monkeypatch.setattr(topk_unmask, "LOGITS_BACKENDS", (here, topk_unmask.LOGITS_BACKENDS[-1]))
+        for table in ("LOGITS_BACKENDS", "LINEAR_BACKENDS"):
+            by_definition, = (x for x in getattr(topk_unmask, table) if x.name == "reference")
+            ours, = (x.run for x in getattr(topk_unmask, table) if x.name == "cuda")
+            monkeypatch.setattr(topk_unmask, table, (Backend("cuda", ours), by_definition))
     B, L, V = 2, 9, 301
-    logits, u, _ = make(B * L, V, device)
-    logits = logits.view(B, L, V)
+    hidden, u, _ = make(B * L, 16, device)
+    hidden, weight = hidden.view(B, L, 16), make(V, 16, device, scale=0.3)[0]
+    logits = hidden @ weight.T
     tokens = torch.where(torch.rand(B, L, generator=torch.Generator().manual_seed(0)) < 0.6, 7, 3).to(device)
     each = (torch.rand(B, L, V, generator=torch.Generator().manual_seed(1)) < 0.5).to(device)
     allowed = {"none": None, "each": each, "masked": each[tokens == 7], "one": each[0, 0]}[given]
     settings = {**settings, "generator": u.view(B, L, 2), "allowed": allowed}
-    for inputs in (logits, logits[tokens == 7]):
-        mine, theirs = (dllm_kernels.topk_unmask(inputs, tokens, 7, 2, backend=name, **settings)
-                        for name in ("cuda", "reference"))
+    for inputs in ((logits,), (logits[tokens == 7],), (hidden, weight)):
+        step = dllm_kernels.linear_topk_unmask if len(inputs) == 2 else dllm_kernels.topk_unmask
+        mine, theirs = (step(*inputs, tokens, 7, 2, backend=name, **settings) for name in ("cuda", "reference"))
         assert torch.equal(mine.tokens, theirs.tokens) and torch.equal(mine.committed, theirs.committed)
         torch.testing.assert_close(mine.confidence, theirs.confidence, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [("margin", 0.0, None, None, False), ("prob", 0.7, None, None, True),
+                                      ("entropy", 0.9, 40, 0.9, False)])
+@pytest.mark.parametrize("dtype, weight_dtype", [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16),
+                                                 (torch.float16, torch.bfloat16)])
+def test_products_of_chunks_of_rows(dtype, weight_dtype, settings, device, monkeypatch):
+    """Rows that are not asked for are read nowhere; a workspace for five rows of logits makes several chunks."""
+    V, D, n = 301, 37, 21
+    monkeypatch.setattr(products, "FEW", 0)
+    monkeypatch.setattr(products, "WORKSPACE_BYTES", {"cpu": 5 * 4 * V, "cuda": 5 * 4 * V})
+    hidden, weight = make(30, D, device, dtype, scale=0.3)[0], make(V, D, device, weight_dtype, scale=1.0)[0]
+    _, u, bits = make(n, V, device)
+    rows = torch.randint(1, 30, (n,), generator=torch.Generator().manual_seed(1)).to(device)
+    rows[::4], rows[5] = -1, 30
+    live = (rows >= 0) & (rows < 30)
+    hidden[0] = torch.nan
+    for bias, allowed in ((None, None), (make(1, V, device, weight_dtype)[0][0], bits)):
+        token, score = products.linear_score_rows(cuda.score_rows, hidden, weight, bias, Rows(rows, u, allowed),
+                                                  Sampling(*settings))
+        logits = torch.nn.functional.linear(hidden.double(), weight.double(), None if bias is None else bias.double())
+        assert_same((token[live], score[live]), truth(logits.float(), rows[live], u[live],
+                                                      None if allowed is None else allowed[live], *settings))
+        assert (score[rows == -1] == -torch.inf).all() and score[5].isnan()
+
+
+class WidensProducts(TorchFunctionMode):
+    """PyTorch's product of 16-bit matrices into fp32, which a CPU lacks."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function is torch.mm and kwargs.pop("out_dtype", None) == torch.float32:
+            args = [x.float() for x in args]
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_pytorch_has_a_product_of_16_bits_into_fp32(dtype):
+    given, out = torch.empty(3, 3, dtype=dtype, device="meta"), torch.empty(3, 3, device="meta")
+    assert torch.mm(given, given, out_dtype=torch.float32, out=out) is out
+
+
+def test_logits_of_16_bits_inputs_are_not_rounded(device, monkeypatch):
+    """Two words whose logits differ by less than bf16 resolves: the second is the largest."""
+    monkeypatch.setattr(products, "FEW", 0)
+    hidden, weight = torch.tensor([[8.0, 2**-8]]).bfloat16(), torch.tensor([[8.0, 1.0], [8.0, 2.0]]).bfloat16()
+    if device == "cpu":
+        with WidensProducts():
+            token, _ = products.linear_score_rows(cuda.score_rows, hidden.as_subclass(SaysGpu), weight, None, Rows(),
+                                                  Sampling())
+    else:
+        token, _ = products.linear_score_rows(cuda.score_rows, hidden.cuda(), weight.cuda(), None, Rows(), Sampling())
+    assert token.tolist() == [1] and (hidden @ weight.T).argmax() == 0
+
+
+@pytest.mark.parametrize("compiler", predict.counts_by_triton())
+@pytest.mark.parametrize("D", predict.HEAD_AT_LEAST)
+def test_few_rows_go_to_tiles_as_long_as_the_count_says_so(D, compiler):
+    """At FEW rows tiles take at most 15% longer, where programs overlap: the estimates are no better than that."""
+    counts, scores = predict.counts_by_triton()[compiler], predict.counts_by_nvcc()["scores"]
+    few, many = counts["head 32"], counts["head 128"]
+    assert predict.head_in_tiles(few, 32, D).most < predict.head_by_products(scores, 32, D)
+    assert predict.head_in_tiles(many, products.FEW, D).least < 1.15 * predict.head_by_products(scores, products.FEW, D)
+    for rows in (products.FEW + 1, 2 * products.FEW, 1024, 16_384):
+        assert predict.head_in_tiles(many, rows, D).most > predict.head_by_products(scores, rows, D)
 
 
 class SaysGpu(torch.Tensor):

@@ -5,6 +5,7 @@ The tokens must be those of the reference. Rounding decides where u is within so
 none of the draws here, whose uniforms are fixed.
 """
 
+import importlib
 import math
 from itertools import product
 
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import dllm_kernels
-from dllm_kernels.topk_unmask import random, reference, selection
+from dllm_kernels.topk_unmask import products, random, reference, selection
 from dllm_kernels.topk_unmask.allowed import pack, width
 from dllm_kernels.topk_unmask.settings import Rows, Sampling, Selection
 from tests.kernels.triton_cases import DEVICE, DTYPES, INTERPRETED, with_dtypes
@@ -21,6 +22,7 @@ from tests.kernels.triton_cases import DEVICE, DTYPES, INTERPRETED, with_dtypes
 pytest.importorskip("triton")
 from dllm_kernels.topk_unmask import triton_kernels  # noqa: E402
 
+topk_unmask = importlib.import_module("dllm_kernels.topk_unmask")  # whose name the package has for a function
 CONFIDENCES = ["prob", "margin", "entropy", "random"]
 FILTERS = [(3, None), (None, 0.8), (40, 0.9), (None, 1e-6)]  # top_k, top_p
 
@@ -35,14 +37,13 @@ def test_in_the_interpreter(run_interpreted):
 @pytest.fixture
 def many_blocks(monkeypatch):
     """Blocks, tiles and a workspace so small that every loop and grid has several of them."""
-    tiles = {"ROWS": 16, "WORDS": 32, "INNER": 16, "num_warps": 4, "num_stages": 2}
+    few = {"WORDS": 64, "INNER": 16, "num_warps": 4, "num_stages": 2}
     for name, value in (
             ("BLOCK", {"WORDS": 256, "num_warps": 4}), ("CUT", {"WORDS": 256, "num_warps": 4}), ("PROGRAMS", 4),
-            ("TILES", {size: {"linear": tiles} for size in (2, 4)}),
-            ("NARROW", {2: 16, 4: 16}), ("GROUP", 2), ("LINEAR_SPLITS", 3),
-            ("LINEAR_PROGRAMS", 4), ("SAMPLED", 64), ("WORKSPACE_BYTES", 4 * 301 * 8),
+            ("TILES", {size: {"few": few, "linear": {"ROWS": 16, **few}} for size in (2, 4)}), ("MOST_FEW", 8),
             ("POSITIONS", {"BLOCK": 64, "num_warps": 4}), ("COMMIT", {"BLOCK": 16, "OTHERS": 32, "num_warps": 4})):
         monkeypatch.setattr(triton_kernels, name, value)
+    monkeypatch.setattr(products, "WORKSPACE_BYTES", {"cpu": 4 * 301 * 12, "cuda": 4 * 301 * 12})
 
 
 def make(n, V, dtype=torch.float32, scale=3.0, seed=0):
@@ -57,7 +58,8 @@ def score_rows(logits, rows, u, bits, *settings):
 
 
 def linear_score_rows(hidden, weight, bias, rows, u, bits, *settings):
-    return triton_kernels.linear_score_rows(hidden, weight, bias, Rows(rows, u, bits), Sampling(*settings))
+    return products.linear_score_rows(triton_kernels.score_rows, hidden, weight, bias, Rows(rows, u, bits),
+                                      Sampling(*settings))
 
 
 def truth(logits, *rows_and_settings):
@@ -178,13 +180,15 @@ def test_more_elements_than_an_int32_counts():
                     truth(logits[-1:], None, u, None, *settings))
 
 
-@pytest.mark.parametrize("dtype, weight_dtype, settings", [
-    *product(DTYPES, [None], [("margin", 0.0, None, None, False), ("prob", 0.7, None, None, False),
-                              ("entropy", 0.7, None, None, True)]),
-    *product(DTYPES[:1 if INTERPRETED else None], [None], [("prob", 0.9, 40, 0.9, False)]),
-    (torch.float16, torch.float32, ("prob", 0.7, None, None, False)),
-    (torch.float16, torch.float32, ("margin", 0.0, None, None, False))])
-def test_linear_form(dtype, weight_dtype, settings, many_blocks):
+@pytest.mark.parametrize("few, dtype, weight_dtype, settings", [
+    *product([128], DTYPES, [None], [("margin", 0.0, None, None, False), ("prob", 0.7, None, None, False),
+                                     ("entropy", 0.7, None, None, True)]),
+    *product([128], DTYPES[:1 if INTERPRETED else None], [None], [("prob", 0.9, 40, 0.9, False)]),
+    (128, torch.float16, torch.float32, ("prob", 0.7, None, None, False)),
+    *product([0], DTYPES, [None, torch.float32], [("margin", 0.7, None, None, False)])])
+def test_linear_form(few, dtype, weight_dtype, settings, many_blocks, monkeypatch):
+    """By tiles and, of more than `few` rows, by PyTorch's product."""
+    monkeypatch.setattr(products, "FEW", few)
     n, D, V, weight_dtype = 11 if settings[2] else 21, 37, 301, weight_dtype or dtype  # filters take longest
     g = torch.Generator().manual_seed(1)
     hidden, weight = torch.randn(30, D, generator=g) / 3, torch.randn(V, D, generator=g)
@@ -246,6 +250,25 @@ def test_launches_are_those_that_are_promised(settings, launches, monkeypatch):
             monkeypatch.setattr(triton_kernels, name, Watched(kernel, name, launched))
     logits, u, _ = make(2, 40)
     score_rows(logits, None, u, None, *settings)
+    assert launched == [f"_{name}_kernel" for name in launches]
+
+
+@pytest.mark.parametrize("temperature, top_p, n, sparse, launches", [
+    (0.0, None, 4, False, ["list", "linear", "choose"]),
+    (0.7, None, 4, False, ["list", "linear", "choose"]),
+    (0.7, 0.5, 4, False, ["list", "linear", "statistics", "cut", "statistics", "choose"]),
+    (0.0, None, 5, True, ["list", "linear", "choose"]),
+    (0.7, None, 5, False, ["statistics", "choose"])])
+def test_few_rows_and_rows_that_only_the_gpu_counts_are_multiplied_in_tiles(temperature, top_p, n, sparse, launches,
+                                                                            monkeypatch):
+    monkeypatch.setattr(products, "FEW", 4)
+    launched = []
+    for name, kernel in vars(triton_kernels).copy().items():
+        if name.endswith("_kernel"):
+            monkeypatch.setattr(triton_kernels, name, Watched(kernel, name, launched))
+    hidden, u, _ = make(n, 16)
+    products.linear_score_rows(triton_kernels.score_rows, hidden, make(40, 16)[0], None, Rows(None, u, sparse=sparse),
+                               Sampling("prob", temperature, None, top_p))
     assert launched == [f"_{name}_kernel" for name in launches]
 
 
@@ -403,6 +426,31 @@ def test_a_whole_step_equals_the_reference(settings, given):
         mine, theirs = (step(*inputs, tokens, 7, 2, backend=name, **settings) for name in ("triton", "reference"))
         assert torch.equal(mine.tokens, theirs.tokens) and torch.equal(mine.committed, theirs.committed)
         torch.testing.assert_close(mine.confidence, theirs.confidence, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("given", ["none", "each", "one"])
+def test_a_step_of_counted_positions_equals_one_of_others(given, monkeypatch):
+    """Those that are masked are gathered, and multiplied by PyTorch."""
+    B, L, D, V = 2, 6, 16, 301
+    hidden, u, _ = make(B * L, D)
+    hidden, weight = hidden.view(B, L, D), make(V, D, scale=0.3)[0]
+    tokens = torch.tensor([[7, 3, 7, 7, 3, 7], [3, 3, 7, 3, 7, 7]], device=DEVICE)
+    hidden[tokens != 7] = torch.nan
+    allowed = torch.rand(B, L, V, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1)) < 0.5
+    settings = {"temperature": 0.8, "generator": u.view(B, L, 2), "backend": "triton",
+                "allowed": {"none": None, "each": allowed, "one": allowed[0, 0]}[given]}
+    plain = dllm_kernels.linear_topk_unmask(hidden, weight, tokens, 7, 2, **settings)
+    monkeypatch.setattr(products, "FEW", 2)
+    monkeypatch.setattr(triton_kernels, "linear_score_rows", None)
+    counted = dllm_kernels.linear_topk_unmask(hidden, weight, tokens, 7, 2, count=7, **settings)
+    assert torch.equal(plain.tokens, counted.tokens) and torch.equal(plain.committed, counted.committed)
+    torch.testing.assert_close(plain.confidence, counted.confidence, rtol=1e-5, atol=1e-6)
+    if given == "none":
+        for wrong in (6, 8, 13):
+            tokens_of, confidence, committed = topk_unmask._unmask_without_waiting(
+                topk_unmask.Inputs(hidden, weight), tokens, 7, Rows(None, u.view(B, L, 2)), Sampling("prob", 0.8),
+                Selection(torch.full((B,), L, device=DEVICE)), wrong, "triton")
+            assert confidence[tokens == 7].isnan().all() and not committed.any() and torch.equal(tokens_of, tokens)
 
 
 def test_a_whole_step_of_nothing_and_of_missing_rows():
