@@ -256,7 +256,9 @@ class Scheduler:
                 self.forwards += 1
                 batch = Ragged.of(calls)
                 return batch.split(self.model.hidden_states(batch.row, batch))
-            except Exception:  # one call is invalid, or memory is too small for all: compute each alone
+            except Exception as error:  # one call is invalid, or memory is too small for all: compute each alone
+                if not (isinstance(error, UserError) or lacks_memory(error)):
+                    traceback.print_exception(error, file=sys.stderr)
                 if self.model.device.type == "cuda":
                     torch.cuda.empty_cache()
         answers = []
@@ -276,7 +278,7 @@ class Scheduler:
             raise
         except Exception as error:
             if not isinstance(error, (UserError, Failure)):
-                if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+                if lacks_memory(error):
                     error = Failure("out of memory: ask for fewer tokens, or fewer texts")
                 else:
                     traceback.print_exception(error, file=sys.stderr)
@@ -338,6 +340,10 @@ class Scheduler:
         if progress.done:
             job.open.discard(copy)
         job.notify(copy, progress)
+
+
+def lacks_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def make_progress(gap: Gap, tokens: Tensor, confidence: Tensor, seen: Tensor, steps: int, forwards: int,
