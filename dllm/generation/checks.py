@@ -20,6 +20,9 @@ def check_settings(model: Transformer, config: MDMGenerationConfig, causal: bool
         raise UserError(f"cuda_graphs needs a model on a GPU, this one is on {model.device}; leave it out")
     if config.edits:
         check_edits(model, config, causal)
+    elif model.config.edit_heads == "insert":
+        raise UserError(f"this model writes by insertions and predicts no masks, which {config.method} fills; set alg "
+                        "to edit")
     if config.expand_token_id is not None:
         if config.block_length is not None or config.constraint is not None or causal:
             raise UserError("expand_token_id moves positions, and blocks and constraints need them to stay; leave "

@@ -338,6 +338,11 @@ def test_what_does_not_go_together_is_refused_with_the_remedy(heads, settings, m
                                                                                   **settings))
 
 
+def test_a_model_that_only_inserts_fills_no_masks():
+    with pytest.raises(UserError, match="predicts no masks, which entropy fills; set alg to edit"):
+        denoise(tiny("insert"), torch.tensor([[5, MASK]]), MDMGenerationConfig(mask_token_id=MASK))
+
+
 @pytest.mark.parametrize("settings", [{"threshold": 0.9}, {"remasking": "random"}, {"expand_token_id": 3}])
 def test_settings_of_other_methods_are_refused(settings):
     with pytest.raises(UserError):
