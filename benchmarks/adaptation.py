@@ -49,7 +49,7 @@ from dllm.model.tokenizer import load_tokenizer
 from dllm.model.transformer import Transformer
 from dllm.model.weights import find_model
 from dllm.training import batches, trainer
-from dllm_kernels import linear_masked_cross_entropy
+from dllm_kernels import linear_masked_cross_entropy, philox_uniform
 
 ROWS = 8  # of a step
 TASKS = 50  # of HumanEval's single-line infilling
@@ -138,8 +138,9 @@ def complement(packed: Packed, drawn: Corruption) -> Corruption:
     return Corruption(noisy, corrupted, t, t, 1 / t)
 
 
-def independent_times(packed: Packed, ends: torch.Tensor, first_slot: int, of: int, offset: torch.Tensor):
+def independent_times(packed: Packed, ends: torch.Tensor, first_slot: int, of: int, seed: int, step: int):
     """A time for each document, drawn by itself."""
+    offset = philox_uniform(seed, torch.tensor(of), step, torch.tensor(0))[..., 0]
     generator = torch.Generator().manual_seed(int(float(offset) * 2**40) + first_slot)
     return torch.rand(len(ends) - 1, generator=generator).clamp(T_MIN, 1 - T_MIN)
 

@@ -1,6 +1,7 @@
 """Benchmarks: what the gate fails on, how calls are paired and bounded, how runs are recorded and compared."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -91,7 +92,7 @@ def run_benchmarks(tmp_path: Path, source: str) -> list[dict]:
     (tmp_path / "bench_x.py").write_text(source)
     flags = ["-q", "-c", "/dev/null", "--rootdir", ".", "-o", "python_functions=bench_*", "--benchmark-json=r.json"]
     done = subprocess.run([sys.executable, "-m", "pytest", *flags, "bench_x.py"], cwd=tmp_path, capture_output=True,
-                          text=True)
+                          text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stdout
     return [bench["extra_info"] for bench in json.loads((tmp_path / "r.json").read_text())["benchmarks"]]
 
