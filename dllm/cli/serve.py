@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from dllm.cli.flags import Parser, add_model, load_model, path, whole
-from dllm.cli.generate import folder_defaults
+from dllm.cli.generate import folder_defaults, settings_of_flags
 from dllm.config.fields import add_fields, given
 from dllm.errors import UserError
 from dllm.files import check_outputs, write_json
@@ -56,7 +56,7 @@ def run_serve(args: argparse.Namespace) -> int:
         from dllm.server.listening import bind, serve
     except ImportError as error:
         raise UserError(f"dllm serve needs {error.name}: pip install 'dllm[serve]'") from None
-    defaults = MDMGenerationConfig(**given(args, MDMGenerationConfig))
+    defaults = MDMGenerationConfig(**settings_of_flags(args))
     limits = ServerLimits(api_key=key, **given(args, ServerLimits))
     listening = bind(args.host, args.port)  # before the model is loaded, which can take minutes
     with listening:

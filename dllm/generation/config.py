@@ -21,6 +21,9 @@ DEFAULT_STEPS = 512  # Open-dLLM's
 # What edits of a given text are told. The other settings are about gaps, or of other methods.
 EDIT_SETTINGS = ("max_new_tokens", "steps", "temperature", "top_p", "top_k", "mask_token_id", "num_return_sequences",
                  "seed", "flow_schedule", "flow_rule")
+# Settings that only these algs take.
+OF_FLOWS = {"flow_schedule": ("flow", "edit"), "flow_rule": ("flow", "edit"), "corrector": ("flow", "edit"),
+            "edit_source": ("edit",), "edit_source_length": ("edit",)}
 UNUSED = ("pad_token_id", "bos_token_id", "do_sample", "return_dict_in_generate")
 
 
@@ -141,9 +144,7 @@ class MDMGenerationConfig:
             raise UserError("editing_threshold needs remasking low_confidence_dynamic (LLaDA2.1)")
         if self.schedule != "even" and (name != "low_confidence" or bounded):
             raise UserError(f"schedule {self.schedule} needs remasking low_confidence without threshold and factor")
-        for setting_name, algs in (("flow_schedule", ("flow", "edit")), ("flow_rule", ("flow", "edit")),
-                                   ("corrector", ("flow", "edit")), ("edit_source", ("edit",)),
-                                   ("edit_source_length", ("edit",))):
+        for setting_name, algs in OF_FLOWS.items():
             its = settings_of(MDMGenerationConfig)[setting_name]
             if getattr(self, setting_name) != its.default and name not in algs:
                 raise UserError(f"{setting_name} needs alg {' or '.join(algs)}, and no remasking; the method is {name}")

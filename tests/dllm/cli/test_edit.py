@@ -159,3 +159,11 @@ def test_the_page_of_edits_plays_in_a_browser(edit_folder, chromium, capsys, tmp
     assert re.search(r"<title>(.*?)</title>", shown.stdout)[1] == (
         f"{made.count(2)},{made.count(3)},line-through,0,0,true")
     assert "CONSOLE" not in shown.stderr, shown.stderr
+
+
+def test_flags_of_flows_hold_for_the_method_that_the_folder_names(edit_folder, model_folder, capsys, tmp_path):
+    prompt, record = ["--prompt", "def f(x):", *BRIEF], tmp_path / "record.json"
+    run(capsys, "sample", edit_folder, *prompt, "--flow-rule", "euler", "--output", record)
+    assert json.loads(record.read_text())["settings"]["flow_rule"] == "euler"
+    assert cli.main(["sample", str(model_folder), *prompt, "--flow-rule", "euler"]) == 2
+    assert "flow_rule needs alg flow or edit, and no remasking; the method is entropy" in capsys.readouterr().err
