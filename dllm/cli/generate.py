@@ -13,7 +13,7 @@ from dllm.cli.flags import Parser, add_model, load_model, path, read_text, utf8,
 from dllm.config.fields import add_fields, given, settings_of
 from dllm.errors import UserError, warn
 from dllm.files import check_outputs, decode_text, write_atomically, write_json
-from dllm.generation.config import EDIT_SETTINGS, OF_FLOWS, MDMGenerationConfig, published_settings
+from dllm.generation.config import EDIT_SETTINGS, OF_ALGS, MDMGenerationConfig, published_settings
 
 DRAWN = {"seed": "drawn anew, and printed"}
 
@@ -169,7 +169,7 @@ def settings_of_flags(args: argparse.Namespace) -> dict:
     """What the flags give, without what only some algs take where the folder may name the alg (see
     `folder_defaults`)."""
     return {name: value for name, value in given(args, MDMGenerationConfig).items()
-            if name not in OF_FLOWS or hasattr(args, "alg")}
+            if name not in OF_ALGS or hasattr(args, "alg")}
 
 
 def folder_defaults(config: MDMGenerationConfig, args: argparse.Namespace, model, names: Container[str] | None = None,
@@ -177,7 +177,7 @@ def folder_defaults(config: MDMGenerationConfig, args: argparse.Namespace, model
     """The settings with those of the model's generation_config.json, where no flag gives another. names: None: all."""
     published = {name: value for name, value in published_settings(model.generation_defaults).items()
                  if not hasattr(args, name) and (names is None or name in names)}
-    waiting = {name: getattr(args, name) for name in OF_FLOWS if hasattr(args, name)}
+    waiting = {name: getattr(args, name) for name in OF_ALGS if hasattr(args, name)}
     return replace(config, **published, **waiting, **more)
 
 

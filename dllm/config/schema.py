@@ -138,6 +138,9 @@ class TrainGroup:
     causal_blocks: bool | None = setting(
         None, "block_diffusion: a token sees nothing after itself in its block either, so that an autoregressive model "
         "keeps what it knows", none="as the model was trained")
+    masked_share: float | None = setting(
+        None, "block_diffusion: the share of masked tokens in every block; 1 masks whole blocks, which teaches to "
+        "draft (I-DLM)", above=0, at_most=1, none="drawn for each block")
     expand_token_id: int | None = setting(
         None, "expansion: the token that becomes two masked ones; end-of-text deletes one")
     edit_source: Literal["empty", "masks", "uniform"] | None = setting(
@@ -253,6 +256,7 @@ class TrainGroup:
         for name, objectives, why in (
                 ("path_term", ("mdm",), ""),
                 ("causal_blocks", ("block_diffusion",), ""),
+                ("masked_share", ("block_diffusion",), " (it would bias the bound)"),
                 ("mask_at_least_one", ("mdm",), " (it would bias the bound)"),
                 ("corrupt_prompt", ("mdm",), " (the others model answers to a prompt that is visible)"),
                 *((name, ("edit",), "") for name in ("edit_source", "edit_source_length", "edit_propagation")),

@@ -23,7 +23,8 @@ class Block(NamedTuple):
     columns: tuple[int, int]  # the first column, and the one after the last
 
 
-def split_into_blocks(editable: Tensor, place: Tensor, config: MDMGenerationConfig, *, even: bool) -> list[Block]:
+def split_into_blocks(editable: Tensor, place: Tensor, config: MDMGenerationConfig, *, even: bool,
+                      first_alone: bool = False) -> list[Block]:
     """The blocks of a canvas, from left to right. Those of a row and their steps do not depend on the other rows.
 
     Args:
@@ -31,6 +32,7 @@ def split_into_blocks(editable: Tensor, place: Tensor, config: MDMGenerationConf
         place: [B, L] int64, the number of each position, by which blocks are counted off.
         even: whether block_length must divide the positions to fill, and the number of blocks the steps, as in LLaDA.
             Else the prompt decides how many blocks there are, and each gets an equal whole number of the steps.
+        first_alone: with sub-blocks, whether the first position of each block is a part of its own.
     Raises: UserError if one of these does not divide, or the cache finds given positions between those of a block.
     """
     extents = (place.masked_fill(~editable, -1).amax(1) + 1).tolist() if editable.numel() else [0] * len(editable)
@@ -38,7 +40,9 @@ def split_into_blocks(editable: Tensor, place: Tensor, config: MDMGenerationConf
     if even and config.block_length is not None and (uneven := [extent for extent in extents if extent % length]):
         raise UserError(f"block_length {length} does not divide the {uneven[0]} positions to fill; choose one that "
                         "does")
-    number = place // max(length, 1)
+    number = place // (config.sub_block_length or max(length, 1))
+    if first_alone:
+        number = 2 * number + (place % length != 0)
     parts = [editable & (number == wanted) for wanted in number[editable].unique().tolist()]
     counts = sum((part.any(1).long() for part in parts), torch.zeros_like(editable[:, 0], dtype=torch.long)).tolist()
     steps = torch.tensor([max(steps_of_block(config, config.block_length or extent, count, even), 1)
@@ -67,8 +71,8 @@ def steps_of_block(config: MDMGenerationConfig, length: int, blocks: int, even: 
     `split_into_blocks`."""
     if config.editing_threshold is not None:
         return length + config.max_post_steps
-    if config.method != "low_confidence_dynamic" and (config.threshold, config.factor) != (None, None):
-        return length  # the confidences decide; each step commits one position at least
+    if config.adaptive or config.revises:
+        return length  # each step commits one position at least
     blocks = max(blocks, 1)
     if config.steps == DEFAULT_STEPS:  # nobody chose it, so it fits
         return (round_up(DEFAULT_STEPS, blocks) if even else max(DEFAULT_STEPS, blocks)) // blocks

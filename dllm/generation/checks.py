@@ -16,6 +16,11 @@ def check_settings(model: Transformer, config: MDMGenerationConfig, causal: bool
     if config.cache != "none" and (causal or config.cfg_scale > 0 or config.block_length is None):
         raise UserError(f"cache {config.cache!r} needs a block_length, and neither a block-causal model (which "
                         "keeps its finished blocks anyway) nor cfg_scale")
+    check_blocks(config, causal)
+    if config.method == "soft_parallel" and (not causal or config.cuda_graphs
+                                             or find_mask_token(model, config) != model.mask_token_id):
+        raise UserError("alg soft_parallel needs a block-causal model (DMax) with the mask token that its folder "
+                        "names, and no cuda_graphs; choose another alg")
     if config.cuda_graphs and model.device.type != "cuda":
         raise UserError(f"cuda_graphs needs a model on a GPU, this one is on {model.device}; leave it out")
     if config.edits:
@@ -32,6 +37,25 @@ def check_settings(model: Transformer, config: MDMGenerationConfig, causal: bool
     for name, token in [("expand_token_id", config.expand_token_id or 0), *named]:
         if token >= words:
             raise UserError(f"{name} {token} is outside the model's vocabulary of {words}")
+
+
+def check_blocks(config: MDMGenerationConfig, causal: bool) -> None:
+    """Refuse parts and windows of blocks where there can be none."""
+    used = {"sub_block_length": config.sub_block_length is not None, "window_blocks": config.window_blocks > 1}
+    if all(used.values()):
+        raise UserError("sub_block_length and window_blocks exclude each other: one denoises a part of a block at a "
+                        "time, the other several blocks")
+    for name in (name for name in used if used[name]):
+        if not causal:
+            raise UserError(f"{name} needs a block-causal model, which this one is not; leave it out")
+        if not config.adaptive:
+            raise UserError(f"{name} needs confidences that decide how many positions a step commits, {config.method} "
+                            "here does not; set threshold, and alg maskgit_plus, entropy or topk_margin")
+    if used["window_blocks"] and config.threshold is None:
+        raise UserError("window_blocks needs a threshold (0.9, say), and neither factor nor alg entropy_bound")
+    if used["sub_block_length"] and config.block_length % config.sub_block_length:
+        raise UserError(f"sub_block_length {config.sub_block_length} does not divide the block_length "
+                        f"{config.block_length}; choose one that does")
 
 
 def check_edits(model: Transformer, config: MDMGenerationConfig, causal: bool) -> None:

@@ -17,13 +17,16 @@ from dllm.errors import UserError, did_you_mean
 CONFIDENCES = {"maskgit_plus": "prob", "entropy": "entropy", "topk_margin": "margin", "confidence_threshold": "prob",
                "low_confidence": "prob"}
 
+NEED_THRESHOLD = ("low_confidence_dynamic", "confidence_threshold", "soft_parallel")
+
 DEFAULT_STEPS = 512  # Open-dLLM's
 # What edits of a given text are told. The other settings are about gaps, or of other methods.
 EDIT_SETTINGS = ("max_new_tokens", "steps", "temperature", "top_p", "top_k", "mask_token_id", "num_return_sequences",
                  "seed", "flow_schedule", "flow_rule")
 # Settings that only these algs take.
-OF_FLOWS = {"flow_schedule": ("flow", "edit"), "flow_rule": ("flow", "edit"), "corrector": ("flow", "edit"),
-            "edit_source": ("edit",), "edit_source_length": ("edit",)}
+OF_ALGS = {"flow_schedule": ("flow", "edit"), "flow_rule": ("flow", "edit"), "corrector": ("flow", "edit"),
+           "edit_source": ("edit",), "edit_source_length": ("edit",), "entropy_bound": ("entropy_bound",),
+           "draft_length": ("self_speculation",)}
 UNUSED = ("pad_token_id", "bos_token_id", "do_sample", "return_dict_in_generate")
 
 
@@ -40,10 +43,10 @@ class MDMGenerationConfig:
     top_k: int | None = setting(None, "then keep the k most likely tokens; 0: all", at_least=0, none="all tokens",
                                 per_request=True)
     alg: Literal["origin", "maskgit_plus", "entropy", "topk_margin", "p2", "remdm", "flow", "edit",
-                 "confidence_threshold"] = setting(
+                 "confidence_threshold", "entropy_bound", "soft_parallel", "self_speculation"] = setting(
         "entropy", "how a step chooses the positions it commits", per_request=True)
-    alg_temp: float = setting(0.0, "Gumbel noise on the confidences, in their units; without effect on p2 and origin",
-                              at_least=0, per_request=True)
+    alg_temp: float = setting(0.0, "Gumbel noise on the confidences, in their units; without effect on p2, origin, "
+                              "entropy_bound and self_speculation", at_least=0, per_request=True)
     eps: float = setting(1e-3, "diffusion time after the last step", above=0, below=1)
     mask_token_id: int | None = setting(None, "the mask token", at_least=0, none="the checkpoint's or tokenizer's")
     num_return_sequences: int = setting(1, "texts for each prompt, next to each other in the output", at_least=1)
@@ -54,6 +57,18 @@ class MDMGenerationConfig:
     blocks_from: Literal["text", "masked"] | None = setting(
         None, "count blocks from the first token (text), or from the first masked position",
         none="text for block-causal models, else masked")
+    sub_block_length: int | None = setting(
+        None, "of block-causal models: parts of a block, denoised left to right; each sees the whole block",
+        at_least=1, none="the whole block", per_request=True)
+    window_blocks: int = setting(
+        1, "of block-causal models, with threshold: blocks that are denoised together at most", at_least=1,
+        per_request=True)
+    enter_share: float = setting(
+        0.1, "with window_blocks: a block joins once this share of the one before it is filled", at_least=0, at_most=1,
+        per_request=True)
+    full_share: float = setting(
+        0.95, "with window_blocks: a block commits at least one position a step once this share of the one before it "
+        "is filled; till then, only what the threshold commits", at_least=0, at_most=1, per_request=True)
     remasking: Literal["low_confidence", "random", "low_confidence_dynamic"] | None = setting(
         None, "LLaDA's samplers, instead of alg", none="alg", per_request=True)
     schedule: Literal["even", Schedules] = setting(
@@ -64,6 +79,9 @@ class MDMGenerationConfig:
     factor: float | None = setting(
         None, "like threshold, with a bound that rises with the number of positions committed together", above=0,
         none="off", per_request=True)
+    entropy_bound: float = setting(
+        0.1, "entropy_bound: commit the positions of the least entropies that sum, without the last one, to at most "
+        "this, in nats", above=0, per_request=True)
     editing_threshold: float | None = setting(
         None, "with threshold: replace committed tokens when this sure of another (LLaDA2.1)", none="off",
         per_request=True)
@@ -84,6 +102,9 @@ class MDMGenerationConfig:
         "empty", "edit: what a gap holds at first: nothing, masks, or uniform words; as the model was trained",
         per_request=True)
     edit_source_length: int = setting(64, "edit: so many masks or words", at_least=1, per_request=True)
+    draft_length: int | None = setting(
+        None, "self_speculation: tokens drafted in a forward pass, which has (draft_length + 1)**2 positions; 0: one "
+        "token a pass, from left to right", at_least=0, none="block_length, or the model's", per_request=True)
     cfg_scale: float = setting(
         0.0, "classifier-free guidance: logits + cfg_scale * (logits - those without the prompt)", at_least=0,
         below=float("inf"), per_request=True)
@@ -134,17 +155,20 @@ class MDMGenerationConfig:
             if its.kind is float and not all(isfinite(value or 0) for value in values or ()):
                 raise UserError(f"{name} must be finite, not {getattr(self, name)}")
         name, bounded = self.method, (self.threshold, self.factor) != (None, None)
-        if name in ("low_confidence_dynamic", "confidence_threshold") and (self.threshold is None or self.factor):
+        if name in NEED_THRESHOLD and (self.threshold is None or self.factor):
             raise UserError(f"{name} needs a threshold (0.9, say), and no factor")
         if self.threshold is not None and self.factor is not None:
             raise UserError("threshold and factor exclude each other: each says how many positions a step commits")
-        if bounded and name not in (*CONFIDENCES, "low_confidence_dynamic"):
+        if bounded and name == "entropy_bound":
+            raise UserError("threshold and factor say how many positions a step commits, and so does alg "
+                            "entropy_bound; choose one of them")
+        if bounded and name not in (*CONFIDENCES, *NEED_THRESHOLD):
             raise UserError(f"threshold and factor need confidences, {name} has none; choose {', '.join(CONFIDENCES)}")
         if self.editing_threshold is not None and name != "low_confidence_dynamic":
             raise UserError("editing_threshold needs remasking low_confidence_dynamic (LLaDA2.1)")
         if self.schedule != "even" and (name != "low_confidence" or bounded):
             raise UserError(f"schedule {self.schedule} needs remasking low_confidence without threshold and factor")
-        for setting_name, algs in OF_FLOWS.items():
+        for setting_name, algs in OF_ALGS.items():
             its = settings_of(MDMGenerationConfig)[setting_name]
             if getattr(self, setting_name) != its.default and name not in algs:
                 raise UserError(f"{setting_name} needs alg {' or '.join(algs)}, and no remasking; the method is {name}")
@@ -175,9 +199,20 @@ class MDMGenerationConfig:
         return MDMGenerationConfig(alg="edit", **{name: getattr(self, name) for name in EDIT_SETTINGS})
 
     @property
+    def adaptive(self) -> bool:
+        """Whether the model alone decides how many positions a step commits, at least one."""
+        bounded = (self.threshold, self.factor) != (None, None)
+        return self.method in ("entropy_bound", "self_speculation") or (bounded and self.method in CONFIDENCES)
+
+    @property
     def edits(self) -> bool:
         """Whether tokens are inserted and deleted, so that texts change their lengths."""
         return self.method == "edit"
+
+    @property
+    def speculates(self) -> bool:
+        """Whether texts are written from left to right, after drafts."""
+        return self.method == "self_speculation"
 
     @property
     def remasks_at_random(self) -> bool:
@@ -185,9 +220,14 @@ class MDMGenerationConfig:
         return self.method == "remdm" or self.corrector is not None
 
     @property
+    def revises(self) -> bool:
+        """Whether steps may replace committed tokens, also after a block's last mask is gone."""
+        return self.method == "soft_parallel" or self.editing_threshold is not None
+
+    @property
     def rewrites(self) -> bool:
         """Whether a committed token may still change."""
-        return self.method in ("p2", "edit") or self.remasks_at_random or self.editing_threshold is not None
+        return self.method in ("p2", "edit") or self.remasks_at_random or self.revises
 
 
 def _as_tokens(name: str, value: Any) -> tuple[int, ...]:

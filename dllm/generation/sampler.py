@@ -15,21 +15,15 @@ import torch
 from torch import Tensor
 
 from dllm.errors import UserError
-from dllm.generation.canvas import (
-    AsGiven,
-    Block,
-    ElasticGap,
-    WholeBlocks,
-    block_length_of,
-    split_into_blocks,
-)
+from dllm.generation.canvas import AsGiven, Block, ElasticGap, WholeBlocks, block_length_of, split_into_blocks
 from dllm.generation.checks import check_constraint, check_settings, find_ends, find_mask_token
 from dllm.generation.config import MDMGenerationConfig
+from dllm.generation.drafting import DraftScorer, plan_drafts
 from dllm.generation.editing import begin_edits
 from dllm.generation.inputs import read_prompts
 from dllm.generation.rows import contents_of, name_rows, number_equal
 from dllm.generation.scorers import CachedScorer, EditScorer, HeadScorer, StaleScorer
-from dllm.generation.strategies import Step, Update, begin_with_first, choose_strategy
+from dllm.generation.strategies import Step, Update, begin_with_first, choose_strategy, has_converged
 from dllm.model.transformer import Transformer
 from dllm_kernels import philox_uniform
 
@@ -132,6 +126,8 @@ class Denoising:
                  seeds: Tensor | None = None, editable: Tensor | None = None):
         self.model, self.mask_token_id = model, find_mask_token(model, config)
         self.causal = model.config.block_causal if config.block_causal is None else config.block_causal
+        if config.speculates:
+            config, self.causal = plan_drafts(model, config), False  # one block, written from left to right
         if self.causal:
             config = replace(config, block_length=config.block_length or block_length_of(model))
         self.config = config
@@ -194,13 +190,18 @@ class Denoising:
         if self.text is not None:
             steps = torch.full((len(self.tokens),), self.config.steps, device="cpu")
             return [Block(self.text.open, steps, (0, self.tokens.shape[1]))] if self.text.open.any() else []
+        if self.config.window_blocks > 1:  # the strategy opens its blocks
+            sizes = self.editable.sum(1).cpu()
+            return [Block(self.editable, sizes.clamp(min=1), (0, 0))] if sizes.any() else []
         if self.causal:
             place = torch.arange(self.tokens.shape[1], device=self.tokens.device).expand_as(self.tokens)
         elif self.from_text:
             place = self.scorer.position_ids
         else:
             place = self.editable.cumsum(1) - 1
-        return split_into_blocks(self.editable, place, self.config, even=not (self.causal or self.from_text))
+        return split_into_blocks(
+            self.editable, place, self.config, even=not (self.causal or self.from_text),
+            first_alone=self.config.sub_block_length is not None and self.model.config.shift_logits)
 
     def _choose_strategy(self) -> None:
         config = self.config
@@ -270,7 +271,7 @@ class Denoising:
 
     def _working(self, rows: RowCounts) -> Tensor:
         """[B] bool: the rows that this step may change."""
-        if self.config.editing_threshold is not None:
+        if self.config.revises:
             editing = (rows.size > 0) & ~rows.settled & (rows.edits < self.config.max_post_steps)
             return (rows.left > 0) | editing
         every_step = self.config.remasks_at_random or self.config.edits
@@ -278,7 +279,9 @@ class Denoising:
 
     def _count(self, rows: RowCounts, step: Step, confidence: Tensor | None) -> None:
         """Update the counts after a step."""
-        if self.config.editing_threshold is not None:
+        if self.config.method == "soft_parallel":
+            rows.settled |= has_converged(step, self.tokens, confidence)
+        elif self.config.revises:
             filled = step.left == 0
             rows.edits += filled
             rows.settled |= filled & (self.tokens == step.tokens).all(1).cpu()
@@ -379,6 +382,7 @@ class Denoising:
 
     def _uniform(self, draw: int) -> Tensor | None:
         config = self.config
+        draw = 0 if config.speculates else draw  # a position has one number, whichever step commits it
         if config.edits:
             return torch.cat([philox_uniform(self.seed, self.sequence, 4 * draw + part, self.scorer.position_ids)
                               for part in range(4)], -1)
@@ -402,6 +406,7 @@ class Denoising:
         if self.text is not None:
             return EditScorer(self.model, self.config, self.mask_token_id, self.text)
         kind = CachedScorer if self.causal else HeadScorer if self.config.cache == "none" else StaleScorer
+        kind = DraftScorer if self.config.speculates else kind
         return kind(self.model, self.config, self.mask_token_id, self.key_mask, ~self.editable)
 
     @property

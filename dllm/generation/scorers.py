@@ -96,7 +96,7 @@ class HeadScorer:
                                     count=int(step.left[chosen].sum()), **self.sampling)
         return Update(asked.place(step.tokens, result.tokens), asked.place(None, result.confidence))
 
-    def score(self, positions: Tensor, *, raw: bool = False) -> Update:
+    def score(self, positions: Tensor, *, confidence: str = "prob", raw: bool = False) -> Update:
         counts = positions.sum(1).cpu()
         asked = Queries.of(positions, (counts > 0).nonzero().squeeze(1), counts)
         hidden = self._hidden(asked)
@@ -104,7 +104,7 @@ class HeadScorer:
         uniform, allowed = self.step.uniform, self._allowed(asked)
         if uniform is not None:
             uniform = uniform[asked.rows.unsqueeze(1), asked.index].flatten(0, 1)[places]
-        scores = linear_token_scores(hidden, self.model.head_weight, places, confidence="prob",
+        scores = linear_token_scores(hidden, self.model.head_weight, places, confidence=confidence,
                                      confidence_of="raw" if raw else "filtered",
                                      allowed=None if allowed is None else allowed.flatten(0, 1)[places],
                                      generator=uniform, **self.sampling)
@@ -150,45 +150,77 @@ class HeadScorer:
 
 
 class CachedScorer(HeadScorer):
-    """Computes one block of a block-causal model at a time; finished blocks are computed once more, and kept."""
+    """Computes the blocks of a block-causal model that are being denoised; those finished since are computed once
+    more, with them, and kept."""
 
     def __init__(self, model: Transformer, config: MDMGenerationConfig, *canvas):
         super().__init__(model, config, *canvas)
-        self.block_length = config.block_length
+        self.block_length, self.several = config.block_length, config.window_blocks > 1
         seen_whole = 1 if model.config.causal_blocks else self.block_length
         self.cache = self._make_cache(self.copies * len(self.position_ids), seen_whole)
         self.finished = 0  # positions of which everything is kept
         self.before: Tensor | None = None  # [rows, D], under shift: of the last of them, about the one after it
+        self.certainty: Tensor | None = None  # [B, L] fp32, of tokens that are embedded by it (`toward_mask`)
+        if config.method == "soft_parallel":
+            self.certainty = torch.ones(self.position_ids.shape, device=model.device)
 
     def _hidden(self, asked: Queries) -> Tensor:
-        start = self.step.columns[0] // self.block_length * self.block_length
-        end = min(start + self.block_length, self.position_ids.shape[1])
+        start, end = self._window(asked)
+        first, shift = self.finished, self.model.config.shift_logits
+        begins = first < start  # blocks were finished since: those of every row are computed along, and kept
         everything = torch.arange(len(self.position_ids), device=asked.rows.device)
-        if self.finished < start and self.model.config.shift_logits:
-            last = torch.full((len(everything), 1), start - 1, device=asked.rows.device)
-            self.before = self._compute(everything, self.finished, start, last, len(asked.rows)).squeeze(1)
-            self.finished = start
-        first = self.finished
-        # Where blocks were finished since, those of every row are computed along, and kept.
-        computed = everything if first < start else asked.rows
-        queries = torch.full((len(everything), asked.index.shape[1]), start, device=asked.rows.device)
+        computed = everything if begins else asked.rows
         sources = torch.where(asked.valid, self.source[asked.rows].gather(1, asked.index), start)
+        queries = torch.full((len(everything), asked.index.shape[1]), start, device=asked.rows.device)
         queries = queries.index_copy(0, asked.rows, sources)[computed]
-        hidden = self._compute(computed, first, end, queries.clamp(min=start), len(asked.rows))
-        if self.before is not None:
+        if begins and shift:  # what is said about the first position of the blocks does not change any more
+            queries = F.pad(queries, (0, 1), value=start - 1)
+        if begins and self.certainty is not None:
+            self.certainty[:, first:start] = 1
+        if first < end:
+            several = self.several or (begins and shift and start < end)
+            hidden = self._compute(computed, first, end, queries.clamp(first, end - 1), len(asked.rows), several)
+        if begins and shift:
+            hidden, self.before = hidden[:, :-1], hidden[:, -1]
+        elif self.before is not None:
             before = self.before[self._both(computed)].unsqueeze(1)
-            hidden = torch.where((queries < start).repeat(self.copies, 1).unsqueeze(-1), before, hidden)
+            early = (queries < start).repeat(self.copies, 1).unsqueeze(-1)
+            hidden = torch.where(early, before, hidden) if first < end else before.expand(-1, queries.shape[1], -1)
         self.finished = start
         hidden = self._guide(hidden)
         return hidden[asked.rows] if len(computed) > len(asked.rows) else hidden
 
-    def _compute(self, rows: Tensor, first: int, end: int, queries: Tensor, asking: int) -> Tensor:
-        """Hidden states of the positions `queries` [R, Q] of some rows, all in the last block before `end`; those from
-        `first` on are computed, and their keys and values kept."""
+    def _window(self, asked: Queries) -> tuple[int, int]:
+        """The first column of the blocks being denoised, and that after the last one to compute. Where only the first
+        position is asked about, and predicted from the one before it, no block."""
+        first, end = self.step.columns
+        if self.several:
+            first, last = torch.stack(asked.index[asked.valid].aminmax()).tolist()
+            end = last + 1
+        start = first // self.block_length * self.block_length
+        if self.model.config.shift_logits and 0 < start == end - 1:
+            return start, start
+        end = ((end - 1) // self.block_length + 1) * self.block_length
+        return start, min(end, self.position_ids.shape[1])
+
+    def _compute(self, rows: Tensor, first: int, end: int, queries: Tensor, asking: int, several: bool) -> Tensor:
+        """Hidden states of the positions `queries` [R, Q] of some rows, all in the last block before `end` unless
+        `several`; those from `first` on are computed, and their keys and values kept."""
         tokens, key_mask = self._read(rows, asking)
+        certainty = None
+        if self.certainty is not None:
+            certainty = self.certainty[rows].repeat(self.copies, 1)
+            certainty = certainty.masked_fill(tokens == self.mask_token_id, 1)[:, first:end]
         return self.forward(tokens[:, first:end], Cached(
             self.cache, first, None if len(rows) == len(self.position_ids) else self._both(rows),
-            None if key_mask is None else key_mask[:, :end].contiguous(), (queries - first).repeat(self.copies, 1)))
+            None if key_mask is None else key_mask[:, :end].contiguous(), (queries - first).repeat(self.copies, 1),
+            several, certainty))
+
+    def score(self, positions: Tensor, *, confidence: str = "prob", raw: bool = False) -> Update:
+        update = super().score(positions, confidence=confidence, raw=raw)
+        if self.certainty is not None:
+            self.certainty = torch.where(positions, update.confidence, self.certainty)
+        return update
 
     def _both(self, rows: Tensor) -> Tensor:
         """The rows of the cache: with guidance also those without the prompt."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dllm.diffusion.corruption import SCHEDULES
 from dllm.generation.config import CONFIDENCES, MDMGenerationConfig
+from dllm.generation.windows import Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ class Scorer(Protocol):
         raw: the confidence is of the distribution before temperature and filters.
         """
 
-    def score(self, positions: Tensor, *, raw: bool = False) -> Update:
+    def score(self, positions: Tensor, *, confidence: str = "prob", raw: bool = False) -> Update:
         """Choose and score a token where `positions` [B, L] is True; elsewhere the update's tokens are -1."""
 
 
@@ -165,6 +166,23 @@ def commit_and_edit(step: Step, scorer: Scorer, *, threshold: float, editing_thr
     return Update(torch.where(chosen | edited, scored.tokens, step.tokens), scored.confidence)
 
 
+def commit_prefix_and_revise(step: Step, scorer: Scorer, *, threshold: float) -> Update:
+    """Commit the masked positions before the first one whose confidence does not reach the threshold, and at least the
+    first; and let every position committed before take the token that it would get now (DMax, arXiv:2604.08302)."""
+    scored = scorer.score(step.editable & step.working.to(step.tokens.device).unsqueeze(1), raw=True)
+    unsure = step.masked & (scored.confidence < threshold)
+    chosen = step.masked & ((unsure.cumsum(1) == 0) | (step.masked.cumsum(1) == 1))
+    return Update(torch.where(chosen | (~step.masked & (scored.tokens >= 0)), scored.tokens, step.tokens),
+                  scored.confidence)
+
+
+def has_converged(step: Step, tokens: Tensor, confidence: Tensor) -> Tensor:
+    """Rows [B], on the CPU, whose block is done after a step of DMax: nothing is masked, and nothing changed or every
+    confidence is at least 0.9. tokens: [B, L], after the step."""
+    filled = ~(step.editable & (tokens == step.mask_token_id)).any(1)
+    return (filled & ((tokens == step.tokens).all(1) | ((confidence >= 0.9) | ~step.editable).all(1))).cpu()
+
+
 def commit_above(step: Step, scorer: Scorer, *, confidence: str, raw: bool, threshold: float) -> Update:
     """Commit every position whose confidence reaches the threshold, and at least the surest (Fast-dLLM,
     arXiv:2505.22618)."""
@@ -197,6 +215,44 @@ def commit_by_factor(step: Step, scorer: Scorer, *, raw: bool, factor: float) ->
     sure = scored.confidence.gather(1, order) >= 1 - factor / (n + 1)
     sure[:, 0] = True
     chosen = torch.zeros_like(step.masked).scatter(1, order, sure) & step.masked
+    return Update(torch.where(chosen, scored.tokens, step.tokens), scored.confidence)
+
+
+def accept_within_entropy(entropy: Tensor, bound: float, eligible: Tensor | None = None) -> Tensor:
+    """The largest set of the least entropies of each row that sum, without the last one, to at most `bound`; so at
+    least one (EB-Sampler, arXiv:2505.24857: the sum bounds what the tokens could tell about each other).
+
+    Args:
+        entropy: [B, C] fp32, in nats; the lowest position goes first among equals.
+        eligible: [B, C] bool, the positions that may be accepted; None: all.
+    Returns: [B, C] bool.
+    """
+    if eligible is not None:
+        entropy = entropy.masked_fill(~eligible, torch.inf)
+    ascending, order = entropy.sort(dim=1, stable=True)
+    within = ascending.cumsum(1) - ascending <= bound
+    accepted = torch.zeros_like(within).scatter(1, order, within)
+    return accepted if eligible is None else accepted & eligible
+
+
+def commit_within_entropy(step: Step, scorer: Scorer, *, bound: float) -> Update:
+    """Commit the positions that `accept_within_entropy` accepts."""
+    scored = scorer.score(step.masked, confidence="entropy")
+    chosen = accept_within_entropy(-scored.confidence, bound, step.masked)
+    return Update(torch.where(chosen, scored.tokens, step.tokens), scored.confidence)
+
+
+def commit_in_window(step: Step, scorer: Scorer, *, window: Window, confidence: str, raw: bool,
+                     threshold: float) -> Update:
+    """Commit every position of the window whose confidence reaches the threshold, and at least the surest of each
+    block that must commit (D2F, arXiv:2508.09192; multi-block decoding)."""
+    joined, must = (x.repeat_interleave(window.block_length, 1)[:, :step.masked.shape[1]] for x in window.open(
+        step.masked, step.editable))
+    asked = step.masked & joined
+    scored = scorer.score(asked, confidence=confidence, raw=raw)
+    blocks = window.split(scored.confidence.nan_to_num(-torch.inf), -torch.inf)
+    surest = torch.zeros_like(blocks, dtype=torch.bool).scatter(2, blocks.argmax(2, keepdim=True), True).flatten(1)
+    chosen = asked & ((scored.confidence >= threshold) | (must & surest[:, :must.shape[1]]))
     return Update(torch.where(chosen, scored.tokens, step.tokens), scored.confidence)
 
 
@@ -321,21 +377,29 @@ def take_edits(step: Step, scorer: EditScorer, *, schedule: str, rule: str,
                   inserted.confidence)
 
 
+def accept_draft(step: Step, scorer) -> Update:
+    """Commit a draft up to the first token that the model would not write there from left to right, and the one that it
+    would; at any temperature, because both are drawn by the same uniform number. The scorer is that of drafting.py."""
+    written, draft = scorer.verify()
+    wrong = written.tokens != draft
+    chosen = (written.tokens >= 0) & (wrong.cumsum(1) == wrong)
+    scorer.draft(chosen.sum(1))
+    return Update(torch.where(chosen, written.tokens, step.tokens), written.confidence.masked_fill(~chosen, -torch.inf))
+
+
 STRATEGIES: Mapping[str, Strategy] = {
     "origin": commit_at_random,
     "maskgit_plus": partial(commit_most_confident, confidence="prob"),
     "entropy": partial(commit_most_confident, confidence="entropy"),
     "topk_margin": partial(commit_most_confident, confidence="margin"),
-    "p2": plan_and_remask,
-    "remdm": commit_and_remask_at_random,  # these two with chances of their own
-    "flow": commit_and_remask_at_random,
-    "edit": take_edits,
-    "confidence_threshold": commit_above_in_time,
+    "p2": plan_and_remask, "edit": take_edits,
+    "remdm": commit_and_remask_at_random, "flow": commit_and_remask_at_random,  # with chances of their own
+    "confidence_threshold": commit_above_in_time, "entropy_bound": commit_within_entropy,
+    "soft_parallel": commit_prefix_and_revise, "self_speculation": accept_draft,
 }
 # LLaDA's, by the names of its `remasking`
 REMASKINGS: Mapping[str, Strategy] = {
-    "low_confidence": partial(commit_evenly, confidence="prob"),
-    "random": partial(commit_evenly, confidence="random"),
+    "low_confidence": partial(commit_evenly, confidence="prob"), "random": partial(commit_evenly, confidence="random"),
     "low_confidence_dynamic": commit_evenly_or_above,
 }
 
@@ -370,6 +434,13 @@ def choose_strategy(config: MDMGenerationConfig, block_length: int | None, steps
         return partial(take_edits, schedule=config.flow_schedule, rule=config.flow_rule, corrector=config.corrector)
     if config.expand_token_id is not None:
         return partial(commit_surest, confidence=CONFIDENCES[name])
+    if name == "entropy_bound":
+        return partial(commit_within_entropy, bound=config.entropy_bound)
+    if name == "soft_parallel":
+        return partial(commit_prefix_and_revise, threshold=threshold)
+    if config.window_blocks > 1:
+        window = Window(block_length, config.window_blocks, config.enter_share, config.full_share)
+        return partial(commit_in_window, window=window, confidence=CONFIDENCES[name], raw=raw, threshold=threshold)
     if threshold is not None:
         return partial(commit_above, confidence=CONFIDENCES[name], raw=raw, threshold=threshold)
     if config.factor is not None:

@@ -17,6 +17,15 @@ from dllm.model.ulysses import heads_to_positions, positions_to_heads
 from dllm_kernels import bidirectional_attention, bidirectional_attention_varlen, block_diffusion_attention
 
 
+def toward_mask(x: Tensor, certainty: Tensor, mask: Tensor) -> Tensor:
+    """Embeddings x [B, L, D] drawn to that of the mask token [D] by what their tokens lack in certainty c [B, L]:
+    c x + (1 - c) mask, stretched to the length c |x| + (1 - c) |mask| (DMax, arXiv:2604.08302)."""
+    c, token, mask = certainty.unsqueeze(-1), x.float(), mask.float()
+    mixed = c * token + (1 - c) * mask
+    length = c * token.norm(dim=-1, keepdim=True) + (1 - c) * mask.norm()
+    return torch.where(c < 1, mixed * (length / (mixed.norm(dim=-1, keepdim=True) + 1e-6)), token).to(x.dtype)
+
+
 class Layout:
     """Base of all layouts: frozen dataclasses with `attend(q, k, v, layer)`, from q [B, Q, H, E] of the wanted and
     k, v [B, L, Hkv, E] of all positions that are computed to [B, Q, H, E]."""
@@ -24,8 +33,9 @@ class Layout:
     __slots__ = ()
     key_mask: Tensor | None = None
     queries: Tensor | None = None  # [B, Q] int64: the only positions whose hidden states are wanted
+    certainty: Tensor | None = None  # [B, L] fp32, how sure the tokens are (see `toward_mask`); None: given
     start = 0
-    causal = False  # whether a query sees nothing after itself
+    uneven = False  # whether the queries do not all see the same keys; then the last layer computes every position
 
     @property
     def inner(self) -> Self:
@@ -67,7 +77,7 @@ class Padded(Layout):
     queries: Tensor | None = None  # with block_length, positions of the last block
 
     @property
-    def causal(self) -> bool:
+    def uneven(self) -> bool:
         return self.block_length == 1
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
@@ -83,16 +93,46 @@ class Cached(Layout):
     start: int = 0
     rows: Tensor | None = None  # [B] int64: which rows of the cache these are; None: all
     key_mask: Tensor | None = None  # [B, seen] bool: of all positions that these may see
-    queries: Tensor | None = None  # places among the n; in a growing cache, of the last block
+    queries: Tensor | None = None  # places among the n; in a growing cache, of the last block, unless `several`
+    several: bool = False  # the queries are of several blocks
+    certainty: Tensor | None = None  # [B, n] fp32
 
     @property
-    def causal(self) -> bool:
-        return self.cache.block_length == 1
+    def uneven(self) -> bool:
+        return self.several or self.cache.block_length == 1
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         k, v = self.cache.put(layer, k, v, self.start, self.rows)
         blocks = self.cache.block_length if self.queries is None else None
         return bidirectional_attention(q, k, v, key_mask=self.key_mask, block_length=blocks, cache_rows=self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Branches(Cached):
+    """Texts that go on in several ways at once (tree attention): each row's own positions, after its part of a cache.
+
+    The first `kept` of the n are one text, and their keys and values are kept; those of the others, the branches, are
+    not. PyTorch's attention with a mask.
+    """
+
+    places: Tensor = None  # [B, n] int64, the positions in their row
+    kept: int = 0
+    mask: Tensor = None  # [B, n, seen + n - kept] bool: which of the cache and of the branches each sees
+
+    def number(self, input_ids: Tensor) -> Tensor:
+        return self.places
+
+    def length(self, input_ids: Tensor) -> int:
+        return self.cache.content.shape[3]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        rows, mask = self.rows.unsqueeze(1), self.wanted(self.mask).unsqueeze(1)
+        both = []
+        for cached, new in zip(self.cache.content[layer], (k, v), strict=True):
+            cached[rows, self.places[:, :self.kept]] = new[:, :self.kept]
+            seen = cached[self.rows, :mask.shape[-1] - new.shape[1] + self.kept]
+            both.append(torch.cat((seen, new[:, self.kept:]), 1).transpose(1, 2))
+        return F.scaled_dot_product_attention(q.transpose(1, 2), *both, attn_mask=mask, enable_gqa=True).transpose(1, 2)
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,10 +60,11 @@ class Ragged(Layout):
     row: Tensor  # [1, N] int64, the tokens of all calls
     position_ids: Tensor  # [1, N] int64
     queries: Tensor | None  # [1, M] int64, places among the N: all that a call asks for, one call after the other
+    certainty: Tensor | None = None  # [1, N] fp32, where a call has one
 
     @classmethod
     def of(cls, calls: Sequence[Call]) -> Self:
-        tokens, position_ids, queries, groups, rows = [], [], [], [], []
+        tokens, position_ids, queries, certainty, groups, rows = [], [], [], [], [], []
         first = first_query = 0
         for ids, layout in calls:
             stays = isinstance(layout, Cached) or layout.block_length is not None
@@ -73,6 +74,8 @@ class Ragged(Layout):
                 there, lengths = layout.key_mask.flatten().nonzero().squeeze(1), layout.key_mask.sum(1).tolist()
                 index = first + (layout.key_mask.flatten().cumsum(0) - 1).clamp(min=0).view_as(ids)
             tokens.append(ids.flatten()[there])
+            sure = torch.ones(ids.shape, device=ids.device) if layout.certainty is None else layout.certainty
+            certainty.append(sure.flatten()[there])
             position_ids.append(layout.number(ids).flatten()[there])
             queries.append(index.gather(1, layout.queries).flatten())
             own, asked = [], layout.queries.shape[1]
@@ -84,11 +87,12 @@ class Ragged(Layout):
             else:
                 rows += own
         groups += [_group(some, tokens[0].device) for some in _of_similar_length(rows)]
-        return cls(calls, groups, *(torch.cat(parts).unsqueeze(0) for parts in (tokens, position_ids, queries)))
+        row = [torch.cat(parts).unsqueeze(0) for parts in (tokens, position_ids, queries, certainty)]
+        return cls(calls, groups, *(row if any(layout.certainty is not None for _, layout in calls) else row[:3]))
 
     @property
-    def causal(self) -> bool:
-        return any(layout.causal for _, layout in self.calls)
+    def uneven(self) -> bool:
+        return any(layout.uneven for _, layout in self.calls)
 
     def number(self, input_ids: Tensor) -> Tensor:
         return self.position_ids

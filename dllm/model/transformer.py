@@ -26,7 +26,7 @@ from dllm.model import liger
 from dllm.model.devices import find_device, find_dtype, own_dtype
 from dllm.model.experts import FeedForward, MixtureOfExperts
 from dllm.model.families import ModelConfig, own_code, read_config, write_config
-from dllm.model.layouts import Layout, Padded
+from dllm.model.layouts import Layout, Padded, toward_mask
 from dllm.model.liger import LigerLayer
 from dllm.model.rotary import Rotary, rotate
 from dllm.model.special_tokens import as_ids, read_special_tokens
@@ -197,16 +197,18 @@ class Transformer(nn.Module):
             raise UserError(f"the input has {length} positions, the model {self.config.max_position_embeddings}; "
                             "shorten it")
         x = self.model.embed_tokens(layout.tokens(input_ids))
+        if layout.certainty is not None:
+            x = toward_mask(x, layout.certainty, self.model.embed_tokens.weight[self.mask_token_id])
         rotary = self.rotary(layout.number(input_ids), x.dtype)
         inner, last, run = layout.inner, len(self.model.layers) - 1, operator.call
-        final = inner if layout.causal else layout  # the queries of a causal layout do not all see the same keys
+        final = inner if layout.uneven else layout
         if self.checkpointing and torch.is_grad_enabled():
             run = partial(checkpoint, use_reentrant=False)
         for index, layer in enumerate(self.model.layers):
             if levels is not None:
                 levels.append(x)
             x = run(layer, x, rotary, final if index == last else inner, index)
-        if layout.causal:
+        if layout.uneven:
             x = layout.wanted(x)
         x = self.model.norm(layout.result(x, self.config.shift_logits))
         if levels is not None:

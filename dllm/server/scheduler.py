@@ -297,7 +297,7 @@ class Scheduler:
             model, canvas, config, visible,
             sequence=name_rows(contents_of(canvas, visible), torch.tensor([job.first + copy for job, copy in rows])),
             seeds=torch.tensor([job.config.seed for job, _ in rows]), editable=find_texts(gaps, canvas))
-        final = config.editing_threshold is None and not (config.remasks_at_random or config.edits)
+        final = not (config.revises or config.remasks_at_random or config.edits)
         steps, forwards = [0] * len(rows), [0] * len(rows)
         last, edited = None, [True] * len(rows)
         for last in denoising:

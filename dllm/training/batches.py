@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 
 from dllm.config.schema import TrainGroup
 from dllm.data import Packed, RowSource
-from dllm.diffusion.corruption import T_MIN, Corruption, corrupt
+from dllm.diffusion.corruption import SCHEDULES, T_MIN, Corruption, corrupt
 from dllm.diffusion.edits import (
     Columns,
     Draws,
@@ -128,6 +128,9 @@ def corrupt_rows(packed: Packed, first_slot: int, of: int, step: int, settings: 
     if settings.objective == "block_diffusion":
         ends = cut_blocks(ends, settings.block_length)
     times = spread_times(packed, ends, first_slot, of, seed, step)
+    if settings.masked_share is not None:
+        share = times.new_tensor(1 - settings.masked_share)
+        times = SCHEDULES[settings.schedule].when(share).clamp(T_MIN, 1 - T_MIN).expand_as(times)
     if settings.objective == "expansion":
         return make_gaps(packed, first_slot, step, seed, model.config.max_position_embeddings, times=times,
                          delete=model.config.eos_token_id, expand=settings.expand_token_id,

@@ -112,7 +112,8 @@ def check_resumable(config: Config, resumed: Checkpoint, output: Path) -> None:
                         "train.output_dir, or train.auto_resume=true to continue")
     fixed = ("objective", "path_term", "mask_at_least_one", "schedule", "optimizer", "seed", "lora_rank", "lora_alpha",
              "freeze_layers", "repr_align_wt", "anneal_attention_ratio", "block_length", "causal_blocks",
-             "expand_token_id", "corrupt_prompt", "edit_source", "edit_source_length", "edit_propagation")
+             "masked_share", "expand_token_id", "corrupt_prompt", "edit_source", "edit_source_length",
+             "edit_propagation")
     defaults = {field.name: field.default for field in fields(TrainGroup)}  # for runs older than a key
 
     def describe(groups: dict[str, dict]) -> dict:

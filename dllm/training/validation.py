@@ -31,11 +31,12 @@ def draw_validation(data: TrainingData, config: Config, model: Transformer) -> V
                             by_ratio=by_ratio)
 
     rows = min(len(data.held_out), max(1, config.train.eval_tokens // config.data.max_seq_len))
-    loss = bound = draw(config.train, config.train.objective in BOUNDS)
+    drawn = replace(config.train, masked_share=None)  # other times would bias the bound
+    loss = bound = draw(drawn, drawn.objective in BOUNDS)
     if config.train.objective == "edit":
         bound = None
     elif config.train.objective not in (*BOUNDS, "ar"):
-        bound = draw(replace(config.train, objective="elbo", path_term=False, mask_at_least_one=False,
+        bound = draw(replace(drawn, objective="elbo", path_term=False, mask_at_least_one=False,
                              corrupt_prompt=False, expand_token_id=None), True)
     pairs = config.data.data_type == "edits"  # which are measured too where nothing is to be inserted
     if not pairs and not all(sum(batch.scored for batch in batches) for batches in filter(None, (loss, bound))):

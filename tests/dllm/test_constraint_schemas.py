@@ -121,7 +121,11 @@ STRATEGIES = [
     {"remasking": "random", "temperature": 1.0}, {"alg": "entropy", "block_length": 4, "cache": "dual"},
     {"alg": "entropy", "temperature": 1.0, "top_p": 0.5, "stop_at_eos": True}, {"alg": "entropy", "cfg_scale": 1.0},
     {"remasking": "low_confidence_dynamic", "threshold": 0.01, "editing_threshold": 0.005, "block_causal": True,
-     "block_length": 4}, {"alg": "confidence_threshold", "threshold": 0.01}]
+     "block_length": 4}, {"alg": "confidence_threshold", "threshold": 0.01},
+    {"alg": "entropy_bound", "temperature": 1.0},
+    {"alg": "maskgit_plus", "threshold": 0.01, "block_causal": True, "block_length": 4, "window_blocks": 3},
+    {"alg": "soft_parallel", "threshold": 0.1, "block_causal": True, "block_length": 4, "temperature": 1.0},
+    {"alg": "entropy_bound", "block_causal": True, "block_length": 8, "sub_block_length": 4}]
 
 
 def random_pattern(draw: random.Random, depth: int = 0) -> str:

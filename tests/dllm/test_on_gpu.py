@@ -169,6 +169,11 @@ OTHER_METHODS = [
     ("shifted", {"alg": "maskgit_plus", "expand_token_id": 5, "pad_eos_to_right": True}),
     ("block_causal", {"remasking": "low_confidence", "steps": 7}), ("causal_blocks", {"threshold": 0.3}),
     ("block_causal", {"remasking": "low_confidence_dynamic", "threshold": 0.3, "editing_threshold": 0.2}),
+    ("shifted", {"alg": "entropy_bound", "entropy_bound": 2.0}),
+    ("causal_blocks", {"alg": "maskgit_plus", "threshold": 0.3, "window_blocks": 2}),
+    ("causal_blocks", {"alg": "maskgit_plus", "threshold": 0.3, "sub_block_length": 4}),
+    ("block_causal", {"alg": "soft_parallel", "threshold": 0.3}),
+    ("causal_blocks", {"alg": "self_speculation", "draft_length": 3, "temperature": 0.5}),
 ]
 
 

@@ -8,7 +8,7 @@ from dllm.diffusion_lm import DiffusionLM
 from dllm.generation.strategies import STRATEGIES
 from dllm.model.families import FAMILIES, ModelConfig
 
-MASKED_ALGS = sorted(STRATEGIES.keys() - {"edit"})  # those of any model; edits need heads of their own
+MASKED_ALGS = sorted(STRATEGIES.keys() - {"edit", "soft_parallel", "self_speculation"})  # those of any model
 
 TINY = ModelConfig(family="qwen3", vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
                    num_attention_heads=4, num_key_value_heads=2, head_dim=8, qk_norm=True, mask_token_id=60)

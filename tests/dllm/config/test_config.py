@@ -90,6 +90,7 @@ def test_hints_name_keys_that_there_are():
     (["--train.objective=ar", "--train.path_term=true"], ["path_term", "mdm"]),
     (["--train.objective=elbo", "--train.mask_at_least_one=true"], ["mask_at_least_one", "mdm", "bias the bound"]),
     (["--train.objective=ar", "--train.repr_align_wt=10"], ["repr_align_wt 10.0", "mdm or elbo"]),
+    (["--train.objective=elbo", "--train.masked_share=1"], ["masked_share 1.0", "block_diffusion", "bias the bound"]),
     (["--train.ulysses_parallel_size=2", "--train.repr_align_wt=10"], ["repr_align_wt", "ulysses_parallel_size 1"]),
     (["--train.anneal_attention_ratio=2"], ["anneal_attention_ratio", "at least 0 and at most 1", "2.0"]),
     (["--train.anneal_attention_ratio=0.5", "--train.max_minutes=1"], ["counts steps", "train.max_steps"]),

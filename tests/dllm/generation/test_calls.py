@@ -201,7 +201,8 @@ METHODS = [
     {"remasking": "low_confidence", "schedule": "cosine"}, {"remasking": "random", "cfg_scale": 1.0}, {"factor": 0.9},
     {"remasking": "low_confidence_dynamic", "threshold": 0.5, "editing_threshold": 0.2},
     {"cache": "dual", "block_length": 4, "alg": "maskgit_plus"}, {"expand_token_id": 9, "eos_token_id": 3},
-    {"block_causal": True, "block_length": 4}]
+    {"block_causal": True, "block_length": 4}, {"alg": "entropy_bound", "entropy_bound": 3.0},
+    {"block_causal": True, "block_length": 4, "threshold": -3.0, "window_blocks": 3}]
 
 
 @pytest.fixture(params=[torch.float64, torch.bfloat16, torch.float16, "meta"], ids=str)

@@ -45,7 +45,8 @@ def test_what_is_filled_up_changes_nothing(monkeypatch):
 METHODS = [{"alg": "maskgit_plus"}, {"remasking": "low_confidence", "block_length": 4, "cache": "dual"},
            {"remasking": "low_confidence", "block_length": 4, "cache": "prefix"},
            {"remasking": "low_confidence", "block_length": 4, "cfg_scale": 1.0},
-           {"remasking": "low_confidence", "block_length": 4, "block_causal": True, "blocks_from": "masked"}]
+           {"remasking": "low_confidence", "block_length": 4, "block_causal": True, "blocks_from": "masked"},
+           {"threshold": -3.0, "block_length": 4, "block_causal": True, "window_blocks": 3, "enter_share": 0.5}]
 
 
 @pytest.mark.parametrize("method", METHODS)

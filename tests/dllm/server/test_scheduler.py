@@ -101,17 +101,24 @@ def test_requests_that_join_later_change_nothing(scheduler, model):
         assert request.wait()[0].tokens == alone.sequences[0, len(request.job.gap.prefix):].tolist()
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_a_block_causal_model_serves_rows_at_different_blocks(causal):
+@pytest.mark.parametrize("causal, shift", [(False, False), (True, False), (False, True), (True, True)])
+def test_a_block_causal_model_serves_rows_at_different_blocks(causal, shift):
     torch.manual_seed(0)
     model = DiffusionLM(ModelConfig(
         family="qwen3", vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=16, qk_norm=True, max_position_embeddings=128, initializer_range=0.2,
-        mask_token_id=1, eos_token_id=0, block_causal=True, causal_blocks=causal)).eval()
+        mask_token_id=1, eos_token_id=0, block_causal=True, causal_blocks=causal,
+        shift_logits=shift)).eval()
     scheduler = Scheduler(model)
-    config = MDMGenerationConfig(block_length=4, steps=24, remasking="low_confidence")
-    requests = [Request(torch.arange(2, 7 + 5 * i), 8, replace(config, seed=0, threshold=(None, 0.5)[i % 2]))
-                for i in range(5)]
+    config = MDMGenerationConfig(block_length=4, steps=24, remasking="low_confidence", seed=0)
+    methods = [{}, {"threshold": 0.2}, {"threshold": 0.2, "window_blocks": 2},
+               {"threshold": 0.2, "sub_block_length": 2},
+               {"remasking": None, "alg": "entropy_bound", "entropy_bound": 4.0},
+               {"remasking": None, "alg": "soft_parallel", "threshold": 0.1}]
+    if causal and shift:
+        methods += [{"remasking": None, "alg": "self_speculation", "draft_length": n, "temperature": n / 4}
+                    for n in (3, 2, 0)]
+    requests = [Request(torch.arange(2, 7 + 5 * i), 8, replace(config, **method)) for i, method in enumerate(methods)]
     for request in requests:
         scheduler.submit(request.job)
     scheduler.start()

@@ -191,3 +191,16 @@ def test_a_trained_model_shrinks_gaps_that_are_too_long_and_grows_those_that_are
         right[kind].append(answer.tolist() == truth)
     shares = {kind: sum(values) / len(values) for kind, values in right.items()}
     assert shares["too long"] > 0.85 and shares["too short"] > 0.4, shares
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cube"])
+def test_a_share_of_masks_that_is_given_holds_in_every_block(schedule):
+    """Prompts of conversations stay visible; the other tokens weigh what they do at that share."""
+    source, model = Conversations(make_dataset(longest=40)), make_model()
+    keys = {"micro_batch_size": 40, "objective": "block_diffusion", "block_length": 4, "schedule": schedule}
+    masked = {}
+    for share in (0.25, 1.0):
+        batch, = make_batches(source, 0, range(40), 40, make_settings(masked_share=share, **keys), 1, model)
+        masked[share] = (batch.input_ids.flatten() == MASK)[source.read(range(40)).trainable].float().mean()
+        assert batch.targets.weights.unique().numel() == 1
+    assert masked[0.25] == pytest.approx(0.25, abs=0.08) and masked[1.0] > 0.98
