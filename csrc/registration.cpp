@@ -22,6 +22,11 @@ DLLM_LIBRARY(m) {
       "float temperature, float? threshold, Tensor(a!) filled, Tensor(b!) committed) -> ()");
   // linear.cpp. logits [M, V] = hidden [M, D] fp32 times weight [V, D], for few rows.
   m.def("linear_rows_cpu(Tensor hidden, Tensor weight, Tensor? bias, Tensor(a!) logits) -> ()");
+  // denoiser_statistics.cpp. hidden [M, D] fp32, weight [V, D], temperature [M] fp32, uniform [M] float64, softcap 0: none;
+  // token and argmax [M] int64, entropy and log_normaliser [M] fp32, soft [M, D] fp32.
+  m.def(
+      "denoiser_statistics_cpu(Tensor hidden, Tensor weight, Tensor temperature, Tensor uniform, float softcap, "
+      "Tensor(a!) token, Tensor(b!) argmax, Tensor(c!) entropy, Tensor(d!) log_normaliser, Tensor(e!)? soft) -> ()");
   // masked_cross_entropy.cpp. Rows [M] int64 of logits [N, V]: targets [N] int64, the other numbers [N] fp32, and grad
   // [N, V] of the logits' dtype are read and written there only. softcap 0: none.
   m.def(

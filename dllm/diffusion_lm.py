@@ -1,5 +1,6 @@
 """DiffusionLM: the Transformer, and what users do with it: generate, infill, bound the likelihood of a text."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,12 +14,17 @@ from dllm.generation import infilling, sampler
 from dllm.generation.canvas import fit_folder_settings
 from dllm.generation.config import MDMGenerationConfig, published_settings
 from dllm.generation.inputs import read_mask, read_prompts
-from dllm.generation.sampler import Denoising, GenerationOutput
+from dllm.generation.output import GenerationOutput
+from dllm.generation.renoising import Renoising
+from dllm.generation.sampler import Denoising
+from dllm.model.diffusion_gemma import DiffusionGemma
+from dllm.model.loading import is_diffusion_gemma
 from dllm.model.transformer import ModelOutput, Transformer
+from dllm.model.weights import find_model
 
 
-class DiffusionLM(Transformer):
-    """A masked diffusion language model. `from_pretrained` loads a published or a trained one.
+class _Uses:
+    """What users do with a model of either kind.
 
     Prompts are token ids as tensors, arrays, lists or a tokenizer's output. Settings are a `generation_config`, keyword
     arguments that override it, or both; without a generation_config, the folder's generation_config.json gives what the
@@ -42,7 +48,7 @@ class DiffusionLM(Transformer):
         return sampler.generate(self, *read_call(self, inputs, attention_mask, generation_config, settings))
 
     def diffusion_steps(self, inputs: Any = None, attention_mask: Any = None,
-                        generation_config: MDMGenerationConfig | None = None, **settings) -> Denoising:
+                        generation_config: MDMGenerationConfig | None = None, **settings) -> Denoising | Renoising:
         """`diffusion_generate` one denoising step at a time: `for step in model.diffusion_steps(ids)`."""
         return sampler.start(self, *read_call(self, inputs, attention_mask, generation_config, settings))
 
@@ -86,6 +92,22 @@ class DiffusionLM(Transformer):
         """Fill the masked positions of x; Open-dLLM's evaluation of infilling calls it by this name."""
         x, attention_mask = read_prompts(self, x, attention_mask, name="x")
         return sampler.denoise(self, x, read_settings(self, generation_config, {}), attention_mask)
+
+
+class DiffusionLM(_Uses, Transformer):
+    """A masked diffusion language model. `from_pretrained` loads a published or a trained one."""
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: str | os.PathLike, *args, **arguments):
+        """`Transformer.from_pretrained`, with the same arguments; a folder of DiffusionGemma gives a `GemmaLM`."""
+        folder = find_model(path_or_hub_id)
+        if is_diffusion_gemma(folder):
+            return GemmaLM.from_pretrained(folder, *args, **arguments)
+        return super().from_pretrained(folder, *args, **arguments)
+
+
+class GemmaLM(_Uses, DiffusionGemma):
+    """DiffusionGemma, which writes canvas after canvas from random words; see `DiffusionGemma.from_pretrained`."""
 
 
 def read_call(model: Transformer, inputs: Any, attention_mask: Any, config: Any, settings: dict[str, Any]):

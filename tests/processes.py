@@ -11,7 +11,8 @@ from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["dllm.cli", "dllm.train", "dllm.training.trainer", "dllm.model.loading", "transformers",
-                              "huggingface_hub.serialization", "dllm.server.app", "dllm.server.listening"])
+                              "huggingface_hub.serialization", "dllm.server.app", "dllm.server.listening",
+                              "transformers.models.diffusion_gemma.modeling_diffusion_gemma"])
 
 
 def start(main: Callable[[Sequence[str]], int], arguments: Sequence, output: Path, **environment: str) -> BaseProcess:

@@ -31,11 +31,12 @@ BLOCKS = [(page, block) for page in PAGES for block in BLOCK.finditer(page.read_
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, model_folder, edit_folder) -> Path:
+def place(tmp_path_factory, model_folder, edit_folder, gemma_folder) -> Path:
     """A folder with what the README's commands name: models, code, data, configurations, samples, tasks."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(model_folder, folder / "my_model")
     shutil.copytree(edit_folder, folder / "my_edit_model")
+    shutil.copytree(gemma_folder, folder / "my_gemma_model")
     shutil.copytree(ROOT / "configs", folder / "configs")
     code = "".join(f"def add_{i}(x, y):\n    total = x + y + {i}\n    return total\n\n\n" for i in range(60))
     for name in ("my_code", "data/data"):

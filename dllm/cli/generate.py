@@ -90,14 +90,14 @@ def length(text: str) -> int | str:
 def run_sample(args: argparse.Namespace) -> int:
     from dllm.generation.canvas import fit_folder_settings
     from dllm.generation.sampler import start
-    from dllm.model.tokenizer import anchor, cut_at_end, decode_after, encode_with_masks, fill_masks
+    from dllm.model.tokenizer import anchor, begin_text, cut_at_end, decode_after, encode_with_masks, fill_masks
 
     check_outputs({"--output": args.output, "--save-html": args.save_html},
                   [args.prompt_file, args.json_schema, args.model])
     prompt = read_source(args.prompt, args.prompt_file, "the prompt")
     config = generation_config(args)
     model, tokenizer = load_model(args)
-    ids = encode_with_masks(tokenizer, prompt)
+    ids = begin_text(tokenizer, encode_with_masks(tokenizer, prompt))
     config = folder_defaults(config, args, model, constraint=read_constraint(args, tokenizer, model))
     config = fit_folder_settings(model, config, vars(args), len(ids))
     if config.edits:

@@ -131,9 +131,10 @@ class TrainGroup:
 
     output_dir: str = setting(MISSING, "folder that gets checkpoints/, metrics.jsonl, config.yaml")
     # Objective
-    objective: Literal["mdm", "elbo", "block_diffusion", "cart", "expansion", "edit", "ar"] = setting(
+    objective: Literal["mdm", "elbo", "block_diffusion", "cart", "expansion", "edit", "canvas", "ar"] = setting(
         "mdm", "equal weights; the bound, 1/t; the bound of blocks (BD3-LM); weights by visible neighbours (Dream); "
-        "gaps of unknown length (DreamOn); insertions, deletions and substitutions (Edit Flows); next token, causal")
+        "gaps of unknown length (DreamOn); insertions, deletions and substitutions (Edit Flows); canvases of random "
+        "words (DiffusionGemma); next token, causal")
     block_length: int | None = setting(None, "block_diffusion: tokens of a block", above=0)
     causal_blocks: bool | None = setting(
         None, "block_diffusion: a token sees nothing after itself in its block either, so that an autoregressive model "
@@ -149,6 +150,9 @@ class TrainGroup:
     edit_source_length: int | None = setting(None, "edit: tokens of the source masks or uniform", above=0, none="64")
     edit_propagation: float = setting(
         0.0, "edit: rate at which a change spreads to its neighbours (localized Edit Flows)", at_least=0)
+    self_conditioning: float | None = setting(
+        None, "canvas: chance that an example is denoised given what a first pass, without gradient, says of it",
+        at_least=0, at_most=1, none="0.5")
     path_term: bool = setting(False, "mdm: add Open-dLLM's planner term (P2)")
     mask_at_least_one: bool = setting(False, "mdm: mask a token of every document, whatever its time")
     corrupt_prompt: bool = setting(False, "mdm: mask also the prompts of conversations, as Open-dLLM does")
@@ -260,6 +264,7 @@ class TrainGroup:
                 ("mask_at_least_one", ("mdm",), " (it would bias the bound)"),
                 ("corrupt_prompt", ("mdm",), " (the others model answers to a prompt that is visible)"),
                 *((name, ("edit",), "") for name in ("edit_source", "edit_source_length", "edit_propagation")),
+                ("self_conditioning", ("canvas",), ""),
                 ("repr_align_wt", ("mdm", "elbo"), ""),
                 ("anneal_attention_ratio", ("mdm", "elbo"), "")):
             if getattr(self, name) and self.objective not in objectives:
@@ -271,6 +276,9 @@ class TrainGroup:
         if self.objective == "edit" and self.ulysses_parallel_size > 1:
             raise UserError("train.objective=edit learns from edits anywhere in a row: set train.ulysses_parallel_size "
                             "to 1")
+        if self.objective == "canvas" and (self.ulysses_parallel_size > 1 or self.enable_compile):
+            name = "enable_compile" if self.enable_compile else "ulysses_parallel_size"
+            raise UserError(f"train.objective=canvas has two passes over whole rows, and no train.{name}; leave it out")
         if self.edit_source_length and self.edit_source not in ("masks", "uniform"):
             raise UserError(f"train.edit_source_length {self.edit_source_length} needs train.edit_source=masks or "
                             "uniform, for the empty source has no tokens; remove one of them")
@@ -282,6 +290,10 @@ class TrainGroup:
     def source_tokens(self) -> int:
         """Tokens of the source that a text is edited out of."""
         return (self.edit_source_length or 64) if self.edit_source in ("masks", "uniform") else 0
+
+    @property
+    def self_conditioning_chance(self) -> float:
+        return 0.5 if self.self_conditioning is None else self.self_conditioning
 
     @property
     def rows_per_step(self) -> int:

@@ -35,7 +35,7 @@ def set_chat_template(tokenizer, chat_template: str) -> None:
                             "default, or to a Jinja file") from None
     if not tokenizer.chat_template:  # a text, or several by name, of which Transformers chooses
         raise UserError("the tokenizer has no chat template; set data.chat_template to a Jinja file that has one")
-    if tokenizer.mask_token in str(tokenizer.chat_template):
+    if tokenizer.mask_token and tokenizer.mask_token in str(tokenizer.chat_template):
         raise UserError(f"the chat template writes the mask token {tokenizer.mask_token}, which would be filled in; "
                         "set model.mask_token to another token")
     if not tokenizer.is_fast:

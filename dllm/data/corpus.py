@@ -139,8 +139,8 @@ def choose_lanes(rows_per_step: int) -> int:
     return max(lanes for lanes in range(1, 65) if rows_per_step % lanes == 0)
 
 
-def open_training_data(corpus: Corpus, tokenizer, seed: int, rows_per_step: int = 1, *, anchor: int | None = None
-                       ) -> TrainingData:
+def open_training_data(corpus: Corpus, tokenizer, seed: int, rows_per_step: int = 1, *, anchor: int | None = None,
+                       alone: bool = False) -> TrainingData:
     """Tokenise the corpus, or read the tokens from the cache, and cut them into rows.
 
     Several processes may call it at once; the first to finish fills the cache. Conversations give the tokenizer the
@@ -149,6 +149,7 @@ def open_training_data(corpus: Corpus, tokenizer, seed: int, rows_per_step: int 
     Args:
         rows_per_step: over all processes. A stream has lanes for them, so that a process reads only what it needs.
         anchor: of pairs, the token before both texts (`anchor_token_id`).
+        alone: each chunk is a row by itself, without a tail.
     Raises: UserError if there is nothing to train on, or the chat template cannot be used.
     """
     group = corpus.group
@@ -162,7 +163,7 @@ def open_training_data(corpus: Corpus, tokenizer, seed: int, rows_per_step: int 
         if source.streamed:
             rows.append(StreamedRows(source.shards, source.reader, tokenizer, validation_share=group.validation_share,
                                      max_seq_len=group.max_seq_len, seed=source_seed, workers=group.num_workers,
-                                     lanes=choose_lanes(rows_per_step), anchor=anchor))
+                                     lanes=choose_lanes(rows_per_step), anchor=anchor, alone=alone))
             found = source.find_held_out()
             held_out.append(encode_documents(tokenizer, found, group.num_workers, anchor=anchor))
             sizes = torch.tensor([len(document.text.encode()) for document in found], dtype=torch.int64)
@@ -171,7 +172,7 @@ def open_training_data(corpus: Corpus, tokenizer, seed: int, rows_per_step: int 
             if dropped := int((tokens.lengths == 0).sum()):
                 print(f"dropped {dropped:,} conversations that have no answer to learn", file=sys.stderr)
             training = (~source.held_out).nonzero().squeeze(1)
-            rows.append(PackedDataset.of(tokens, training, group.max_seq_len, source_seed))
+            rows.append(PackedDataset.of(tokens, training, group.max_seq_len, source_seed, alone=alone))
             if not len(rows[-1]):
                 what = "words in its pairs" if group.data_type == "edits" else "answers of an assistant"
                 raise UserError(f"{', '.join(source.paths or ())} has no {what} to learn; give others, or another "
@@ -182,7 +183,8 @@ def open_training_data(corpus: Corpus, tokenizer, seed: int, rows_per_step: int 
         held_out_bytes += int(sizes[held_out[-1].lengths > 0].sum())
     streamed = group.datasets_type == "iterable"
     together = join(held_out)
-    validation = PackedDataset.of(together, torch.arange(len(together.lengths)), group.max_seq_len, seed, tails=False)
+    validation = PackedDataset.of(together, torch.arange(len(together.lengths)), group.max_seq_len, seed, tails=False,
+                                  alone=alone)
     return TrainingData(
         rows=rows[0] if len(rows) == 1 else MixedDataset(rows, [source.weight for source in corpus.sources], seed),
         rows_per_epoch=None if streamed else sum(map(len, rows)), documents=None if streamed else documents,

@@ -61,17 +61,19 @@ class PackedDataset:
         self._pack(Tokens(tokens, lengths), torch.arange(len(lengths)), max_seq_len, seed)
 
     @classmethod
-    def of(cls, tokens: Tokens, documents: Tensor, max_seq_len: int, seed: int = 0,
-           tails: bool = True) -> "PackedDataset":
+    def of(cls, tokens: Tokens, documents: Tensor, max_seq_len: int, seed: int = 0, tails: bool = True,
+           alone: bool = False) -> "PackedDataset":
         """The dataset of some documents, [D'] int64 indices; their tokens are not copied.
 
         tails: append end-of-text tokens to conversations.
+        alone: each chunk is a row by itself, without a tail.
         """
         self = cls.__new__(cls)
-        self._pack(tokens, documents, max_seq_len, seed, tails)
+        self._pack(tokens, documents, max_seq_len, seed, tails and not alone, alone)
         return self
 
-    def _pack(self, tokens: Tokens, documents: Tensor, max_seq_len: int, seed: int, tails: bool = True) -> None:
+    def _pack(self, tokens: Tokens, documents: Tensor, max_seq_len: int, seed: int, tails: bool = True,
+              alone: bool = False) -> None:
         self.tokens, self._trainable, self._before = tokens.tokens, tokens.trainable, tokens.before
         self.max_seq_len = max_seq_len
         self.seed = seed
@@ -92,7 +94,7 @@ class PackedDataset:
                 grows = (index == pieces[document] - 1) & tokens.trainable[start + length - 1]
             first, start, length, grows = first[learnt], start[learnt], length[learnt], grows[learnt]
         reserved = draw_lengths(max_seq_len - length, torch.rand(len(length), generator=seeded(seed, "tails"))) * grows
-        rows = pack((length + reserved).tolist(), max_seq_len)
+        rows = [[i] for i in range(len(length))] if alone else pack((length + reserved).tolist(), max_seq_len)
         order = torch.tensor([chunk for row in rows for chunk in row], dtype=torch.int64)
         self._first, self._start, self._length, self._grows = (x[order] for x in (first, start, length, grows))
         self._offset = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)  # index of the first chunk of each row

@@ -25,14 +25,15 @@ class StreamedRows:
     """An endless stream of rows. Places are read in increasing order; a lane also computes the rows it skips."""
 
     def __init__(self, shards: Sequence[Shard], reader: Reader, tokenizer, *, max_seq_len: int, seed: int = 0,
-                 validation_share: float = 0.0, workers: int = 1, lanes: int = 8, anchor: int | None = None):
+                 validation_share: float = 0.0, workers: int = 1, lanes: int = 8, anchor: int | None = None,
+                 alone: bool = False):
         """validation_share: the share of documents left out. lanes: best some for each row of a step. anchor: as in
-        `encode_documents`."""
+        `encode_documents`. alone: as in `PackedDataset.of`."""
         def pack(documents: Sequence[Document], *seeds: object) -> PackedDataset:
             in_python = reader.conversations or reader.pairs or not tokenizer.is_fast
             tokens = encode_documents(tokenizer, documents, 1 if in_python else workers, anchor=anchor)
             reader.skipped.tell()
-            return PackedDataset.of(tokens, torch.arange(len(documents)), max_seq_len, mix(seed, *seeds))
+            return PackedDataset.of(tokens, torch.arange(len(documents)), max_seq_len, mix(seed, *seeds), alone=alone)
 
         self._lanes = [_Lane(lane, lanes, shards, reader, pack, validation_share, seed) for lane in range(lanes)]
 

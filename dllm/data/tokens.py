@@ -65,7 +65,7 @@ def ranges(starts: Tensor, counts: Tensor) -> Tensor:
 
 
 def tokenize(tokenizer, documents: Sequence[Document]) -> list[Tensor]:
-    """Per document its tokens and the end-of-text token, int32; no beginning-of-text token.
+    """Per document its tokens and the end-of-text token, int32; no beginning-of-text token, but a DiffusionGemma's.
 
     A special token that a text mentions is text.
     """
@@ -141,12 +141,19 @@ def _encode_batch(tokenizer, documents: Sequence[Document], anchor: int | None) 
         pairs = [(ids, learnt) if any(learnt) else ([], []) for ids, learnt in pairs]
         return (array("i", chain.from_iterable(ids for ids, _ in pairs)), array("q", (len(ids) for ids, _ in pairs)),
                 array("b", chain.from_iterable(learnt for _, learnt in pairs)), array("i"))
-    ids, lengths = array("i"), array("q")
+    ids, lengths, trainable, begin = array("i"), array("q"), array("b"), _beginning(tokenizer)
     for encoded in _encode_texts(tokenizer, [document.text for document in documents]):
-        ids.extend(encoded)
-        ids.append(tokenizer.eos_token_id)
-        lengths.append(len(encoded) + 1)
-    return ids, lengths, array("b"), array("i")
+        ids.extend((*begin, *encoded, tokenizer.eos_token_id))
+        lengths.append(len(begin) + len(encoded) + 1)
+        if begin:  # given, as a prompt is
+            trainable.extend((False, *[True] * (len(encoded) + 1)))
+    return ids, lengths, trainable, array("i")
+
+
+def _beginning(tokenizer) -> list[int]:
+    """The token that all texts of its model begin with (`begin_text`), if there is one."""
+    begins = getattr(tokenizer, "begins_texts", False) and tokenizer.bos_token_id is not None
+    return [tokenizer.bos_token_id] if begins else []
 
 
 def _encode_pairs(tokenizer, documents: Sequence[Document], anchor: int) -> tuple[array, array, array, array]:
@@ -197,7 +204,7 @@ def load_or_encode(tokenizer, digest: str, documents: Iterable[Document], worker
         documents: read only if the cache lacks them.
     """
     decides = [_VERSION, digest, describe_rules(tokenizer), tokenizer.eos_token_id, anchor,
-               tokenizer.chat_template]
+               tokenizer.chat_template, *_beginning(tokenizer)]
     key = hashlib.blake2b(json.dumps(decides).encode(), digest_size=20)
     path = cache_folder() / "tokens" / f"{key.hexdigest()}.safetensors"
     cached = _load(path)

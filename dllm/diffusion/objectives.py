@@ -13,6 +13,7 @@ expansion  sum (1 - t) l / (N' + S')                gaps whose length is to be f
 cart  sum w l / M, w = sum over the visible j of    masked tokens near visible ones count for more, p = 0.3
       p (1 - p)^(|i - j| - 1) / 2                   (Dream 2508.15487)
 ar    sum l / N                                     next token, nothing masked, causal attention
+canvas                                              see canvases.py
 
 With right shift (models that come from autoregressive ones) the logits at position i - 1 are about token i, so the
 first token of a document is never scored. Sums and N (or M) are apart, so that several micro-batches make one mean.
@@ -50,6 +51,7 @@ class LossSums(NamedTuple):
     nll: Tensor  # fp32 scalar, no gradient: sum of l, unweighted, over the scored positions
     alignment: Tensor  # fp32 scalar, with gradients, of `sum_alignment`: divide by the total of N; 0 without a teacher
     by_ratio: Tensor | None = None  # [2, 4] fp32, no gradient: sums of l, and their numbers, by the quarter r is in
+    encoder: Tensor | None = None  # fp32 scalar, with gradients, of "canvas": divide by the total of `encoded`
 
 
 def choose_targets(tokens: Tensor, cu_seqlens: Tensor, corruption: Corruption | None, *, objective: str,

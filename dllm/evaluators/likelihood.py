@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -18,14 +18,17 @@ from dllm.generation.canvas import block_length_of
 from dllm.generation.checks import find_mask_token
 from dllm.generation.config import MDMGenerationConfig
 from dllm.generation.inputs import read_mask
+from dllm.model.diffusion_gemma import DiffusionGemma
 from dllm.model.layouts import Packed, Padded, TwoCopies
+from dllm.model.tokenizer import begin_text
 from dllm.model.transformer import Transformer
 from dllm_kernels import linear_masked_cross_entropy, linear_token_scores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PerplexityResult:
-    """An upper bound on the negative log-likelihood of the held-out windows, given the first token of each."""
+    """An upper bound on the negative log-likelihood of the held-out windows, given the first token of each; that
+    itself, where it is exact."""
 
     perplexity_bound: float  # exp of nats_per_token
     nats_per_token: float
@@ -37,7 +40,8 @@ class PerplexityResult:
     windows: int
     tokens: int  # scored
     bytes: int  # of the text of these tokens
-    samples: int  # corrupted copies of each window
+    samples: int  # corrupted copies of each window; 0 where it is exact
+    exact: bool = False  # no bound: the encoder of the model predicts each token from those before it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,11 +67,45 @@ def perplexity_bound(model: Transformer, tokenizer, documents: Sequence[Document
     evenly over the samples of every window. For a block-causal model the bound is the sum over blocks, each given the
     blocks before it (BD3-LM, arXiv:2503.09573); L, n and S then belong to a block, counted from the window's beginning.
 
+    The encoder of a model that renoises (DiffusionGemma) gives the likelihood itself, after the token that begins its
+    texts.
+
     Raises: UserError if there is no text, or windows are longer than the model's positions.
     """
-    check_masked(model)
     settings = settings or HeldOutSettings()
     windows = cut_windows(tokenizer, documents, settings)
+    exact = model.config.canvas_length is not None
+    if exact:
+        nats = exact_nats(model, tokenizer, windows, settings.batch_tokens)
+    else:
+        check_masked(model)
+        nats = bound_windows(model, windows, settings)
+    per_window, of_document = nats.mean(0).tolist(), [window.document for window in windows]
+    lengths, sizes = [window.scored for window in windows], [window.bytes for window in windows]
+    per_token, per_token_error = ratio_with_error(per_window, lengths, of_document)
+    per_byte, per_byte_error = ratio_with_error(per_window, sizes, of_document)
+    monte_carlo = None
+    if len(nats) > 1:
+        monte_carlo = float((nats.sum(1) / sum(lengths)).std() / math.sqrt(settings.samples))
+    return PerplexityResult(
+        perplexity_bound=math.exp(per_token), nats_per_token=per_token, nats_per_token_stderr=per_token_error,
+        monte_carlo_stderr=monte_carlo,
+        bits_per_byte=per_byte / math.log(2),
+        bits_per_byte_stderr=None if per_byte_error is None else per_byte_error / math.log(2),
+        documents=len(set(of_document)), windows=len(windows), tokens=sum(lengths), bytes=sum(sizes),
+        samples=0 if exact else settings.samples, exact=exact)
+
+
+def exact_nats(model: DiffusionGemma, tokenizer, windows: Sequence[Window], batch_tokens: int) -> Tensor:
+    """[1, windows] float64: -log p(window | its first token), by the encoder."""
+    begun = [replace(window, tokens=begin_text(tokenizer, window.tokens)) for window in windows]
+    scored = [torch.arange(len(now.tokens), device="cpu") >= len(now.tokens) - window.scored
+              for now, window in zip(begun, windows, strict=True)]
+    return torch.stack([nats.sum() for nats, _ in score_positions(model, begun, scored, batch_tokens)]).unsqueeze(0)
+
+
+def bound_windows(model: Transformer, windows: Sequence[Window], settings: HeldOutSettings) -> Tensor:
+    """[samples, windows] float64: bounds on -log p(window | its first token), each from one corruption."""
     generator = torch.Generator().manual_seed(settings.seed)
     parts = [(i, places) for i, window in enumerate(windows)
              for places in split_by_block(model, torch.arange(1, len(window.tokens), device="cpu"))]
@@ -80,25 +118,15 @@ def perplexity_bound(model: Transformer, tokenizer, documents: Sequence[Document
         for (i, places), t in zip(parts, times, strict=True):
             corrupt_some(weights[i], places, t, generator)
         nats[sample] = bound_once(model, windows, weights, settings.batch_tokens)
-
-    per_window, of_document = nats.mean(0).tolist(), [window.document for window in windows]
-    lengths, sizes = [window.scored for window in windows], [window.bytes for window in windows]
-    per_token, per_token_error = ratio_with_error(per_window, lengths, of_document)
-    per_byte, per_byte_error = ratio_with_error(per_window, sizes, of_document)
-    monte_carlo = None
-    if settings.samples > 1:
-        monte_carlo = float((nats.sum(1) / sum(lengths)).std() / math.sqrt(settings.samples))
-    return PerplexityResult(
-        perplexity_bound=math.exp(per_token), nats_per_token=per_token, nats_per_token_stderr=per_token_error,
-        monte_carlo_stderr=monte_carlo,
-        bits_per_byte=per_byte / math.log(2),
-        bits_per_byte_stderr=None if per_byte_error is None else per_byte_error / math.log(2),
-        documents=len(set(of_document)), windows=len(windows), tokens=sum(lengths), bytes=sum(sizes),
-        samples=settings.samples)
+    return nats
 
 
 def check_masked(model: Transformer) -> None:
-    """Refuse a model that was taught to insert alone, and predicts no masks."""
+    """Refuse a model that predicts no masks: one that was taught to insert alone, or that renoises."""
+    if model.config.canvas_length is not None:
+        raise UserError("this model (DiffusionGemma) fills no masks, so it has no bound of masked diffusion, nor "
+                        "accuracies of masked tokens; its encoder gives the likelihood itself: dllm eval perplexity, "
+                        "or model(ids).logits")
     if model.config.edit_heads == "insert":
         raise UserError("this model writes by insertions and predicts no masks, so it has no bound of masked "
                         "diffusion; in Python, model.edit_bound(ids) gives the one of insertions")
@@ -195,6 +223,7 @@ def masked_accuracy(model: Transformer, tokenizer, documents: Sequence[Document]
     A block-causal model sees the blocks before that of a corrupted token uncorrupted.
     Raises: as `perplexity_bound`.
     """
+    check_masked(model)
     settings = settings or HeldOutSettings()
     windows = cut_windows(tokenizer, documents, settings)
     results = []
@@ -223,9 +252,10 @@ def score_positions(model: Transformer, windows: Sequence[Window], corrupted: Se
     """Per window, at its n corrupted positions in order: negative log-likelihoods [n] float64 and, with `predict`, the
     most likely tokens [n] int64. The head is multiplied at these positions alone.
 
-    A block-causal model sees a corrupted block as it is, and the blocks before it uncorrupted, as in training.
+    A block-causal model sees a corrupted block as it is, and the blocks before it uncorrupted, as in training; the
+    encoder of one that renoises sees the tokens before each.
     """
-    mask_token_id = find_mask_token(model, MDMGenerationConfig())
+    mask_token_id, exact = find_mask_token(model, MDMGenerationConfig()), model.config.canvas_length is not None
     longest = max(len(window.tokens) for window in windows)
     if longest > model.config.max_position_embeddings:
         raise UserError(f"windows of {longest} tokens, but the model has {model.config.max_position_embeddings} "
@@ -243,15 +273,15 @@ def score_positions(model: Transformer, windows: Sequence[Window], corrupted: Se
         else:
             tokens, where = (pad_sequence(rows, batch_first=True).to(model.device) for rows in (tokens, where))
             real = torch.arange(tokens.shape[1], device="cpu") < lengths.unsqueeze(1)
-            layout = Padded(None if real.all() else real.to(model.device))
-        hidden = model.hidden_states(tokens.masked_fill(where, mask_token_id), layout)
+            layout = Padded(None if real.all() else real.to(model.device), block_length=1 if exact else None)
+        hidden = model.hidden_states(tokens if exact else tokens.masked_fill(where, mask_token_id), layout)
         rows, places = where.nonzero(as_tuple=True)
-        if model.config.shift_logits:
+        if model.config.shift_logits or exact:
             places = places - 1  # padding is on the right, and the first token is not corrupted
         hidden, targets = hidden[rows, places], tokens[where]
         scored = torch.ones_like(targets, dtype=torch.bool)
         nats = linear_masked_cross_entropy(hidden, model.head_weight, targets, scored, count=len(targets),
-                                           reduction="none").double().cpu()
+                                           softcap=model.config.logit_softcap, reduction="none").double().cpu()
         best = [None] * len(batch)
         if predict:
             everywhere = torch.arange(len(hidden), device=model.device)

@@ -49,7 +49,7 @@ class InfillingSettings:
 class RunSettings:
     """A run of a code benchmark. A field that is None takes the preset's value."""
 
-    preset: Literal["open_dllm", "llada", "dream", "dreamon", "mask_dfm"] = setting(
+    preset: Literal["open_dllm", "llada", "dream", "dreamon", "mask_dfm", "diffusion_gemma"] = setting(
         "open_dllm", "the published system whose settings hold where no flag says otherwise")
     samples: int | None = setting(None, "samples of each task", at_least=1, none="the preset's")
     batch_size: int = setting(16, "texts denoised together", at_least=1)

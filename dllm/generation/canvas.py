@@ -98,7 +98,9 @@ def block_length_of(model: Transformer) -> int:
 def block_of_gap(model: Transformer, config: MDMGenerationConfig) -> int | None:
     """The block_length that must divide the positions to fill, because blocks begin with the first of them; or None."""
     causal = model.config.block_causal if config.block_causal is None else config.block_causal
-    return None if causal or config.blocks_from == "text" else config.block_length
+    if causal or config.blocks_from == "text" or model.config.canvas_length is not None:  # whose last canvas is cut
+        return None
+    return config.block_length
 
 
 def block_of_text(model: Transformer, config: MDMGenerationConfig) -> int | None:

@@ -1,14 +1,25 @@
 """What a model needs before it denoises: settings that go together, its mask token and its ends of text."""
 
+from dataclasses import fields
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from dllm.config.fields import settings_of
 from dllm.constraints import Constraint
 from dllm.errors import UserError
 from dllm.generation.config import MDMGenerationConfig
+from dllm.model.diffusion_gemma import DiffusionGemma
 from dllm.model.transformer import Transformer
+
+NO_MASK = -1  # stands where a model that renoises has not written yet; no token has it
+# The settings that bear on a model that renoises.
+RENOISING = ("max_new_tokens", "steps", "alg", "entropy_bound", "t_min", "t_max", "stability_threshold",
+             "confidence_threshold", "block_length", "num_return_sequences", "seed", "output_history", "eos_token_id",
+             "stop_at_eos", "infill_lengths", "max_infill_length")
+_NEUTRAL = {"top_p": 1, "top_k": 0}  # keep all words
+_CALLED = {"constraint": "a constraint (response_format, --regex, --json-schema)"}
 
 
 def check_settings(model: Transformer, config: MDMGenerationConfig, causal: bool) -> None:
@@ -32,6 +43,14 @@ def check_settings(model: Transformer, config: MDMGenerationConfig, causal: bool
         if config.block_length is not None or config.constraint is not None or causal:
             raise UserError("expand_token_id moves positions, and blocks and constraints need them to stay; leave "
                             "out block_length, constraint and block-causal models")
+    for name in ("t_min", "t_max", "stability_threshold", "confidence_threshold"):
+        if getattr(config, name) != settings_of(MDMGenerationConfig)[name].default:
+            raise UserError(f"{name} is of models that renoise (DiffusionGemma), and this one fills masks; leave it "
+                            "out")
+    check_ends(model, config)
+
+
+def check_ends(model: Transformer, config: MDMGenerationConfig) -> None:
     words = model.config.vocab_size
     named = [("eos_token_id", token) for token in config.eos_token_id or ()]
     for name, token in [("expand_token_id", config.expand_token_id or 0), *named]:
@@ -94,8 +113,42 @@ def check_constraint(model: Transformer, constraint: Constraint, wanted: Tensor,
                             "the constraint out")
 
 
+def check_renoising(model: DiffusionGemma, config: MDMGenerationConfig) -> None:
+    """Refuse settings that do not bear on a model that renoises."""
+    if config.method != "entropy_bound":
+        raise UserError("this model (DiffusionGemma) replaces what it is unsure of by random words, and "
+                        f"{config.method} fills masks; set alg to entropy_bound, or leave out the generation_config")
+    for field in fields(config):
+        name = field.name
+        if name not in RENOISING and getattr(config, name) not in (field.default, _NEUTRAL.get(name, field.default)):
+            remedy = "set t_min and t_max, or leave it out" if name == "temperature" else "leave it out"
+            raise UserError(f"{_CALLED.get(name, name)} does not go with this model (DiffusionGemma), which renoises; "
+                            f"{remedy}")
+    if config.block_length is not None and config.block_length > (most := model.config.canvas_length):
+        raise UserError(f"block_length {config.block_length} is a longer canvas than the {most} tokens that the model "
+                        f"was trained on; set at most {most}, or leave it out")
+    check_ends(model, config)
+
+
+def check_prompts(model: DiffusionGemma, canvas: Tensor, real: Tensor) -> None:
+    """Refuse images, and text after positions to fill, in a canvas [B, L] of `Renoising`."""
+    images = torch.isin(canvas, torch.tensor(model.image_token_ids, device=canvas.device)) & real
+    if images.any():
+        raise UserError(f"the prompt has the image token {int(canvas[images][0])}, and this model is loaded without "
+                        "its vision tower; take images out of the prompt")
+    if ((canvas != NO_MASK) & real & (((canvas == NO_MASK) & real).cumsum(1) > 0)).any():
+        raise UserError("this model (DiffusionGemma) continues texts, and cannot fill a gap that text follows; leave "
+                        "the suffix out, or take a masked diffusion model")
+
+
 def find_mask_token(model: Transformer, config: MDMGenerationConfig) -> int:
-    """The mask token of the config, the checkpoint or its tokenizer, in this order."""
+    """The mask token of the config, the checkpoint or its tokenizer, in this order; of models that renoise, `NO_MASK`,
+    which is no token."""
+    if model.config.canvas_length is not None:
+        if config.mask_token_id is not None:
+            raise UserError("this model (DiffusionGemma) has no mask token: it begins with random words, and its "
+                            "vocabulary's <mask> is never used; leave mask_token_id out")
+        return NO_MASK
     token_id = model.mask_token_id if config.mask_token_id is None else config.mask_token_id
     if token_id is None:
         raise UserError("nothing names the model's mask token: neither a setting, nor generation_config.json, "

@@ -26,7 +26,8 @@ EDIT_SETTINGS = ("max_new_tokens", "steps", "temperature", "top_p", "top_k", "ma
 # Settings that only these algs take.
 OF_ALGS = {"flow_schedule": ("flow", "edit"), "flow_rule": ("flow", "edit"), "corrector": ("flow", "edit"),
            "edit_source": ("edit",), "edit_source_length": ("edit",), "entropy_bound": ("entropy_bound",),
-           "draft_length": ("self_speculation",)}
+           "t_min": ("entropy_bound",), "t_max": ("entropy_bound",), "stability_threshold": ("entropy_bound",),
+           "confidence_threshold": ("entropy_bound",), "draft_length": ("self_speculation",)}
 UNUSED = ("pad_token_id", "bos_token_id", "do_sample", "return_dict_in_generate")
 
 
@@ -82,6 +83,14 @@ class MDMGenerationConfig:
     entropy_bound: float = setting(
         0.1, "entropy_bound: commit the positions of the least entropies that sum, without the last one, to at most "
         "this, in nats", above=0, per_request=True)
+    t_min: float = setting(0.4, "DiffusionGemma: the temperature falls from t_max towards this over the steps of a "
+                           "canvas", at_least=0, per_request=True)
+    t_max: float = setting(0.8, "DiffusionGemma: the temperature of a canvas' first step", above=0, per_request=True)
+    stability_threshold: int = setting(
+        1, "DiffusionGemma: a canvas is done once its likeliest tokens are those of so many steps before, and",
+        at_least=0, per_request=True)
+    confidence_threshold: float = setting(
+        0.005, "DiffusionGemma: the mean entropy of its positions, in nats, is below this", above=0, per_request=True)
     editing_threshold: float | None = setting(
         None, "with threshold: replace committed tokens when this sure of another (LLaDA2.1)", none="off",
         per_request=True)
@@ -172,6 +181,9 @@ class MDMGenerationConfig:
             its = settings_of(MDMGenerationConfig)[setting_name]
             if getattr(self, setting_name) != its.default and name not in algs:
                 raise UserError(f"{setting_name} needs alg {' or '.join(algs)}, and no remasking; the method is {name}")
+        if self.t_min >= self.t_max:
+            raise UserError(f"t_min {self.t_min} must be below t_max {self.t_max}, from which the temperature falls "
+                            "towards it")
         if self.corrector is not None and len(self.corrector) != 3:
             raise UserError(f"corrector must be the three numbers A, a, b, as in 5,0.25,0.5, not {self.corrector}")
         if self.expand_token_id is not None and (name not in CONFIDENCES or self.remasking or bounded):
@@ -243,7 +255,8 @@ def _as_tokens(name: str, value: Any) -> tuple[int, ...]:
 
 # Settings that a generation_config.json may give. The mask token and the tokens that end a text are the model's.
 _PUBLISHED = ("max_new_tokens", "steps", "temperature", "top_p", "top_k", "alg", "alg_temp", "eps", "block_length",
-              "threshold", "remasking", "edit_source", "edit_source_length")
+              "threshold", "remasking", "edit_source", "edit_source_length", "entropy_bound", "t_min", "t_max",
+              "stability_threshold", "confidence_threshold")
 
 
 def published_settings(raw: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -253,10 +266,11 @@ def published_settings(raw: Mapping[str, Any] | None) -> dict[str, Any]:
     -1 is vLLM's word for all tokens.
     Raises: UserError for a value that does not fit.
     """
-    settings = {name: raw[name] for name in _PUBLISHED if (raw or {}).get(name) is not None}
-    if (raw or {}).get("do_sample") is False:
+    raw = _of_renoising(raw or {})
+    settings = {name: raw[name] for name in _PUBLISHED if raw.get(name) is not None}
+    if raw.get("do_sample") is False:
         settings = {name: value for name, value in settings.items() if name not in ("temperature", "top_p", "top_k")}
-    elif (raw or {}).get("do_sample"):
+    elif raw.get("do_sample"):
         settings.setdefault("temperature", 1.0)
     if settings.get("top_k") == -1:
         settings["top_k"] = 0
@@ -265,3 +279,19 @@ def published_settings(raw: Mapping[str, Any] | None) -> dict[str, Any]:
         check_kind(f"generation_config.json: {name}", value, its)
         require(f"generation_config.json: {name}", value, its.holds(value), its.wanted)
     return settings
+
+
+def _of_renoising(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The generation_config.json of DiffusionGemma in the names of these settings; any other as it is.
+
+    Its temperatures are t_min and t_max alone.
+    """
+    sampler = raw.get("sampler_config")
+    if not isinstance(sampler, Mapping):
+        return raw
+    if (name := sampler.get("_cls_name", "EntropyBoundSamplerConfig")) != "EntropyBoundSamplerConfig":
+        raise UserError(f"generation_config.json: the sampler {name} is not supported; supported: "
+                        "EntropyBoundSamplerConfig")
+    left = {name: value for name, value in raw.items() if name not in ("do_sample", "temperature", "top_p", "top_k")}
+    return {**left, "alg": "entropy_bound", "steps": raw.get("max_denoising_steps"),
+            "entropy_bound": sampler.get("entropy_bound")}

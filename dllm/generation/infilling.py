@@ -13,7 +13,10 @@ from dllm.generation.canvas import block_of_gap, block_of_text, steps_of_block
 from dllm.generation.checks import find_mask_token
 from dllm.generation.config import MDMGenerationConfig
 from dllm.generation.inputs import read_prompts
-from dllm.generation.sampler import Denoising, GenerationOutput, OnStep, finish
+from dllm.generation.output import GenerationOutput, OnStep
+from dllm.generation.renoising import Renoising
+from dllm.generation.sampler import Denoising, finish
+from dllm.generation.sampler import begin as begin_canvas
 from dllm.model.transformer import Transformer
 
 
@@ -66,13 +69,13 @@ def fill(model: Transformer, gaps: Sequence[Gap], config: MDMGenerationConfig | 
 
 
 def begin(model: Transformer, gaps: Sequence[Gap], config: MDMGenerationConfig,
-          sequence: Tensor | None = None) -> tuple[Denoising, Tensor]:
+          sequence: Tensor | None = None) -> tuple[Denoising | Renoising, Tensor]:
     """What `fill` denoises, for gaps whose lengths are settled; and where the canvas has no padding, [B, L] bool."""
     if (longest := max((gap.positions for gap in gaps), default=0)) > model.config.max_position_embeddings:
         raise UserError(f"a gap needs {longest} positions with what is before and after it, the model has "
                         f"{model.config.max_position_embeddings}; shorten the text or the gap")
     canvas, visible = lay_out(gaps, find_mask_token(model, config), aligned=config.cache != "none")
-    return Denoising(model, canvas, config, visible, sequence, editable=find_texts(gaps, canvas)), visible
+    return begin_canvas(model, canvas, config, visible, sequence, editable=find_texts(gaps, canvas)), visible
 
 
 def read_rows(model: Transformer, ids: Any, name: str) -> list[Tensor]:
@@ -130,6 +133,9 @@ def settle_length(model: Transformer, gap: Gap, config: MDMGenerationConfig) -> 
     expand, else `choose_length`."""
     if gap.length != "auto":
         return gap
+    if model.config.canvas_length is not None:
+        raise UserError("this model (DiffusionGemma) continues texts, and has no length of a gap to choose; give a "
+                        "number")
     if config.edits:  # as many tokens as come to be
         room = model.config.max_position_embeddings - len(gap.prefix) - len(gap.suffix)
         return replace(gap, length=max(1, min(config.max_infill_length, room)))

@@ -31,3 +31,8 @@ def number_equal(contents: Sequence[bytes]) -> Tensor:
         numbers.append(seen[content])
         seen[content] += 1
     return torch.tensor(numbers, dtype=torch.long, device="cpu")
+
+
+def draw_seed() -> int:
+    """A seed from torch's global generator; torch.manual_seed makes it repeatable."""
+    return int(torch.randint(2**63 - 1, (), device="cpu"))

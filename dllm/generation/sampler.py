@@ -7,9 +7,9 @@ others, and different prompts draw independently.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,32 +21,13 @@ from dllm.generation.config import MDMGenerationConfig
 from dllm.generation.drafting import DraftScorer, plan_drafts
 from dllm.generation.editing import begin_edits
 from dllm.generation.inputs import read_prompts
-from dllm.generation.rows import contents_of, name_rows, number_equal
+from dllm.generation.output import CanvasStep, GenerationOutput, OnStep
+from dllm.generation.renoising import Renoising
+from dllm.generation.rows import contents_of, draw_seed, name_rows, number_equal
 from dllm.generation.scorers import CachedScorer, EditScorer, HeadScorer, StaleScorer
 from dllm.generation.strategies import Step, Update, begin_with_first, choose_strategy, has_converged
 from dllm.model.transformer import Transformer
 from dllm_kernels import philox_uniform
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationOutput:
-    sequences: Tensor  # [B, L] int64
-    history: list[Tensor] | None  # the canvas after each step, with output_history
-    steps: int  # denoising steps taken, with those that needed no forward pass
-    forwards: int  # forward passes of the model
-    tokens_per_forward: float  # positions filled / forward passes, counted row by row
-    confidence: Tensor  # [B, L] fp32 with which each token was committed (on the scale of `alg`), -inf where given
-    attention_mask: Tensor | None = None  # [B, L] bool, False after a row's end; None: all rows fill the canvas
-
-    def rows(self) -> list[Tensor]:
-        """The tokens of each row on the CPU, without what is after its end."""
-        rows = list(self.sequences.cpu())
-        if self.attention_mask is None:
-            return rows
-        return [row[seen] for row, seen in zip(rows, self.attention_mask.cpu(), strict=True)]
-
-
-OnStep = Callable[["CanvasStep"], None]
 
 
 def generate(model: Transformer, inputs: Any, attention_mask: Any = None,
@@ -65,7 +46,7 @@ def generate(model: Transformer, inputs: Any, attention_mask: Any = None,
 
 
 def start(model: Transformer, inputs: Any, attention_mask: Any = None,
-          config: MDMGenerationConfig | None = None) -> "Denoising":
+          config: MDMGenerationConfig | None = None) -> "Denoising | Renoising":
     """`generate` step by step: `for step in start(...)` takes one step at a time and gives the canvas after it.
 
     Args and errors: as `generate`.
@@ -80,19 +61,16 @@ def start(model: Transformer, inputs: Any, attention_mask: Any = None,
     new = inputs.new_full((len(inputs), config.max_new_tokens), find_mask_token(model, config))
     if attention_mask is not None:
         attention_mask = torch.cat((attention_mask, torch.ones_like(new, dtype=torch.bool)), 1)
-    return Denoising(model, torch.cat((inputs, new), 1), config, attention_mask)
+    return begin(model, torch.cat((inputs, new), 1), config, attention_mask)
 
 
-class CanvasStep(NamedTuple):
-    """The canvas after a denoising step."""
-
-    index: int  # from 0
-    tokens: Tensor  # [B, L] int64
-    confidence: Tensor | None  # [B, L] fp32 of this step, -inf where not scored; None if nothing was scored
-    kept: Tensor  # [B, L] fp32 with which each token was committed, -inf where none was committed
-    visible: Tensor | None  # [B, L] bool, False after a row's end, if gaps can grow and shrink; else None
-    # What the step deleted, and inserted after each token, of the canvas before it. None: no token has moved by edits.
-    edits: Update | None = None
+def begin(model: Transformer, canvas: Tensor, config: MDMGenerationConfig, attention_mask: Tensor | None = None,
+          sequence: Tensor | None = None, seeds: Tensor | None = None,
+          editable: Tensor | None = None) -> "Denoising | Renoising":
+    """`Denoising` of a canvas, by the loop that the model is for."""
+    if model.config.canvas_length is not None:
+        return Renoising(model, canvas, config, attention_mask, sequence, seeds)
+    return Denoising(model, canvas, config, attention_mask, sequence, seeds, editable)
 
 
 class RowCounts:
@@ -414,16 +392,17 @@ class Denoising:
         named = self.config.eos_token_id
         return find_ends(self.model) if named is None else [*named]
 
+
 def denoise(model: Transformer, canvas: Tensor, config: MDMGenerationConfig, attention_mask: Tensor | None = None,
             on_step: OnStep | None = None, sequence: Tensor | None = None) -> GenerationOutput:
     """Fill every masked position of the canvas; see `Denoising`.
 
     on_step: called after each step with a `CanvasStep`.
     """
-    return finish(Denoising(model, canvas, config, attention_mask, sequence), on_step)
+    return finish(begin(model, canvas, config, attention_mask, sequence), on_step)
 
 
-def finish(denoising: Denoising, on_step: OnStep | None = None) -> GenerationOutput:
+def finish(denoising: Denoising | Renoising, on_step: OnStep | None = None) -> GenerationOutput:
     """Take all remaining steps."""
     for step in denoising:
         if on_step is not None:
@@ -439,8 +418,3 @@ def fill_after_end(tokens: Tensor, editable: Tensor, mask_token_id: int, ends: l
     masked = editable & (tokens == mask_token_id)
     end = editable & torch.isin(tokens, torch.tensor(ends, device=tokens.device)) & (masked.cumsum(1) == 0)
     return torch.where(masked & (end.cumsum(1) > 0), ends[0], tokens)
-
-
-def draw_seed() -> int:
-    """A seed from torch's global generator; torch.manual_seed makes it repeatable."""
-    return int(torch.randint(2**63 - 1, (), device="cpu"))

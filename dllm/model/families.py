@@ -55,6 +55,9 @@ class ModelConfig:
                                   "seen as an autoregressive model sees it")
     edit_heads: Literal["insert", "all"] | None = setting(
         None, "heads that insert tokens (Edit Flows, arXiv:2506.09018), or also delete and substitute them")
+    canvas_length: int | None = setting(None, "tokens of a canvas that begins as random words, after what is before it "
+                                        "(DiffusionGemma)", at_least=1, none="masked positions are filled")
+    logit_softcap: float | None = setting(None, "logits are this * tanh(logits / this)", above=0, none="as they are")
     initializer_range: float = setting(0.02, "standard deviation of a random initialisation", at_least=0)
     shift_logits: bool = setting(True, "the logits at position i are about token i + 1, as in autoregressive models")
     mask_token_id: int | None = None
@@ -278,7 +281,7 @@ def read_config(raw: Mapping, where: str = "config.json") -> ModelConfig:
     """
     config = _parse(raw, where)
     family, flat = FAMILIES[config.family], flatten_rope(raw)
-    if unknown := [key for key, value in flat.items() if not _is_empty(value) and not _DROPOUT.fullmatch(key)
+    if unknown := [key for key, value in flat.items() if not is_empty(value) and not _DROPOUT.fullmatch(key)
                    and key not in {*family.keys, *family.only, *family.ignored, *IGNORED, *CHANGING, *_WINDOW}]:
         hint = did_you_mean(unknown[0], {*family.keys, *family.only}) if len(unknown) == 1 else ""
         warn(f"{where}: {config.family} has no configuration key {', '.join(map(repr, unknown))}, ignored{hint}")
@@ -337,7 +340,7 @@ def _check_values(name: str, raw: Mapping, where: str) -> None:
             raise UserError(f"{where}: {key} {value!r} is not supported for {name}; "
                             f"supported: {', '.join(map(repr, family.only[key]))}")
         if (key in CHANGING and key not in {*family.keys, *family.only, *family.ignored}
-                and not _is_empty(value) and value not in CHANGING[key]):
+                and not is_empty(value) and value not in CHANGING[key]):
             accepted = ", ".join(map(repr, (None, *CHANGING[key])))
             raise UserError(f"{where}: {key} {value!r} is not supported for {name}; supported: {accepted}")
     kinds = raw.get("layer_types") or []
@@ -355,7 +358,7 @@ def _check_values(name: str, raw: Mapping, where: str) -> None:
                         "here; set max_position_embeddings to at most the window, and it changes nothing")
 
 
-def _is_empty(value: object) -> bool:
+def is_empty(value: object) -> bool:
     return value is None or value is False or (isinstance(value, str | list | dict) and not value)
 
 

@@ -2,11 +2,19 @@
 
 import os
 import warnings
+from pathlib import Path
 
 from dllm.errors import Notice
+from dllm.files import read_json
 from dllm.model.devices import find_device
+from dllm.model.diffusion_gemma import DiffusionGemma
 from dllm.model.tokenizer import check_vocabulary, load_tokenizer
 from dllm.model.transformer import Transformer
+from dllm.model.weights import find_model
+
+
+def is_diffusion_gemma(folder: Path) -> bool:
+    return read_json(folder / "config.json").get("model_type") == "diffusion_gemma"
 
 
 def load_with_tokenizer(path_or_hub_id: str | os.PathLike, device: str = "auto", dtype: str = "auto", *,
@@ -25,9 +33,10 @@ def load_with_tokenizer(path_or_hub_id: str | os.PathLike, device: str = "auto",
     place = find_device(device)
     if dtype == "auto":
         dtype = "float32" if place.type == "cpu" else "bfloat16"
-    model = Transformer.from_pretrained(path_or_hub_id, dtype, place, mask_token_id=mask_token_id,
-                                        mask_token=mask_token, trust_remote_code=trust_remote_code,
-                                        layers_backend=layers_backend)
+    folder = find_model(path_or_hub_id)
+    kind = DiffusionGemma if is_diffusion_gemma(folder) else Transformer
+    model = kind.from_pretrained(folder, dtype, place, mask_token_id=mask_token_id, mask_token=mask_token,
+                                 trust_remote_code=trust_remote_code, layers_backend=layers_backend)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*: the tokens that end a text", Notice)  # the model has told of them
         tokenizer = load_tokenizer(path_or_hub_id, model.mask_token_id, trust_remote_code=trust_remote_code)

@@ -21,6 +21,7 @@ _MAP = "special_tokens_map.json"  # older than tokenizer_config.json, which goes
 class SpecialTokens:
     mask: int | None
     ends: tuple[int, ...]  # each of them ends a text
+    renoises: bool = False  # the model (DiffusionGemma) has no mask token, also where its vocabulary has one
 
 
 def read_special_tokens(folder: Path, mask_is_given: bool = False) -> SpecialTokens:
@@ -31,6 +32,8 @@ def read_special_tokens(folder: Path, mask_is_given: bool = False) -> SpecialTok
     """
     files = {name: read_json(folder / name, missing={}) for name in ("generation_config.json", "config.json")}
     vocabulary = Vocabulary(folder)
+    renoises = files["config.json"].get("model_type") == "diffusion_gemma"
+    mask_is_given |= renoises
     for name, raw in files.items():
         check_ids(raw, str(folder / name))
     masks = {name: raw["mask_token_id"] for name, raw in files.items() if raw.get("mask_token_id") is not None}
@@ -40,10 +43,11 @@ def read_special_tokens(folder: Path, mask_is_given: bool = False) -> SpecialTok
     ends = {name: ids for name, ids in ends.items() if ids}
     if len(set(masks.values())) > 1 and not mask_is_given:
         warn(f"{folder}: the mask token is {_in_words(masks)}; {next(iter(masks.values()))} is taken")
-    if len(set(map(tuple, ends.values()))) > 1:
+    if len(set(map(tuple, ends.values()))) > 1 and not renoises:  # its files never agree
         warn(f"{folder}: the tokens that end a text are {_in_words(ends)}; each of them ends one")
     mask = next(iter(masks.values())) if masks else next(filter(None, map(vocabulary.find, MASKS)), None)
-    return SpecialTokens(mask, tuple(unique(token for ids in ends.values() for token in ids)))
+    return SpecialTokens(None if renoises else mask, tuple(unique(token for ids in ends.values() for token in ids)),
+                         renoises)
 
 
 def check_ids(raw: Mapping, where: str) -> None:

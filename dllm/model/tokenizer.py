@@ -27,6 +27,7 @@ def load_tokenizer(path_or_hub_id: str | os.PathLike, mask_token_id: int | None 
             config.json or tokenizer name, in this order. With none, "<|mask|>" is added.
         trust_remote_code: let the folder's own code make the tokenizer. No code of a folder runs otherwise.
     Returns: a `transformers.PreTrainedTokenizerFast`; its attribute `end_token_ids` lists all tokens that end a text.
+        That of a DiffusionGemma has no mask token.
     Raises: UserError if it cannot be loaded, or has no such mask token.
     """
     folder = find_model(path_or_hub_id, weights=False)
@@ -38,7 +39,11 @@ def load_tokenizer(path_or_hub_id: str | os.PathLike, mask_token_id: int | None 
         raise UserError(f"cannot load a tokenizer from {find_damaged(folder)} ({first_line(error)}); give a folder "
                         "with tokenizer.json, or a hub repository as owner/name") from error
     named = read_special_tokens(folder, mask_is_given=(mask_token_id, mask_token) != (None, None))
-    set_mask_token(tokenizer, mask_token_id, mask_token, named.mask)
+    if named.renoises:
+        tokenizer.mask_token = None
+        tokenizer.begins_texts = True
+    else:
+        set_mask_token(tokenizer, mask_token_id, mask_token, named.mask)
     ends = [token for token in named.ends if token < len(tokenizer)]
     if tokenizer.eos_token_id is None and ends:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
@@ -126,6 +131,13 @@ def encode(tokenizer, text: str, *, after: bool = False) -> Tensor:
     return torch.tensor(ids, dtype=torch.long, device="cpu")
 
 
+def begin_text(tokenizer, ids: Tensor) -> Tensor:
+    """ids [N] of a text, after the token that all texts of its model begin with, if there is one (DiffusionGemma)."""
+    if not getattr(tokenizer, "begins_texts", False) or tokenizer.bos_token_id is None:
+        return ids
+    return torch.cat((torch.tensor([tokenizer.bos_token_id], device="cpu"), ids))
+
+
 def check_characters(text: str) -> None:
     try:
         text.encode("utf-8")
@@ -136,6 +148,8 @@ def check_characters(text: str) -> None:
 
 def encode_with_masks(tokenizer, text: str) -> Tensor:
     """As `encode`, except that the mask token's text is the mask token."""
+    if tokenizer.mask_token is None:
+        return encode(tokenizer, text)
     mask = torch.tensor([tokenizer.mask_token_id], device="cpu")
     parts = [encode(tokenizer, part, after=index > 0) for index, part in enumerate(text.split(tokenizer.mask_token))]
     return torch.cat([parts[0], *(ids for part in parts[1:] for ids in (mask, part))])
@@ -143,6 +157,8 @@ def encode_with_masks(tokenizer, text: str) -> Tensor:
 
 def fill_masks(tokenizer, text: str, ids: Tensor) -> str:
     """The text with what a model filled in for its masks. ids: [N], those of `encode_with_masks`, filled."""
+    if tokenizer.mask_token is None:
+        return text
     parts = re.split(f"((?:{re.escape(tokenizer.mask_token)})+)", text)
     place, filled = 0, []
     for index, part in enumerate(parts):
@@ -229,7 +245,7 @@ def check_vocabulary(tokenizer, vocab_size: int) -> None:
 
     Raises: UserError naming both sizes, or the mask token, and the remedy.
     """
-    if tokenizer.mask_token_id >= vocab_size:
+    if (tokenizer.mask_token_id or 0) >= vocab_size:
         raise UserError(f"the mask token {tokenizer.mask_token} has id {tokenizer.mask_token_id}, outside the model's "
                         f"vocabulary of {vocab_size}; use a tokenizer with a mask token below that, a model.vocab_size "
                         f"of at least {tokenizer.mask_token_id + 1}, or adapt the model, which gives it more rows: "

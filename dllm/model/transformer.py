@@ -6,7 +6,6 @@ The loss is in diffusion/objectives.py, the denoising in generation/sampler.py; 
 `head_weight`, because the logits of positions that are not masked are never needed.
 """
 
-import json
 import operator
 import os
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dllm.errors import UserError
-from dllm.files import read_json, write_atomically
+from dllm.files import read_json
 from dllm.model import liger
 from dllm.model.devices import find_device, find_dtype, own_dtype
 from dllm.model.experts import FeedForward, MixtureOfExperts
@@ -31,7 +30,15 @@ from dllm.model.liger import LigerLayer
 from dllm.model.rotary import Rotary, rotate
 from dllm.model.special_tokens import as_ids, read_special_tokens
 from dllm.model.tokenizer import load_tokenizer
-from dllm.model.weights import check_parameters, find_model, fit_config, read_weights, to_ours, to_published
+from dllm.model.weights import (
+    check_parameters,
+    find_model,
+    fit_config,
+    read_weights,
+    to_ours,
+    to_published,
+    write_folder,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,32 +291,13 @@ class Transformer(nn.Module):
             state: the weights by their names here, in the place of the model's own; an empty one writes none.
         Raises: Failure if the disk is full or the folder cannot be written.
         """
-        from huggingface_hub import split_torch_state_dict_into_shards
-        from safetensors.torch import save
-
-        folder = Path(folder)
         config = write_config(self.config, str(self.dtype).removeprefix("torch."))
         code = self.code if own_code(config) else {}
         if not own_code(config) <= code.keys():
             del config["auto_map"]  # of a folder that came without its code
             code = {}
         state = self.state_dict() if state is None else state
-        state = to_published(self.config, state) if state else {}
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        shards = split_torch_state_dict_into_shards(state, max_shard_size="5GB")
-        for file, names in shards.filename_to_tensors.items():
-            write_atomically(folder / file, save({name: state[name] for name in names}, metadata={"format": "pt"}))
-        if shards.is_sharded:
-            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-            write_atomically(folder / "model.safetensors.index.json", _dump(index))
-        for name, content in code.items():
-            write_atomically(folder / name, content)
-        if (defaults := self.generation_defaults) is not None:
-            if defaults.get("mask_token_id") is not None:
-                defaults = {**defaults, "mask_token_id": self.mask_token_id}
-            write_atomically(folder / "generation_config.json", _dump(defaults))
-        write_atomically(folder / "config.json", _dump(config))
-
-
-def _dump(content: dict) -> bytes:
-    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+        defaults = self.generation_defaults
+        if defaults is not None and defaults.get("mask_token_id") is not None:
+            defaults = {**defaults, "mask_token_id": self.mask_token_id}
+        write_folder(Path(folder), config, to_published(self.config, state) if state else {}, code, defaults)

@@ -5,6 +5,7 @@ experts, of which ours are one tensor [experts, out, in] per projection. Both di
 tensors without storage too, so that the names and shapes a checkpoint must have are known before it is read.
 """
 
+import json
 import os
 import pickle
 import re
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dllm.errors import UserError, first_line, warn
-from dllm.files import read_json
+from dllm.files import read_json, write_atomically
 from dllm.model.families import EDIT_FAMILIES, FAMILIES, ModelConfig
 from dllm.model.gguf import as_folder
 
@@ -127,6 +128,34 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     if not (isinstance(tensors, dict) and all(isinstance(tensor, Tensor) for tensor in tensors.values())):
         raise UserError(f"{file} does not hold weights alone, by their names; save what the model's state_dict() gives")
     return tensors
+
+
+def write_folder(folder: Path, config: dict, state: Mapping[str, Tensor], code: Mapping[str, bytes] | None = None,
+                 defaults: dict | None = None) -> None:
+    """Write a model folder: weights by their published names (5 GB shards), code, generation_config.json, config.json.
+
+    Each file is written beside its place and renamed into it; config.json comes last, so a folder with one is whole.
+    Raises: Failure if the disk is full or the folder cannot be written.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save
+
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    shards = split_torch_state_dict_into_shards(state, max_shard_size="5GB")
+    for file, names in shards.filename_to_tensors.items():
+        write_atomically(folder / file, save({name: state[name] for name in names}, metadata={"format": "pt"}))
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        write_atomically(folder / "model.safetensors.index.json", _dump(index))
+    for name, content in (code or {}).items():
+        write_atomically(folder / name, content)
+    if defaults is not None:
+        write_atomically(folder / "generation_config.json", _dump(defaults))
+    write_atomically(folder / "config.json", _dump(config))
+
+
+def _dump(content: dict) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
 def fit_config(config: ModelConfig, state: dict[str, Tensor], where: str) -> ModelConfig:

@@ -18,7 +18,9 @@ from rich.text import Text
 from torch import Tensor
 
 from dllm.generation.config import MDMGenerationConfig
-from dllm.generation.sampler import CanvasStep, Denoising, OnStep, finish
+from dllm.generation.output import CanvasStep, OnStep
+from dllm.generation.renoising import Renoising
+from dllm.generation.sampler import Denoising, begin, finish
 from dllm.generation.strategies import Update
 from dllm.model.transformer import Transformer
 from dllm.pages.base import DELETED, INSERTED, RAMP
@@ -30,7 +32,7 @@ EDIT_STYLES = {"inserted": f"bold black on {INSERTED}", "deleted": f"strike blac
 def confidence_level(confidence: float, alg: str) -> int:
     """The place on RAMP, 0..4, of a confidence of this algorithm: probabilities and margins are shares already, and an
     entropy (sum of p log p) counts as the probability that has it when all words are equally likely."""
-    share = math.exp(confidence) if alg == "entropy" else confidence
+    share = math.exp(confidence) if alg in ("entropy", "entropy_bound") else confidence
     return int(min(max(share, 0.0) * len(RAMP), len(RAMP) - 1))
 
 
@@ -98,13 +100,13 @@ class Trace:
 
 def record(model: Transformer, canvas: Tensor, config: MDMGenerationConfig) -> Trace:
     """Denoise one canvas [L] and keep what happened."""
-    denoising = Denoising(model, canvas.unsqueeze(0), config)
+    denoising = begin(model, canvas.unsqueeze(0), config)
     trace = trace_rows(denoising)[0]
     finish(denoising, trace)
     return trace
 
 
-def trace_rows(denoising: Denoising) -> list[Trace]:
+def trace_rows(denoising: Denoising | Renoising) -> list[Trace]:
     """A trace of each row, from the canvas as it is now."""
     now = denoising.result()
     visible = denoising.layout.given_mask if now.attention_mask is None else now.attention_mask
@@ -117,7 +119,7 @@ def pieces(tokenizer, slots: list[Slot]) -> list[str]:
     """The texts of single tokens; a token that is only a part of a character reads as the replacement sign. A special
     token that was given, such as the one before a text to edit, is not shown."""
     special = {*tokenizer.all_special_ids}
-    return ["" if slot is GONE or slot.level is None and slot.token in special
+    return ["" if slot.token < 0 or slot.level is None and slot.token in special
             else tokenizer.decode([slot.token], clean_up_tokenization_spaces=False) for slot in slots]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dllm.errors import UserError
 from dllm.generation.canvas import block_of_gap, block_of_text, fit_new_tokens, positions_of, round_up
+from dllm.generation.checks import check_prompts, check_renoising
 from dllm.generation.config import DEFAULT_STEPS, MDMGenerationConfig
 from dllm.model.transformer import Transformer
 from dllm.server.guard import RequestError
@@ -158,7 +159,8 @@ def read_completion(body: CompletionRequest, texts: Texts) -> Prompt:
     vocab_size = texts.model.config.vocab_size
     if not all(0 <= token < vocab_size for ids in prompts if not isinstance(ids, str) for token in ids):
         raise RequestError(400, f"prompt has tokens outside the vocabulary of {vocab_size}", param="prompt")
-    prefixes = [texts.encode(ids) if isinstance(ids, str) else torch.tensor(ids, dtype=torch.long) for ids in prompts]
+    prefixes = [texts.begin(texts.encode(ids)) if isinstance(ids, str) else torch.tensor(ids, dtype=torch.long)
+                for ids in prompts]
     suffix = texts.encode(body.suffix or "", after=True)
     check_no_mask(prefixes, texts)
     echo = None
@@ -252,6 +254,8 @@ async def make_plan(body: Common, prompt: Prompt, texts: Texts, limits: ServerLi
         gap = positions_of(texts.model, config) if pattern is None else config.max_new_tokens
     config = fit_gap(config, gap, texts.model, choices)
     check_positions(prompt, min(config.infill_lengths) if gap == "auto" else gap, texts)
+    if texts.model.config.canvas_length is not None:
+        check_continues(prompt, config, texts)
     limit = config.max_new_tokens if length in (None, "auto") else gap
     return Plan(body=body, prompt=prompt, config=config, gap=gap, limit=limit, stops=stops)
 
@@ -269,6 +273,16 @@ def plan_edits(body: Common, prompt: Prompt, config: MDMGenerationConfig, stops:
     config = fit_new_tokens(texts.model, config, given, most - length) if prompt.max_tokens is None else replace(
         config, max_new_tokens=most - length)
     return Plan(body=body, prompt=prompt, config=config, gap=length, limit=length + config.max_new_tokens, stops=stops)
+
+
+def check_continues(prompt: Prompt, config: MDMGenerationConfig, texts: Texts) -> None:
+    """Refuse what a model that renoises cannot do, before it joins others."""
+    if prompt.fills or len(prompt.suffix):
+        raise RequestError(400, "this model (DiffusionGemma) continues texts alone, so suffix, fim and edit are not "
+                           "supported; ask /v1/completions without a suffix, or /v1/chat/completions", param="suffix")
+    check_renoising(texts.model, config)
+    for prefix in prompt.prefixes:
+        check_prompts(texts.model, prefix.unsqueeze(0), torch.ones(1, len(prefix), dtype=torch.bool))
 
 
 def fit_gap(config: MDMGenerationConfig, gap: Length, model: Transformer,

@@ -24,7 +24,7 @@ from dllm.generation.checks import find_mask_token
 from dllm.generation.config import MDMGenerationConfig
 from dllm.generation.infilling import Gap, find_texts, lay_out, settle_length
 from dllm.generation.rows import contents_of, name_rows
-from dllm.generation.sampler import Denoising
+from dllm.generation.sampler import begin
 from dllm.model.layouts import Cached, Padded
 from dllm.model.ragged import Call, Ragged
 from dllm.model.transformer import Transformer
@@ -293,16 +293,21 @@ class Scheduler:
         rows = [(job, copy) for job in jobs for copy in range(job.copies)]
         gaps = [job.gap for job, _ in rows]
         canvas, visible = lay_out(gaps, mask_token_id)
-        denoising = Denoising(
+        renoises = model.config.canvas_length is not None  # it runs the model itself, and words change until settled
+        named = visible & (canvas != mask_token_id) if renoises else visible
+        denoising = begin(
             model, canvas, config, visible,
-            sequence=name_rows(contents_of(canvas, visible), torch.tensor([job.first + copy for job, copy in rows])),
+            sequence=name_rows(contents_of(canvas, named), torch.tensor([job.first + copy for job, copy in rows])),
             seeds=torch.tensor([job.config.seed for job, _ in rows]), editable=find_texts(gaps, canvas))
         final = not (config.revises or config.remasks_at_random or config.edits)
         steps, forwards = [0] * len(rows), [0] * len(rows)
         last, edited = None, [True] * len(rows)
         for last in denoising:
-            give_way(IDLE)  # steps that change nothing do not ask the model
+            give_way(0.0 if renoises else IDLE)  # steps that change nothing do not ask the model
             tokens, kept = last.tokens.cpu(), last.kept.cpu()
+            if renoises:
+                self.forwards += 1
+                tokens = tokens.where(denoising.settled.cpu(), mask_token_id)
             seen = visible if last.visible is None else last.visible.cpu()
             asked = [False] * len(rows)
             if last.confidence is not None:

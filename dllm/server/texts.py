@@ -12,8 +12,18 @@ import torch
 from dllm.config.fields import check_kind, settings_of
 from dllm.constraints import Regex, json_schema
 from dllm.errors import UserError, first_line
+from dllm.generation.checks import find_mask_token
 from dllm.generation.config import MDMGenerationConfig
-from dllm.model.tokenizer import anchor, decode_after, encode, encode_rendered, end_token_ids, frame, protect
+from dllm.model.tokenizer import (
+    anchor,
+    begin_text,
+    decode_after,
+    encode,
+    encode_rendered,
+    end_token_ids,
+    frame,
+    protect,
+)
 from dllm.model.transformer import Transformer
 from dllm.server.scheduler import Progress, give_way
 
@@ -32,6 +42,9 @@ class Texts:
 
     def encode(self, text: str, *, after: bool = False) -> torch.Tensor:
         return encode(self.tokenizer, text, after=after) if text else torch.empty(0, dtype=torch.long)
+
+    def begin(self, prefix: torch.Tensor) -> torch.Tensor:
+        return begin_text(self.tokenizer, prefix)
 
     def anchor(self, prefix: torch.Tensor) -> torch.Tensor:
         return anchor(self.tokenizer, prefix)
@@ -99,7 +112,7 @@ class Texts:
 
     @property
     def mask_token_id(self) -> int:
-        return self.defaults.mask_token_id if self.defaults.mask_token_id is not None else self.model.mask_token_id
+        return find_mask_token(self.model, self.defaults)
 
     def tokens_of(self, stops: Sequence[str]) -> set[int]:
         """The special tokens that stop strings name, which no decoded text shows."""

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from dllm.config.schema import TrainGroup
 from dllm.data import Packed, RowSource
+from dllm.diffusion.canvases import CanvasTargets, MeanEmbedding, draw_canvases, sum_canvas_losses
 from dllm.diffusion.corruption import SCHEDULES, T_MIN, Corruption, corrupt
 from dllm.diffusion.edits import (
     Columns,
@@ -27,6 +28,8 @@ from dllm.diffusion.edits import (
 from dllm.diffusion.expansion import make_gaps
 from dllm.diffusion.objectives import LossSums, Targets, choose_targets, sum_alignment, sum_losses
 from dllm.model import layouts
+from dllm.model.diffusion_gemma import Context, DiffusionGemma
+from dllm.model.special_tokens import as_ids
 from dllm.model.transformer import Transformer
 from dllm.training.cost import count_pairs
 from dllm_kernels import philox_uniform
@@ -49,7 +52,7 @@ class MicroBatch(NamedTuple):
     input_ids: Tensor  # int64, corrupted
     cu_seqlens: Tensor | None  # [S + 1] int32 over the flattened positions, if they are packed
     max_seqlen: int
-    targets: Targets | EditTargets
+    targets: Targets | EditTargets | CanvasTargets
     block_length: int | None  # blocks of the attention; 1 is causal
     tokens: int
     scored: int
@@ -58,6 +61,7 @@ class MicroBatch(NamedTuple):
     anneal: AttentionAnneal | None = None  # None: attention as block_length says
     clean_ids: Tensor | None = None  # as input_ids, for block diffusion, with blocks of block_length
     causal_blocks: bool = False  # see `ModelConfig`
+    encoded: int = 0  # tokens that an encoder is scored on
 
     def pin(self, device: torch.device) -> "MicroBatch":
         """In memory that a GPU copies from while it computes."""
@@ -89,6 +93,9 @@ def make_batches(source: RowSource, step: int, slots: range, of: int, settings: 
     for first in range(slots.start, slots.stop, settings.micro_batch_size):
         part = range(first, min(first + settings.micro_batch_size, slots.stop))
         packed = source.read(range(step * of + part.start, step * of + part.stop))
+        if settings.objective == "canvas":
+            batches.append(make_canvases(packed, part.start, of, step, settings, seed, model))
+            continue
         if settings.objective == "edit":
             packed, targets = edit_rows(packed, part.start, of, step, settings, seed, model)
             input_ids, scored = packed.tokens, targets.scored
@@ -117,6 +124,21 @@ def make_batches(source: RowSource, step: int, slots: range, of: int, settings: 
             anneal=anneal, causal_blocks=model.config.causal_blocks,
             clean_ids=packed.tokens.view(shape) if settings.objective == "block_diffusion" else None))
     return batches
+
+
+def make_canvases(packed: Packed, first_slot: int, of: int, step: int, settings: TrainGroup, seed: int,
+                  model: DiffusionGemma) -> MicroBatch:
+    """A canvas of each row, which is one chunk."""
+    config = model.config
+    input_ids, targets = draw_canvases(
+        packed, torch.arange(len(packed.cu_seqlens) - 1) + first_slot, step, seed,
+        times=spread_times(packed, packed.cu_seqlens, first_slot, of, seed, step), length=config.canvas_length,
+        vocab_size=config.vocab_size, ends=as_ids(config.eos_token_id), schedule=settings.schedule,
+        self_conditioning=settings.self_conditioning_chance)
+    scored = int(targets.normaliser)
+    return MicroBatch(input_ids=input_ids, cu_seqlens=None, max_seqlen=input_ids.shape[1], targets=targets,
+                      block_length=None, tokens=int(targets.lengths.sum()), scored=scored, normaliser=scored,
+                      encoded=int(targets.encoded))
 
 
 def corrupt_rows(packed: Packed, first_slot: int, of: int, step: int, settings: TrainGroup, seed: int,
@@ -209,6 +231,8 @@ def forward(model: Transformer, batch: MicroBatch, device: torch.device, teacher
     """The sums of a micro-batch's losses; with a teacher, a causal model, the alignment of the scored positions too.
     The processes of a group share the positions (`share_positions`)."""
     there = batch.each(lambda tensor: tensor.to(device, non_blocking=True))
+    if isinstance(there.targets, CanvasTargets):
+        return forward_canvases(model, there.input_ids, there.targets)
     levels: list[Tensor] | None = None if teacher is None else []
     hidden = model.hidden_states(there.input_ids, choose_layout(there, group), levels=levels)
     if isinstance(there.targets, EditTargets):
@@ -222,6 +246,31 @@ def forward(model: Transformer, batch: MicroBatch, device: torch.device, teacher
         teacher.hidden_states(clean, choose_layout(there._replace(block_length=1, anneal=None)), levels=theirs)
     scored = batch.targets.scored.nonzero()[:, 0].to(device, non_blocking=True)
     return sums._replace(alignment=sum_alignment(levels, theirs, scored))
+
+
+def forward_canvases(model: DiffusionGemma, input_ids: Tensor, targets: CanvasTargets) -> LossSums:
+    """The losses of decoder and encoder. The context of a canvas is that of the whole example, cut where it starts, so
+    its gradient goes through the keys and values of the encoder."""
+    places = torch.arange(input_ids.shape[1], device=input_ids.device)
+    context, before = Context(whole=True), places < targets.start.unsqueeze(1)
+    encoded = model.encode(input_ids, context, places < targets.lengths.unsqueeze(1))
+    decoded = model.decode(targets.noisy, context, condition(model, context, before, targets), before)
+    return sum_canvas_losses(decoded, encoded, model.head_weight, input_ids, targets, softcap=model.softcap)
+
+
+def condition(model: DiffusionGemma, context: Context, before: Tensor, targets: CanvasTargets) -> Tensor:
+    """[R, C, D]: the mean embedding of the decoder's words for the noisy canvas, in the examples that are
+    self-conditioned, and zeros in the others. The words get no gradient, the embedding does."""
+    weight, conditioned = model.head_weight, targets.conditioned
+    soft = weight.new_zeros(*targets.noisy.shape, weight.shape[1])
+    if conditioned is None:
+        return soft
+    # All processes of fsdp2 gather the weights of a layer equally often, so one example is decoded in any case.
+    rows = conditioned if len(conditioned) else conditioned.new_zeros(1)
+    with torch.no_grad():
+        hidden = model.decode(targets.noisy[rows], context.take(rows), None, before[rows])
+    words = MeanEmbedding.apply(hidden.flatten(0, 1), weight, model.softcap).view_as(hidden)
+    return soft.index_copy(0, conditioned, words[:len(conditioned)].to(soft.dtype))
 
 
 def choose_layout(batch: MicroBatch, group: ProcessGroup | None = None) -> layouts.Layout:

@@ -20,8 +20,11 @@ from dllm.data.conversations import find_answer_ends, set_chat_template
 from dllm.data.tokens import describe_rules
 from dllm.errors import UserError
 from dllm.files import read_json, write_atomically
+from dllm.model.diffusion_gemma import DiffusionGemma
 from dllm.model.families import FAMILIES, ModelConfig, read_config
+from dllm.model.gemma_config import read_gemma_config
 from dllm.model.growth import add_edit_heads, describe_growth, grow, rows_needed
+from dllm.model.loading import is_diffusion_gemma
 from dllm.model.special_tokens import as_ids, unique
 from dllm.model.tokenizer import anchor_token_id, check_separator, check_vocabulary, load_tokenizer, train_tokenizer
 from dllm.model.transformer import Transformer
@@ -73,7 +76,7 @@ def open_run(config: Config, resumed: Checkpoint | None, world: World) -> tuple[
     """(tokenizer, model, data). The main process reads first, so that the others find the tokens cached."""
     def open_data(tokenizer) -> TrainingData:
         return open_training_data(corpus, tokenizer, config.train.seed, config.train.rows_per_step,
-                                  anchor=anchor_token_id(tokenizer))
+                                  anchor=anchor_token_id(tokenizer), alone=config.train.objective == "canvas")
 
     read = cache(lambda: read_corpus(config.data))
     start = world.from_main(lambda: choose_model(config, read, resumed))  # first, because reading data takes longer
@@ -113,7 +116,7 @@ def check_resumable(config: Config, resumed: Checkpoint, output: Path) -> None:
     fixed = ("objective", "path_term", "mask_at_least_one", "schedule", "optimizer", "seed", "lora_rank", "lora_alpha",
              "freeze_layers", "repr_align_wt", "anneal_attention_ratio", "block_length", "causal_blocks",
              "masked_share", "expand_token_id", "corrupt_prompt", "edit_source", "edit_source_length",
-             "edit_propagation")
+             "edit_propagation", "self_conditioning")
     defaults = {field.name: field.default for field in fields(TrainGroup)}  # for runs older than a key
 
     def describe(groups: dict[str, dict]) -> dict:
@@ -145,21 +148,23 @@ def build_model(config: Config, start: "Start", resumed: Checkpoint | None, worl
     The weights are the main process's; elsewhere they are on the meta device, and a checkpoint's are not loaded yet.
     """
     model_config, folder = start.model_config, start.folder
+    kind = Transformer if model_config.canvas_length is None else DiffusionGemma
     with torch.random.fork_rng(devices=[]), torch.device("cpu" if world.main else "meta"):
         torch.manual_seed(config.train.seed)
-        model = Transformer(model_config)
+        model = kind(model_config)
         if world.main and config.model.model_path and not resumed:
             # Copied into the fresh model: products can differ in the last bit with the alignment of what came from a
             # file.
-            loaded = grow(Transformer.from_pretrained(folder), model_config.vocab_size, config.train.seed)
+            loaded = grow(kind.from_pretrained(folder), model_config.vocab_size, config.train.seed)
             if model_config.edit_heads is not None:
                 add_edit_heads(loaded, model_config.edit_heads)
             model.load_state_dict(loaded.state_dict())
         freeze(model, config.train.frozen_names)
         if config.train.lora_rank:
             add_adapters(model, config.train.lora_rank, config.train.lora_alpha)
-            for head in filter(None, (model.insert_head, model.rate_head)):  # an adapter would not do for a new one
-                head.requires_grad_(True)
+            for name, parameter in model.named_parameters():
+                if name.startswith(("insert_head.", "rate_head.")):  # an adapter would not do for a new one
+                    parameter.requires_grad_(True)
     if folder is not None:
         model.adopt(folder, model_config.mask_token_id)
     if model_config.num_attention_heads % world.sequence_size:
@@ -240,7 +245,7 @@ def grow_config(config: Config, tokenizer, model_config: ModelConfig) -> ModelCo
     """
     before, settings = model_config.vocab_size, config.train
     rows = rows_needed(tokenizer, before)
-    if rows == before:
+    if rows == before or model_config.canvas_length is not None:
         return model_config
     expand = settings.expand_token_id
     if expand is not None and before <= expand < rows and settings.lora_rank:
@@ -278,6 +283,29 @@ def check_settings(config: Config, model_config: ModelConfig) -> None:
         check_expansion(config, model_config)
     if config.train.objective == "edit":
         check_edit(config, model_config)
+    check_canvas(config, model_config)
+
+
+def check_canvas(config: Config, model_config: ModelConfig) -> None:
+    """Raises: UserError unless objective and model both have canvases, or neither has."""
+    settings, length = config.train, model_config.canvas_length
+    if length is None and settings.objective != "canvas":
+        return
+    if length is None:
+        raise UserError(f"train.objective=canvas needs a model that writes in canvases, a DiffusionGemma; for "
+                        f"{model_config.family} choose another objective, such as mdm")
+    if settings.objective != "canvas":
+        raise UserError(f"train.objective={settings.objective} is not for {model_config.family}, which writes in "
+                        "canvases of random words: set train.objective=canvas")
+    if (config.model.mask_token, config.model.mask_token_id) != (None, None):
+        raise UserError(f"model.mask_token is not for {model_config.family}, which has no mask token: it replaces what "
+                        "it is unsure of by random words; leave it out")
+    if settings.layers_backend == "liger":
+        raise UserError("train.layers_backend=liger does not compute a DiffusionGemma, whose layers are those of "
+                        "Transformers; leave it out")
+    if config.data.max_seq_len + length > model_config.max_position_embeddings:
+        raise UserError(f"data.max_seq_len {config.data.max_seq_len} and the fill of a canvas of {length} tokens may "
+                        f"need more than the model's {model_config.max_position_embeddings} positions; lower it")
 
 
 def check_expansion(config: Config, model_config: ModelConfig) -> None:
@@ -306,7 +334,10 @@ def check_edit(config: Config, model_config: ModelConfig) -> None:
 def read_described(folder: Path, group: ModelGroup | None = None) -> tuple[Any, ModelConfig]:
     """Tokenizer and configuration of a folder, with the mask token and the tokenizer that the settings give."""
     group = group or ModelGroup()
-    model_config = read_config(read_json(folder / "config.json"), where=str(folder / "config.json"))
+    read = read_gemma_config if is_diffusion_gemma(folder) else read_config
+    model_config = read(read_json(folder / "config.json"), where=str(folder / "config.json"))
+    if model_config.canvas_length is not None:
+        return open_tokenizer(group, group.tokenizer_path or folder), model_config
     if group.model_path and (model_config.tie_word_embeddings or model_config.family == "llada2_moe"):
         model_config = fit_config(model_config, read_weights(folder), str(folder))
     tokenizer = open_tokenizer(group, group.tokenizer_path or folder)
@@ -334,7 +365,8 @@ def as_trained(model_config: ModelConfig, tokenizer, config: Config) -> ModelCon
     if settings.objective == "edit":
         replaces = settings.source_tokens or config.data.data_type == "edits" or model_config.edit_heads == "all"
         learnt = {"edit_heads": "all" if replaces else "insert"}
-    return replace(model_config, mask_token_id=tokenizer.mask_token_id, eos_token_id=model_config.eos_token_id
+    mask = tokenizer.mask_token_id if model_config.canvas_length is None else None
+    return replace(model_config, mask_token_id=mask, eos_token_id=model_config.eos_token_id
                    if model_config.eos_token_id is not None else tokenizer.eos_token_id,
                    pad_token_id=model_config.pad_token_id if model_config.pad_token_id is not None
                    else tokenizer.pad_token_id, **learnt)

@@ -81,7 +81,8 @@ def estimate_memory(config: ModelConfig, parameters: int, trainable: int, states
     groups = config.num_key_value_heads * config.head_dim
     width = max(config.intermediate_size, 1)
     if config.has_experts(config.num_hidden_layers - 1):
-        width = config.moe_intermediate_size * (config.num_experts_per_tok + config.num_shared_experts)
+        dense = config.num_shared_experts * config.moe_intermediate_size if config.canvas_length is None else width
+        width = config.moe_intermediate_size * config.num_experts_per_tok + dense
     # Backward needs from a layer: the inputs of its two norms and of its products, queries, keys and values before and
     # after the rotation, the output of attention, and four tensors of the inner size.
     layer = (4 * D + 3 * heads + 3 * groups + 4 * width) * number

@@ -7,6 +7,7 @@ import torch
 
 from dllm.config.schema import Config
 from dllm.data import open_training_data, read_corpus
+from dllm.model.diffusion_gemma import DiffusionGemma
 from dllm.model.tokenizer import anchor_token_id
 from dllm.model.transformer import Transformer
 from dllm.training.build import check_apart, choose_model, freeze
@@ -29,17 +30,18 @@ def plan(config: Config) -> str:
     tokenizer, model_config, _ = choose_model(config, read, None)
     corpus = read()
     with torch.device("meta"):
-        model = Transformer(model_config)
+        model = (Transformer if model_config.canvas_length is None else DiffusionGemma)(model_config)
         freeze(model, settings.frozen_names)
         if settings.lora_rank:
             add_adapters(model, settings.lora_rank, settings.lora_alpha)
     parameters, trainable = model.count_parameters(), model.count_parameters(trainable=True)
     data = open_training_data(corpus, tokenizer, settings.seed, settings.rows_per_step,
-                              anchor=anchor_token_id(tokenizer))
+                              anchor=anchor_token_id(tokenizer), alone=settings.objective == "canvas")
     settled, found = settle_precision(config, model_config, None, World(0, 1, choose_device(settings)))
     bf16 = settled.train.precision == "bf16"
+    length = config.data.max_seq_len + (model_config.canvas_length or 0)
     memory = estimate_memory(model_config, parameters, trainable, count_states(model, settings), settings,
-                             settings.micro_batch_size * config.data.max_seq_len, processes, bf16)
+                             settings.micro_batch_size * length, processes, bf16)
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items() if size)
     rows, trained = settings.rows_per_step, f", {trainable:,} of them trained" if trainable < parameters else ""
     micro_batches = rows * settings.ulysses_parallel_size // (settings.micro_batch_size * processes)

@@ -9,6 +9,8 @@ import torch
 
 from dllm.errors import Failure, UserError, first_line
 from dllm.files import write_atomically, write_json
+from dllm.model.diffusion_gemma import DiffusionGemma
+from dllm.model.loading import is_diffusion_gemma
 from dllm.model.tokenizer import load_tokenizer
 from dllm.model.transformer import Transformer
 from dllm.training.checkpoint import Checkpoint, find_damage, load_latest, read_checkpoint
@@ -33,10 +35,12 @@ def export(source: str, folder: Path, dtype: torch.dtype = torch.float32, **toke
     if not any(checkpoint.hf_folder.glob("*.safetensors")):
         raise UserError(f"{checkpoint.folder} holds no weights for others, because of train.save_hf_weights=false; "
                         "export the last checkpoint of the run")
-    model = Transformer.from_pretrained(checkpoint.hf_folder, dtype=dtype, **tokens)
+    kind = DiffusionGemma if is_diffusion_gemma(checkpoint.hf_folder) else Transformer
+    model = kind.from_pretrained(checkpoint.hf_folder, dtype=dtype, **tokens)
     tokenizer = load_tokenizer(checkpoint.hf_folder, model.mask_token_id,
                                trust_remote_code=tokens.get("trust_remote_code", False))
-    defaults = {name: getattr(model.config, name) for name in ("mask_token_id", "eos_token_id", "pad_token_id")}
+    names = ["mask_token_id"] * (model.config.canvas_length is None) + ["eos_token_id", "pad_token_id"]
+    defaults = {name: getattr(model.config, name) for name in names}
     model.generation_defaults = {**defaults, **(model.generation_defaults or {})}
     manifest = describe_run(checkpoint.state, checkpoint.folder, model)
     model.save_pretrained(folder)
@@ -92,9 +96,10 @@ def write_card(manifest: dict, model: Transformer) -> str:
               if name.startswith("validation"))]
     base = f"base_model: {start['model_path']}\n" if start["model_path"] and "/" in start["model_path"].strip("/") \
         and not Path(start["model_path"]).exists() else ""
+    kind = "masked" if model.config.canvas_length is None else "canvas"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return (f"---\nlibrary_name: dllm\npipeline_tag: text-generation\ntags: [diffusion-language-model]\n{base}---\n\n"
-            f"# A masked diffusion language model\n\n| | |\n|---|---|\n{table}\n\n"
+            f"# A {kind} diffusion language model\n\n| | |\n|---|---|\n{table}\n\n"
             f"Everything that made it, configuration and versions, is in `{MANIFEST}`.\n\n"
             "```python\nimport dllm\n\nmodel = dllm.DiffusionLM.from_pretrained(\"this/repository\")\n```\n\n"
             "On the command line: `dllm sample this/repository --prompt 'def add('`\n")

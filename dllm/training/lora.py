@@ -9,7 +9,8 @@ _NAME = "default"
 
 
 def add_adapters(model: nn.Module, rank: int, alpha: float) -> None:
-    """Freeze the model and put an adapter on every linear map inside its layers.
+    """Freeze the model and put an adapter on every linear map inside its layers, but those that route to experts in a
+    DiffusionGemma, whose balance a small corpus would upset (as in NeMo Automodel).
 
     Raises: UserError if PEFT is not installed.
     """
@@ -17,7 +18,8 @@ def add_adapters(model: nn.Module, rank: int, alpha: float) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise UserError("train.lora_rank needs PEFT: pip install 'dllm[train]'") from None
-    targets = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name]
+    targets = [name for name, module in model.named_modules()
+               if isinstance(module, nn.Linear) and ".layers." in name and ".router." not in name]
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), model)
 
 

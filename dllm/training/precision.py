@@ -76,7 +76,7 @@ def probe(config: ModelConfig = _SMALL, tokens: int = 128) -> Probe | None:
         return None
     one = replace(config, num_hidden_layers=1, first_k_dense_replace=0, vocab_size=min(config.vocab_size, 4096),
                   mask_token_id=None, tie_word_embeddings=True)
-    if layer_matrices(one) * max(1, one.num_experts) > _LARGE:
+    if layer_matrices(one) * max(1, one.num_experts) > _LARGE or one.canvas_length is not None:
         one = _SMALL
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

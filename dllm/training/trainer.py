@@ -26,6 +26,7 @@ from dllm.data import TrainingData
 from dllm.diffusion.objectives import LossSums
 from dllm.errors import Failure, UserError, silence
 from dllm.files import own_folder
+from dllm.model.diffusion_gemma import DiffusionGemma
 from dllm.model.families import ModelConfig
 from dllm.model.transformer import Transformer
 from dllm.training.batches import MicroBatch, forward, make_batches, opened_share, share_positions
@@ -98,8 +99,10 @@ class Run:
 
     def _share_model(self) -> Shared:
         self.model.checkpointing = self.settings.enable_gradient_checkpointing
-        self.model.layers_backend = self.settings.layers_backend
-        layers = self.model.model.layers
+        if isinstance(self.model, DiffusionGemma):
+            layers = self.model.model.decoder.layers
+        else:
+            layers, self.model.layers_backend = self.model.model.layers, self.settings.layers_backend
         if self.settings.enable_compile:
             for layer in layers:
                 layer.compile()
@@ -174,7 +177,7 @@ class Run:
         rate = set_learning_rate(self.optimizers, self.settings, max(self.step, agreed.share * self.total), self.total)
         sums = self._backward(batches, agreed)
         norm = clip_gradients(self.parameters, self.settings.max_grad_norm).item()
-        loss, nll, alignment = self.world.sum(sums.cpu()).tolist()
+        loss, nll, alignment, encoder = self.world.sum(sums.cpu()).tolist()
         if math.isfinite(loss) and math.isfinite(norm):
             self.bad = 0
             for optimizer in self.optimizers:
@@ -187,19 +190,22 @@ class Run:
         self.tokens += agreed.tokens
         self.clock.tick()
         line = {"step": self.step, "loss": loss, "nll": nll, "grad_norm": norm, "lr": rate}
+        if self.settings.objective == "canvas":
+            line["encoder_nll"] = encoder
         return line if self.teacher is None else {**line, "alignment": alignment}
 
     def _backward(self, batches: Sequence[MicroBatch], agreed: "Agreed") -> torch.Tensor:
-        """Accumulate the gradients. Returns this process's share of loss, nll and alignment, [3]."""
-        sums = torch.zeros(3, device=self.world.device)
+        """Accumulate the gradients. Returns this process's share of loss, nll, alignment, the encoder's loss, [4]."""
+        sums = torch.zeros(4, device=self.world.device)
         for index, batch in enumerate(batches):
             with self.shared.synchronising(last=index == len(batches) - 1):
-                loss, nll, alignment, _ = self.shared(batch, self.teacher)
-                alignment = alignment / agreed.scored
-                loss = loss / agreed.normaliser + self.settings.repr_align_wt * alignment
+                found = self.shared(batch, self.teacher)
+                alignment = found.alignment / agreed.scored
+                encoder = torch.zeros_like(alignment) if found.encoder is None else found.encoder / agreed.encoded
+                loss = found.loss / agreed.normaliser + self.settings.repr_align_wt * alignment + encoder
                 # Gradients are averaged over the processes: the factor makes the average a sum.
                 (loss * self.world.size).backward()
-            sums += torch.stack((loss.detach(), nll / agreed.scored, alignment.detach()))
+            sums += torch.stack((loss, found.nll / agreed.scored, alignment, encoder)).detach()
         return sums
 
     def _skip(self, loss: float, norm: float) -> None:
@@ -254,6 +260,7 @@ class Agreed(NamedTuple):
     tokens: int
     scored: int
     pairs: int
+    encoded: int
     stop: bool  # a process received a signal to stop
     share: float  # share of the time budget that is spent, by the clock of the main process
     save: bool  # a checkpoint is due by that clock
@@ -264,11 +271,12 @@ class Agreed(NamedTuple):
 
 
 def agree(world: World, batches: Sequence[MicroBatch], stop: bool, clock: Clock, settings: TrainGroup) -> Agreed:
-    counts = [sum(getattr(batch, name) for batch in batches) for name in Agreed._fields[:4]]
+    counts = [sum(getattr(batch, name) for batch in batches) for name in Agreed._fields[:5]]
     own = [clock.share, clock.due(settings.save_time_interval_minutes)] if world.main else [0, 0]
     numbers = world.sum(torch.tensor([*counts, stop, *own], dtype=torch.float64)).tolist()
-    normaliser, tokens, scored, pairs = map(int, numbers[:4])
-    return Agreed(max(normaliser, 1), tokens, max(scored, 1), pairs, numbers[4] > 0, numbers[5], numbers[6] > 0)
+    normaliser, tokens, scored, pairs, encoded = map(int, numbers[:5])
+    return Agreed(max(normaliser, 1), tokens, max(scored, 1), pairs, max(encoded, 1), numbers[5] > 0, numbers[6],
+                  numbers[7] > 0)
 
 
 class Stop:
@@ -351,12 +359,13 @@ def measure_device(world: World, config: ModelConfig, agreed: Agreed, copies: in
     """Peak memory of a GPU, and mfu: the step's FLOPs (`step_flops`) as a share of the device's peak.
 
     copies: how often the layers compute each token.
+    A model that writes in canvases has no mfu, because its layers differ and its passes are several.
     """
     if world.device.type != "cuda":
         return {}
     result = {"peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
     peak = peak_flops(world.device)
-    if peak is not None:
+    if peak is not None and config.canvas_length is None:
         flops = step_flops(config, copies * agreed.tokens, agreed.pairs, agreed.scored)
         result["mfu"] = round(flops / (seconds * peak * world.size), 4)
     return result

@@ -33,7 +33,7 @@ def draw_validation(data: TrainingData, config: Config, model: Transformer) -> V
     rows = min(len(data.held_out), max(1, config.train.eval_tokens // config.data.max_seq_len))
     drawn = replace(config.train, masked_share=None)  # other times would bias the bound
     loss = bound = draw(drawn, drawn.objective in BOUNDS)
-    if config.train.objective == "edit":
+    if config.train.objective in ("edit", "canvas"):
         bound = None
     elif config.train.objective not in (*BOUNDS, "ar"):
         bound = draw(replace(drawn, objective="elbo", path_term=False, mask_at_least_one=False,
@@ -50,18 +50,21 @@ def draw_validation(data: TrainingData, config: Config, model: Transformer) -> V
 def validate(shared: Shared, validation: Validation, world: World) -> dict[str, float]:
     """Measure the held-out rows.
 
-    Returns: validation_loss of the objective; validation_bound, that of "elbo" in nats per token, if the objective is
-        no bound; validation_bits_per_byte of that bound; validation_nll_0_25 and so on, nats per token that was masked
-        with a probability of 0 to 25%.
+    Returns: validation_loss of the objective; of "canvas" also validation_encoder_nll; validation_bound, that of "elbo"
+        in nats per token, if the objective is no bound; validation_bits_per_byte of that bound; validation_nll_0_25 and
+        so on, nats per token that was masked with a probability of 0 to 25%.
     """
     shared.eval()
-    losses, by_ratio = sum_validation(shared, validation.loss, world)
+    losses, encoder, by_ratio = sum_validation(shared, validation.loss, world)
     result = {"validation_loss": losses / max(sum(batch.normaliser for batch in validation.loss), 1)}
+    if encoded := sum(batch.encoded for batch in validation.loss):
+        result["validation_encoder_nll"] = encoder / encoded
+        result["validation_loss"] += encoder / encoded
     if validation.bound is None:  # a bound of edits has a cut-off, and is no bound to compare with those of masks
         shared.train()
         return result
     if validation.bound is not validation.loss:
-        losses, by_ratio = sum_validation(shared, validation.bound, world)
+        losses, _, by_ratio = sum_validation(shared, validation.bound, world)
         result["validation_bound"] = losses / max(sum(batch.normaliser for batch in validation.bound), 1)
     bound = result.get("validation_bound", result["validation_loss"])
     result["validation_bits_per_byte"] = bound * validation.tokens_per_byte / math.log(2)
@@ -72,8 +75,10 @@ def validate(shared: Shared, validation: Validation, world: World) -> dict[str, 
     return result
 
 
-def sum_validation(shared: Shared, batches: list[MicroBatch], world: World) -> tuple[float, list[list[float]]]:
-    """The sum of the losses, and [2, 4] sums of nll and counts by quarter of the masking probability.
+def sum_validation(shared: Shared, batches: list[MicroBatch], world: World
+                   ) -> tuple[float, float, list[list[float]]]:
+    """The sums of the losses and of the encoder's, and [2, 4] sums of nll and counts by quarter of the masking
+    probability.
 
     The micro-batches are dealt to the processes. All compute equally many, because with fsdp2 they exchange weights.
     """
@@ -84,6 +89,6 @@ def sum_validation(shared: Shared, batches: list[MicroBatch], world: World) -> t
         sums = shared(share_positions(batch, world.sequence_rank, world.sequence_size))
         by_ratio = [0.0] * 8 if sums.by_ratio is None else sums.by_ratio.flatten().tolist()
         if first + group < len(batches):
-            mine.append([sums.loss.item(), *by_ratio])
-    loss, *by_ratio = map(math.fsum, zip(*(sums for part in world.gather(mine) for sums in part), strict=True))
-    return loss, [by_ratio[:4], by_ratio[4:]]
+            mine.append([sums.loss.item(), 0.0 if sums.encoder is None else sums.encoder.item(), *by_ratio])
+    loss, encoder, *by_ratio = map(math.fsum, zip(*(sums for part in world.gather(mine) for sums in part), strict=True))
+    return loss, encoder, [by_ratio[:4], by_ratio[4:]]

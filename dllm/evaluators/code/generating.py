@@ -42,7 +42,7 @@ from dllm.files import own_folder, write_atomically, write_json
 from dllm.generation.checks import find_mask_token
 from dllm.generation.config import MDMGenerationConfig
 from dllm.generation.infilling import Gap, fill
-from dllm.model.tokenizer import cut_at_end, decode_after, encode
+from dllm.model.tokenizer import begin_text, cut_at_end, decode_after, encode
 from dllm.model.transformer import Transformer
 
 Progress = Callable[[int, int, float | None], None]
@@ -128,6 +128,7 @@ def make_items(model: Transformer, tokenizer, tasks: TaskSet, preset: Preset,
     items, infills = [], BENCHMARKS[tasks.name].infills
     for task in tasks.tasks.values():
         before, after = frame(tokenizer, *texts_around(tasks.name, task), preset.framed)
+        before = begin_text(tokenizer, before)
         if not infills:
             lengths = [config.max_new_tokens]
         elif preset.length == "oracle":

@@ -46,6 +46,10 @@ PRESETS: dict[str, dict[str, Preset]] = {
                                          "alg": "entropy"}),
         "infill": Preset(generation={"steps": 256, "temperature": 0.2, "top_p": 0.9, "alg": "entropy"},
                          length="average", framed=True)},
+    # The generation_config.json of DiffusionGemma, which fills no gaps.
+    "diffusion_gemma": {
+        "completion": Preset(generation={"max_new_tokens": 512, "steps": 48, "alg": "entropy_bound"}),
+        "infill": Preset(generation={"steps": 48, "alg": "entropy_bound"})},
     # Mask DFM of Edit Flows' table 5 (arXiv:2506.09018), best of its search for pass@1; its answers have up to 1024
     # tokens.
     "mask_dfm": {

@@ -26,15 +26,16 @@ from tqdm import tqdm
 import dllm
 from dllm.config.fields import convert, settings_of
 from dllm.errors import UserError, did_you_mean, first_line
-from dllm.evaluators.likelihood import bound_likelihood
+from dllm.evaluators.held_out import Window
+from dllm.evaluators.likelihood import bound_likelihood, score_positions
 from dllm.evaluators.runs import check_continues, identify_model
 from dllm.files import digest_files, own_folder, write_json
 from dllm.generation.canvas import positions_of
 from dllm.generation.checks import find_mask_token
-from dllm.generation.config import MDMGenerationConfig
+from dllm.generation.config import MDMGenerationConfig, published_settings
 from dllm.generation.infilling import Gap, fill
 from dllm.model.loading import load_with_tokenizer
-from dllm.model.tokenizer import cut_at_end, decode_after, encode, encode_rendered, protect
+from dllm.model.tokenizer import begin_text, cut_at_end, decode_after, encode, encode_rendered, protect
 from dllm.model.transformer import Transformer
 from dllm.model.weights import find_model
 
@@ -64,7 +65,8 @@ class HarnessLM(TemplateLM):
     Likelihoods are lower bounds on log p, by Monte Carlo with `likelihood_samples` corrupted copies of each sequence
     (`bound_likelihood`); they depend on the seed and the texts, not on order or batches. A continuation is "greedy" if
     the model writes it itself, one token a step, most confident first. Texts are denoised `batch_size` together.
-    `generation` overrides the settings of a task (max_gen_toks, temperature, top_p, top_k).
+    `generation` overrides the settings of a task (max_gen_toks, temperature, top_p, top_k). Of a DiffusionGemma the
+    likelihoods are exact, by its encoder, and its folder's generation_config.json says how it writes.
     """
 
     def __init__(self, model: Transformer, tokenizer, *, batch_size: int = 16,
@@ -80,7 +82,10 @@ class HarnessLM(TemplateLM):
                 raise UserError(f"{name} must be a number of at least {least}, not {value!r}")
         self.model, self.tokenizer, self.source = model, tokenizer, source
         self.batch_size, self.likelihood_samples = batch_size, likelihood_samples
-        self.generation = {"seed": 0, **generation}
+        self.exact = model.config.canvas_length is not None  # DiffusionGemma: its encoder is autoregressive
+        folder = published_settings(model.generation_defaults) if self.exact else {}
+        folder.pop("max_new_tokens", None)  # the task says it
+        self.generation = {"seed": 0, **folder, **generation}
         self.chats = False  # whether the prompts are rendered conversations
         self.config({})  # raises for wrong settings before anything is computed
         find_mask_token(model, self.config({}))
@@ -124,8 +129,8 @@ class HarnessLM(TemplateLM):
         files = [] if self.source is None else sorted(Path(self.source).glob("*.safetensors"))
         return {"dllm_version": dllm.__version__, "model_family": self.model.config.family,
                 "model_dtype": str(self.model.dtype), "model_weights_sha256": digest_files(files) if files else None,
-                "loglikelihood": "lower bound on log p, by Monte Carlo",
-                "likelihood_samples": self.likelihood_samples, "generation": self.generation}
+                "loglikelihood": "log p" if self.exact else "lower bound on log p, by Monte Carlo",
+                "likelihood_samples": 0 if self.exact else self.likelihood_samples, "generation": self.generation}
 
     def config(self, wanted: dict) -> MDMGenerationConfig:
         """The settings of a request: those of the task's generation_kwargs, overridden by those of the model."""
@@ -133,6 +138,8 @@ class HarnessLM(TemplateLM):
         for name in wanted.keys() - _FROM_TASK:
             _warn_once(f"the task's generation setting {name} means nothing to a diffusion model; it is left out")
         wanted = normalize_gen_kwargs(wanted)
+        if self.exact and wanted.pop("temperature", 0):
+            _warn_once("the temperatures of this model are t_min and t_max; a task's temperature is left out")
         asked = {"max_new_tokens": wanted["max_gen_toks"], "temperature": float(wanted.get("temperature", 0.0))}
         if asked["temperature"] > 0:
             asked |= {name: wanted[name] for name in ("top_p", "top_k") if wanted.get(name)}
@@ -201,7 +208,7 @@ class HarnessLM(TemplateLM):
 
     def _continue(self, prompt: str, config: MDMGenerationConfig) -> Gap:
         """A gap after the end of the prompt, which is cut on the left to fit the model."""
-        prefix = torch.tensor(self.tok_encode(prompt), dtype=torch.long)
+        prefix = self._begin(self.tok_encode(prompt))
         gap = positions_of(self.model, config)
         room = self.model.config.max_position_embeddings - gap
         if room < 1:
@@ -210,6 +217,11 @@ class HarnessLM(TemplateLM):
         if len(prefix) > room:
             _warn_once(f"prompts of more than {room} tokens are cut on the left, to fit the model's positions")
         return Gap(prefix[-room:], prefix[:0], gap)
+
+    def _begin(self, ids: Sequence[int]) -> Tensor:
+        """The prompt [N]; a chat template begins it itself."""
+        ids = torch.tensor(ids, dtype=torch.long)
+        return ids if self.chats else begin_text(self.tokenizer, ids)
 
     def _read_gap(self, request, wanted: dict, config: MDMGenerationConfig) -> Gap:
         prefix = encode(self.tokenizer, request.doc["before"])
@@ -244,6 +256,9 @@ class HarnessLM(TemplateLM):
                                 f"least, and with one before it fit the model's {limit} positions")
             context = context or [self.prefix_token_id]  # of a blank, which goes to the continuation
             pairs.append((tuple(context[len(continuation) - limit:]), tuple(continuation)))
+        if self.exact:
+            return [self._exact(context, continuation) for context, continuation in tqdm(
+                pairs, desc="dllm loglikelihood", disable=disable_tqdm or None)]
         written = self._write_surest(pairs)
         return [(self._bound(context, continuation), written[context, len(continuation)] == continuation)
                 for context, continuation in tqdm(pairs, desc="dllm loglikelihood", disable=disable_tqdm or None)]
@@ -257,9 +272,20 @@ class HarnessLM(TemplateLM):
             results.append(sum(self._bound(*map(tuple, make_disjoint_window(window))) for window in windows))
         return results
 
+    def _exact(self, context: tuple[int, ...], continuation: tuple[int, ...]) -> tuple[float, bool]:
+        """log p(continuation | context), and whether each of its tokens is the likeliest after those before."""
+        room = self.model.config.max_position_embeddings - len(continuation)
+        before = self._begin(context)
+        ids = torch.cat((before[max(len(before) - room, 0):], torch.tensor(continuation)))
+        scored = torch.arange(len(ids)) >= len(ids) - len(continuation)
+        nats, likeliest = score_positions(self.model, [Window(ids, 0, 0)], [scored], len(ids), predict=True)[0]
+        return -float(nats.sum()), tuple(likeliest.tolist()) == continuation
+
     def _bound(self, context: tuple[int, ...], continuation: tuple[int, ...]) -> float:
         """Lower bound on log p(continuation | context). All continuations of a context share a seed, so that choices
         are compared on the same draws; contexts differ in theirs, so that errors average out."""
+        if self.exact:
+            return self._exact(context, continuation)[0]
         ids = torch.tensor([*context, *continuation])
         scored = torch.arange(len(ids)) >= len(context)
         seed = zlib.crc32(repr((self.generation["seed"], context)).encode())
