@@ -108,19 +108,20 @@ def weigh_by_context(corrupted: Tensor, cu_seqlens: Tensor, p: float = CART_SHAR
     return weights * corrupted
 
 
-def sum_losses(hidden: Tensor, head_weight: Tensor, targets: Targets, *, backend: str | None = None) -> LossSums:
+def sum_losses(hidden: Tensor, head_weight: Tensor, targets: Targets, *, bias: Tensor | None = None,
+               softcap: float | None = None, backend: str | None = None) -> LossSums:
     """The weighted sum of the losses of one micro-batch.
 
     Args:
         hidden: [..., D] hidden states after the final norm, T of them.
         head_weight: [V, D].
         targets: of these T positions.
-        backend: of `dllm_kernels.linear_masked_cross_entropy`.
+        bias, softcap, backend: as of `dllm_kernels.linear_masked_cross_entropy`.
     """
     total, each = linear_masked_cross_entropy(
-        hidden.flatten(0, -2), head_weight, targets.tokens, targets.scored, weights=targets.weights,
-        probability_weights=targets.path_weights, count=targets.count, reduction="sum", return_nll=True,
-        backend=backend)
+        hidden.flatten(0, -2), head_weight, targets.tokens, targets.scored, bias=bias, softcap=softcap,
+        weights=targets.weights, probability_weights=targets.path_weights, count=targets.count, reduction="sum",
+        return_nll=True, backend=backend)
     return LossSums(total, each.sum(), torch.zeros((), device=hidden.device), sum_by_ratio(each, targets))
 
 

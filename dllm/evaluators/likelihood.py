@@ -281,11 +281,13 @@ def score_positions(model: Transformer, windows: Sequence[Window], corrupted: Se
         hidden, targets = hidden[rows, places], tokens[where]
         scored = torch.ones_like(targets, dtype=torch.bool)
         nats = linear_masked_cross_entropy(hidden, model.head_weight, targets, scored, count=len(targets),
-                                           softcap=model.config.logit_softcap, reduction="none").double().cpu()
+                                           bias=model.head_bias, softcap=model.config.logit_softcap,
+                                           reduction="none").double().cpu()
         best = [None] * len(batch)
         if predict:
             everywhere = torch.arange(len(hidden), device=model.device)
-            best = linear_token_scores(hidden.unsqueeze(0), model.head_weight, everywhere).token.cpu().split(sizes)
+            best = linear_token_scores(hidden.unsqueeze(0), model.head_weight, everywhere,
+                                       bias=model.head_bias).token.cpu().split(sizes)
         for i, values, tokens_of in zip(batch, nats.split(sizes), best, strict=True):
             results[i] = values, tokens_of
     return results

@@ -34,6 +34,12 @@ def check_settings(model: Transformer, config: MDMGenerationConfig, causal: bool
                         "names, and no cuda_graphs; choose another alg")
     if config.cuda_graphs and model.device.type != "cuda":
         raise UserError(f"cuda_graphs needs a model on a GPU, this one is on {model.device}; leave it out")
+    if config.cuda_graphs and model.borrowed:
+        raise UserError(f"cuda_graphs records our own layers, and those of {model.config.family} are Transformers'; "
+                        "leave it out")
+    if config.cfg_scale > 0 and model.config.logit_softcap is not None:
+        raise UserError(f"cfg_scale combines logits by their hidden states, and those of {model.config.family} have a "
+                        "soft cap; leave it out")
     if config.edits:
         check_edits(model, config, causal)
     elif model.config.edit_heads == "insert":

@@ -19,7 +19,14 @@ from dllm.generation.strategies import Step, Update
 from dllm.model.cache import KeyValueCache
 from dllm.model.layouts import Cached, Padded
 from dllm.model.transformer import Transformer
-from dllm_kernels import linear_token_scores, linear_topk_unmask
+from dllm_kernels import (
+    Scores,
+    Unmasked,
+    linear_token_scores,
+    linear_topk_unmask,
+    token_scores,
+    topk_unmask,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +96,10 @@ class HeadScorer:
         uniform = None if step.uniform is None else step.uniform[asked.rows.unsqueeze(1), asked.index]
         tokens = torch.where(asked.valid, self.mask_token_id, -1)  # padding is not masked
         k = k[chosen].to(step.tokens.device, non_blocking=True)
-        result = linear_topk_unmask(hidden, self.model.head_weight, tokens, self.mask_token_id, k,
-                                    confidence=confidence, selection_temperature=self.selection_temperature,
-                                    threshold=threshold, confidence_of="raw" if raw else "filtered",
-                                    allowed=self._allowed(asked), generator=uniform,
-                                    count=int(step.left[chosen].sum()), **self.sampling)
+        result = unmask_by_head(self.model, hidden, tokens, self.mask_token_id, k, count=int(step.left[chosen].sum()),
+                                confidence=confidence, selection_temperature=self.selection_temperature,
+                                threshold=threshold, confidence_of="raw" if raw else "filtered",
+                                allowed=self._allowed(asked), generator=uniform, **self.sampling)
         return Update(asked.place(step.tokens, result.tokens), asked.place(None, result.confidence))
 
     def score(self, positions: Tensor, *, confidence: str = "prob", raw: bool = False) -> Update:
@@ -104,10 +110,10 @@ class HeadScorer:
         uniform, allowed = self.step.uniform, self._allowed(asked)
         if uniform is not None:
             uniform = uniform[asked.rows.unsqueeze(1), asked.index].flatten(0, 1)[places]
-        scores = linear_token_scores(hidden, self.model.head_weight, places, confidence=confidence,
-                                     confidence_of="raw" if raw else "filtered",
-                                     allowed=None if allowed is None else allowed.flatten(0, 1)[places],
-                                     generator=uniform, **self.sampling)
+        scores = score_by_head(self.model, hidden, places, confidence=confidence,
+                               confidence_of="raw" if raw else "filtered",
+                               allowed=None if allowed is None else allowed.flatten(0, 1)[places],
+                               generator=uniform, **self.sampling)
         token, confidence = (values.new_zeros(asked.valid.numel()).index_copy(0, places, values).view(asked.index.shape)
                              for values in scores)
         nothing = torch.full_like(self.step.tokens, -1)
@@ -321,6 +327,22 @@ class EditScorer(HeadScorer):
             tokens, seen = tokens.repeat(2, 1), torch.cat((seen, seen & ~self.prompt[rows]))
         self.hidden[:, rows] = self.forward(tokens, Padded(seen)).unflatten(0, (self.copies, -1)).to(self.hidden.dtype)
         self.known[rows] = True
+
+
+def unmask_by_head(model: Transformer, hidden: Tensor, tokens: Tensor, mask_token_id: int, k: Tensor, *, count: int,
+                   **settings) -> Unmasked:
+    """`linear_topk_unmask` by the model's head; one with a soft cap stores the logits of the wanted positions."""
+    if model.config.logit_softcap is None:
+        return linear_topk_unmask(hidden, model.head_weight, tokens, mask_token_id, k, bias=model.head_bias,
+                                  count=count, **settings)
+    return topk_unmask(model.logits(hidden), tokens, mask_token_id, k, **settings)
+
+
+def score_by_head(model: Transformer, hidden: Tensor, places: Tensor, **settings) -> Scores:
+    """`linear_token_scores` likewise."""
+    if model.config.logit_softcap is None:
+        return linear_token_scores(hidden, model.head_weight, places, bias=model.head_bias, **settings)
+    return token_scores(model.logits(hidden.flatten(0, -2)[places]), **settings)
 
 
 def previous_token(places: Tensor, key_mask: Tensor | None) -> Tensor:

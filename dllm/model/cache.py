@@ -8,6 +8,7 @@ little with every commit; taking them as they were when the block began is Fast-
 import torch
 from torch import Tensor
 
+from dllm.errors import UserError
 from dllm.model.families import ModelConfig
 
 
@@ -28,6 +29,10 @@ class KeyValueCache:
 
         Returns: views of the keys and values [B, seen, Hkv, E] that these may see, of all rows: attention takes `rows`.
         """
+        if k.shape != v.shape or k.shape[2:] != self.content.shape[4:]:
+            raise UserError("a cache holds keys and values of one shape, and the layers of this model have others "
+                            f"({list(k.shape[2:])} and {list(v.shape[2:])} in layer {layer}, not "
+                            f"{list(self.content.shape[4:])}); leave the cache out, or take a model without blocks")
         keys, values = self.content[layer]
         end = start + k.shape[1]
         where = slice(None) if rows is None else rows

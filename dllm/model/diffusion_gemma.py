@@ -212,6 +212,14 @@ class DiffusionGemma(nn.Module):
         return self.model.decoder.embed_tokens.weight
 
     @property
+    def head_bias(self) -> None:
+        return None
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.model.decoder.layers
+
+    @property
     def softcap(self) -> float | None:
         """Logits are softcap * tanh(hidden @ head_weight.T / softcap)."""
         return self.config.logit_softcap

@@ -2,7 +2,8 @@
 
 A family is data: which configuration keys shape the model, which may be ignored, which are only supported at one value,
 and what its parameters are called where that is not the Llama line's `model.layers.0.self_attn.q_proj.weight`, as ours
-are. What has to be done to the tensors is in published.py. Nothing here imports torch.
+are. What has to be done to the tensors is in published.py. Nothing here imports torch, until a model that is not among
+the families is found: Transformers reads its configuration (borrowed_config.py).
 """
 
 import re
@@ -12,6 +13,7 @@ from typing import Literal
 
 from dllm.config.fields import check, setting
 from dllm.errors import UserError, did_you_mean, warn
+from dllm.model.borrowed_config import language_part, opened_window, read_borrowed, tell_differences
 from dllm.model.rope_settings import check_rope, differing_rope, flatten_rope
 from dllm.model.special_tokens import check_ids
 
@@ -20,7 +22,7 @@ from dllm.model.special_tokens import check_ids
 class ModelConfig:
     """The shape of a `DiffusionLM`. Field names are those of Transformers' configurations where one exists."""
 
-    family: str = "qwen3"  # a key of FAMILIES; decides the names written to config.json
+    family: str = "qwen3"  # a key of FAMILIES, or a model_type of Transformers; decides the names in config.json
     vocab_size: int = setting(MISSING, "tokens", at_least=1)
     hidden_size: int = setting(MISSING, "width", at_least=1)
     intermediate_size: int = setting(MISSING, "width of the SwiGLU feed-forward", at_least=1)
@@ -59,6 +61,8 @@ class ModelConfig:
                                         "(DiffusionGemma)", at_least=1, none="masked positions are filled")
     logit_softcap: float | None = setting(None, "logits are this * tanh(logits / this)", above=0, none="as they are")
     initializer_range: float = setting(0.02, "standard deviation of a random initialisation", at_least=0)
+    logit_scale: float = setting(1.0, "times the product of hidden states and head", above=0)
+    logit_softcap: float | None = setting(None, "c: a logit z becomes c * tanh(z / c)", above=0, none="no cap")
     shift_logits: bool = setting(True, "the logits at position i are about token i + 1, as in autoregressive models")
     mask_token_id: int | None = None
     pad_token_id: int | None = None
@@ -100,6 +104,11 @@ class ModelConfig:
     def rotary_dim(self) -> int:
         """Numbers of each head that the rotary embedding turns."""
         return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def borrowed(self) -> bool:
+        """Whether Transformers' own model computes the hidden states (borrowed.py)."""
+        return self.family not in FAMILIES
 
     def has_experts(self, layer: int) -> bool:
         return self.num_experts > 0 and layer >= self.first_k_dense_replace
@@ -159,9 +168,14 @@ _COMMON = {"block_size": "block_length", **{name: name for name in (
     "initializer_range", "shift_logits", "causal_blocks", "edit_heads", "mask_token_id", "pad_token_id", "bos_token_id",
     "eos_token_id")}}
 _ONLY = {"hidden_act": ("silu",)}
+# Those of them that a model borrowed from Transformers takes; it reads the rest of its config.json itself.
+_BORROWED = {key: _COMMON[key] for key in (
+    "vocab_size", "tie_word_embeddings", "shift_logits", "block_size", "causal_blocks", "edit_heads", "mask_token_id",
+    "pad_token_id", "bos_token_id", "eos_token_id")}
 
 _WINDOW = ("use_sliding_window", "sliding_window", "max_window_layers")
 _TRANSFORMERS = ("qwen2", "qwen3", "llama", "mistral")  # families of autoregressive models that it has itself
+_WINDOWED = ("qwen2", "qwen3", "mistral")  # of these, those with sliding windows, which adapting them opens
 
 # Other names that checkpoints give the same architecture.
 _MODEL_TYPES = {"lladamoe": "llada_moe", "llada21_moe": "llada2_moe", "llada2_moe_veomni": "llada2_moe",
@@ -279,7 +293,12 @@ def read_config(raw: Mapping, where: str = "config.json") -> ModelConfig:
     Raises: UserError if the family is unknown, a required key is missing, or a value unsupported; the message names
         `where`, the key and what is accepted.
     """
+    if raw.get("model_type") not in FAMILIES:
+        raw = language_part(raw, where)
     config = _parse(raw, where)
+    if config.borrowed:
+        tell_differences(raw, where)
+        return config
     family, flat = FAMILIES[config.family], flatten_rope(raw)
     if unknown := [key for key, value in flat.items() if not is_empty(value) and not _DROPOUT.fullmatch(key)
                    and key not in {*family.keys, *family.only, *family.ignored, *IGNORED, *CHANGING, *_WINDOW}]:
@@ -290,6 +309,8 @@ def read_config(raw: Mapping, where: str = "config.json") -> ModelConfig:
         warn(f"{where}: the folder brings code of its own for a model_type {raw['model_type']!r}, which is not run; "
              f"position i predicts token i + 1, as in {config.family}. If it predicts its own token, add "
              '"shift_logits": false, and if it decodes by blocks, "block_size"')
+    if config.family in _WINDOWED and (window := _window(config.family, flat)) is not None:
+        warn(opened_window(where, config.family, window))
     for differing in filter(None, (differing_rope(raw), _differing_dtype(raw), _differing_class(raw, family))):
         warn(f"{where}: {differing}")
     return config
@@ -301,15 +322,16 @@ def _parse(raw: Mapping, where: str = "config.json") -> ModelConfig:
         if raw.get(key) is not None and not isinstance(raw[key], Mapping):
             raise UserError(f"{where}: {key} must be a dictionary or null, not {raw[key]!r}")
     name = _family_of(raw)
+    check_ids(raw, where)
     if name not in FAMILIES:
-        raise UserError(f"{where}: model_type {name!r} is not a family this version loads; "
-                        f"it loads {', '.join(FAMILIES)}")
+        values = {target: raw[key] for key, target in _BORROWED.items() if raw.get(key) is not None}
+        return ModelConfig(family=name, source=dict(raw), **{
+            **read_borrowed(raw, where, FAMILIES), "block_causal": "block_length" in values, **values})
     family = FAMILIES[name]
     raw_keys = flatten_rope(raw)
     if missing := [key for key in family.required if raw_keys.get(key) is None]:
         raise UserError(f"{where}: {name} needs the key{'s' * (len(missing) > 1)} {', '.join(missing)}")
     _check_values(name, raw_keys, where)
-    check_ids(raw, where)
     values = {target: raw_keys[key] for key, target in family.keys.items() if raw_keys.get(key) is not None}
     values = {"block_causal": "block_length" in values, **family.fixed, **values}
     if (layers := values.get("first_k_dense_replace")) is not None and not isinstance(layers, int):
@@ -346,6 +368,14 @@ def _check_values(name: str, raw: Mapping, where: str) -> None:
     kinds = raw.get("layer_types") or []
     if other := [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]:
         raise UserError(f"{where}: layer_types {other[0]!r} is not supported; supported: 'full_attention'")
+    if name not in _WINDOWED and (window := _window(name, raw)) is not None:
+        raise UserError(f"{where}: sliding_window {window} is not supported, because every position sees every other "
+                        "here; set max_position_embeddings to at most the window, and it changes nothing")
+
+
+def _window(name: str, raw: Mapping) -> int | None:
+    """The sliding window of some layers, where a text can be longer."""
+    kinds = raw.get("layer_types") or []
     window, positions = raw.get("sliding_window"), raw.get("max_position_embeddings")
     if kinds:
         slides = "sliding_attention" in kinds
@@ -353,9 +383,7 @@ def _check_values(name: str, raw: Mapping, where: str) -> None:
         slides = window is not None
     else:
         slides = bool(raw.get("use_sliding_window")) and (raw.get("max_window_layers") or 0) < raw["num_hidden_layers"]
-    if slides and window is not None and not (positions is not None and positions <= window):
-        raise UserError(f"{where}: sliding_window {window} is not supported, because every position sees every other "
-                        "here; set max_position_embeddings to at most the window, and it changes nothing")
+    return window if slides and window is not None and (positions is None or positions > window) else None
 
 
 def is_empty(value: object) -> bool:
@@ -364,9 +392,10 @@ def is_empty(value: object) -> bool:
 
 def write_config(config: ModelConfig, dtype: str) -> dict:
     """The config.json dictionary of `config`; one that was read comes back as it was, changed fields apart."""
-    family = FAMILIES[config.family]
+    keys = _BORROWED if config.borrowed else FAMILIES[config.family].keys
     raw = dict(config.source)
     if not raw:
+        family = FAMILIES[config.family]
         raw = {"architectures": [family.architecture], "model_type": family.model_type or config.family, "dtype": dtype}
         raw |= {key: values[0] for key, values in family.only.items() if values[0] is not None}
         raw |= {key: value for key, target in family.keys.items() if (value := getattr(config, target)) is not None}
@@ -380,7 +409,7 @@ def write_config(config: ModelConfig, dtype: str) -> dict:
                                 f"be read as {getattr(again, name)}")
         return raw
     before = _parse(raw)
-    for key, target in family.keys.items():
+    for key, target in keys.items():
         value = getattr(config, target)
         if value != getattr(before, target):
             if key in ("rope_theta", "rope_scaling") and raw.get("rope_parameters"):

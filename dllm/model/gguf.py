@@ -114,6 +114,9 @@ def scale_rotary(raw: dict, reader, file: Path) -> dict:
     Raises: UserError for any other scaling, or if config.json is none that this version loads.
     """
     config = read_config(raw, where=str(file))
+    if config.borrowed:
+        raise UserError(f"{file} is a {config.family}, and GGUF files are read of the Llama, Mistral and Qwen lines "
+                        "alone; take the model's folder with safetensors instead")
     kind = next((field.contents() for key, field in reader.fields.items() if key.endswith(".rope.scaling.type")), None)
     scaled = [tensor for tensor in reader.tensors if tensor.name.startswith("rope_f")]
     if not scaled and kind in (None, "none"):

@@ -3,8 +3,10 @@
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dllm.errors import UserError
 from dllm.model.transformer import Transformer
 
 MULTIPLE = 64  # rows, because matrix units want it
@@ -39,11 +41,14 @@ def grow(model: Transformer, vocab_size: int, seed: int) -> Transformer:
     if vocab_size == old:
         return model
     generator = torch.Generator().manual_seed(seed)
-    for module in (model.model.embed_tokens, model.lm_head, model.insert_head):
+    for module in (model.embedding, model.lm_head, model.insert_head):
         if module is not None:
             module.weight = nn.Parameter(torch.cat((module.weight.detach(),
                                                     new_rows(module.weight, vocab_size - old, generator))))
-    model.model.embed_tokens.num_embeddings = vocab_size
+    if model.head_bias is not None:
+        model.lm_head.bias = nn.Parameter(F.pad(model.lm_head.bias.detach(), (0, vocab_size - old),
+                                                value=float(model.lm_head.bias.detach().float().mean())))
+    model.embedding.num_embeddings = vocab_size
     for head in filter(None, (model.lm_head, model.insert_head)):
         head.out_features = vocab_size
     model.config = replace(model.config, vocab_size=vocab_size)
@@ -64,6 +69,9 @@ def add_edit_heads(model: Transformer, kind: str) -> Transformer:
     The insertion head begins as a copy of the head: under shifted logits it is the autoregressive model's next token.
     The rates begin without regard to the text, at softplus(0) = 0.7 edits of each kind a position.
     """
+    if model.head_bias is not None or model.config.logit_softcap is not None:
+        raise UserError(f"the head of {model.config.family} has a bias or a soft cap, which heads for edits do not "
+                        "have; choose another model, or an objective that fills masks")
     if model.insert_head is None:
         model.insert_head = nn.Linear(*reversed(model.head_weight.shape), bias=False).to(model.head_weight)
         model.insert_head.weight.copy_(model.head_weight)

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dllm.errors import UserError
 from dllm.files import read_json
-from dllm.model import liger
+from dllm.model import borrowed, liger
 from dllm.model.devices import find_device, find_dtype, own_dtype
 from dllm.model.experts import FeedForward, MixtureOfExperts
 from dllm.model.families import ModelConfig, own_code, read_config, write_config
@@ -112,6 +112,9 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
+    def get_input_embeddings(self) -> nn.Embedding:  # as Transformers calls it
+        return self.embed_tokens
+
 
 class Transformer(nn.Module):
     """A masked diffusion language model: one bidirectional Transformer, driven by `ModelConfig`.
@@ -122,11 +125,14 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config = config
-        self.model = Backbone(config)
+        self.config, self.borrowed = config, config.borrowed  # whether the backbone is Transformers'
         self.lm_head = None
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if self.borrowed:
+            self.model, self.lm_head = borrowed.build(config)
+        else:
+            self.model = Backbone(config)
+            if not config.tie_word_embeddings:
+                self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.insert_head = self.rate_head = None  # of edits; the head substitutes
         if config.edit_heads is not None:
             self.insert_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -137,8 +143,8 @@ class Transformer(nn.Module):
         self.code: dict[str, bytes] = {}  # the Python files of the folder, which are never run, kept for saving
         self.checkpointing = False  # while training: compute activations inside layers again, instead of keeping them
         self.graphs = None  # of sampling with cuda_graphs (graphs.py)
-        self.rotary = Rotary(config)
-        for module in self.modules():
+        self.rotary = None if self.borrowed else Rotary(config)
+        for module in (self.insert_head, self.rate_head) if self.borrowed else self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=config.initializer_range)
                 if getattr(module, "bias", None) is not None:
@@ -148,11 +154,14 @@ class Transformer(nn.Module):
     def layers_backend(self) -> str:
         """What computes RMSNorm, rotary embedding and SwiGLU: "torch", "liger" (Liger-Kernel, on CUDA), or "auto":
         Liger-Kernel on CUDA where it is installed. To set a name that cannot be is a UserError."""
-        return self.model.norm.layers_backend
+        return "torch" if self.borrowed else self.model.norm.layers_backend
 
     @layers_backend.setter
     def layers_backend(self, name: str) -> None:
         liger.check_backend(name)
+        if self.borrowed and name == "liger":
+            raise UserError(f"layers_backend liger replaces our own layers, and those of {self.config.family} are "
+                            "Transformers'; leave it out")
         for module in self.modules():
             if isinstance(module, LigerLayer):
                 module.layers_backend = name
@@ -160,7 +169,24 @@ class Transformer(nn.Module):
     @property
     def head_weight(self) -> nn.Parameter:
         """[V, D], the matrix that turns hidden states into logits (the embedding itself where they are tied)."""
-        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return self.embedding.weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def head_bias(self) -> nn.Parameter | None:
+        """[V], of some heads that are borrowed."""
+        return None if self.lm_head is None else self.lm_head.bias
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.model.get_input_embeddings()
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return borrowed.find_layers(self.model, self.config) if self.borrowed else self.model.layers
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., D], as `hidden_states` gives them -> [..., V]."""
+        return borrowed.cap(F.linear(hidden, self.head_weight, self.head_bias), self.config.logit_softcap)
 
     @property
     def device(self) -> torch.device:
@@ -185,7 +211,7 @@ class Transformer(nn.Module):
             raise UserError(f"attention_mask has shape {list(attention_mask.shape)}, input_ids "
                             f"{list(input_ids.shape)}; they must be the same")
         layout = Padded(None if attention_mask is None else attention_mask.bool())
-        return ModelOutput(F.linear(self.hidden_states(input_ids, layout), self.head_weight))
+        return ModelOutput(self.logits(self.hidden_states(input_ids, layout)))
 
     def hidden_states(self, input_ids: Tensor, layout: Layout | None = None, *,
                       levels: list[Tensor] | None = None) -> Tensor:
@@ -203,6 +229,9 @@ class Transformer(nn.Module):
         if (length := layout.length(input_ids)) > self.config.max_position_embeddings:
             raise UserError(f"the input has {length} positions, the model {self.config.max_position_embeddings}; "
                             "shorten it")
+        if self.borrowed:
+            return borrowed.hidden_states(self.model, self.config, input_ids, layout, levels,
+                                          self.checkpointing and torch.is_grad_enabled())
         x = self.model.embed_tokens(layout.tokens(input_ids))
         if layout.certainty is not None:
             x = toward_mask(x, layout.certainty, self.model.embed_tokens.weight[self.mask_token_id])
@@ -227,8 +256,8 @@ class Transformer(nn.Module):
                         device: str | int | torch.device = "cpu", *, torch_dtype: torch.dtype | str | None = None,
                         mask_token_id: int | None = None, mask_token: str | None = None,
                         trust_remote_code: bool = False, layers_backend: str = "auto", **unknown) -> Self:
-        """Load a model in evaluation mode: a Hugging Face folder or hub repository of any family in families.py, or a
-        GGUF file of a Llama or Qwen.
+        """Load a model in evaluation mode: a Hugging Face folder or hub repository of any family in families.py, or of
+        any other causal language model of Transformers (borrowed.py), or a GGUF file of a Llama or Qwen.
 
         Args:
             dtype: of the weights, by name too; "auto" is the checkpoint's own, None float32. `torch_dtype` is the same.
@@ -252,18 +281,33 @@ class Transformer(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         model.layers_backend = layers_backend
-        state = {name: tensor for name, tensor in state.items() if not name.endswith("rotary_emb.inv_freq")}
-        expected = to_published(config, model.state_dict())
-        check_parameters({name: tensor.shape for name, tensor in expected.items()},
-                         {name: tensor.shape for name, tensor in state.items()}, where=str(folder))
-        state = {name: tensor.to(device, torch.float32 if name.endswith("expert_bias") else dtype)
-                 for name, tensor in to_ours(config, state).items()}
-        model.load_state_dict(state, assign=True)
+        if model.borrowed:
+            model.load_borrowed(state, dtype, str(folder))
+            model.to(device)
+        else:
+            model.load_published(state, device, dtype, str(folder))
         if mask_token is not None:
             mask_token_id = load_tokenizer(folder, mask_token_id, mask_token=mask_token,
                                            trust_remote_code=trust_remote_code).mask_token_id
         model.adopt(folder, mask_token_id)
         return model.requires_grad_(True).eval()
+
+    def load_published(self, state: dict[str, Tensor], device: torch.device, dtype: torch.dtype, where: str) -> None:
+        """Take the weights of a published checkpoint. Raises: UserError naming those that do not fit."""
+        state = {name: tensor for name, tensor in state.items() if not name.endswith("rotary_emb.inv_freq")}
+        expected = to_published(self.config, self.state_dict())
+        check_parameters({name: tensor.shape for name, tensor in expected.items()},
+                         {name: tensor.shape for name, tensor in state.items()}, where=where)
+        state = {name: tensor.to(device, torch.float32 if name.endswith("expert_bias") else dtype)
+                 for name, tensor in to_ours(self.config, state).items()}
+        self.load_state_dict(state, assign=True)
+
+    def load_borrowed(self, state: dict[str, Tensor], dtype: torch.dtype, where: str) -> None:
+        """`load_published` for a backbone of Transformers, which also puts it where the weights are."""
+        own = {name: state.pop(name).to(dtype) for name in self.state_dict()
+               if name.startswith(("insert_head.", "rate_head.")) and name in state}
+        self.model, self.lm_head = borrowed.load(self.config, state, dtype, where)
+        self.load_state_dict(own, strict=False, assign=True)
 
     def adopt(self, folder: Path, mask_token_id: int | None = None) -> None:
         """Take what a folder says beside configuration and weights: special tokens, generation defaults, its code.
@@ -297,7 +341,8 @@ class Transformer(nn.Module):
             del config["auto_map"]  # of a folder that came without its code
             code = {}
         state = self.state_dict() if state is None else state
+        publish = borrowed.to_published if self.borrowed else to_published
         defaults = self.generation_defaults
         if defaults is not None and defaults.get("mask_token_id") is not None:
             defaults = {**defaults, "mask_token_id": self.mask_token_id}
-        write_folder(Path(folder), config, to_published(self.config, state) if state else {}, code, defaults)
+        write_folder(Path(folder), config, publish(self.config, state) if state else {}, code, defaults)

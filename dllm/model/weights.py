@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dllm.errors import UserError, first_line, warn
 from dllm.files import read_json, write_atomically
+from dllm.model.borrowed import matrix_names
 from dllm.model.families import EDIT_FAMILIES, FAMILIES, ModelConfig
 from dllm.model.gguf import as_folder
 
@@ -159,23 +160,32 @@ def _dump(content: dict) -> bytes:
 
 
 def fit_config(config: ModelConfig, state: dict[str, Tensor], where: str) -> ModelConfig:
-    """The configuration that the weights have, where config.json is known to contradict them."""
+    """The configuration that the weights have, where config.json is known to contradict them. `state` loses what is no
+    part of the language model."""
+    if any(name.startswith(("language_model.", "model.language_model.")) for name in state):
+        kept = {name.replace("language_model.", "", 1): tensor for name, tensor in state.items()
+                if "language_model." in name or name.startswith("lm_head.")}
+        state.clear()
+        state |= kept
     if config.family == "llada2_moe" and not any(name.endswith("query_layernorm.weight") for name in state):
         config = replace(config, qk_norm=False)
     if config.family in EDIT_FAMILIES:  # the head of the model that it came from, which nothing reads
         for name in ("lm_head.weight", "model.transformer.ff_out.weight"):
             state.pop(name, None)
-    return _untie_head(config, state, where) if config.tie_word_embeddings else config
+    if not config.tie_word_embeddings:
+        return config
+    if config.borrowed:
+        return _untie_head(config, state, where, *matrix_names(config, where))
+    names = _renaming({ours: theirs for theirs, ours in FAMILIES[config.family].parameters.items()})
+    return _untie_head(config, state, where, names("model.embed_tokens.weight"), names("lm_head.weight"))
 
 
-def _untie_head(config: ModelConfig, state: dict[str, Tensor], where: str) -> ModelConfig:
+def _untie_head(config: ModelConfig, state: dict[str, Tensor], where: str, embedding: str, head: str) -> ModelConfig:
     """The configuration of weights that hold a head of their own although they should be tied.
 
     As in Transformers 5: equal matrices are tied, different ones are not, and where the embedding is missing the head
     stands for it.
     """
-    names = _renaming({ours: theirs for theirs, ours in FAMILIES[config.family].parameters.items()})
-    embedding, head = names("model.embed_tokens.weight"), names("lm_head.weight")
     if head not in state:
         return config
     if embedding not in state:

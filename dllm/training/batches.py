@@ -238,7 +238,8 @@ def forward(model: Transformer, batch: MicroBatch, device: torch.device, teacher
     if isinstance(there.targets, EditTargets):
         return sum_edit_losses(hidden, model.head_weight, model.insert_head.weight, model.rate_head(hidden),
                                there.targets)
-    sums = sum_losses(hidden, model.head_weight, there.targets)
+    sums = sum_losses(hidden, model.head_weight, there.targets, bias=model.head_bias,
+                      softcap=model.config.logit_softcap)
     if levels is None:
         return sums
     clean, theirs = there.targets.tokens.roll(1).view_as(there.input_ids), []  # the targets are one to the left

@@ -138,6 +138,12 @@ def choose_device(settings: TrainGroup) -> torch.device:
     return torch.device("cuda" if on_gpu else "cpu")
 
 
+def read_constants(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that no state dict holds, such as the angles of a rotary embedding of Transformers."""
+    kept = module.state_dict().keys()
+    return {name: buffer.cpu() for name, buffer in module.named_buffers() if name not in kept}
+
+
 class Shared(nn.Module):
     """A module whose gradients are averaged over the processes after `backward` of a step's last micro-batch.
 
@@ -156,6 +162,7 @@ class Shared(nn.Module):
             policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
             mesh = dist.device_mesh.init_device_mesh(world.device.type, (world.size,))
             whole = module.state_dict() if world.main else {}
+            constants = world.from_main(lambda: read_constants(module))
             module.to("meta")
             for layer in layers:
                 fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=settings.enable_full_shard)
@@ -163,6 +170,8 @@ class Shared(nn.Module):
             module.to_empty(device=world.device)
             set_model_state_dict(module, whole, options=StateDictOptions(full_state_dict=True,
                                                                          broadcast_from_rank0=True))
+            for name, constant in constants.items():
+                module.get_buffer(name).copy_(constant)
         elif world.size > 1:
             if not world.main:
                 module.to_empty(device=world.device)  # the main process's weights are sent to all

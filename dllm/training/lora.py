@@ -4,22 +4,28 @@ import torch
 from torch import Tensor, nn
 
 from dllm.errors import UserError
+from dllm.model.diffusion_gemma import DiffusionGemma
+from dllm.model.transformer import Transformer
 
 _NAME = "default"
 
 
-def add_adapters(model: nn.Module, rank: int, alpha: float) -> None:
+def add_adapters(model: Transformer | DiffusionGemma, rank: int, alpha: float) -> None:
     """Freeze the model and put an adapter on every linear map inside its layers, but those that route to experts in a
     DiffusionGemma, whose balance a small corpus would upset (as in NeMo Automodel).
 
-    Raises: UserError if PEFT is not installed.
+    Raises: UserError if PEFT is not installed, or the layers have no linear maps.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise UserError("train.lora_rank needs PEFT: pip install 'dllm[train]'") from None
+    inside = {id(module) for module in model.layers.modules()}
     targets = [name for name, module in model.named_modules()
-               if isinstance(module, nn.Linear) and ".layers." in name and ".router." not in name]
+               if isinstance(module, nn.Linear) and id(module) in inside and ".router." not in name]
+    if not targets:
+        raise UserError(f"train.lora_rank adapts the linear maps inside the layers, and those of {model.config.family} "
+                        "have none by that name; set train.lora_rank=0")
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), model)
 
 

@@ -68,7 +68,8 @@ def probe(config: ModelConfig = _SMALL, tokens: int = 128) -> Probe | None:
     """Time both arithmetics for about a second, on random weights; None where the processor has no units for bf16, or
     the layers are so small that its casts cost more than its products save.
 
-    A layer too large to be drawn and timed in that is replaced by a smaller one, which gains less.
+    A layer too large to be drawn and timed in that, or one of Transformers, is replaced by a smaller one of ours, which
+    gains less.
     """
     flags = processor_flags()
     units = next((name for name in UNITS if name in flags), None)
@@ -76,7 +77,8 @@ def probe(config: ModelConfig = _SMALL, tokens: int = 128) -> Probe | None:
         return None
     one = replace(config, num_hidden_layers=1, first_k_dense_replace=0, vocab_size=min(config.vocab_size, 4096),
                   mask_token_id=None, tie_word_embeddings=True)
-    if layer_matrices(one) * max(1, one.num_experts) > _LARGE or one.canvas_length is not None:
+    large = layer_matrices(one) * max(1, one.num_experts) > _LARGE
+    if large or config.borrowed or one.canvas_length is not None:
         one = _SMALL
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

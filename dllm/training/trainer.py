@@ -99,10 +99,9 @@ class Run:
 
     def _share_model(self) -> Shared:
         self.model.checkpointing = self.settings.enable_gradient_checkpointing
-        if isinstance(self.model, DiffusionGemma):
-            layers = self.model.model.decoder.layers
-        else:
-            layers, self.model.layers_backend = self.model.model.layers, self.settings.layers_backend
+        layers = self.model.layers
+        if not isinstance(self.model, DiffusionGemma):
+            self.model.layers_backend = self.settings.layers_backend
         if self.settings.enable_compile:
             for layer in layers:
                 layer.compile()

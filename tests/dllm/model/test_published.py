@@ -190,8 +190,10 @@ def test_a_windows_layers_are_told_by_what_really_slides():
             read_config(LLAMA | {"model_type": "qwen2"} | harmless)
     for name, slides in (("mistral", {"sliding_window": 64}), ("qwen2", {
             "sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1})):
-        with pytest.raises(UserError, match="sliding_window 64 is not supported.*max_position_embeddings to at most"):
+        with told(f"{name} has layers that see 64 positions; here every layer sees the whole text, in both directions"):
             read_config(LLAMA | {"model_type": name} | slides)
+    with pytest.raises(UserError, match="sliding_window 64 is not supported.*max_position_embeddings to at most"):
+        read_config(LLAMA | {"model_type": "Dream", "sliding_window": 64, "use_sliding_window": True})
 
 
 def test_code_of_another_model_under_a_known_model_type_is_told():
