@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from benchmarks.inputs import make_head
-from benchmarks.memory import peak_memory_mib
 from dllm_kernels import linear_denoiser_statistics
 
 V, D, SOFTCAP, TEMPERATURE = 262_144, 256, 30.0, 0.6

@@ -269,7 +269,7 @@ def score_positions(model: Transformer, windows: Sequence[Window], corrupted: Se
             tokens, where = (torch.cat(rows).unsqueeze(0).to(model.device) for rows in (tokens, where))
             ends = F.pad(lengths.cumsum(0), (1, 0)).int().to(model.device)
             layout = TwoCopies(tokens, block_length_of(model), Packed(ends, int(lengths.max())),
-                               model.config.causal_blocks)
+                               model.config.causal_blocks, model.config.causal_context)
         else:
             tokens, where = (pad_sequence(rows, batch_first=True).to(model.device) for rows in (tokens, where))
             real = torch.arange(tokens.shape[1], device="cpu") < lengths.unsqueeze(1)

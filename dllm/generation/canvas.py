@@ -95,6 +95,21 @@ def block_length_of(model: Transformer) -> int:
     return model.config.block_length or BLOCK_LENGTH
 
 
+def fit_blocks(model: Transformer, config: MDMGenerationConfig) -> MDMGenerationConfig:
+    """The config with the blocks that a block-causal model was trained on, and their parts where confidences decide."""
+    length, part = config.block_length or block_length_of(model), config.sub_block_length
+    if part is None and config.adaptive and config.window_blocks == 1 and length == model.config.block_length:
+        part = model.config.sub_block_length
+    return replace(config, block_length=length, sub_block_length=part)
+
+
+def counts_from_text(model: Transformer, config: MDMGenerationConfig) -> bool:
+    """Whether blocks are counted from the first token, instead of the first masked position."""
+    causal = model.config.block_causal if config.block_causal is None else config.block_causal
+    unsaid = config.blocks_from is None and causal and not model.config.causal_context
+    return config.blocks_from == "text" or unsaid
+
+
 def block_of_gap(model: Transformer, config: MDMGenerationConfig) -> int | None:
     """The block_length that must divide the positions to fill, because blocks begin with the first of them; or None."""
     causal = model.config.block_causal if config.block_causal is None else config.block_causal

@@ -57,10 +57,10 @@ class MDMGenerationConfig:
                                        at_least=1, none="one block", per_request=True)
     blocks_from: Literal["text", "masked"] | None = setting(
         None, "count blocks from the first token (text), or from the first masked position",
-        none="text for block-causal models, else masked")
+        none="text for block-causal models that see finished blocks whole, else masked")
     sub_block_length: int | None = setting(
         None, "of block-causal models: parts of a block, denoised left to right; each sees the whole block",
-        at_least=1, none="the whole block", per_request=True)
+        at_least=1, none="as the model was trained, or the whole block", per_request=True)
     window_blocks: int = setting(
         1, "of block-causal models, with threshold: blocks that are denoised together at most", at_least=1,
         per_request=True)

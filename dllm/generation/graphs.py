@@ -39,7 +39,7 @@ class GraphedForward:
             return self.model.hidden_states(tokens, layout)
         wanted, mask = layout.queries.shape[1], layout.key_mask
         queries = F.pad(layout.queries, (0, bucket_of(wanted, tokens.shape[1]) - wanted))
-        part = (layout.cache.content.data_ptr(), layout.start, layout.several) if cached else None
+        part = (layout.cache.content.data_ptr(), layout.start, layout.several, layout.context) if cached else None
         key = (*tokens.shape, queries.shape[1], mask is None, part, self.model.head_weight.data_ptr())
         if key not in self.recorded:
             own = replace(layout, queries=queries.clone(), key_mask=None if mask is None else mask.clone())

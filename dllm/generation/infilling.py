@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dllm.errors import UserError
-from dllm.generation.canvas import block_of_gap, block_of_text, steps_of_block
+from dllm.generation.canvas import block_of_gap, block_of_text, counts_from_text, steps_of_block
 from dllm.generation.checks import find_mask_token
 from dllm.generation.config import MDMGenerationConfig
 from dllm.generation.inputs import read_prompts
@@ -150,7 +150,7 @@ def fits(model: Transformer, gap: Gap, config: MDMGenerationConfig) -> bool:
     block, of_text = block_of_gap(model, config), block_of_text(model, config)
     if counted := block or of_text:
         blocks = -(-gap.length // counted)
-        if of_text and config.blocks_from != "masked":
+        if of_text and counts_from_text(model, config):
             last = (len(gap.prefix) + gap.length - 1) // of_text
             # Masked positions may complete the last block of the row, which is then one more to fill.
             completed = gap.positions % of_text > 0 and gap.positions // of_text > last

@@ -7,7 +7,6 @@ others, and different prompts draw independently.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,15 @@ import torch
 from torch import Tensor
 
 from dllm.errors import UserError
-from dllm.generation.canvas import AsGiven, Block, ElasticGap, WholeBlocks, block_length_of, split_into_blocks
+from dllm.generation.canvas import (
+    AsGiven,
+    Block,
+    ElasticGap,
+    WholeBlocks,
+    counts_from_text,
+    fit_blocks,
+    split_into_blocks,
+)
 from dllm.generation.checks import check_constraint, check_settings, find_ends, find_mask_token
 from dllm.generation.config import MDMGenerationConfig
 from dllm.generation.drafting import DraftScorer, plan_drafts
@@ -107,7 +114,7 @@ class Denoising:
         if config.speculates:
             config, self.causal = plan_drafts(model, config), False  # one block, written from left to right
         if self.causal:
-            config = replace(config, block_length=config.block_length or block_length_of(model))
+            config = fit_blocks(model, config)
         self.config = config
         check_settings(model, config, self.causal)
         self._lay_out(canvas.to(model.device), attention_mask)
@@ -162,7 +169,7 @@ class Denoising:
     @property
     def from_text(self) -> bool:
         """Whether blocks are counted from the first token, instead of the first masked position."""
-        return self.config.blocks_from == "text" or (self.causal and self.config.blocks_from is None)
+        return counts_from_text(self.model, self.config)
 
     def _split(self) -> list[Block]:
         if self.text is not None:

@@ -164,6 +164,7 @@ class CachedScorer(HeadScorer):
         self.block_length, self.several = config.block_length, config.window_blocks > 1
         seen_whole = 1 if model.config.causal_blocks else self.block_length
         self.cache = self._make_cache(self.copies * len(self.position_ids), seen_whole)
+        self.causal_context = model.config.causal_context and not model.config.causal_blocks
         self.finished = 0  # positions of which everything is kept
         self.before: Tensor | None = None  # [rows, D], under shift: of the last of them, about the one after it
         self.certainty: Tensor | None = None  # [B, L] fp32, of tokens that are embedded by it (`toward_mask`)
@@ -185,7 +186,7 @@ class CachedScorer(HeadScorer):
             self.certainty[:, first:start] = 1
         if first < end:
             several = self.several or (begins and shift and start < end)
-            hidden = self._compute(computed, first, end, queries.clamp(first, end - 1), len(asked.rows), several)
+            hidden = self._compute(computed, first, end, queries.clamp(first, end - 1), len(asked.rows), several, start)
         if begins and shift:
             hidden, self.before = hidden[:, :-1], hidden[:, -1]
         elif self.before is not None:
@@ -209,10 +210,13 @@ class CachedScorer(HeadScorer):
         end = ((end - 1) // self.block_length + 1) * self.block_length
         return start, min(end, self.position_ids.shape[1])
 
-    def _compute(self, rows: Tensor, first: int, end: int, queries: Tensor, asking: int, several: bool) -> Tensor:
+    def _compute(self, rows: Tensor, first: int, end: int, queries: Tensor, asking: int, several: bool,
+                 finished: int) -> Tensor:
         """Hidden states of the positions `queries` [R, Q] of some rows, all in the last block before `end` unless
-        `several`; those from `first` on are computed, and their keys and values kept."""
+        `several`; those from `first` on are computed, and their keys and values kept. Those before `finished` are in
+        finished blocks."""
         tokens, key_mask = self._read(rows, asking)
+        context = finished - first if self.causal_context else 0
         certainty = None
         if self.certainty is not None:
             certainty = self.certainty[rows].repeat(self.copies, 1)
@@ -220,7 +224,7 @@ class CachedScorer(HeadScorer):
         return self.forward(tokens[:, first:end], Cached(
             self.cache, first, None if len(rows) == len(self.position_ids) else self._both(rows),
             None if key_mask is None else key_mask[:, :end].contiguous(), (queries - first).repeat(self.copies, 1),
-            several, certainty))
+            several, certainty, context))
 
     def score(self, positions: Tensor, *, confidence: str = "prob", raw: bool = False) -> Update:
         update = super().score(positions, confidence=confidence, raw=raw)

@@ -121,15 +121,16 @@ def load(config: ModelConfig, state: Mapping[str, Tensor], dtype: torch.dtype, w
     return parts
 
 
-def find_layers(backbone: nn.Module, config: ModelConfig) -> nn.ModuleList:
-    return next(module for module in backbone.modules()
-                if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers)
+def find_layers(backbone: nn.Module, config: ModelConfig) -> nn.ModuleList | None:
+    return next((module for module in backbone.modules()
+                 if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers), None)
 
 
 def matrix_names(config: ModelConfig, where: str) -> tuple[str, str]:
     """What a checkpoint calls the matrices of embedding and head."""
     with torch.device("meta"), _quiet():
         model = _make(config, where)
+    _take_apart(model, config, where)  # refuses what has no such matrices
     names = {id(module): name for name, module in model.named_modules()}
     return tuple(f"{names[id(part)]}.weight" for part in (model.get_input_embeddings(), model.get_output_embeddings()))
 
@@ -206,6 +207,9 @@ def _take_apart(model: nn.Module, config: ModelConfig, where: str) -> tuple[nn.M
     if backbone is model or type(head) is not nn.Linear:
         raise UserError(f"{where}: {type(model).__name__} has no output embedding, a linear map from hidden states to "
                         "logits; take a causal language model")
+    if find_layers(backbone, config) is None:
+        raise UserError(f"{where}: {type(backbone).__name__} has no list of its {config.num_hidden_layers} layers, by "
+                        "which they are sharded and adapted; take another model")
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
         raise UserError(f"{where}: {type(backbone).__name__} takes no position_ids, which packed texts need; take "
                         "another model")

@@ -10,8 +10,8 @@ from dllm.errors import UserError, first_line, warn
 
 # What multiplies the product of hidden states and head, by the key that says so.
 _SCALES = {"logit_scale": lambda value: value, "logits_scaling": lambda value: 1 / value}
-_OUTSIDE = ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id", "tie_word_embeddings", "dtype",
-            "torch_dtype", "quantization_config")  # of a language model, but written beside it
+_OUTSIDE = ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id", "dtype", "torch_dtype",
+            "quantization_config")  # of a language model, but written beside it, and there goes first
 _LOCAL = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 
 
@@ -22,7 +22,8 @@ def language_part(raw: Mapping, where: str) -> Mapping:
         return raw
     warn(f"{where}: of {raw.get('model_type')} the language model is taken alone, {inner['model_type']}, which neither "
          "sees nor hears")
-    return {**{key: raw[key] for key in _OUTSIDE if key in raw}, **inner}
+    tied = {key: raw[key] for key in ("tie_word_embeddings",) if key in raw}
+    return {**tied, **inner, **{key: raw[key] for key in _OUTSIDE if raw.get(key) is not None}}
 
 
 def transformers_config(raw: Mapping, where: str, **changes):
@@ -103,12 +104,14 @@ def tell_differences(raw: Mapping, where: str) -> None:
     kinds = getattr(found, "layer_types", None) or ["sliding_attention"]
     windows = [value for kind, key in _LOCAL.items() if kind in kinds and (value := _read(found, key))]
     if windows and (positions is None or min(windows) < positions):
-        warn(opened_window(where, name, min(windows)))
+        tell_window(raw, where, min(windows))
 
 
-def opened_window(where: str, name: str, window: int) -> str:
-    return (f"{where}: {name} has layers that see {window} positions; here every layer sees the whole text, in both "
-            "directions, so train it on texts as long as those it shall write")
+def tell_window(raw: Mapping, where: str, window: int) -> None:
+    """Say that a window is opened, of a model that is not adapted yet."""
+    if raw.get("mask_token_id") is None:
+        warn(f"{where}: {raw['model_type']} has layers that see {window} positions; here every layer sees the whole "
+             "text, in both directions, so train it on texts as long as those it shall write")
 
 
 def _read(found, *names: str) -> Any:

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 
 from dllm.errors import UserError, first_line, warn
-from dllm.model.families import CHANGING, IGNORED, ModelConfig, is_empty
+from dllm.model.config_keys import CHANGING, IGNORED, is_empty
+from dllm.model.families import ModelConfig
 
 # Keys of text_config -> fields of `ModelConfig`.
 _KEYS = {name: name for name in (

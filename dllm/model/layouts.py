@@ -96,6 +96,7 @@ class Cached(Layout):
     queries: Tensor | None = None  # places among the n; in a growing cache, of the last block, unless `several`
     several: bool = False  # the queries are of several blocks
     certainty: Tensor | None = None  # [B, n] fp32
+    context: int = 0  # so many of the n are finished, and see nothing after themselves; see `causal_context`
 
     @property
     def uneven(self) -> bool:
@@ -103,8 +104,21 @@ class Cached(Layout):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         k, v = self.cache.put(layer, k, v, self.start, self.rows)
+        if self.context and self.queries is None:
+            return self._attend_after_context(q, k, v)
         blocks = self.cache.block_length if self.queries is None else None
         return bidirectional_attention(q, k, v, key_mask=self.key_mask, block_length=blocks, cache_rows=self.rows)
+
+    def _attend_after_context(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen = self.start + self.context
+        mask = None if self.key_mask is None else self.key_mask[:, :seen].contiguous()
+        context = bidirectional_attention(q[:, :self.context], k[:, :seen], v[:, :seen], key_mask=mask, block_length=1,
+                                          cache_rows=self.rows)
+        if self.context == q.shape[1]:
+            return context
+        blocks = bidirectional_attention(q[:, self.context:], k, v, key_mask=self.key_mask,
+                                         block_length=self.cache.block_length, cache_rows=self.rows)
+        return torch.cat((context, blocks), 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +187,7 @@ class TwoCopies(Layout):
     block_length: int
     copy: Padded | Packed = Padded()  # how one copy lies; no padding
     causal_blocks: bool = False  # see `ModelConfig`
+    causal_context: bool = False
 
     def tokens(self, input_ids: Tensor) -> Tensor:
         return torch.cat((input_ids, self.clean_ids), 1)
@@ -185,7 +200,11 @@ class TwoCopies(Layout):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         ends = self.copy.cu_seqlens if isinstance(self.copy, Packed) else None
-        return block_diffusion_attention(q, k, v, self.block_length, cu_seqlens=ends, causal=self.causal_blocks)
+        out = block_diffusion_attention(q, k, v, self.block_length, cu_seqlens=ends, causal=self.causal_blocks)
+        if not self.causal_context or self.causal_blocks:
+            return out
+        clean = replace(self.copy, block_length=1).attend(*(x.chunk(2, 1)[1] for x in (q, k, v)), layer)
+        return torch.cat((out.chunk(2, 1)[0], clean), 1)
 
     def result(self, x: Tensor, shifted: bool) -> Tensor:
         noisy, clean = x.chunk(2, dim=1)

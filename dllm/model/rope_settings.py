@@ -4,20 +4,30 @@ from collections.abc import Mapping
 
 from dllm.errors import UserError
 
+# Of Llama 4, which Ministral 3 has too: beside the rotary settings it gives beta, by which queries are scaled.
+QUERY_SCALING = "llama_4_scaling_beta"
+
 # Scalings of the rotary embedding that are computed, and the numbers that each needs. "dynamic" acts on inputs beyond
 # max_position_embeddings alone, which are refused, so it is read as "default".
-ROPE_TYPES = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
-                                                "original_max_position_embeddings")}
+ROPE_TYPES = {"default": (), "linear": ("factor",),
+              "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+              "yarn": ("factor", "original_max_position_embeddings")}
+# Numbers that may be given, and with which rope_type; None: with any.
+OPTIONAL = {"beta_fast": "yarn", "beta_slow": "yarn", "attention_factor": "yarn", "mscale": "yarn",
+            "mscale_all_dim": "yarn", QUERY_SCALING: None}
 
 
 def check_rope(scaling: Mapping | None) -> None:
     """Refuse a scaling of the rotary embedding that is not computed here, or that lacks a number."""
     if scaling is None:
         return
-    if scaling.get("rope_type") not in ROPE_TYPES:
+    kind = scaling.get("rope_type")
+    if kind not in ROPE_TYPES:
         raise UserError(f"model configuration: rope_scaling {dict(scaling)} is not supported; null and rope_type "
-                        f"{' and '.join(map(repr, ROPE_TYPES))} are")
-    for name in ROPE_TYPES[scaling["rope_type"]]:
+                        f"{', '.join(map(repr, ROPE_TYPES))} and 'dynamic' are: choose a model with one of them")
+    needed = {*ROPE_TYPES[kind], *({"original_max_position_embeddings"} if QUERY_SCALING in scaling else ())}
+    given = {name for name, its in OPTIONAL.items() if its in (None, kind) and scaling.get(name) is not None}
+    for name in sorted(needed | given):
         if isinstance(value := scaling.get(name), bool) or not isinstance(value, int | float) or value <= 0:
             raise UserError(f"model configuration: rope_scaling {dict(scaling)} needs a positive number as {name}")
 
@@ -38,11 +48,13 @@ def flatten_rope(raw: Mapping) -> dict:
     for name in ("rope_theta", "partial_rotary_factor"):
         if name in scaling:
             flat[name] = scaling.pop(name)
-    if scaling.get("rope_type") == "llama3" and flat.get("max_position_embeddings") is not None:
+    if scaling.get("rope_type") in ("llama3", "yarn") and flat.get("max_position_embeddings") is not None:
         scaling.setdefault("original_max_position_embeddings", flat["max_position_embeddings"])
     if "rope_scaling" in raw or scaling:
         plain = scaling.get("rope_type", "default") in ("default", "dynamic")
-        flat["rope_scaling"] = None if plain else scaling
+        if plain and QUERY_SCALING in scaling:
+            scaling["rope_type"] = "default"
+        flat["rope_scaling"] = None if plain and QUERY_SCALING not in scaling else scaling
     return flat
 
 

@@ -12,7 +12,7 @@ from dllm.errors import UserError, warn
 from dllm.files import read_json
 
 # What published tokenizers call their mask token; taken where no file says which one it is.
-MASKS = ("<|mask|>", "<|MASK|>", "<|mdm_mask|>", "<[MASK_TOKEN]>", "[MASK]", "<mask>")
+MASKS = ("<|mask|>", "<|MASK|>", "|<MASK>|", "<|mdm_mask|>", "<[MASK_TOKEN]>", "[MASK]", "<mask>")
 
 _MAP = "special_tokens_map.json"  # older than tokenizer_config.json, which goes before it
 

@@ -27,7 +27,7 @@ from dllm.model.experts import FeedForward, MixtureOfExperts
 from dllm.model.families import ModelConfig, own_code, read_config, write_config
 from dllm.model.layouts import Layout, Padded, toward_mask
 from dllm.model.liger import LigerLayer
-from dllm.model.rotary import Rotary, rotate
+from dllm.model.rotary import Rotary, Turn, rotate
 from dllm.model.special_tokens import as_ids, read_special_tokens
 from dllm.model.tokenizer import load_tokenizer
 from dllm.model.weights import (
@@ -75,16 +75,19 @@ class Attention(LigerLayer):
         self.q_norm = RMSNorm(E, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(E, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout, layer: int) -> Tensor:
+    def forward(self, x: Tensor, turn: Turn, layout: Layout, layer: int) -> Tensor:
         """x [B, L, D] -> [B, L, D], or [B, Q, D] for the layout's queries."""
         heads = -1, self.head_dim
         k = self.k_norm(self.k_proj(x).unflatten(-1, heads))
         v = self.v_proj(x).unflatten(-1, heads)
         q = self.q_norm(self.q_proj(layout.wanted(x)).unflatten(-1, heads))
         if layout.queries is None and self.by_liger(q):  # Liger's q and k have the same positions
-            q, k = liger.rotate(q, k, *rotary)
+            q, k = liger.rotate(q, k, turn.cos, turn.sin)
         else:
-            q, k = rotate(q, *map(layout.wanted, rotary)), rotate(k, *rotary)
+            q = rotate(q, layout.wanted(turn.cos), layout.wanted(turn.sin))
+            k = rotate(k, turn.cos, turn.sin)
+        if turn.query_scale is not None:
+            q = q * layout.wanted(turn.query_scale)
         return self.o_proj(layout.attend(q, k, v, layer).flatten(2))
 
 
@@ -97,8 +100,8 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout, layer: int) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), rotary, layout, layer)
+    def forward(self, x: Tensor, turn: Turn, layout: Layout, layer: int) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), turn, layout, layer)
         x = layout.wanted(x) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -235,7 +238,7 @@ class Transformer(nn.Module):
         x = self.model.embed_tokens(layout.tokens(input_ids))
         if layout.certainty is not None:
             x = toward_mask(x, layout.certainty, self.model.embed_tokens.weight[self.mask_token_id])
-        rotary = self.rotary(layout.number(input_ids), x.dtype)
+        turn = self.rotary(layout.number(input_ids), x.dtype)
         inner, last, run = layout.inner, len(self.model.layers) - 1, operator.call
         final = inner if layout.uneven else layout
         if self.checkpointing and torch.is_grad_enabled():
@@ -243,7 +246,7 @@ class Transformer(nn.Module):
         for index, layer in enumerate(self.model.layers):
             if levels is not None:
                 levels.append(x)
-            x = run(layer, x, rotary, final if index == last else inner, index)
+            x = run(layer, x, turn, final if index == last else inner, index)
         if layout.uneven:
             x = layout.wanted(x)
         x = self.model.norm(layout.result(x, self.config.shift_logits))

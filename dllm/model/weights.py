@@ -20,7 +20,8 @@ from torch import Tensor
 from dllm.errors import UserError, first_line, warn
 from dllm.files import read_json, write_atomically
 from dllm.model.borrowed import matrix_names
-from dllm.model.families import EDIT_FAMILIES, FAMILIES, ModelConfig
+from dllm.model.families import ModelConfig
+from dllm.model.family_table import EDIT_FAMILIES, FAMILIES
 from dllm.model.gguf import as_folder
 
 _EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
@@ -80,6 +81,7 @@ def check_is_model(folder: Path, weights: bool) -> None:
 
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
+_DRAFTING = "linear_spec_lora"  # beside Nemotron-Labs-Diffusion
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -93,6 +95,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     if len(found) > 1:
         warn(f"{folder} holds weights in {' and in '.join(found)}; those of {found[0]} are taken, as in Transformers; "
              "remove the others, or this one if it is older")
+    if (folder / _DRAFTING).is_dir():
+        warn(f"{folder / _DRAFTING} is left out: an adapter that drafts for self-speculation, and changes nothing else")
     files = found[:1]
     if files[0].endswith(".index.json"):
         files = _read_index(folder / files[0])

@@ -61,6 +61,7 @@ class MicroBatch(NamedTuple):
     anneal: AttentionAnneal | None = None  # None: attention as block_length says
     clean_ids: Tensor | None = None  # as input_ids, for block diffusion, with blocks of block_length
     causal_blocks: bool = False  # see `ModelConfig`
+    causal_context: bool = False
     encoded: int = 0  # tokens that an encoder is scored on
 
     def pin(self, device: torch.device) -> "MicroBatch":
@@ -120,8 +121,9 @@ def make_batches(source: RowSource, step: int, slots: range, of: int, settings: 
             cu_seqlens=None if even else packed.cu_seqlens, max_seqlen=packed.max_seqlen, targets=targets,
             block_length={"ar": 1, "block_diffusion": settings.block_length}.get(settings.objective),
             tokens=len(input_ids), scored=scored, normaliser=int(targets.normaliser),
-            pairs=count_pairs(packed.cu_seqlens, settings.objective, settings.block_length, model.config.causal_blocks),
-            anneal=anneal, causal_blocks=model.config.causal_blocks,
+            pairs=count_pairs(packed.cu_seqlens, settings.objective, settings.block_length, model.config.causal_blocks,
+                              model.config.causal_context),
+            anneal=anneal, causal_blocks=model.config.causal_blocks, causal_context=model.config.causal_context,
             clean_ids=packed.tokens.view(shape) if settings.objective == "block_diffusion" else None))
     return batches
 
@@ -282,7 +284,7 @@ def choose_layout(batch: MicroBatch, group: ProcessGroup | None = None) -> layou
         rows = layouts.Packed(batch.cu_seqlens, batch.max_seqlen, batch.block_length, group)
     if batch.clean_ids is None:
         return rows
-    return layouts.TwoCopies(batch.clean_ids, batch.block_length, rows, batch.causal_blocks)
+    return layouts.TwoCopies(batch.clean_ids, batch.block_length, rows, batch.causal_blocks, batch.causal_context)
 
 
 def share_positions(batch: MicroBatch, part: int, parts: int) -> MicroBatch:

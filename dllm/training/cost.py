@@ -41,16 +41,18 @@ def step_flops(config: ModelConfig, tokens: float, pairs: float, scored: float) 
     return 6 * (layer_matrices(config) * tokens + attention + config.hidden_size * config.vocab_size * scored)
 
 
-def count_pairs(cu_seqlens: Tensor, objective: str, block_length: int | None, causal_blocks: bool = False) -> int:
+def count_pairs(cu_seqlens: Tensor, objective: str, block_length: int | None, causal_blocks: bool = False,
+                causal_context: bool = False) -> int:
     """(query, key) pairs that attend to each other in packed documents, cu_seqlens [S + 1], under an objective."""
     lengths = cu_seqlens.diff().long()
+    causal = lengths * (lengths + 1) // 2  # a token sees everything up to itself
     if objective == "ar":
-        return int((lengths * (lengths + 1) // 2).sum())
-    if objective == "block_diffusion" and causal_blocks:  # in both copies a token sees everything up to itself
-        return int((lengths * (lengths + 1)).sum())
-    if objective == "block_diffusion":  # in both copies a token sees everything up to the end of its block
+        return int(causal.sum())
+    if objective == "block_diffusion":  # each copy is causal, or a token sees everything up to the end of its block
         whole, rest = lengths // block_length, lengths % block_length
-        return int((block_length**2 * whole * (whole + 1) + 2 * rest * lengths).sum())
+        blocks = block_length**2 * whole * (whole + 1) // 2 + rest * lengths
+        noisy, clean = (causal if which else blocks for which in (causal_blocks, causal_blocks or causal_context))
+        return int((noisy + clean).sum())
     return int((lengths * lengths).sum())
 
 

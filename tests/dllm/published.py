@@ -115,10 +115,101 @@ FOLDERS = {
         ("tokenizer.json", "special_tokens_map.json"), ("configuration_llada2_moe.py", "modeling_llada2_moe.py")),
 }
 
+_QWEN_TOKENIZER = {**_END, "add_bos_token": False, "add_prefix_space": False, "bos_token": None,
+                   "eos_token": "<|im_end|>", "errors": "replace", "model_max_length": 131072,
+                   "tokenizer_class": "Qwen2Tokenizer", "unk_token": None}
+_QWEN_FILES = ("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json")
+_QWEN_IDS = {"bos_token_id": "<|endoftext|>", "eos_token_id": "<|im_end|>"}
+_CHAT = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_SEED_TOKENIZER = {"bos_token": "<[begin▁of▁sentence]>", "eos_token": "<[end▁of▁sentence]>",
+                   "pad_token": "<[PAD▁TOKEN]>", "mask_token": "<[MASK_TOKEN]>", "clean_up_tokenization_spaces": False,
+                   "model_max_length": 8192, "tokenizer_class": "PreTrainedTokenizerFast"}
+_SEED_SPECIAL = ("<[begin▁of▁sentence]>", "<[PAD▁TOKEN]>", "<[end▁of▁sentence]>", "<[MASK_TOKEN]>")
+_SEED_IDS = {"bos_token_id": _SEED_SPECIAL[0], "eos_token_id": _SEED_SPECIAL[2], "pad_token_id": _SEED_SPECIAL[1]}
+_EXPERTS = {"decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": 24, "norm_topk_prob": True,
+            "num_experts": 8, "num_experts_per_tok": 3, "output_router_logits": False, "router_aux_loss_coef": 0.001}
+
+
+def _code_of(name: str, config: str, model: str, causal: bool = True) -> dict:
+    return {"AutoConfig": f"configuration_{name}.{config}", "AutoModel": f"modeling_{name}.{model}",
+            **({"AutoModelForCausalLM": f"modeling_{name}.{model}"} if causal else {})}
+
+
+# As FOLDERS, for the families of family_table.py whose comments say where these facts come from. Keys that any model of
+# Transformers has are left out here.
+NEWER = {
+    "sdar-30b-a3b": (
+        {**_QWEN, **_EXPERTS, **_QWEN_IDS, "architectures": ["SDARMoeForCausalLM"], "attention_bias": False,
+         "auto_map": _code_of("sdar_moe", "SDARMoeConfig", "SDARMoeForCausalLM"), "block_size": 4, "debug": False,
+         "ep_size": 1, "fuse_cross_entropy": True, "head_dim": 16, "mask_token_id": "<|MASK|>",
+         "max_position_embeddings": 32768, "micro_forward": False, "model_type": "sdar_moe", "rope_scaling": None,
+         "skip_checkpoint": False, "sliding_window": None, "tie_word_embeddings": False, "use_deepep": False},
+        {"eos_token_id": ["<|im_end|>", "<|endoftext|>"], "pad_token_id": "<|endoftext|>", "do_sample": False},
+        {**_QWEN_TOKENIZER, "mask_token": "<|MASK|>"}, (*_CHAT, "<|MASK|>"), _QWEN_FILES,
+        ("configuration_sdar_moe.py", "modeling_sdar_moe.py")),
+    "i-dlm": (
+        {**_QWEN, **_QWEN_IDS, "architectures": ["SDARForCausalLM"], "attention_bias": False,
+         "attn_implementation": "flex_attention", "auto_map": _code_of("sdar", "SDARConfig", "SDARForCausalLM"),
+         "block_size": 3, "fuse_cross_entropy": True, "head_dim": 16, "mask_token_id": "<|MASK|>",
+         "max_position_embeddings": 40960, "model_type": "sdar", "rope_scaling": None, "sliding_window": None,
+         "tie_word_embeddings": False, "use_cache": False, "use_regular_causal": True},
+        {"eos_token_id": ["<|im_end|>", "<|endoftext|>"], "pad_token_id": "<|endoftext|>", "do_sample": False},
+        {**_QWEN_TOKENIZER, "mask_token": "<|MASK|>"}, (*_CHAT, "<|MASK|>"), _QWEN_FILES,
+        ("configuration_sdar.py", "modeling_sdar.py")),
+    "fast-dllm-v2": (
+        {**_QWEN, **_QWEN_IDS, "architectures": ["Fast_dLLM_QwenForCausalLM"], "auto_map": {
+            "AutoConfig": "configuration.Fast_dLLM_QwenConfig", "AutoModel": "modeling.Fast_dLLM_QwenForCausalLM",
+            "AutoModelForCausalLM": "modeling.Fast_dLLM_QwenForCausalLM"},
+         "bd_size": 32, "layer_types": ["full_attention"] * 2, "max_position_embeddings": 32768,
+         "model_type": "Fast_dLLM_Qwen", "rope_scaling": None, "sliding_window": None, "tie_word_embeddings": True},
+        {"eos_token_id": ["<|im_end|>", "<|endoftext|>"], "pad_token_id": "<|endoftext|>", "do_sample": False},
+        _QWEN_TOKENIZER, (*_CHAT, "|<MASK>|"), _QWEN_FILES, ("configuration.py", "modeling.py")),
+    "rnd1": (
+        {**_QWEN, **_EXPERTS, **_QWEN_IDS, "architectures": ["RND1LM"], "attention_bias": False, "auto_map": {
+            "AutoConfig": "configuration_rnd.RND1Config", "AutoModel": "modeling_rnd.RND1Model",
+            "AutoModelForMaskedLM": "modeling_rnd.RND1LM"},
+         "head_dim": 16, "is_causal": False, "mask_token_id": "<|mask|>", "max_position_embeddings": 40960,
+         "model_type": "rnd1", "moe_backend": "hf", "num_diffusion_steps": 256, "pad_token_id": "<|endoftext|>",
+         "rope_scaling": False, "sliding_window": False, "tie_word_embeddings": False, "use_cache": False},
+        {"eos_token_id": "<|im_end|>", "pad_token_id": "<|endoftext|>"},
+        {**_QWEN_TOKENIZER, "mask_token": "<|mask|>"}, (*_CHAT, "<|mask|>"), _QWEN_FILES,
+        ("configuration_rnd.py", "modeling_rnd.py")),
+    "nemotron": (
+        {**_LLAMA_LINE, "ar_loss_weight": 1.0, "architectures": ["NemotronLabsDiffusionModel"], "attention_bias": False,
+         "attn_implementation": "sdpa", "auto_map": _code_of("nemotron_labs_diffusion", "NemotronLabsDiffusionConfig",
+                                                             "NemotronLabsDiffusionModel", causal=False),
+         "block_size": 32, "bos_token_id": "<s>", "dlm_loss_weight": None, "dlm_paradigm": "bidirectional",
+         "dp_varying_mask_ratio": False, "eos_token_id": "</s>", "head_dim": 16, "mask_token_id": "<SPECIAL_100>",
+         "max_position_embeddings": 4096, "mlp_bias": False, "model_type": "nemotron_labs_diffusion",
+         "rms_norm_eps": 1e-05, "rope_parameters": {
+             "beta_fast": 32.0, "beta_slow": 1.0, "factor": 16.0, "llama_4_scaling_beta": 0.1, "mscale": 1.0,
+             "mscale_all_dim": 1.0, "original_max_position_embeddings": 16, "rope_theta": 1000000.0,
+             "rope_type": "yarn"},
+         "sliding_window": None, "tie_word_embeddings": False, "use_cache": False},
+        {"bos_token_id": "<s>", "eos_token_id": "</s>", "use_cache": False},
+        {"bos_token": "<s>", "eos_token": "</s>", "clean_up_tokenization_spaces": False,
+         "tokenizer_class": "PreTrainedTokenizerFast"},
+        ("<s>", "</s>", "<SPECIAL_100>"), ("tokenizer.json", "special_tokens_map.json"),
+        ("configuration_nemotron_labs_diffusion.py", "modeling_nemotron_labs_diffusion.py", "modeling_ministral.py")),
+    "illada": (
+        {**{key: value for key, value in FOLDERS["llada"][0].items() if key != "mask_token_id"}, **_SEED_IDS,
+         "max_sequence_length": 8192, "n_kv_heads": 2, "weight_tying": True},
+        _SEED_IDS, _SEED_TOKENIZER, _SEED_SPECIAL, ("tokenizer.json", "special_tokens_map.json"),
+        ("configuration_llada.py", "modeling_llada.py")),
+    "stable-diffcoder": (
+        {**_LLAMA_LINE, **_SEED_IDS, "architectures": ["StableDiffcoderForCausalLM"], "attention_bias": False,
+         "auto_map": {"AutoModelForCausalLM": "modeling_stable_diffcoder.StableDiffcoderForCausalLM"},
+         "head_dim": 8, "layer_norm_eps": None, "max_position_embeddings": 8192, "mlp_bias": False,
+         "model_type": "llama", "resid_pdrop": 0.1, "rms_norm_eps": 1e-06, "rope_scaling": None,
+         "rope_theta": 500000.0, "tie_word_embeddings": False, "use_cache": True},
+        _SEED_IDS, _SEED_TOKENIZER, _SEED_SPECIAL, ("tokenizer.json", "special_tokens_map.json"),
+        ("modeling_stable_diffcoder.py",)),
+}
+
 
 def publish(name: str, folder: Path) -> Path:
     """Write the tiny stand-in of a published model into `folder`, with random weights."""
-    config, generation, settings, special, files, code = FOLDERS[name]
+    config, generation, settings, special, files, code = (FOLDERS | NEWER)[name]
     folder.mkdir(parents=True, exist_ok=True)
     ids = write_tokenizer(folder, settings, special, files)
     size = (len(ids) + 47) // 32 * 32  # the published ones are padded too

@@ -10,7 +10,7 @@ import pytest
 from dllm import cli
 from dllm.errors import run_command, warn
 from dllm.model.loading import load_with_tokenizer
-from tests.dllm.published import FOLDERS, TEXTS, change, publish
+from tests.dllm.published import FOLDERS, NEWER, TEXTS, change, publish
 from tests.processes import end, start, wait_until
 
 FEW = ["--max-new-tokens", "8", "--steps", "4", "--seed", "1"]
@@ -54,7 +54,7 @@ def complete(model, *flags) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name", [*FOLDERS, *NEWER])
 def test_a_published_folder_goes_through_every_command(name, run, corpus, tmp_path):
     folder = publish(name, tmp_path / name)
     mask = ["--mask-token", "<|im_start|>"] if name == "qwen2.5" else []  # an autoregressive model names none

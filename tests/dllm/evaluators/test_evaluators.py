@@ -17,7 +17,7 @@ from dllm.evaluators.estimates import wilson_interval
 from dllm.evaluators.held_out import HeldOutSettings, Window, corrupt_share, cut_windows, decode, ratio_with_error
 from dllm.evaluators.likelihood import bound_likelihood, masked_accuracy, perplexity_bound, score_positions
 from dllm.evaluators.line_infilling import InfillingSettings, find_functions, hide_lines, line_infilling
-from dllm.model.layouts import Padded
+from dllm.model.layouts import Padded, Visible
 from tests.dllm.tiny_models import tiny_of
 
 TEXT = "".join(f"def function_{i}(a, b):\n    '''Say é.'''\n    c = a * b + {i}\n    return c\n\n\n" for i in range(12))
@@ -176,7 +176,7 @@ def test_how_many_tokens_are_corrupted_is_even_in_each_block():
     """A model is less confident the more of a block is masked; its bound is the mean over these numbers."""
     V, length, block, tokens = 20, 8, 3, torch.arange(8)
     model = KnownModel(None, V, V - 1)
-    blocks = {"block_causal": True, "block_length": block, "causal_blocks": False}
+    blocks = {"block_causal": True, "block_length": block, "causal_blocks": False, "causal_context": False}
     model.config = type("Config", (model.config,), blocks)
 
     def hidden_states(noisy, layout):
@@ -194,19 +194,23 @@ def test_how_many_tokens_are_corrupted_is_even_in_each_block():
     assert ours.nats.item() == pytest.approx(expected, rel=0.01)
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [False, True, "context"])
 def test_a_corrupted_block_sees_what_it_sees_in_sampling(causal):
-    """The blocks before it uncorrupted and, with causal blocks, nothing after each of its own tokens."""
-    model = tiny_of("a2d-qwen3", block_causal=True, block_length=4, causal_blocks=causal, shift_logits=True,
-                    mask_token_id=60, vocab_size=61)
+    """The blocks before it uncorrupted and, with causal blocks, nothing after each of its own tokens; with a causal
+    context, nothing after each token of the blocks before it."""
+    model = tiny_of("a2d-qwen3", block_causal=True, block_length=4, causal_blocks=causal is True, shift_logits=True,
+                    causal_context=causal == "context", mask_token_id=60, vocab_size=61)
     tokens, corrupted = torch.arange(10, 20), torch.tensor([0, 1, 0, 1, 1, 0, 1, 0, 1, 1]).bool()
     (nats, _), = score_positions(model, [Window(tokens, 0, 0)], [corrupted], 64)
     expected = []
     for first in range(0, 10, 4):
         block = slice(first, min(first + 4, 10))
         seen = torch.cat((tokens[:first], tokens[block].masked_fill(corrupted[block], 60)))
+        layout, place = Padded(block_length=1 if causal else 4), torch.arange(block.stop)
+        if causal == "context":
+            layout = Visible([(place <= place[:, None]) | (place[:, None] >= first)])
         with torch.no_grad():
-            hidden = model.hidden_states(seen[None], Padded(block_length=1 if causal else 4))[0]
+            hidden = model.hidden_states(seen[None], layout)[0]
         for place in range(10)[block]:
             if corrupted[place]:
                 expected.append(-(hidden[place - 1] @ model.head_weight.T).log_softmax(-1)[tokens[place]].item())

@@ -214,6 +214,7 @@ def test_llada2_without_query_norms_is_told_by_its_parameters(broken):
 
 def test_every_family_names_what_its_configuration_needs():
     for name, family in FAMILIES.items():
-        told = {"num_experts": 4} if name == "llada_moe" else {"architectures": [family.architecture]}
+        told = {"llada_moe": {"num_experts": 4}, "idlm": {"use_regular_causal": True}}.get(
+            name, {"architectures": [family.architecture]})
         with pytest.raises(UserError, match=f"{name} needs the keys"):
             read_config({"model_type": family.model_type or name, **told})

@@ -38,6 +38,8 @@ MODELS = {
     "qwen3": {},
     "partial": {"family": "llada2_moe", "partial_rotary_factor": 0.5, "num_experts": 4, "num_experts_per_tok": 2,
                 "moe_intermediate_size": 12, "num_shared_experts": 1},
+    "scaled": {"family": "llama", "qk_norm": False, "rope_scaling": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2, "llama_4_scaling_beta": 0.5}},
 }
 installed = pytest.mark.skipif(liger.missing() is not None, reason=f"layers by Liger-Kernel: {liger.missing()}")
 computed = [installed, pytest.mark.skipif(not RUNS, reason="needs a GPU or Triton's interpreter")]
@@ -159,7 +161,7 @@ def check_same(ours, theirs, run, near=1e-5):
 @where_liger_runs
 @pytest.mark.parametrize("name, layout, checkpointing", [
     ("llama", "padded", False), ("qwen2", "packed", False), ("qwen3", "packed", False), ("qwen3", "padded", True),
-    ("partial", "padded", False)])
+    ("partial", "padded", False), ("scaled", "packed", False)])
 def test_models_and_their_gradients_are_pytorchs(name, layout, checkpointing):
     ours, theirs, tokens = both(name)
     ours.checkpointing = checkpointing

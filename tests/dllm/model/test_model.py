@@ -256,7 +256,7 @@ def truncate(folder):
     (break_config(hidden_size=None), "qwen3 needs the key hidden_size"),
     (break_config(hidden_act="gelu"), "hidden_act 'gelu' is not supported for qwen3; supported: 'silu'"),
     (break_config(vocab_size=62), "lm_head.weight [61, 24], not [62, 24]"),
-    (break_config(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "rope_scaling {'rope_type': 'yarn'"),
+    (break_config(rope_scaling={"rope_type": "longrope", "factor": 2.0}), "rope_scaling {'rope_type': 'longrope'"),
     (break_config(mask_token_id=99), "mask_token_id 99 is outside the vocabulary of 61"),
     (drop_parameter, "missing: model.norm.weight; unknown: extra.weight"),
     (truncate, "model.safetensors is truncated or corrupt"),

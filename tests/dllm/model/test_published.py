@@ -105,7 +105,7 @@ def test_other_unknown_keys_are_named_in_one_warning(copy):
     {"use_qk_norm": True}, {"partial_rotary_factor": 0.5}, {"rope_interleaved": True}, {"use_mrope": True},
     {"hidden_act": "gelu"}, {"residual_multiplier": 0.22}, {"layer_types": ["linear_attention", "full_attention"]},
     {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 512},
-    {"rope_scaling": {"type": "yarn", "factor": 4.0}}, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+    {"rope_scaling": {"type": "yarn", "factor": -4.0}}, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
     {"rope_parameters": {"rope_type": "longrope", "factor": 2.0, "rope_theta": 1e4}}])
 def test_keys_that_change_the_computation_are_refused_by_name(changes):
     with pytest.raises(UserError, match="sliding_window|" + "|".join(changes).replace("rope_parameters", "longrope")):

@@ -43,6 +43,7 @@ def test_pairs_are_those_that_attend_to_each_other():
     assert count_pairs(torch.tensor([0, 7, 10]), "block_diffusion", 3) == 2 * (9 + 18 + 7) + 2 * 9
     assert count_pairs(torch.tensor([0, 3]), "block_diffusion", 32) == 2 * 9
     assert count_pairs(torch.tensor([0, 7, 10]), "block_diffusion", 3, causal_blocks=True) == 2 * (28 + 6)
+    assert count_pairs(torch.tensor([0, 7, 10]), "block_diffusion", 3, causal_context=True) == 34 + 9 + 28 + 6
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

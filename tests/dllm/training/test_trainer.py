@@ -19,7 +19,7 @@ from dllm.diffusion_lm import DiffusionLM
 from dllm.errors import Failure, UserError
 from dllm.generation.config import MDMGenerationConfig
 from dllm.model.families import ModelConfig
-from dllm.model.layouts import Padded
+from dllm.model.layouts import Padded, Visible
 from dllm.train import main
 from dllm.training.batches import AttentionAnneal, draw_visible, forward, make_batches, opened_share
 from dllm.training.optimizer import Muon, build_optimizers, learning_rate, orthogonalize
@@ -227,9 +227,12 @@ def test_gaps_do_not_depend_on_who_computes_them_and_lose_nothing():
 
 
 @pytest.mark.parametrize("longest, block_length, shift, causal", [
-    (15, 4, False, False), (15, 4, True, False), (60, 6, True, False), (15, 40, False, False), (60, 6, True, True)])
+    (15, 4, False, False), (15, 4, True, False), (60, 6, True, False), (15, 40, False, False), (60, 6, True, True),
+    (60, 6, False, "context"), (15, 4, True, "context")])
 def test_block_diffusion_is_the_sum_over_blocks_given_the_clean_ones_before(longest, block_length, shift, causal):
-    model = make_model(shift_logits=shift, block_causal=True, causal_blocks=causal).double()
+    """causal: "context" means of the clean text alone, as of Nemotron."""
+    model = make_model(shift_logits=shift, block_causal=True, causal_blocks=causal is True,
+                       causal_context=causal == "context").double()
     dataset = make_dataset(longest=longest)
     settings = TrainGroup(output_dir="x", objective="block_diffusion", block_length=block_length, micro_batch_size=8)
     batch, = make_batches(dataset, 0, range(8), 8, settings, 1, model)
@@ -246,8 +249,10 @@ def test_block_diffusion_is_the_sum_over_blocks_given_the_clean_ones_before(long
         for first in range(start, end, block_length):
             last = min(first + block_length, end)
             seen = torch.cat((clean[start:first], noisy[first:last]))[None]
-            logits = model.hidden_states(seen, Padded(block_length=1 if causal else block_length))[0]
-            logits = logits @ model.head_weight.T
+            layout, place = Padded(block_length=1 if causal else block_length), torch.arange(last - start)
+            if causal == "context":
+                layout = Visible([(place <= place[:, None]) | (place[:, None] >= first - start)])
+            logits = model.hidden_states(seen, layout)[0] @ model.head_weight.T
             for place in range(max(first, start + 1) if shift else first, last):
                 if corrupted[place]:
                     about = logits[place - start - shift]
