@@ -12,6 +12,7 @@ import json
 import platform
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,10 +21,13 @@ import transformers
 from dllm.data import Document, read_documents, split_documents
 from dllm.errors import UserError, run_command
 from dllm.evaluators.estimates import wilson_interval
-from dllm.evaluators.line_infilling import line_infilling
+from dllm.evaluators.held_out import decode
+from dllm.evaluators.likelihood import batches_of_similar_length
+from dllm.evaluators.line_infilling import HiddenLines, hide_lines
 from dllm.evaluators.settings import InfillingSettings
 from dllm.files import name_processor, write_json
 from dllm.generation.config import MDMGenerationConfig
+from dllm.generation.infilling import fill
 from dllm.generation.sampler import generate
 from dllm.model.loading import load_with_tokenizer
 from dllm.model.transformer import Transformer
@@ -47,29 +51,33 @@ SETTINGS: Mapping[str, dict] = {
     **{f"self_speculation, {n} drafted": {"alg": "self_speculation", "draft_length": n} for n in (1, 2, 4)},
 }
 KINDS = ("line", "word")
-LONGEST = 24  # tokens of a line
+LONGEST = 16  # tokens of a line
+BATCH = 1024  # positions of a forward pass; rows of similar length waste few of them
 PROMPT, NEW = 64, 64  # tokens of a text before and after
-DRAFTS = (1, 2, 4)
 
 
-def measure_setting(model: Transformer, tokenizer, documents: Sequence[Document], kind: str, name: str,
-                    args: argparse.Namespace) -> dict:
-    """What comes back of hidden words or lines."""
-    result = line_infilling(model, tokenizer, documents, InfillingSettings(
-        hide=kind, lines=args.items, max_seq_len=args.length, max_line_tokens=LONGEST,
-        generation=MDMGenerationConfig(**SETTINGS[name])))
-    return {"exact": "".join("01"[example.exact] for example in result.examples),
-            "tokens": sum(example.tokens for example in result.examples),
-            "tokens_per_forward": result.tokens_per_forward}
+def measure_setting(model: Transformer, tokenizer, hidden: Sequence[HiddenLines], config: MDMGenerationConfig) -> dict:
+    """What comes back of hidden words or lines; a block-causal model does not see what stands after them."""
+    gaps = [replace(part.gap, suffix=part.gap.suffix[:0]) if model.config.block_causal else part.gap for part in hidden]
+    exact, passes = ["0"] * len(gaps), 0.0
+    for batch in batches_of_similar_length([gap.positions for gap in gaps], BATCH):
+        filled = fill(model, [gaps[i] for i in batch], config)
+        passes += sum(gap.length for gap in filled.gaps) / filled.output.tokens_per_forward
+        for i, answer in zip(batch, filled.answers, strict=True):
+            same = decode(tokenizer, answer).strip() == decode(tokenizer, hidden[i].truth).strip()
+            exact[i] = "1" if same else "0"
+    tokens = sum(gap.length for gap in gaps)
+    return {"exact": "".join(exact), "tokens": tokens, "tokens_per_forward": tokens / passes}
 
 
-def measure_texts(model: Transformer, tokenizer, documents: Sequence[Document], texts: int) -> dict:
+def measure_texts(model: Transformer, tokenizer, documents: Sequence[Document], texts: int,
+                  drafts: Sequence[int]) -> dict:
     """Tokens per forward pass of texts that are continued greedily, and how many equal those of one token a pass."""
     tokens = [torch.tensor(tokenizer(document.text[:20_000]).input_ids) for document in documents]
     prompts = torch.stack([ids[len(ids) // 3:len(ids) // 3 + PROMPT] for ids in tokens
                            if len(ids) >= 2 * (PROMPT + NEW)][:texts])
     written, measured = None, {"texts": len(prompts), "prompt": PROMPT, "new": NEW, "drafts": {}}
-    for length in (0, *DRAFTS):
+    for length in (0, *drafts):
         out = generate(model, prompts, config=MDMGenerationConfig(alg="self_speculation", draft_length=length,
                                                                   max_new_tokens=NEW))
         written = out.sequences if written is None else written
@@ -141,14 +149,17 @@ def study(args: argparse.Namespace) -> int:
                           "transformers": transformers.__version__}}
     model, tokenizer = load_with_tokenizer(args.model)
     _, held_out = split_documents(read_documents(args.data and [args.data], ["text"]), 0.05)
-    for kind in args.kinds.split(","):
+    for kind in filter(None, args.kinds.split(",")):
         measured = mine.setdefault(kind, {})
+        hidden = hide_lines(tokenizer, held_out, InfillingSettings(hide=kind, lines=args.items, max_seq_len=args.length,
+                                                                   max_line_tokens=LONGEST))
         for name in [ONE, *(name for name in names if name != ONE)]:  # the others are compared with it
             if name not in measured:
-                measured[name] = measure_setting(model, tokenizer, held_out, kind, name, args)
+                measured[name] = measure_setting(model, tokenizer, hidden, MDMGenerationConfig(**SETTINGS[name]))
                 write_json(path, record)
     if args.texts and "texts" not in mine:
-        mine["texts"] = measure_texts(model, tokenizer, held_out, args.texts)
+        mine["texts"] = measure_texts(model, tokenizer, held_out, args.texts,
+                                      [int(n) for n in args.drafts.split(",")])
         write_json(path, record)
     print(show(mine))
     if can_plot():
@@ -162,10 +173,11 @@ def main() -> int:
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--name", help="of the model in the table; default: that of its folder")
     parser.add_argument("--settings", help=f"separated by slashes; default: {'/'.join(SETTINGS)}")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="what is hidden; default: %(default)s")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="what is hidden, or nothing: ''; default: %(default)s")
     parser.add_argument("--data", help="default: the standard library of this Python")
-    parser.add_argument("--length", type=int, default=128, help="tokens of a window")
+    parser.add_argument("--length", type=int, default=96, help="tokens of a window")
     parser.add_argument("--items", type=int, default=100, help="words and lines filled in")
+    parser.add_argument("--drafts", default="1,2,4", help="tokens drafted a pass in texts; default: %(default)s")
     parser.add_argument("--texts", type=int, default=20, help="texts continued; 0: none")
     return run_command(lambda: study(parser.parse_args()))
 

@@ -44,6 +44,13 @@ RATIOS = [
      ["topk_unmask.py::bench_token_scores[entropy-fp32]", "topk_unmask.py::bench_token_scores[entropy-bf16]"]),
     ("token and probability of 32 rows from hidden states of 256, fp32 and bf16", "matrix product, then our scores",
      ["topk_unmask.py::bench_linear_token_scores[32-fp32]", "topk_unmask.py::bench_linear_token_scores[32-bf16]"]),
+    ("DiffusionGemma's statistics of 32 rows, vocabulary 262,144, hidden states of 256, fp32 and bf16",
+     "product, soft cap, `log_softmax`, `multinomial`",
+     ["denoiser_statistics.py::bench_denoiser_statistics[statistics-float32]",
+      "denoiser_statistics.py::bench_denoiser_statistics[statistics-bfloat16]"]),
+    ("the same with the soft embedding", "the same, and the product with the head",
+     ["denoiser_statistics.py::bench_denoiser_statistics[soft-float32]",
+      "denoiser_statistics.py::bench_denoiser_statistics[soft-bfloat16]"]),
     ("a training step, vocabulary 151,936, 512 positions, half corrupted", "the loss over all positions",
      ["train_step.py::bench_train_step"]),
     ("its head and loss alone, forward and backward", "eager PyTorch over all positions",
@@ -71,6 +78,8 @@ MEMORY = [
      "naive_peak_memory_mib"),
     ("memory of that head and loss besides the gradients",
      "masked_cross_entropy.py::bench_linear_masked_cross_entropy[eager]", "extra_memory_mib", "eager_extra_memory_mib"),
+    ("memory of those statistics with the soft embedding besides the inputs",
+     "denoiser_statistics.py::bench_denoiser_statistics[soft-float32]", "extra_memory_mib", "eager_extra_memory_mib"),
 ]
 
 

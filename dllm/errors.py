@@ -42,8 +42,9 @@ def notices_in_a_line() -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's text, or its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error's text, with the next where it ends in a colon; or its type where it has none."""
+    first, *rest = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first
 
 
 def did_you_mean(word: str, valid: Iterable[str]) -> str:

@@ -80,21 +80,23 @@ DLLM_INLINE void multiply(const float* a, int64_t a_row, int64_t a_step, int64_t
 template <int width>
 DLLM_INLINE void pack(const float* from, int64_t row, int64_t step, int64_t K, int64_t columns, int64_t K_padded,
                       int64_t N, float* panels) {
-  for (int64_t n = 0; n < N; n += Tile<width>::kPanel) {
-    const int64_t wide = std::min<int64_t>(Tile<width>::kPanel, N - n);
-    const int64_t there = std::clamp<int64_t>(columns - n, 0, wide);
-    float* panel = panels + n * K_padded;
-    for (int64_t k = 0; k < K_padded; ++k, panel += wide) {
-      const float* source = from + k * row + n * step;
-      const int64_t some = k < K ? there : 0;
-      if (step == 1) {
-        if (some > 0) std::memcpy(panel, source, some * sizeof(float));
-      } else {
-        for (int64_t j = 0; j < some; ++j) panel[j] = source[j * step];
+  constexpr int64_t kTogether = 8;  // rows read side by side, so that the processor's prefetching follows each
+  for (int64_t first = 0; first < K_padded; first += kTogether)
+    for (int64_t n = 0; n < N; n += Tile<width>::kPanel) {
+      const int64_t wide = std::min<int64_t>(Tile<width>::kPanel, N - n);
+      const int64_t there = std::clamp<int64_t>(columns - n, 0, wide);
+      float* panel = panels + n * K_padded + first * wide;
+      for (int64_t k = first; k < std::min(first + kTogether, K_padded); ++k, panel += wide) {
+        const float* source = from + k * row + n * step;
+        const int64_t some = k < K ? there : 0;
+        if (step == 1 && some == Tile<width>::kPanel) {
+          std::memcpy(panel, source, Tile<width>::kPanel * sizeof(float));  // of a known size: no call
+        } else {
+          for (int64_t j = 0; j < some; ++j) panel[j] = source[j * step];
+        }
+        std::fill(panel + some, panel + wide, 0.0f);
       }
-      std::fill(panel + some, panel + wide, 0.0f);
     }
-  }
 }
 
 }  // namespace dllm

@@ -131,10 +131,11 @@ class TrainGroup:
 
     output_dir: str = setting(MISSING, "folder that gets checkpoints/, metrics.jsonl, config.yaml")
     # Objective
-    objective: Literal["mdm", "elbo", "block_diffusion", "cart", "expansion", "edit", "canvas", "ar"] = setting(
+    objective: Literal["mdm", "elbo", "block_diffusion", "cart", "expansion", "edit", "uniform", "canvas",
+                       "ar"] = setting(
         "mdm", "equal weights; the bound, 1/t; the bound of blocks (BD3-LM); weights by visible neighbours (Dream); "
-        "gaps of unknown length (DreamOn); insertions, deletions and substitutions (Edit Flows); canvases of random "
-        "words (DiffusionGemma); next token, causal")
+        "gaps of unknown length (DreamOn); insertions, deletions and substitutions (Edit Flows); uniform words in the "
+        "place of masks or beside them (UDLM, GIDD); canvases of random words (DiffusionGemma); next token, causal")
     block_length: int | None = setting(None, "block_diffusion: tokens of a block", above=0)
     causal_blocks: bool | None = setting(
         None, "block_diffusion: a token sees nothing after itself in its block either, so that an autoregressive model "
@@ -150,9 +151,16 @@ class TrainGroup:
     edit_source_length: int | None = setting(None, "edit: tokens of the source masks or uniform", above=0, none="64")
     edit_propagation: float = setting(
         0.0, "edit: rate at which a change spreads to its neighbours (localized Edit Flows)", at_least=0)
+    uniform_share: float | None = setting(
+        None, "uniform: share of words in the noise, the rest are masks (GIDD); 1: no masks (UDLM)", at_least=0,
+        at_most=1, none="1")
+    loss_weighting: Literal["clip", "dynamic"] | None = setting(
+        None, "uniform: GIDD's weights, in the place of those of the bound, which are large near t = 0 and 1",
+        none="the bound")
     self_conditioning: float | None = setting(
-        None, "canvas: chance that an example is denoised given what a first pass, without gradient, says of it",
-        at_least=0, at_most=1, none="0.5")
+        None, "chance of a step (canvas: of an example) to predict twice, the second time from the text and the first "
+        "prediction, of which sampling then shows the model the last step's; 0.5 is usual", at_least=0, at_most=1,
+        none="0.5 for canvas, else 0, a model without it")
     path_term: bool = setting(False, "mdm: add Open-dLLM's planner term (P2)")
     mask_at_least_one: bool = setting(False, "mdm: mask a token of every document, whatever its time")
     corrupt_prompt: bool = setting(False, "mdm: mask also the prompts of conversations, as Open-dLLM does")
@@ -264,12 +272,21 @@ class TrainGroup:
                 ("mask_at_least_one", ("mdm",), " (it would bias the bound)"),
                 ("corrupt_prompt", ("mdm",), " (the others model answers to a prompt that is visible)"),
                 *((name, ("edit",), "") for name in ("edit_source", "edit_source_length", "edit_propagation")),
-                ("self_conditioning", ("canvas",), ""),
+                ("loss_weighting", ("uniform",), ""),
+                ("self_conditioning", ("mdm", "elbo", "cart", "uniform", "canvas"), ""),
                 ("repr_align_wt", ("mdm", "elbo"), ""),
                 ("anneal_attention_ratio", ("mdm", "elbo"), "")):
             if getattr(self, name) and self.objective not in objectives:
                 raise UserError(f"train.{name} {getattr(self, name)} needs train.objective={' or '.join(objectives)}, "
                                 f"not {self.objective!r}{why}; remove one of them")
+        if self.uniform_share is not None and self.objective != "uniform":
+            raise UserError(f"train.uniform_share {self.uniform_share} needs train.objective=uniform, not "
+                            f"{self.objective!r}; remove one of them")
+        if self.objective == "uniform":
+            self._check_uniform()
+        if self.self_conditioning and self.ulysses_parallel_size > 1:
+            raise UserError("train.self_conditioning predicts whole rows in one process: set "
+                            "train.ulysses_parallel_size to 1")
         if self.objective == "block_diffusion" and self.ulysses_parallel_size > 1:
             raise UserError("train.objective=block_diffusion has two copies of each row in one process: set "
                             "train.ulysses_parallel_size to 1")
@@ -286,6 +303,26 @@ class TrainGroup:
             raise UserError("train.objective=expansion masks a gap at the rate that is drawn: set train.schedule to "
                             f"linear, not {self.schedule}")
 
+    def _check_uniform(self) -> None:
+        if self.noise_share < 1 and self.schedule != "linear":
+            raise UserError(f"train.uniform_share {self.uniform_share} has GIDD's own schedule: set train.schedule to "
+                            f"linear, not {self.schedule}, or train.uniform_share to 1")
+        if self.noise_share == 1 and self.loss_weighting == "dynamic":
+            raise UserError("train.loss_weighting=dynamic weighs masks against words, and train.uniform_share 1 has no "
+                            "masks; set clip, or a lower share")
+
+    @property
+    def noise_share(self) -> float | None:
+        """The share of uniform words in the noise; None: masks alone, of another objective."""
+        if self.objective != "uniform":
+            return None
+        return 1.0 if self.uniform_share is None else self.uniform_share
+
+    @property
+    def bounds_likelihood(self) -> bool:
+        """Whether the loss bounds the negative log-likelihood."""
+        return self.objective in ("elbo", "block_diffusion", "uniform") and self.loss_weighting is None
+
     @property
     def source_tokens(self) -> int:
         """Tokens of the source that a text is edited out of."""
@@ -293,7 +330,8 @@ class TrainGroup:
 
     @property
     def self_conditioning_chance(self) -> float:
-        return 0.5 if self.self_conditioning is None else self.self_conditioning
+        usual = 0.5 if self.objective == "canvas" else 0.0
+        return usual if self.self_conditioning is None else self.self_conditioning
 
     @property
     def rows_per_step(self) -> int:

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dllm.config.fields import check_kind, settings_of
 from dllm.data import Document
+from dllm.diffusion.uniform import Noise, NoiseTargets, add_noise, noise_losses
 from dllm.errors import UserError
 from dllm.evaluators.held_out import HeldOutSettings, Window, corrupt_share, cut_windows, ratio_with_error
 from dllm.generation.canvas import block_length_of
@@ -66,6 +67,8 @@ def perplexity_bound(model: Transformer, tokenizer, documents: Sequence[Document
     and corrupting each position independently. n is stratified twice: evenly over the windows in every sample, and
     evenly over the samples of every window. For a block-causal model the bound is the sum over blocks, each given the
     blocks before it (BD3-LM, arXiv:2503.09573); L, n and S then belong to a block, counted from the window's beginning.
+    For a model of uniform words it is that of diffusion/uniform.py, at one time for each window and sample, spread
+    as n is.
 
     The encoder of a model that renoises (DiffusionGemma) gives the likelihood itself, after the token that begins its
     texts.
@@ -114,6 +117,12 @@ def bound_windows(model: Transformer, windows: Sequence[Window], settings: HeldO
     nats = torch.zeros(settings.samples, len(windows), dtype=torch.float64, device="cpu")
     for sample in range(settings.samples):
         times = ((strata + sample / settings.samples) % 1).tolist()
+        if model.config.uniform_share is not None:
+            places = [places for _, places in parts]
+            uniform = [torch.rand(len(window.tokens), 2, generator=generator, dtype=torch.double, device="cpu")
+                       for window in windows]
+            nats[sample] = bound_noise(model, windows, places, times, uniform, settings.batch_tokens)
+            continue
         weights = [torch.zeros(len(window.tokens), dtype=torch.float64, device="cpu") for window in windows]
         for (i, places), t in zip(parts, times, strict=True):
             corrupt_some(weights[i], places, t, generator)
@@ -122,7 +131,8 @@ def bound_windows(model: Transformer, windows: Sequence[Window], settings: HeldO
 
 
 def check_masked(model: Transformer) -> None:
-    """Refuse a model that predicts no masks: one that was taught to insert alone, or that renoises."""
+    """Refuse a model that predicts no masks: that was taught to insert alone, or by uniform words alone, or that
+    renoises."""
     if model.config.canvas_length is not None:
         raise UserError("this model (DiffusionGemma) fills no masks, so it has no bound of masked diffusion, nor "
                         "accuracies of masked tokens; its encoder gives the likelihood itself: dllm eval perplexity, "
@@ -130,6 +140,9 @@ def check_masked(model: Transformer) -> None:
     if model.config.edit_heads == "insert":
         raise UserError("this model writes by insertions and predicts no masks, so it has no bound of masked "
                         "diffusion; in Python, model.edit_bound(ids) gives the one of insertions")
+    if model.config.uniform_share == 1:
+        raise UserError("this model is trained on uniform words without masks, and nothing here tells of masks; "
+                        "dllm eval perplexity gives its own bound")
 
 
 class Likelihood(NamedTuple):
@@ -162,7 +175,6 @@ def bound_likelihood(model: Transformer, input_ids: Tensor, attention_mask: Tens
         batch_tokens: positions of one forward pass; only speed and memory depend on it.
     Raises: UserError if nothing of a sequence is scored, or the first token of one whose model's logits are shifted.
     """
-    check_masked(model)
     input_ids = input_ids.reshape(1, -1) if input_ids.ndim == 1 else input_ids
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     first = real & (real.cumsum(1) == 1)
@@ -181,17 +193,23 @@ def bound_likelihood(model: Transformer, input_ids: Tensor, attention_mask: Tens
         raise UserError(f"sequence {int((~scored.any(1)).nonzero()[0])} has no token to score; mark some in `scored`")
     if shifted and (scored & first).any():
         raise UserError("a model with shifted logits cannot predict the first token; leave it out of `scored`")
-    windows, weights = [], []
+    windows, weights, noises = [], [], []
     for tokens, visible, wanted in zip(input_ids.cpu(), real.cpu(), scored.cpu(), strict=True):
         generator = torch.Generator().manual_seed(int(seed))  # anew, so that rows do not depend on others
         parts = split_by_block(model, wanted[visible].nonzero().flatten())
         offsets = [float(torch.rand((), generator=generator, dtype=torch.float64, device="cpu")) for _ in parts]
         for sample in range(samples):
             windows.append(Window(tokens[visible], len(windows), 0))
+            if model.config.uniform_share is not None:
+                uniform = torch.rand(len(windows[-1].tokens), 2, generator=generator, dtype=torch.double, device="cpu")
+                noises.append((parts[0], (sample + offsets[0]) / samples, uniform))
+                continue
             weights.append(torch.zeros(len(windows[-1].tokens), dtype=torch.float64, device="cpu"))
             for places, offset in zip(parts, offsets, strict=True):
                 corrupt_some(weights[-1], places, (sample + offset) / samples, generator)
-    drawn = bound_once(model, windows, weights, batch_tokens).view(len(input_ids), samples)
+    drawn = bound_noise(model, windows, *zip(*noises, strict=True), batch_tokens) if noises else bound_once(
+        model, windows, weights, batch_tokens)
+    drawn = drawn.view(len(input_ids), samples)
     sizes = scored.sum(1).cpu()
     return Likelihood(drawn.mean(1), drawn.std(1) / math.sqrt(samples), sizes)
 
@@ -255,11 +273,12 @@ def score_positions(model: Transformer, windows: Sequence[Window], corrupted: Se
     A block-causal model sees a corrupted block as it is, and the blocks before it uncorrupted, as in training; the
     encoder of one that renoises sees the tokens before each.
     """
-    mask_token_id, exact = find_mask_token(model, MDMGenerationConfig()), model.config.canvas_length is not None
-    longest = max(len(window.tokens) for window in windows)
-    if longest > model.config.max_position_embeddings:
-        raise UserError(f"windows of {longest} tokens, but the model has {model.config.max_position_embeddings} "
-                        "positions; shorten them, or lower max_seq_len")
+    if exact := model.config.canvas_length is not None:
+        mask_token_id = None
+    else:
+        check_masked(model)
+        mask_token_id = find_mask_token(model, MDMGenerationConfig())
+    check_lengths(model, windows)
     results: list[tuple[Tensor, Tensor | None] | None] = [None] * len(windows)
     for batch in batches_of_similar_length([len(window.tokens) for window in windows], batch_tokens):
         tokens, where = [windows[i].tokens for i in batch], [corrupted[i] for i in batch]
@@ -291,6 +310,43 @@ def score_positions(model: Transformer, windows: Sequence[Window], corrupted: Se
         for i, values, tokens_of in zip(batch, nats.split(sizes), best, strict=True):
             results[i] = values, tokens_of
     return results
+
+
+def check_lengths(model: Transformer, windows: Sequence[Window]) -> None:
+    longest = max(len(window.tokens) for window in windows)
+    if longest > model.config.max_position_embeddings:
+        raise UserError(f"windows of {longest} tokens, but the model has {model.config.max_position_embeddings} "
+                        "positions; shorten them, or lower max_seq_len")
+
+
+@torch.no_grad()
+def bound_noise(model: Transformer, windows: Sequence[Window], places: Sequence[Tensor], times: Sequence[float],
+                uniform: Sequence[Tensor], batch_tokens: int) -> Tensor:
+    """[windows] float64: for a model of uniform words, the bound at one time for each window, summed over its scored
+    places; the others stay clean.
+
+    t = sin(pi u / 2)**2 of the u given: near 0 and 1, where the loss is large and rare, more times are drawn.
+
+    places: [N] int64 of each. times: u, in [0, 1). uniform: [L, 2] of each.
+    """
+    check_lengths(model, windows)
+    noise, result = Noise.of(model.config), torch.zeros(len(windows), dtype=torch.float64, device="cpu")
+    t = torch.sin(math.pi / 2 * torch.tensor(times, dtype=torch.float64, device="cpu")).square().clamp(1e-6, 1 - 1e-6)
+    for batch in batches_of_similar_length([len(window.tokens) for window in windows], batch_tokens):
+        tokens = torch.cat([windows[i].tokens for i in batch])
+        lengths = torch.tensor([len(windows[i].tokens) for i in batch], device="cpu")
+        scored = torch.cat([torch.zeros(len(windows[i].tokens), dtype=torch.bool, device="cpu").index_fill(
+            0, places[i], True) for i in batch])
+        ends = F.pad(lengths.cumsum(0), (1, 0)).int()
+        noisy, targets = add_noise(noise, tokens, ends, t[batch], torch.cat([uniform[i] for i in batch]),
+                                   shift=model.config.shift_logits, trainable=scored)
+        hidden = model.hidden_states(noisy.unsqueeze(0).to(model.device), Packed(ends.to(model.device),
+                                                                                 int(lengths.max())))
+        targets = NoiseTargets(*(x.to(model.device) if isinstance(x, Tensor) else x for x in targets))
+        losses = noise_losses(hidden, model.head_weight, targets)[1].double().cpu()
+        window = torch.repeat_interleave(torch.tensor(batch), torch.tensor([len(places[i]) for i in batch]))
+        result.index_add_(0, window, losses)
+    return result * math.pi * (t * (1 - t)).sqrt()
 
 
 def batches_of_similar_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

@@ -161,6 +161,16 @@ def fit_folder_settings(model: Transformer, config: MDMGenerationConfig, asked: 
     return replace(config, steps=max(config.steps, -(-(config.max_new_tokens - 1) // counted) + 1))
 
 
+def fill_after_end(tokens: Tensor, editable: Tensor, mask_token_id: int, ends: list[int]) -> Tensor:
+    """Fill the masked positions after a final end of text with the first of `ends`, so that the row is done.
+
+    An end of text is final if no position before it is masked.
+    """
+    masked = editable & (tokens == mask_token_id)
+    end = editable & torch.isin(tokens, torch.tensor(ends, device=tokens.device)) & (masked.cumsum(1) == 0)
+    return torch.where(masked & (end.cumsum(1) > 0), ends[0], tokens)
+
+
 class AsGiven:
     """A canvas [B, L] that is denoised as it was given."""
 

@@ -28,6 +28,9 @@ def check_settings(model: Transformer, config: MDMGenerationConfig, causal: bool
         raise UserError(f"cache {config.cache!r} needs a block_length, and neither a block-causal model (which "
                         "keeps its finished blocks anyway) nor cfg_scale")
     check_blocks(config, causal)
+    if config.window_blocks > 1 and model.config.causal_context:
+        raise UserError("window_blocks lets blocks see unfinished ones before them, and this model sees what is before "
+                        "its block as an autoregressive model does; leave it out")
     if config.method == "soft_parallel" and (not causal or config.cuda_graphs
                                              or find_mask_token(model, config) != model.mask_token_id):
         raise UserError("alg soft_parallel needs a block-causal model (DMax) with the mask token that its folder "
@@ -40,6 +43,13 @@ def check_settings(model: Transformer, config: MDMGenerationConfig, causal: bool
     if config.cfg_scale > 0 and model.config.logit_softcap is not None:
         raise UserError(f"cfg_scale combines logits by their hidden states, and those of {model.config.family} have a "
                         "soft cap; leave it out")
+    if model.config.self_conditioning:
+        check_conditioned(config, causal)
+    if config.method == "ancestral":
+        check_ancestral(model, config, causal)
+    elif model.config.uniform_share == 1:
+        raise UserError(f"{config.method} fills masks, and this model is trained on uniform words without masks; set "
+                        "alg to ancestral")
     if config.edits:
         check_edits(model, config, causal)
     elif model.config.edit_heads == "insert":
@@ -81,6 +91,28 @@ def check_blocks(config: MDMGenerationConfig, causal: bool) -> None:
     if used["sub_block_length"] and config.block_length % config.sub_block_length:
         raise UserError(f"sub_block_length {config.sub_block_length} does not divide the block_length "
                         f"{config.block_length}; choose one that does")
+
+
+def check_conditioned(config: MDMGenerationConfig, causal: bool) -> None:
+    refused = {"cache": config.cache != "none", "cuda_graphs": config.cuda_graphs, "block_causal": causal,
+               "expand_token_id": config.expand_token_id is not None}
+    for name in (name for name, given in refused.items() if given):
+        raise UserError(f"{name} does not go with self-conditioning, by which this model sees what the step before "
+                        "predicted at every position; leave it out")
+
+
+def check_ancestral(model: Transformer, config: MDMGenerationConfig, causal: bool) -> None:
+    share = model.config.uniform_share
+    if share is None:
+        raise UserError("alg ancestral needs a model that is trained on uniform words; train one by dllm train "
+                        "train.objective=uniform, or choose another alg")
+    refused = {"block_causal": causal, **{name: getattr(config, name) for name in (
+        "block_length", "constraint", "stop_at_eos")}}
+    for name in (name for name, given in refused.items() if given):
+        raise UserError(f"{name} does not go with alg ancestral, which may change any token in any step; leave it out")
+    if config.cfg_scale > 0 and share == 1:
+        raise UserError("cfg_scale masks the prompt, and this model is trained on uniform words without masks; leave "
+                        "it out")
 
 
 def check_edits(model: Transformer, config: MDMGenerationConfig, causal: bool) -> None:

@@ -27,7 +27,8 @@ EDIT_SETTINGS = ("max_new_tokens", "steps", "temperature", "top_p", "top_k", "ma
 OF_ALGS = {"flow_schedule": ("flow", "edit"), "flow_rule": ("flow", "edit"), "corrector": ("flow", "edit"),
            "edit_source": ("edit",), "edit_source_length": ("edit",), "entropy_bound": ("entropy_bound",),
            "t_min": ("entropy_bound",), "t_max": ("entropy_bound",), "stability_threshold": ("entropy_bound",),
-           "confidence_threshold": ("entropy_bound",), "draft_length": ("self_speculation",)}
+           "confidence_threshold": ("entropy_bound",), "draft_length": ("self_speculation",),
+           "greedy_end": ("ancestral",), "correction_steps": ("ancestral",)}
 UNUSED = ("pad_token_id", "bos_token_id", "do_sample", "return_dict_in_generate")
 
 
@@ -43,11 +44,12 @@ class MDMGenerationConfig:
                                   at_most=1, none="all tokens")
     top_k: int | None = setting(None, "then keep the k most likely tokens; 0: all", at_least=0, none="all tokens",
                                 per_request=True)
-    alg: Literal["origin", "maskgit_plus", "entropy", "topk_margin", "p2", "remdm", "flow", "edit",
+    alg: Literal["origin", "maskgit_plus", "entropy", "topk_margin", "p2", "remdm", "flow", "edit", "ancestral",
                  "confidence_threshold", "entropy_bound", "soft_parallel", "self_speculation"] = setting(
         "entropy", "how a step chooses the positions it commits", per_request=True)
     alg_temp: float = setting(0.0, "Gumbel noise on the confidences, in their units; without effect on p2, origin, "
-                              "entropy_bound and self_speculation", at_least=0, per_request=True)
+                              "entropy_bound, soft_parallel, self_speculation and windows of blocks", at_least=0,
+                              per_request=True)
     eps: float = setting(1e-3, "diffusion time after the last step", above=0, below=1)
     mask_token_id: int | None = setting(None, "the mask token", at_least=0, none="the checkpoint's or tokenizer's")
     num_return_sequences: int = setting(1, "texts for each prompt, next to each other in the output", at_least=1)
@@ -114,6 +116,12 @@ class MDMGenerationConfig:
     draft_length: int | None = setting(
         None, "self_speculation: tokens drafted in a forward pass, which has (draft_length + 1)**2 positions; 0: one "
         "token a pass, from left to right", at_least=0, none="block_length, or the model's", per_request=True)
+    greedy_end: bool = setting(
+        False, "ancestral: the last step takes the most likely words (Duo), instead of going to time 0 by chance",
+        per_request=True)
+    correction_steps: int = setting(
+        0, "ancestral: most steps after the last, each of which replaces one token by one the model is surer of (GIDD)",
+        at_least=0, per_request=True)
     cfg_scale: float = setting(
         0.0, "classifier-free guidance: logits + cfg_scale * (logits - those without the prompt)", at_least=0,
         below=float("inf"), per_request=True)
@@ -228,8 +236,8 @@ class MDMGenerationConfig:
 
     @property
     def remasks_at_random(self) -> bool:
-        """Whether any step may mask committed tokens again, so that a row is at work until its last step."""
-        return self.method == "remdm" or self.corrector is not None
+        """Whether any step may mask or change committed tokens again, so that a row is at work until its last step."""
+        return self.method in ("remdm", "ancestral") or self.corrector is not None
 
     @property
     def revises(self) -> bool:

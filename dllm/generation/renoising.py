@@ -59,8 +59,10 @@ class Renoising:
             contents = contents_of(self.canvas, self.real & ~self.gap)
             sequence = name_rows(contents, number_equal(contents))
         self.sequence = sequence.to(model.device).unsqueeze(1)
-        seed = draw_seed() if config.seed is None else config.seed
-        self.seed = torch.full_like(self.sequence, seed) if seeds is None else seeds.to(model.device).unsqueeze(1)
+        if seeds is not None:
+            self.seed = seeds.to(model.device).unsqueeze(1)
+        else:
+            self.seed = draw_seed() if config.seed is None else config.seed
         self.working = self.sequence.new_empty(0)  # [R] rows whose canvas is not done
         self.history: list[Tensor] = []
         self.steps = self.forwards = self.row_forwards = self.written = 0
@@ -129,8 +131,8 @@ class Renoising:
         if self.draws is not None:
             return self.draws(number, step)[self.working]
         place = torch.arange(self.length, device=self.canvas.device).expand(len(self.working), -1)
-        return philox_uniform(self.seed[self.working], self.sequence[self.working],
-                              number * (self.config.steps + 1) + step, place)
+        seed = self.seed if isinstance(self.seed, int) else self.seed[self.working]
+        return philox_uniform(seed, self.sequence[self.working], number * (self.config.steps + 1) + step, place)
 
     def _noise(self, uniform: Tensor) -> Tensor:
         """Words [R, C], each of the vocabulary as likely as any other."""

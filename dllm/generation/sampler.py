@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dllm.diffusion.uniform import Noise
 from dllm.errors import UserError
+from dllm.generation.ancestral import Patience, begin_with_noise, renoise
 from dllm.generation.canvas import (
     AsGiven,
     Block,
     ElasticGap,
     WholeBlocks,
     counts_from_text,
+    fill_after_end,
     fit_blocks,
     split_into_blocks,
 )
@@ -88,6 +91,7 @@ class RowCounts:
         self.left: Tensor | None = self.size  # of these, still masked; None: to be counted
         self.settled = torch.zeros_like(self.size, dtype=torch.bool)  # the last editing step changed nothing
         self.edits = torch.zeros_like(self.size)  # editing steps since the row has no masked position
+        self.patience = Patience(len(self.size))
 
 
 class Denoising:
@@ -122,6 +126,10 @@ class Denoising:
             check_constraint(model, config.constraint, self._constrained(), self.key_mask)
         self._number_rows(sequence, seeds)
         self.text = None
+        if config.method == "ancestral":
+            noise = Noise.of(model.config, self.mask_token_id)
+            self.renoise = partial(renoise, noise=noise, greedy=config.greedy_end)
+            self.tokens = begin_with_noise(noise, self.tokens, self.editable, self.key_mask, self.seed, self.sequence)
         if config.edits:
             self.text = begin_edits(model, config, self.tokens, self.key_mask, editable, self.mask_token_id,
                                     self.seed, self.sequence)
@@ -198,8 +206,11 @@ class Denoising:
                                   delete=self.ends[0] if config.delete_eos_token else None,
                                   max_length=config.max_infill_length,
                                   positions=self.model.config.max_position_embeddings)
-        self.strategy = choose_strategy(config, config.block_length, config.steps)
         self.steps_before = 0  # steps of a block that its strategy does not count
+        if config.method == "ancestral":
+            self.strategy, self.steps_before = self.renoise, config.correction_steps
+        else:
+            self.strategy = choose_strategy(config, config.block_length, config.steps)
         if config.cache != "none" and self.model.config.shift_logits:
             self.strategy, self.steps_before = partial(begin_with_first, then=self.strategy), 1
         # A constraint may keep a step from committing all that the strategy chose; then the last step is repeated.
@@ -245,7 +256,7 @@ class Denoising:
                         working, *(() if self.text is None else (self.text.open, self.text.room)))
             update = self._take(step)
             confidence = update.confidence
-            self._count(rows, step, confidence)
+            self._count(rows, step, update)
             if self.gap is not None:
                 confidence = self._resize(masked, confidence)
                 editable, rows.size = self.editable, self.editable.sum(1).cpu()
@@ -260,19 +271,21 @@ class Denoising:
             editing = (rows.size > 0) & ~rows.settled & (rows.edits < self.config.max_post_steps)
             return (rows.left > 0) | editing
         every_step = self.config.remasks_at_random or self.config.edits
-        return rows.size > 0 if every_step else rows.left > 0
+        return (rows.size > 0) & ~rows.settled if every_step else rows.left > 0
 
-    def _count(self, rows: RowCounts, step: Step, confidence: Tensor | None) -> None:
+    def _count(self, rows: RowCounts, step: Step, update: Update) -> None:
         """Update the counts after a step."""
-        if self.config.method == "soft_parallel":
-            rows.settled |= has_converged(step, self.tokens, confidence)
+        if update.agreement is not None:
+            rows.settled |= rows.patience.is_over(update.agreement, (self.tokens != step.tokens).any(1))
+        elif self.config.method == "soft_parallel":
+            rows.settled |= has_converged(step, self.tokens, update.confidence)
         elif self.config.revises:
             filled = step.left == 0
             rows.edits += filled
             rows.settled |= filled & (self.tokens == step.tokens).all(1).cpu()
         if self.recount:
             rows.left = None
-        elif confidence is not None:
+        elif update.confidence is not None:
             rows.left = None if self.scorer.committed is None else rows.left - self.scorer.committed
 
     def result(self) -> GenerationOutput:
@@ -317,7 +330,10 @@ class Denoising:
             after = (step.masked & (tokens == self.ends[0])).cumsum(1) > 0
             tokens = torch.where(step.masked & after, self.ends[0], tokens)
         given = self.confidence if confidence is None else confidence
-        self.confidence = torch.where(tokens == step.tokens, self.confidence, given)
+        stays = tokens == step.tokens
+        if self.config.method == "ancestral":  # every token is chosen again in every step
+            stays = given == -torch.inf
+        self.confidence = torch.where(stays, self.confidence, given)
         self.confidence = self.confidence.masked_fill(tokens == self.mask_token_id, -torch.inf)
         self.tokens = tokens
         return update
@@ -368,9 +384,10 @@ class Denoising:
     def _uniform(self, draw: int) -> Tensor | None:
         config = self.config
         draw = 0 if config.speculates else draw  # a position has one number, whichever step commits it
-        if config.edits:
-            return torch.cat([philox_uniform(self.seed, self.sequence, 4 * draw + part, self.scorer.position_ids)
-                              for part in range(4)], -1)
+        calls = 4 if config.edits else 2 if config.method == "ancestral" else 1  # of two numbers a position
+        if calls > 1:
+            return torch.cat([philox_uniform(self.seed, self.sequence, calls * draw + part, self.scorer.position_ids)
+                              for part in range(calls)], -1)
         if config.temperature > 0 or config.alg_temp > 0 or config.method in ("origin", "random", "remdm", "flow"):
             return philox_uniform(self.seed, self.sequence, draw, self.scorer.position_ids)
         return None
@@ -417,11 +434,3 @@ def finish(denoising: Denoising | Renoising, on_step: OnStep | None = None) -> G
     return denoising.result()
 
 
-def fill_after_end(tokens: Tensor, editable: Tensor, mask_token_id: int, ends: list[int]) -> Tensor:
-    """Fill the masked positions after a final end of text with the first of `ends`, so that the row is done.
-
-    An end of text is final if no position before it is masked.
-    """
-    masked = editable & (tokens == mask_token_id)
-    end = editable & torch.isin(tokens, torch.tensor(ends, device=tokens.device)) & (masked.cumsum(1) == 0)
-    return torch.where(masked & (end.cumsum(1) > 0), ends[0], tokens)

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dllm.diffusion.edits import log_softplus
+from dllm.diffusion.uniform import CHUNK
 from dllm.generation.config import MDMGenerationConfig
 from dllm.generation.editing import EditedText
 from dllm.generation.graphs import GraphedForward
-from dllm.generation.strategies import Step, Update
+from dllm.generation.strategies import Prediction, Step, Update
 from dllm.model.cache import KeyValueCache
 from dllm.model.layouts import Cached, Padded
 from dllm.model.transformer import Transformer
@@ -75,6 +76,9 @@ class HeadScorer:
             self.source = previous_token(self.source, key_mask)
         self.sampling = {"temperature": config.temperature, "top_k": config.top_k or None, "top_p": config.top_p}
         self.selection_temperature = config.alg_temp
+        self.predicted = None  # [B, L, D], what the last steps have predicted, for self-conditioning
+        if model.config.self_conditioning:
+            self.predicted = model.head_weight.new_zeros(*prompt.shape, model.config.hidden_size)
         self.forward = model.hidden_states
         if config.cuda_graphs:
             model.graphs = self.forward = model.graphs or GraphedForward(model)
@@ -119,6 +123,22 @@ class HeadScorer:
         nothing = torch.full_like(self.step.tokens, -1)
         return Update(asked.place(nothing, token), asked.place(None, confidence))
 
+    def predict(self, positions: Tensor, other: Tensor, *, temperature: float | None = None) -> Prediction:
+        counts = positions.sum(1).cpu()
+        asked = Queries.of(positions, (counts > 0).nonzero().squeeze(1), counts)
+        places = asked.valid.flatten().nonzero().squeeze(1)
+        hidden = self._hidden(asked).flatten(0, 1)[places]
+        given, uniform = (values[asked.rows.unsqueeze(1), asked.index].flatten(0, 1)[places]
+                          for values in (torch.stack((self.step.tokens, other), -1), self.step.uniform[..., :2]))
+        sampling = self.sampling if temperature is None else {**self.sampling, "temperature": temperature}
+        words, logs = score_words(hidden, self.model.head_weight, given, uniform, self.mask_token_id, **sampling)
+        found = []
+        for values, missing in ((words, -1), (logs, -torch.inf)):
+            nothing = torch.full(positions.shape, missing, dtype=values.dtype, device=values.device)
+            found += [asked.place(nothing, torch.zeros(asked.index.shape, dtype=values.dtype, device=values.device)
+                                  .masked_scatter(asked.valid, column)) for column in values.unbind(1)]
+        return Prediction(*found)
+
     def _allowed(self, asked: Queries) -> Tensor | None:
         return None if self.step.allowed is None else self.step.allowed()[asked.rows.unsqueeze(1), asked.index]
 
@@ -126,7 +146,20 @@ class HeadScorer:
         """What the positions are predicted from, [R, Q, D]."""
         tokens, key_mask = self._read(asked.rows)
         queries = self.source[asked.rows].gather(1, asked.index).repeat(self.copies, 1)
-        return self._guide(self.forward(tokens, Padded(key_mask, queries=queries)))
+        layout = Padded(key_mask, queries=queries)
+        if self.predicted is None:
+            return self._guide(self.forward(tokens, layout))
+        # As in training, only tokens that are still to be predicted have a prediction beside them.
+        wanted = asked.valid
+        if self.model.config.uniform_share is None:
+            wanted = wanted & self.step.masked[asked.rows].gather(1, asked.index)
+        before = self.predicted[asked.rows]
+        shown = torch.zeros(before.shape[:2], dtype=torch.bool, device=before.device).scatter(1, asked.index, wanted)
+        before = (before * shown.unsqueeze(-1)).repeat(self.copies, 1, 1)
+        hidden = self._guide(self.forward(tokens, layout, predicted=before))
+        rows = asked.rows.unsqueeze(1).expand_as(asked.index)
+        self.predicted[rows[asked.valid], asked.index[asked.valid]] = self.model.embed_softly(hidden[asked.valid])
+        return hidden
 
     def _read(self, rows: Tensor, asking: int | None = None) -> tuple[Tensor, Tensor | None]:
         """Tokens and mask of the rows of a forward pass; with guidance, those without the prompt come last.
@@ -347,6 +380,45 @@ def score_by_head(model: Transformer, hidden: Tensor, places: Tensor, **settings
     if model.config.logit_softcap is None:
         return linear_token_scores(hidden, model.head_weight, places, bias=model.head_bias, **settings)
     return token_scores(model.logits(hidden.flatten(0, -2)[places]), **settings)
+
+
+def score_words(hidden: Tensor, weight: Tensor, given: Tensor, uniform: Tensor, mask_token_id: int, *,
+                temperature: float, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor]:
+    """What `Prediction` holds: [M, 2] int64, a drawn and the most likely word; [M, 4] fp64, log p of two given words
+    and of these two.
+
+    Args:
+        hidden: [M, D]. weight: [V, D]. given: [M, 2] int64. uniform: [M, 2].
+    """
+    words, logs = given.new_empty(len(given), 2), torch.empty(len(given), 4, dtype=torch.double, device=given.device)
+    size = max(1, CHUNK // len(weight))
+    for first in range(0, len(given), size):
+        part = slice(first, first + size)
+        logits = F.linear(hidden[part], weight).float()
+        logits[:, mask_token_id] = -torch.inf
+        best = logits.argmax(1, keepdim=True)
+        logits = keep_words(logits / (temperature or 1.0), top_k, top_p)
+        drawn = token_scores(logits, temperature=1.0 if temperature else 0.0, generator=uniform[part]).token
+        words[part] = torch.cat((drawn.unsqueeze(1), best), 1)
+        scored = torch.cat((given[part], words[part]), 1)
+        if temperature:
+            logs[part] = logits.double().log_softmax(1).gather(1, scored)
+        else:
+            logs[part] = torch.where(logits.isnan().any(1, keepdim=True), torch.nan,
+                                     torch.where(scored == best, 0.0, -torch.inf))
+    return words, logs
+
+
+def keep_words(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """Logits [M, V] with -inf where top-p, then top-k, drops a word, as in dllm_kernels."""
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.sort(dim=1, descending=True, stable=True)
+        before = F.pad(ordered.double().softmax(1).cumsum(1), (1, -1))
+        logits = logits.masked_fill(torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before > top_p),
+                                    -torch.inf)
+    if top_k is not None and top_k < logits.shape[1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    return logits
 
 
 def previous_token(places: Tensor, key_mask: Tensor | None) -> Tensor:

@@ -85,6 +85,18 @@ class Update(NamedTuple):
     deleted: Tensor | None = None  # [B, L] bool; None: no position
     inserted: Tensor | None = None  # [B, L] int64, the token to insert after each position, -1 for none; None: nowhere
     inserted_confidence: Tensor | None = None  # [B, L] fp32
+    agreement: Tensor | None = None  # [B], of a step that corrects: share of the tokens that the model would choose
+
+
+class Prediction(NamedTuple):
+    """What a model makes of some positions, [B, L] each; elsewhere tokens are -1 and logarithms -inf."""
+
+    drawn: Tensor  # int64, a sample of its distribution p over the words
+    best: Tensor  # int64, the most likely word
+    of_current: Tensor  # fp64, log p of the token that is there
+    of_other: Tensor  # of the other word that was given
+    of_drawn: Tensor
+    of_best: Tensor
 
 
 class Scorer(Protocol):
@@ -99,6 +111,12 @@ class Scorer(Protocol):
 
     def score(self, positions: Tensor, *, confidence: str = "prob", raw: bool = False) -> Update:
         """Choose and score a token where `positions` [B, L] is True; elsewhere the update's tokens are -1."""
+
+    def predict(self, positions: Tensor, other: Tensor, *, temperature: float | None = None) -> Prediction:
+        """The distribution over the words, which the mask is not, where `positions` [B, L] is True.
+
+        other: [B, L] int64, words to score too. temperature: in the place of the config's.
+        """
 
 
 class EditScorer(Protocol):

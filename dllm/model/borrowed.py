@@ -239,14 +239,16 @@ def check(model: nn.Module, parts: tuple[nn.Module, nn.Module | None], config: M
     Such are recurrent and convolutional layers, and attention that does not go through the interface.
     """
     name, (backbone, head) = type(model).__name__, parts
-    ids = torch.arange(4).unsqueeze(0) % config.vocab_size
-    alone, inputs = _Alone(), {"position_ids": torch.arange(4).unsqueeze(0), "use_cache": False}
+    places = torch.arange(4).unsqueeze(0)
+    ids, alone = places % config.vocab_size, _Alone()
+    other = ids.index_fill(1, torch.tensor([1]), config.vocab_size - 1)
     try:
         with lay_out(alone):
-            before, after = (backbone(input_ids=given, **inputs).last_hidden_state.float()
-                             for given in (ids, ids.index_fill(1, torch.tensor([1]), config.vocab_size - 1)))
+            before, after, moved = (
+                backbone(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state.float()
+                for tokens, positions in ((ids, places), (other, places), (ids.roll(2, 1), places.roll(2, 1))))
         with lay_out(Padded()):
-            logits = model(input_ids=ids, **inputs).logits.float()
+            logits = model(input_ids=ids, position_ids=places, use_cache=False).logits.float()
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     except Exception as error:
@@ -255,6 +257,9 @@ def check(model: nn.Module, parts: tuple[nn.Module, nn.Module | None], config: M
     changed = (before - after).abs().amax(-1)[0]
     if not alone.calls or changed[[0, 2, 3]].max() > 1e-2 * changed[1]:
         raise _causal_for_good(where, name)
+    if (moved.roll(2, 1) - before).abs().max() > 1e-2 * changed[1]:
+        raise UserError(f"{where}: {name} numbers the tokens of a batch itself, not by position_ids, and packed texts "
+                        "need them; take another model")
     matrix = backbone.get_input_embeddings() if head is None else head
     ours = hidden_states(backbone, config, ids, Padded(), None, False).to(matrix.weight.dtype)
     ours = cap(F.linear(ours, matrix.weight, getattr(matrix, "bias", None)).float(), config.logit_softcap)

@@ -43,6 +43,9 @@ def transformers_config(raw: Mapping, where: str, **changes):
     except Exception as error:  # its checks raise many types; each means: not a configuration of this model
         raise UserError(f"{where}: Transformers cannot read it as {name} ({first_line(error)}); correct the file, or "
                         "fetch it again") from error
+    if getattr(found, "attn_temperature_tuning", False):
+        raise UserError(f"{where}: attn_temperature_tuning of {name} counts places in a batch, and packed texts need "
+                        "their own; set it to false, which changes texts of more than floor_scale tokens alone")
     if not alone:
         raise UserError(f"{where}: {name} is more than a language model, it has an encoder too; take a causal language "
                         "model")

@@ -264,9 +264,11 @@ class DiffusionGemma(nn.Module):
         """
         if context.length + ids.shape[1] > (most := self.config.max_position_embeddings):
             raise UserError(f"the input has {context.length + ids.shape[1]} positions, the model {most}; shorten it")
-        masks = [None] * -(-ids.shape[1] // PIECE) if key_mask is None else key_mask.split(PIECE, 1)
+        # In training one piece: processes that gather the layers' weights (fsdp2) run the layers equally often.
+        size = ids.shape[1] if context.whole else PIECE
+        masks = [None] * -(-ids.shape[1] // size) if key_mask is None else key_mask.split(size, 1)
         hidden = [self._encode_piece(piece, context, mask)
-                  for piece, mask in zip(ids.split(PIECE, 1), masks, strict=True)]
+                  for piece, mask in zip(ids.split(size, 1), masks, strict=True)]
         return hidden[0] if len(hidden) == 1 else torch.cat(hidden, 1)
 
     def _encode_piece(self, ids: Tensor, context: Context, key_mask: Tensor | None) -> Tensor:
@@ -352,6 +354,8 @@ class DiffusionGemma(nn.Module):
         dtype = own_dtype(raw, state) if dtype is None else dtype
         with torch.device("meta"):
             model = cls(config)
+        if dtype == torch.float64:  # which PyTorch's grouped product does not take
+            model.model.decoder.layers[0].experts.config._experts_implementation = "eager"
         check_parameters({name: tensor.shape for name, tensor in model.state_dict().items()},
                          {name: tensor.shape for name, tensor in state.items()}, where=str(folder))
         for name in sorted(state):  # one by one, so that little more than the model is in memory

@@ -71,6 +71,10 @@ class ModelConfig:
         None, "heads that insert tokens (Edit Flows, arXiv:2506.09018), or also delete and substitute them")
     canvas_length: int | None = setting(None, "tokens of a canvas that begins as random words, after what is before it "
                                         "(DiffusionGemma)", at_least=1, none="masked positions are filled")
+    uniform_share: float | None = setting(
+        None, "trained on noise of masks and uniform words, with this share of words (see diffusion/uniform.py); 1: no "
+        "masks", at_least=0, at_most=1, none="masks alone")
+    self_conditioning: bool = setting(False, "embeddings get what the step before has predicted (arXiv:2208.04202)")
     initializer_range: float = setting(0.02, "standard deviation of a random initialisation", at_least=0)
     logit_scale: float = setting(1.0, "times the product of hidden states and head", above=0)
     logit_softcap: float | None = setting(None, "c: a logit z becomes c * tanh(z / c)", above=0, none="no cap")
@@ -100,9 +104,18 @@ class ModelConfig:
         if self.sub_block_length is not None and (self.block_length or 0) % self.sub_block_length:
             raise UserError(f"model configuration: sub_block_length {self.sub_block_length} must divide block_length "
                             f"{self.block_length}")
+        if self.uniform_share is not None and self.uniform_share < 1 and self.mask_token_id is None:
+            raise UserError(f"model configuration: uniform_share {self.uniform_share} mixes masks with uniform words, "
+                            "and nothing names the mask token; add mask_token_id, or set uniform_share to 1")
+        for name in ("uniform_share", "self_conditioning"):
+            if self.block_causal and getattr(self, name) not in (None, False):
+                raise UserError(f"model configuration: {name} needs a model without blocks; remove it, or block_size")
         if self.borrowed and not self.source:
             raise UserError(f"model configuration: family {self.family!r} is none of {', '.join(FAMILIES)}; a model of "
                             "Transformers is made from its config.json")
+        if self.borrowed and self.self_conditioning:
+            raise UserError("model configuration: self_conditioning adds to embeddings of our own layers, and those "
+                            f"of {self.family} are Transformers'; leave it out")
         if self.logit_scale != 1 and not self.borrowed:
             raise UserError(f"model configuration: logit_scale {self.logit_scale} is not computed in {self.family}; "
                             "leave it out")

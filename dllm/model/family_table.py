@@ -34,13 +34,13 @@ class Family:
 _COMMON = {"block_size": "block_length", **{name: name for name in (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "max_position_embeddings", "rope_theta", "rope_scaling", "rms_norm_eps", "tie_word_embeddings",
-    "initializer_range", "shift_logits", "causal_blocks", "edit_heads", "mask_token_id", "pad_token_id", "bos_token_id",
-    "eos_token_id")}}
+    "initializer_range", "shift_logits", "causal_blocks", "edit_heads", "uniform_share", "self_conditioning",
+    "mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id")}}
 _ONLY = {"hidden_act": ("silu",)}
 # Those of them that a model borrowed from Transformers takes; it reads the rest of its config.json itself.
 BORROWED = {key: _COMMON[key] for key in (
-    "vocab_size", "tie_word_embeddings", "shift_logits", "block_size", "causal_blocks", "edit_heads", "mask_token_id",
-    "pad_token_id", "bos_token_id", "eos_token_id")}
+    "vocab_size", "tie_word_embeddings", "shift_logits", "block_size", "causal_blocks", "edit_heads", "uniform_share",
+    "self_conditioning", "mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id")}
 # The mixture of Qwen3-MoE, in every layer: softmax over all experts, then the k largest, whose weights sum to 1.
 _QWEN3_MOE = Family(
     architecture="", fixed={"qk_norm": True},
@@ -128,7 +128,8 @@ _BASES: Mapping[str, Family] = {
               "n_kv_heads": "num_key_value_heads", "max_sequence_length": "max_position_embeddings",
               "rope_theta": "rope_theta", "rms_norm_eps": "rms_norm_eps", "weight_tying": "tie_word_embeddings",
               "include_qkv_bias": "qkv_bias", "init_std": "initializer_range", "block_size": "block_length",
-              "edit_heads": "edit_heads", "mask_token_id": "mask_token_id",
+              "edit_heads": "edit_heads", "uniform_share": "uniform_share", "self_conditioning": "self_conditioning",
+              "mask_token_id": "mask_token_id",
               "pad_token_id": "pad_token_id", "bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id"},
         required=("vocab_size", "d_model", "mlp_hidden_size", "n_layers", "n_heads"),
         only={"block_type": ("llama",), "activation_type": ("silu",), "layer_norm_type": ("rms",), "rope": (True,),

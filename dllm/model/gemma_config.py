@@ -33,11 +33,11 @@ def read_gemma_config(raw: Mapping, where: str = "config.json") -> ModelConfig:
                 "num_experts", "top_k_experts", "moe_intermediate_size")
     if missing := [key for key in required if text.get(key) is None]:
         raise UserError(f"{where}: text_config needs the key{'s' * (len(missing) > 1)} {', '.join(missing)}")
+    accepted = {key: values for key, values in {**CHANGING, **_ONLY}.items() if key not in _KEYS}
     for key, value in {**text, **raw}.items():
-        accepted = _ONLY.get(key, CHANGING.get(key, ()) if key not in _KEYS else None)
-        if (key in _ONLY or key in CHANGING and key not in _KEYS) and not is_empty(value) and value not in accepted:
+        if key in accepted and not is_empty(value) and value not in accepted[key]:
             raise UserError(f"{where}: {key} {value!r} is not supported for diffusion_gemma; supported: "
-                            f"{', '.join(map(repr, (None, *accepted)))}")
+                            f"{', '.join(map(repr, (None, *accepted[key])))}")
         if key in ("tie_word_embeddings", "enable_moe_block") and value is False:
             raise UserError(f"{where}: {key} false is not supported for diffusion_gemma; supported: true")
     if unknown := [key for key, value in text.items() if not is_empty(value)

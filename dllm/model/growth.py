@@ -1,4 +1,4 @@
-"""Growth of a loaded model: rows of embedding and head for added tokens, such as the mask, and heads for edits."""
+"""Growth of a loaded model: rows of embedding and head for added tokens, heads for edits, self-conditioning."""
 
 from dataclasses import replace
 
@@ -79,4 +79,14 @@ def add_edit_heads(model: Transformer, kind: str) -> Transformer:
         nn.init.zeros_(model.rate_head.weight)
         nn.init.zeros_(model.rate_head.bias)
     model.config = replace(model.config, edit_heads=kind)
+    return model
+
+
+def add_self_conditioning(model: Transformer) -> Transformer:
+    """Let a model see its own predictions, in place; returns the model. At first they change nothing."""
+    if model.self_condition is None:
+        width = model.config.hidden_size
+        model.self_condition = nn.Linear(width, width, bias=False).to(model.head_weight)
+        nn.init.zeros_(model.self_condition.weight)
+        model.config = replace(model.config, self_conditioning=True)
     return model

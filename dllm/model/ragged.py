@@ -22,6 +22,7 @@ class Call(NamedTuple):
 
     input_ids: Tensor
     layout: Padded | Cached  # with queries
+    predicted: Tensor | None = None
 
 
 class Places(NamedTuple):
@@ -61,12 +62,13 @@ class Ragged(Layout):
     position_ids: Tensor  # [1, N] int64
     queries: Tensor | None  # [1, M] int64, places among the N: all that a call asks for, one call after the other
     certainty: Tensor | None = None  # [1, N] fp32, where a call has one
+    predicted: Tensor | None = None  # [1, N, D], see `Transformer.hidden_states`; every call has them, or none
 
     @classmethod
     def of(cls, calls: Sequence[Call]) -> Self:
-        tokens, position_ids, queries, certainty, groups, rows = [], [], [], [], [], []
+        tokens, position_ids, queries, certainty, predicted, groups, rows = [], [], [], [], [], [], []
         first = first_query = 0
-        for ids, layout in calls:
+        for ids, layout, before in calls:
             stays = isinstance(layout, Cached) or layout.block_length is not None
             there, lengths = slice(None), [ids.shape[1]] * len(ids)
             index = torch.arange(first, first + ids.numel(), device=ids.device).view_as(ids)
@@ -78,6 +80,8 @@ class Ragged(Layout):
             certainty.append(sure.flatten()[there])
             position_ids.append(layout.number(ids).flatten()[there])
             queries.append(index.gather(1, layout.queries).flatten())
+            if before is not None:
+                predicted.append(before.flatten(0, 1)[there])
             own, asked = [], layout.queries.shape[1]
             for length in lengths:
                 own.append(Row(range(first, first + length), range(first_query, first_query + asked)))
@@ -87,18 +91,20 @@ class Ragged(Layout):
             else:
                 rows += own
         groups += [_group(some, tokens[0].device) for some in _of_similar_length(rows)]
-        row = [torch.cat(parts).unsqueeze(0) for parts in (tokens, position_ids, queries, certainty)]
-        return cls(calls, groups, *(row if any(layout.certainty is not None for _, layout in calls) else row[:3]))
+        if all(call.layout.certainty is None for call in calls):
+            certainty = []
+        return cls(calls, groups, *(torch.cat(parts).unsqueeze(0) if parts else None
+                                    for parts in (tokens, position_ids, queries, certainty, predicted)))
 
     @property
     def uneven(self) -> bool:
-        return any(layout.uneven for _, layout in self.calls)
+        return any(call.layout.uneven for call in self.calls)
 
     def number(self, input_ids: Tensor) -> Tensor:
         return self.position_ids
 
     def length(self, input_ids: Tensor) -> int:
-        return max(layout.length(ids) for ids, layout in self.calls)
+        return max(call.layout.length(call.input_ids) for call in self.calls)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         out, last = torch.empty_like(q), self.queries is not None
@@ -109,7 +115,7 @@ class Ragged(Layout):
 
     def split(self, hidden: Tensor) -> list[Tensor]:
         """Hidden states [1, M, D] -> [B, Q, D] of each call."""
-        shapes = [layout.queries.shape for _, layout in self.calls]
+        shapes = [call.layout.queries.shape for call in self.calls]
         parts = hidden[0].split([shape.numel() for shape in shapes])
         return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
 

@@ -40,6 +40,8 @@ from dllm.model.weights import (
     write_folder,
 )
 
+SOFT_CHUNK = 1 << 23  # logits stored at a time
+
 
 @dataclass(frozen=True, slots=True)
 class ModelOutput:
@@ -140,6 +142,9 @@ class Transformer(nn.Module):
         if config.edit_heads is not None:
             self.insert_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
             self.rate_head = nn.Linear(config.hidden_size, 3)  # to substitute, delete, insert
+        self.self_condition = None
+        if config.self_conditioning:
+            self.self_condition = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.mask_token_id = config.mask_token_id  # or, after from_pretrained, another that the folder names
         self.end_token_ids = as_ids(config.eos_token_id)  # each ends a text; after from_pretrained, all that it names
         self.generation_defaults: dict | None = None  # generation_config.json
@@ -152,6 +157,8 @@ class Transformer(nn.Module):
                 nn.init.normal_(module.weight, std=config.initializer_range)
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
+        if self.self_condition is not None:
+            nn.init.zeros_(self.self_condition.weight)
 
     @property
     def layers_backend(self) -> str:
@@ -217,13 +224,15 @@ class Transformer(nn.Module):
         return ModelOutput(self.logits(self.hidden_states(input_ids, layout)))
 
     def hidden_states(self, input_ids: Tensor, layout: Layout | None = None, *,
-                      levels: list[Tensor] | None = None) -> Tensor:
+                      levels: list[Tensor] | None = None, predicted: Tensor | None = None) -> Tensor:
         """The hidden states after the final norm, [B, L, D]; with queries [B, Q, D], the last layer computes no others.
 
         Args:
             input_ids: [B, L] int64.
             layout: how they lie and which keys a query sees, see layouts.py; None: rows without padding.
             levels: gets the embeddings, what each layer but the last gives, and the result.
+            predicted: [B, L, D], of a model with self-conditioning, what it has predicted of each token before, as
+                `embed_softly` gives it; zeros where it has not. None: nowhere.
         Raises: UserError if the input is longer than the model's positions.
         """
         layout = Padded() if layout is None else layout
@@ -238,6 +247,8 @@ class Transformer(nn.Module):
         x = self.model.embed_tokens(layout.tokens(input_ids))
         if layout.certainty is not None:
             x = toward_mask(x, layout.certainty, self.model.embed_tokens.weight[self.mask_token_id])
+        if self.self_condition is not None:  # also without predictions, because DDP wants a gradient in every step
+            x = x + self.self_condition(torch.zeros_like(x) if predicted is None else predicted.to(x.dtype))
         turn = self.rotary(layout.number(input_ids), x.dtype)
         inner, last, run = layout.inner, len(self.model.layers) - 1, operator.call
         final = inner if layout.uneven else layout
@@ -253,6 +264,13 @@ class Transformer(nn.Module):
         if levels is not None:
             levels.append(x)
         return x
+
+    def embed_softly(self, hidden: Tensor) -> Tensor:
+        """The mean embedding of the words that hidden states [N, D] predict, [N, D]; [N, V] logits never exist."""
+        size = max(1, SOFT_CHUNK // self.config.vocab_size)
+        embedding = self.model.embed_tokens.weight.to(hidden.dtype)
+        return torch.cat([F.linear(part, self.head_weight).float().softmax(-1).to(hidden.dtype) @ embedding
+                          for part in hidden.split(size)])
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | os.PathLike, dtype: torch.dtype | str | None = None,

@@ -114,11 +114,11 @@ class SharedModel:
     def __getattr__(self, name: str):
         return getattr(self._model, name)
 
-    def hidden_states(self, input_ids: Tensor, layout: Padded | Cached) -> Tensor:
+    def hidden_states(self, input_ids: Tensor, layout: Padded | Cached, *, predicted: Tensor | None = None) -> Tensor:
         if layout.queries is None:  # calls that are computed together say what they want
             places = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
             layout = replace(layout, queries=places)
-        return getcurrent().parent.switch(Call(input_ids, layout))
+        return getcurrent().parent.switch(Call(input_ids, layout, predicted))
 
 
 @dataclass(eq=False, slots=True)
@@ -255,7 +255,7 @@ class Scheduler:
             try:
                 self.forwards += 1
                 batch = Ragged.of(calls)
-                return batch.split(self.model.hidden_states(batch.row, batch))
+                return batch.split(self.model.hidden_states(batch.row, batch, **with_predictions(batch)))
             except Exception as error:  # one call is invalid, or memory is too small for all: compute each alone
                 if not (isinstance(error, UserError) or lacks_memory(error)):
                     traceback.print_exception(error, file=sys.stderr)
@@ -265,7 +265,7 @@ class Scheduler:
         for call in calls:
             try:
                 self.forwards += 1
-                answers.append(self.model.hidden_states(*call))
+                answers.append(self.model.hidden_states(call.input_ids, call.layout, **with_predictions(call)))
             except Exception as error:
                 answers.append(error)
         return answers
@@ -345,6 +345,11 @@ class Scheduler:
         if progress.done:
             job.open.discard(copy)
         job.notify(copy, progress)
+
+
+def with_predictions(call: Call | Ragged) -> dict[str, Tensor]:
+    """The argument of `hidden_states` that models with self-conditioning have."""
+    return {} if call.predicted is None else {"predicted": call.predicted}
 
 
 def lacks_memory(error: Exception) -> bool:

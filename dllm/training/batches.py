@@ -27,6 +27,7 @@ from dllm.diffusion.edits import (
 )
 from dllm.diffusion.expansion import make_gaps
 from dllm.diffusion.objectives import LossSums, Targets, choose_targets, sum_alignment, sum_losses
+from dllm.diffusion.uniform import Noise, NoiseTargets, add_noise, sum_noise_losses
 from dllm.model import layouts
 from dllm.model.diffusion_gemma import Context, DiffusionGemma
 from dllm.model.special_tokens import as_ids
@@ -52,7 +53,7 @@ class MicroBatch(NamedTuple):
     input_ids: Tensor  # int64, corrupted
     cu_seqlens: Tensor | None  # [S + 1] int32 over the flattened positions, if they are packed
     max_seqlen: int
-    targets: Targets | EditTargets | CanvasTargets
+    targets: Targets | EditTargets | NoiseTargets | CanvasTargets
     block_length: int | None  # blocks of the attention; 1 is causal
     tokens: int
     scored: int
@@ -63,6 +64,7 @@ class MicroBatch(NamedTuple):
     causal_blocks: bool = False  # see `ModelConfig`
     causal_context: bool = False
     encoded: int = 0  # tokens that an encoder is scored on
+    conditioned: bool = False  # whether the model predicts from its own prediction, see `hidden_states`
 
     def pin(self, device: torch.device) -> "MicroBatch":
         """In memory that a GPU copies from while it computes."""
@@ -100,6 +102,14 @@ def make_batches(source: RowSource, step: int, slots: range, of: int, settings: 
         if settings.objective == "edit":
             packed, targets = edit_rows(packed, part.start, of, step, settings, seed, model)
             input_ids, scored = packed.tokens, targets.scored
+        elif settings.objective == "uniform":
+            input_ids, targets = add_noise(
+                Noise.of(model.config), packed.tokens, packed.cu_seqlens,
+                spread_times(packed, packed.cu_seqlens, part.start, of, seed, step),
+                philox_uniform(seed, packed.row + part.start, step, packed.column), shift=model.config.shift_logits,
+                schedule=settings.schedule, weighting=settings.loss_weighting, trainable=packed.trainable,
+                by_ratio=by_ratio)
+            scored = targets.count
         else:
             packed, corruption = corrupt_rows(packed, part.start, of, step, settings, seed, model)
             input_ids = packed.tokens if corruption is None else corruption.noisy
@@ -124,6 +134,7 @@ def make_batches(source: RowSource, step: int, slots: range, of: int, settings: 
             pairs=count_pairs(packed.cu_seqlens, settings.objective, settings.block_length, model.config.causal_blocks,
                               model.config.causal_context),
             anneal=anneal, causal_blocks=model.config.causal_blocks, causal_context=model.config.causal_context,
+            conditioned=predicts_twice(settings, seed, step),
             clean_ids=packed.tokens.view(shape) if settings.objective == "block_diffusion" else None))
     return batches
 
@@ -169,6 +180,12 @@ def corrupt_rows(packed: Packed, first_slot: int, of: int, step: int, settings: 
         packed.tokens, ends, model.config.mask_token_id, schedule=settings.schedule, times=times,
         uniform=philox_uniform(seed, packed.row + first_slot, step, packed.column)[..., 0],
         maskable=None if settings.corrupt_prompt else packed.trainable, at_least_one_of=scorable)
+
+
+def predicts_twice(settings: TrainGroup, seed: int, step: int) -> bool:
+    """Whether a step predicts from a prediction; all of its rows do, in every process, or none."""
+    drawn = philox_uniform(seed, torch.tensor(2**31), step, torch.tensor(0))[..., 0]
+    return bool(drawn < settings.self_conditioning_chance)
 
 
 def opened_share(step: int, total: int, settings: TrainGroup) -> float:
@@ -236,7 +253,13 @@ def forward(model: Transformer, batch: MicroBatch, device: torch.device, teacher
     if isinstance(there.targets, CanvasTargets):
         return forward_canvases(model, there.input_ids, there.targets)
     levels: list[Tensor] | None = None if teacher is None else []
-    hidden = model.hidden_states(there.input_ids, choose_layout(there, group), levels=levels)
+    layout, seen = choose_layout(there, group), {}
+    if batch.conditioned:
+        with torch.no_grad():
+            seen["predicted"] = embed_predictions(model, model.hidden_states(there.input_ids, layout), there.targets)
+    hidden = model.hidden_states(there.input_ids, layout, levels=levels, **seen)
+    if isinstance(there.targets, NoiseTargets):
+        return sum_noise_losses(hidden, model.head_weight, there.targets)
     if isinstance(there.targets, EditTargets):
         return sum_edit_losses(hidden, model.head_weight, model.insert_head.weight, model.rate_head(hidden),
                                there.targets)
@@ -276,6 +299,15 @@ def condition(model: DiffusionGemma, context: Context, before: Tensor, targets: 
     return soft.index_copy(0, conditioned, words[:len(conditioned)].to(soft.dtype))
 
 
+def embed_predictions(model: Transformer, hidden: Tensor, targets: Targets | NoiseTargets) -> Tensor:
+    """What is predicted of each token [B, L, D], at its own place; zeros where it is not scored."""
+    flat = hidden.flatten(0, -2)
+    predicted = torch.zeros_like(flat)
+    predicted[targets.scored] = model.embed_softly(flat[targets.scored])
+    # Under shift what is predicted at a position is about the next one; the last one of all is not scored.
+    return (predicted.roll(1, 0) if model.config.shift_logits else predicted).view_as(hidden)
+
+
 def choose_layout(batch: MicroBatch, group: ProcessGroup | None = None) -> layouts.Layout:
     if batch.anneal is not None:
         return layouts.Visible(draw_visible(batch.anneal, batch.input_ids.device))
@@ -308,7 +340,7 @@ def share_positions(batch: MicroBatch, part: int, parts: int) -> MicroBatch:
 
     counts = {} if part == 0 else dict.fromkeys(("tokens", "scored", "normaliser", "pairs"), 0)
     each = (cut(value) if isinstance(value, Tensor) and value.ndim else value for value in batch.targets)
-    targets = Targets(*each)
+    targets = type(batch.targets)(*each)
     targets = targets._replace(count=int(targets.scored.sum()))
     return batch._replace(input_ids=cut(batch.input_ids).unsqueeze(0), cu_seqlens=ends, targets=targets,
                           max_seqlen=max(batch.max_seqlen, extra), **counts)

@@ -22,8 +22,9 @@ from dllm.errors import UserError
 from dllm.files import read_json, write_atomically
 from dllm.model.diffusion_gemma import DiffusionGemma
 from dllm.model.families import FAMILIES, ModelConfig, read_config
+from dllm.model.families import write_config as as_config_json
 from dllm.model.gemma_config import read_gemma_config
-from dllm.model.growth import add_edit_heads, describe_growth, grow, rows_needed
+from dllm.model.growth import add_edit_heads, add_self_conditioning, describe_growth, grow, rows_needed
 from dllm.model.loading import is_diffusion_gemma
 from dllm.model.special_tokens import as_ids, unique
 from dllm.model.tokenizer import anchor_token_id, check_separator, check_vocabulary, load_tokenizer, train_tokenizer
@@ -95,6 +96,10 @@ def open_run(config: Config, resumed: Checkpoint | None, world: World) -> tuple[
         source = {"edit_source": config.train.edit_source, "edit_source_length": config.train.source_tokens} if \
             config.train.source_tokens else {}
         model.generation_defaults = {**(model.generation_defaults or {}), "alg": "edit", **source}
+    if config.train.objective == "uniform":
+        model.generation_defaults = {**(model.generation_defaults or {}), "alg": "ancestral", "temperature": 1.0}
+    elif (model.generation_defaults or {}).get("alg") == "ancestral":  # of a model that learns masks from now on
+        model.generation_defaults = {**model.generation_defaults, "alg": None}
     return tokenizer, model, data
 
 
@@ -116,7 +121,7 @@ def check_resumable(config: Config, resumed: Checkpoint, output: Path) -> None:
     fixed = ("objective", "path_term", "mask_at_least_one", "schedule", "optimizer", "seed", "lora_rank", "lora_alpha",
              "freeze_layers", "repr_align_wt", "anneal_attention_ratio", "block_length", "causal_blocks",
              "masked_share", "expand_token_id", "corrupt_prompt", "edit_source", "edit_source_length",
-             "edit_propagation", "self_conditioning")
+             "edit_propagation", "uniform_share", "loss_weighting", "self_conditioning")
     defaults = {field.name: field.default for field in fields(TrainGroup)}  # for runs older than a key
 
     def describe(groups: dict[str, dict]) -> dict:
@@ -158,13 +163,18 @@ def build_model(config: Config, start: "Start", resumed: Checkpoint | None, worl
             loaded = grow(kind.from_pretrained(folder), model_config.vocab_size, config.train.seed)
             if model_config.edit_heads is not None:
                 add_edit_heads(loaded, model_config.edit_heads)
+            if model_config.self_conditioning:
+                add_self_conditioning(loaded)
             model.load_state_dict(loaded.state_dict())
         freeze(model, config.train.frozen_names)
         if config.train.lora_rank:
             add_adapters(model, config.train.lora_rank, config.train.lora_alpha)
             for name, parameter in model.named_parameters():
-                if name.startswith(("insert_head.", "rate_head.")):  # an adapter would not do for a new one
-                    parameter.requires_grad_(True)
+                if name.startswith(("insert_head.", "rate_head.", "self_condition.")):  # an adapter would not do
+                    parameter.requires_grad_(True)  # for new ones
+    if config.train.objective == "uniform" and (model.head_bias is not None or model_config.logit_softcap is not None):
+        raise UserError(f"train.objective=uniform computes the loss of a plain head, and that of {model_config.family} "
+                        "has a bias or a soft cap; choose another objective, or another model")
     if folder is not None:
         model.adopt(folder, model_config.mask_token_id)
     if model_config.num_attention_heads % world.sequence_size:
@@ -256,15 +266,24 @@ def grow_config(config: Config, tokenizer, model_config: ModelConfig) -> ModelCo
 
 
 def shape_model(group: ModelGroup, vocab_size: int) -> ModelConfig:
-    """The configuration of a random model, with `vocab_size` rows where the group does not say."""
-    return ModelConfig(
-        family=check_family(group.family), vocab_size=group.vocab_size or vocab_size,
-        hidden_size=group.hidden_size, intermediate_size=group.intermediate_size,
-        num_hidden_layers=group.num_hidden_layers,
-        num_attention_heads=group.num_attention_heads, num_key_value_heads=group.num_key_value_heads,
-        head_dim=group.hidden_size // group.num_attention_heads, tie_word_embeddings=group.tie_word_embeddings,
-        rope_theta=group.rope_theta, initializer_range=group.initializer_range, shift_logits=group.shift_logits,
-        **FAMILIES[group.family].fixed)
+    """The configuration of a random model, with `vocab_size` rows where the group does not say. What the family fixes
+    goes before the group.
+
+    Raises: UserError for a mixture of experts, or if a config.json of the family cannot say it.
+    """
+    if "num_experts" in FAMILIES[check_family(group.family)].required:
+        raise UserError(f"model.family {group.family} is a mixture of experts, which the keys of model do not "
+                        "describe; name a folder by model.config_path, or choose another family")
+    config = ModelConfig(**{
+        "family": group.family, "vocab_size": group.vocab_size or vocab_size,
+        "hidden_size": group.hidden_size, "intermediate_size": group.intermediate_size,
+        "num_hidden_layers": group.num_hidden_layers, "num_attention_heads": group.num_attention_heads,
+        "num_key_value_heads": group.num_key_value_heads, "head_dim": group.hidden_size // group.num_attention_heads,
+        "tie_word_embeddings": group.tie_word_embeddings, "rope_theta": group.rope_theta,
+        "initializer_range": group.initializer_range, "shift_logits": group.shift_logits,
+        **FAMILIES[group.family].fixed})
+    as_config_json(config, "float32")
+    return config
 
 
 def check_settings(config: Config, model_config: ModelConfig) -> None:
@@ -356,15 +375,24 @@ def open_tokenizer(group: ModelGroup, path: str | Path):
 
 def as_trained(model_config: ModelConfig, tokenizer, config: Config) -> ModelConfig:
     """The configuration with the tokenizer's mask token, its end-of-text and padding tokens where the configuration has
-    none, and the blocks or the edits by which the model learns to decode."""
-    learnt, settings = {}, config.train
+    none, and the blocks, the edits or the noise by which the model learns to decode."""
+    settings = config.train
+    learns_to_condition = settings.objective != "canvas" and settings.self_conditioning_chance > 0
+    for name, wanted in (("objective=uniform", settings.noise_share is not None),
+                         (f"self_conditioning={settings.self_conditioning}", learns_to_condition)):
+        if wanted and model_config.block_causal:
+            raise UserError(f"train.{name} is about all tokens of a text at once, and the model sees whole blocks in "
+                            "their order: choose a model without blocks, or leave it out")
+    learnt = {"uniform_share": settings.noise_share}
     if settings.objective == "block_diffusion":
-        learnt = {"block_causal": True, "block_length": settings.block_length}
+        learnt |= {"block_causal": True, "block_length": settings.block_length}
         if settings.causal_blocks is not None:
             learnt["causal_blocks"] = settings.causal_blocks
+    if learns_to_condition:
+        learnt["self_conditioning"] = True
     if settings.objective == "edit":
         replaces = settings.source_tokens or config.data.data_type == "edits" or model_config.edit_heads == "all"
-        learnt = {"edit_heads": "all" if replaces else "insert"}
+        learnt["edit_heads"] = "all" if replaces else "insert"
     mask = tokenizer.mask_token_id if model_config.canvas_length is None else None
     return replace(model_config, mask_token_id=mask, eos_token_id=model_config.eos_token_id
                    if model_config.eos_token_id is not None else tokenizer.eos_token_id,

@@ -18,15 +18,15 @@ DELETED, INSERTED = ("[-", "-]"), ("{+", "+}")  # as wdiff writes them
 
 
 def show_rows(packed: Packed, tokenizer, seed: int, console: Console) -> None:
-    """Print rows chunk by chunk: the text, then a corrupted copy, as in a training step of these rows; of pairs, the
-    edits."""
+    """Print rows chunk by chunk: the text, then, if there is a mask token, a corrupted copy, as in a training step of
+    these rows; of pairs, the edits."""
     if packed.before is not None:
         return show_pairs(packed, tokenizer, console)
     rows = int(packed.row[-1]) + 1
     uniform = philox_uniform(seed, packed.row, 0, packed.column)[..., 0]
-    corruption = corrupt(packed.tokens, packed.cu_seqlens, tokenizer.mask_token_id,
-                         times=spread_times(packed, packed.cu_seqlens, 0, rows, seed, 0), uniform=uniform,
-                         maskable=packed.trainable)
+    corruption = None if tokenizer.mask_token_id is None else corrupt(
+        packed.tokens, packed.cu_seqlens, tokenizer.mask_token_id,
+        times=spread_times(packed, packed.cu_seqlens, 0, rows, seed, 0), uniform=uniform, maskable=packed.trainable)
     counts = packed.row.bincount().tolist()
     bounds = packed.cu_seqlens.tolist()
     for first, end in zip(bounds, bounds[1:], strict=False):
@@ -37,6 +37,8 @@ def show_rows(packed: Packed, tokenizer, seed: int, console: Console) -> None:
         console.print(Text(f"  chunk of {end - first} tokens", style="dim"), soft_wrap=True)
         marks = None if packed.trainable is None else packed.trainable[part]
         console.print(_paint(packed.tokens[part], marks, None, tokenizer), soft_wrap=True)
+        if corruption is None:
+            continue
         console.print(Text(f"  corrupted at t = {corruption.t[first]:.2f}", style="dim"), soft_wrap=True)
         console.print(_paint(packed.tokens[part], None, corruption.corrupted[part], tokenizer), soft_wrap=True)
 

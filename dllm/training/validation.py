@@ -8,7 +8,6 @@ import torch
 
 from dllm.config.schema import Config, TrainGroup
 from dllm.data import TrainingData
-from dllm.diffusion.objectives import BOUNDS
 from dllm.errors import warn
 from dllm.model.transformer import Transformer
 from dllm.training.batches import MicroBatch, make_batches, share_positions
@@ -32,10 +31,14 @@ def draw_validation(data: TrainingData, config: Config, model: Transformer) -> V
 
     rows = min(len(data.held_out), max(1, config.train.eval_tokens // config.data.max_seq_len))
     drawn = replace(config.train, masked_share=None)  # other times would bias the bound
-    loss = bound = draw(drawn, drawn.objective in BOUNDS)
+    if drawn.objective != "canvas":
+        drawn = replace(drawn, self_conditioning=0.0)
+    loss = bound = draw(drawn, drawn.bounds_likelihood)
     if config.train.objective in ("edit", "canvas"):
         bound = None
-    elif config.train.objective not in (*BOUNDS, "ar"):
+    elif config.train.loss_weighting is not None:
+        bound = draw(replace(drawn, loss_weighting=None), True)
+    elif not config.train.bounds_likelihood and config.train.objective != "ar":
         bound = draw(replace(drawn, objective="elbo", path_term=False, mask_at_least_one=False,
                              corrupt_prompt=False, expand_token_id=None), True)
     pairs = config.data.data_type == "edits"  # which are measured too where nothing is to be inserted

@@ -12,12 +12,13 @@ its batch. M positions, V words, D hidden size.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import native_extension
+from .. import native_extension, triton_support
 from ..custom_op import define_operator
 from ..dispatch import Backend, choose, takes
 from . import cpu, reference
@@ -27,13 +28,15 @@ __all__ = ["DenoiserStatistics", "linear_denoiser_statistics", "soft_embedding"]
 
 
 
-def _backends(on_cpu: Callable, by_definition: Callable) -> tuple[Backend, ...]:
+def _backends(on_cpu: Callable, on_triton: Callable, by_definition: Callable) -> tuple[Backend, ...]:
     return (Backend("cpu", on_cpu, native_extension.why_missing, takes("cpu")),
+            Backend("triton", on_triton, triton_support.missing, triton_support.refuses),
             Backend("reference", by_definition))
 
 
-STATISTICS_BACKENDS = _backends(cpu.statistics, reference.statistics)
-SOFT_BACKENDS = _backends(cpu.soft_embedding, reference.soft_embedding)
+_on_triton = partial(triton_support.on_triton, "denoiser_statistics")
+STATISTICS_BACKENDS = _backends(cpu.statistics, _on_triton("statistics"), reference.statistics)
+SOFT_BACKENDS = _backends(cpu.soft_embedding, _on_triton("soft_embedding"), reference.soft_embedding)
 BACKENDS = {"linear_denoiser_statistics": STATISTICS_BACKENDS, "soft_embedding": SOFT_BACKENDS}
 
 

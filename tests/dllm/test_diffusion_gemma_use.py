@@ -103,6 +103,7 @@ def test_what_it_cannot_do_is_one_line(gemma_folder, fails, tmp_path, flags, mes
         assert re.search(message, fails(command, gemma_folder, *extra, *rest))
 
 
+@torch.no_grad()
 def test_perplexity_is_exact_by_the_encoder(loaded, gemma_folder, capsys, tmp_path):
     model, tokenizer = loaded
     documents = [Document(TEXT * 3, "a"), Document("x = 1\n", "b")]

@@ -63,6 +63,7 @@ def make_config(corpus, tmp_path):
     {"objective": "elbo", "optimizer": "muon", "enable_gradient_checkpointing": True},
     {"objective": "block_diffusion", "block_length": 8, "causal_blocks": True}, {"objective": "ar", "lora_rank": 2},
     {"objective": "expansion", "expand_token_id": 299}, {"objective": "cart"},
+    {"objective": "uniform", "uniform_share": 0.3, "self_conditioning": 1.0},
     {"objective": "mdm", "anneal_attention_ratio": 0.7},
     {"objective": "mdm", "precision": "bf16"}], ids=str)
 def test_training_equals_that_on_a_cpu(make_config, keys):
@@ -154,7 +155,8 @@ def make_model(**keys) -> DiffusionLM:
 
 MODELS = {"shifted": {}, "unshifted": {"shift_logits": False},
           "block_causal": {"block_causal": True, "block_length": 8, "shift_logits": False},
-          "causal_blocks": {"block_causal": True, "block_length": 8, "causal_blocks": True}}
+          "causal_blocks": {"block_causal": True, "block_length": 8, "causal_blocks": True},
+          "uniform": {"uniform_share": 1.0}, "hybrid": {"uniform_share": 0.3, "self_conditioning": True}}
 METHODS = [  # those of the first part commit by count
     ("shifted", {"alg": "entropy"}), ("shifted", {"alg": "topk_margin"}),
     ("shifted", {"alg": "maskgit_plus", "temperature": 0.5, "alg_temp": 0.3}),
@@ -174,6 +176,8 @@ OTHER_METHODS = [
     ("causal_blocks", {"alg": "maskgit_plus", "threshold": 0.3, "sub_block_length": 4}),
     ("block_causal", {"alg": "soft_parallel", "threshold": 0.3}),
     ("causal_blocks", {"alg": "self_speculation", "draft_length": 3, "temperature": 0.5}),
+    ("uniform", {"alg": "ancestral", "temperature": 1.0, "correction_steps": 3}),
+    ("hybrid", {"alg": "ancestral", "temperature": 0.8, "top_p": 0.9, "greedy_end": True}),
 ]
 
 
@@ -222,7 +226,7 @@ def test_a_forward_pass_never_waits():
     assert torch.allclose(logits.cpu(), theirs(ids).logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["shifted", "unshifted"])
+@pytest.mark.parametrize("family", ["shifted", "unshifted", "hybrid"])
 def test_infilling_and_likelihoods_equal_those_on_a_cpu(tokenizer, family):
     prefix, suffix, texts = torch.tensor([[10, 11, 12]]), torch.tensor([[20, 21]]), torch.arange(10, 30).view(2, 10)
     config = MDMGenerationConfig(steps=8, seed=3, infill_lengths=(2, 5))

@@ -13,21 +13,21 @@ from pathlib import Path
 
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # that a program can have, by compute capability * 10
 # Of the arguments, by name; one without an entry points to fp32. "data" points to the operation's dtype.
-DATA = {"bias", "dk", "dout", "dq", "dv", "grad_logits", "hidden", "inputs", "key", "logits", "out",
+DATA = {"bias", "dk", "dout", "dq", "dv", "grad_logits", "hidden", "inputs", "key", "logits", "out", "p",
         "query", "teacher", "value", "weight"}
 IN_FP32 = {("attention_parts", "out")}  # though data elsewhere
 POINTERS = {
-    "allowed": "*i32", "cache_rows": "*i64", "committed": "*i1", "corrupted": "*i1", "count": "*i64",
+    "allowed": "*i32", "argmax": "*i64", "cache_rows": "*i64", "committed": "*i1", "corrupted": "*i1", "count": "*i64",
     "cu_seqlens": "*i32", "cuts": "*i32", "filled": "*i64", "ids": "*i32", "k": "*i64", "key_mask": "*i1",
     "lasts": "*i32", "live": "*i64", "listed": "*i64", "masked": "*i1", "numbers": "*fp64", "position": "*i64",
-    "rows": "*i64", "sequence": "*i64", "step_pointer": "*i64", "targets": "*i32", "token": "*i64",
-    "tokens": "*i64", "uniform": "*fp64"}
+    "rows": "*i64", "s": "*fp64", "sequence": "*i64", "step_pointer": "*i64", "t": "*fp64", "targets": "*i32",
+    "token": "*i64", "tokens": "*i64", "uniform": "*fp64"}
 MULTIPLES_OF_16 = {"D", "N", "V", "hidden_stride", "logits_stride", "size", "start", "teacher_stride", "weight_stride",
-                   "width"}
+                   "width", "z_stride"}
 NUMBERS = dict.fromkeys(
     MULTIPLES_OF_16 | {"C", "L", "R", "allowed_stride", "blocks", "high", "low", "mask_token_id",
                        "n", "position_stride0", "position_stride1", "row_tiles", "sequence_stride0",
-                       "sequence_stride1", "share", "splits", "step", "top_k"}, "i32")
+                       "sequence_stride1", "share", "slabs", "splits", "step", "tiles", "top_k"}, "i32")
 NUMBERS |= dict.fromkeys({"Lk", "Lq", "T", "documents", "heads"} | {
     f"{name}_{dimension}" for name in "qkv" for dimension in ("batch", "row", "head")}, "i32")
 NUMBERS |= dict.fromkeys(("scale", "softcap", "temperature", "threshold"), "fp32")
@@ -49,6 +49,7 @@ def cases():
                 yield "chunk", dtype, loss._chunk_kernel, chosen, missing
         yield "kl", dtype, loss._kl_kernel, loss.CHUNK[size] | {"GRADIENT": True, "CLEAR": True}, set()
     yield from unmask_cases()
+    yield from denoiser_cases()
     yield from attention_cases()
 
 
@@ -88,6 +89,16 @@ def unmask_cases():
         yield "unmask_commit", "fp32", unmask._commit_kernel, unmask.COMMIT, absent
     for absent in (set(), {"step_pointer"}):
         yield "unmask_philox", "fp64", unmask._philox_kernel, unmask.POSITIONS, absent
+
+
+def denoiser_cases():
+    from dllm_kernels.denoiser_statistics import triton_kernels as denoiser
+
+    slab = {"WORDS": denoiser.WORDS, "TILES": denoiser.TILES}
+    for dtype in ("bf16", "fp32"):
+        for absent in (set(), {"softcap"}, {"p"}):
+            yield "denoiser_slab", dtype, denoiser._slab_kernel, slab | denoiser.SLAB, absent
+        yield "denoiser_choose", dtype, denoiser._choose_kernel, slab | denoiser.CHOOSE | {"BLOCKS": 2048}, set()
 
 
 def attention_cases():

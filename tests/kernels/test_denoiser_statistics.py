@@ -10,7 +10,15 @@ from dllm_kernels.dispatch import runnable
 
 BACKENDS = runnable(STATISTICS_BACKENDS, torch.zeros(1))
 SOFT = runnable(SOFT_BACKENDS, torch.zeros(1))
-SHAPES = [(1, 2, 1), (7, 41, 5), (33, 1031, 66), (200, 9001, 8)]  # M, V, D: no block divides them
+SHAPES = [(1, 2, 1), (7, 41, 5), (33, 1031, 66), (200, 1400, 8), (3, 9001, 8)]  # M, V, D: no block divides them
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """torch.empty gives NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def make(M, V, D, dtype=torch.float32, scale=3.0, seed=0):
@@ -138,6 +146,42 @@ def test_errors_say_what_is_wanted():
         linear_denoiser_statistics(hidden, weight, torch.zeros(2, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"soft_embedding takes log_normaliser \[4\] float32, not \[4, 1\]"):
         soft_embedding(hidden, weight, None, torch.zeros(4, 1))
+
+
+def test_threads_share_the_words_and_give_the_same():
+    hidden, weight, u = make(21, 1501, 9)
+    settings = {"softcap": 5.0, "generator": u, "soft": True, "backend": BACKENDS[0]}
+    alone = linear_denoiser_statistics(hidden, weight, None, **settings)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        together = linear_denoiser_statistics(hidden, weight, None, **settings)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(alone.token, together.token) and torch.equal(alone.argmax, together.argmax)
+    torch.testing.assert_close(alone[2:], together[2:], rtol=1e-5, atol=1e-6)
+
+
+def test_any_strides_and_a_dtype_for_each():
+    hidden, weight, u = make(9, 301, 6)
+    want = linear_denoiser_statistics(hidden, weight, None, generator=u, soft=True, backend="reference")
+    for backend in BACKENDS:
+        ours = linear_denoiser_statistics(hidden.T.contiguous().T, weight.T.contiguous().T, None,
+                                          generator=u.repeat(1, 2)[:, ::2][:, [0, 0]], soft=True, backend=backend)
+        assert torch.equal(ours.token, want.token)
+        torch.testing.assert_close(ours[2:], want[2:], rtol=1e-5, atol=1e-5)
+        mixed = linear_denoiser_statistics(hidden.double().float(), weight.bfloat16(), None, soft=True, backend=backend)
+        assert mixed.soft.dtype == torch.bfloat16 and mixed.entropy.dtype == torch.float32
+        torch.testing.assert_close(mixed.soft.float(), want.soft, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_operators_pass_opcheck(backend):
+    hidden, weight, u = make(4, 41, 3)
+    inputs, ops = (hidden, weight, torch.ones(4), 5.0), torch.ops.dllm_kernels
+    for soft in (False, True):
+        torch.library.opcheck(ops.linear_denoiser_statistics.default, (*inputs, u[:, 0].clone(), soft, backend))
+    torch.library.opcheck(ops.soft_embedding.default, (*inputs, torch.full((4,), 4.0), backend))
 
 
 def test_torch_compile_keeps_both_operators_whole():

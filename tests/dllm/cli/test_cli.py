@@ -275,7 +275,7 @@ def tiny_training(output: Path, steps: int = 2) -> list[str]:
 
 
 def test_help_states_the_defaults_that_are_taken(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "300")
     told = {}
     for command, kind in ((["sample"], MDMGenerationConfig), (["infill"], MDMGenerationConfig),
                           (["eval", "perplexity"], HeldOutSettings), (["eval", "masked_accuracy"], HeldOutSettings),
@@ -445,7 +445,7 @@ def test_a_prompt_longer_than_the_models_positions(fails, model_folder):
     (["--max-new-tokens", "-3"], "max_new_tokens must be at least 1, not -3"),
     (["--temperature", "-1"], "temperature must be at least 0, not -1"),
     (["--top-p", "1.5"], "top_p must be above 0 and at most 1, not 1.5"),
-    (["--alg", "beam"], "confidence_threshold, entropy_bound, soft_parallel, self_speculation, not 'beam'"),
+    (["--alg", "beam"], "ancestral, confidence_threshold, entropy_bound, soft_parallel, self_speculation, not 'beam'"),
     (["--seed", str(2**64)], "seed must be a whole number, not one beyond 64 bits"),
     (["--steps", "9" * 5000], "--steps: must be a whole number, not '999999"),
     (["--temperature", "inf"], "temperature must be finite, not inf"),

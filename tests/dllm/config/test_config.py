@@ -80,7 +80,7 @@ def test_hints_name_keys_that_there_are():
     (["--data.max_seq_len=1"], ["data.max_seq_len", "at least 2"]),
     (["--data.validation_share=1"], ["data.validation_share", "below 1"]),
     (["--train.global_batch_size=6", "--train.micro_batch_size=4"], ["multiple of micro_batch_size 4", "6"]),
-    (["--train.objective=mlm"], ["mdm, elbo, block_diffusion, cart, expansion, edit, canvas, ar", "mlm"]),
+    (["--train.objective=mlm"], ["mdm, elbo, block_diffusion, cart, expansion, edit, uniform, canvas, ar", "mlm"]),
     (["--train.objective=expansion", "--train.expand_token_id=7", "--train.schedule=cosine"], ["linear, not cosine"]),
     (["--train.objective=block_diffusion"], ["train.block_length=32", "need each other"]),
     (["--train.block_length=32"], ["train.block_length", "need each other", "the objective is mdm"]),

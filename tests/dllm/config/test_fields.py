@@ -81,7 +81,7 @@ def test_tables_of_the_docs_are_up_to_date():
 
 
 @pytest.mark.parametrize("cls, name, names", [
-    (MDMGenerationConfig, "alg", STRATEGIES), (MDMGenerationConfig, "remasking", REMASKINGS),
+    (MDMGenerationConfig, "alg", [*STRATEGIES, "ancestral"]), (MDMGenerationConfig, "remasking", REMASKINGS),
     (MDMGenerationConfig, "schedule", ["even", *SCHEDULES]), (TrainGroup, "schedule", SCHEDULES),
     (RunSettings, "preset", PRESETS)])
 def test_choices_are_the_keys_of_their_table(cls, name, names):

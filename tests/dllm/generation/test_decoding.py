@@ -10,8 +10,9 @@ import torch
 
 from dllm.diffusion_lm import DiffusionLM
 from dllm.errors import UserError
+from dllm.generation.canvas import fill_after_end
 from dllm.generation.config import MDMGenerationConfig
-from dllm.generation.sampler import Denoising, denoise, fill_after_end, finish
+from dllm.generation.sampler import Denoising, denoise, finish
 from dllm.generation.scorers import CachedScorer
 from dllm.generation.strategies import (
     Step,

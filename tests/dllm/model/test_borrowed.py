@@ -207,6 +207,15 @@ def test_other_models_are_adapted_used_and_served(make, corpus, functions, tmp_p
     assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] > 0
 
 
+def test_uniform_words_need_a_plain_head(make, corpus, functions, tmp_path):
+    folder = make("gemma3_text", vocab_size=320)
+    make_tokenizer(functions).save_pretrained(folder)
+    with pytest.raises(UserError, match="objective=uniform computes the loss of a plain head, and that of gemma3_text"):
+        train(Config(model=ModelGroup(model_path=str(folder)), data=DataGroup(train_path=str(corpus), max_seq_len=32),
+                     train=TrainGroup(output_dir=str(tmp_path / "run"), objective="uniform", device="cpu", max_steps=1,
+                                      use_tensorboard=False, precision="fp32")))
+
+
 class TestHeads:
     @torch.no_grad()
     def test_a_soft_cap_bounds_logits_losses_and_confidences(self, make):
@@ -249,6 +258,7 @@ REFUSED = {  # model and changes -> the reason
     "qwen3_next": (EXPERTS | {"shared_expert_intermediate_size": 16, "linear_num_value_heads": 4,
                               "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
                    "has layers that mix positions otherwise than by .*; take another model"),
+    "llama4_text": ({"num_local_experts": 2, "intermediate_size_mlp": 48}, "attn_temperature_tuning of llama4_text"),
     "bert": ({"is_decoder": True}, "the head of BertLMHeadModel is the embedding and a bias; untie them")}
 
 
@@ -270,6 +280,7 @@ class TestRefusals:
         ({"num_hidden_layers": "two"}, "Transformers cannot read it as olmo2 .*; correct the file"),
         ({"eos_token_id": "end"}, "eos_token_id must be a whole number"),
         ({"mask_token_id": 1000}, "mask_token_id 1000 is outside the vocabulary of 100"),
+        ({"self_conditioning": True}, "self_conditioning adds to embeddings of our own layers, and those of olmo2"),
         ({"hidden_size": 64}, r"the parameters are not those of config.json. .*of another shape: lm_head\.weight")],
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
     def test_configurations(self, make, changes, reason):
@@ -278,6 +289,17 @@ class TestRefusals:
         with pytest.raises(UserError, match=reason) as told:
             load(folder, mask_token_id=None)
         assert "\n" not in str(told.value)
+
+    def test_a_model_that_numbers_the_tokens_itself(self, make, monkeypatch):
+        forward = hf.GPT2Model.forward
+
+        def without_positions(self, *args, position_ids, **kwargs):
+            return forward(self, *args, **kwargs)
+
+        folder = make("gpt2")
+        monkeypatch.setattr(hf.GPT2Model, "forward", without_positions)
+        with pytest.raises(UserError, match="numbers the tokens of a batch itself, not by position_ids"):
+            load(folder)
 
     def test_weights_that_are_missing_or_unknown(self, make):
         folder = make("olmo2")

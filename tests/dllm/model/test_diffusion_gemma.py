@@ -132,6 +132,15 @@ def test_the_parts_of_a_layer(goldens):
             assert (value.view(wanted.shape).sort(-1).values == wanted.sort(-1).values).all(), name
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, error", [("bfloat16", 0.5), ("float16", 0.1), ("float64", LOGITS)])
+def test_other_dtypes_are_as_near_as_they_can_be(goldens, dtype, error):
+    golden = {name: torch.from_numpy(array) for name, array in np.load(goldens / "forward_trained.npz").items()}
+    model = DiffusionGemma.from_pretrained(goldens / "model_trained", dtype)
+    found = logits(model, model.decode(golden["long.canvas"].long(), encoded(model, golden["long.ids"])))
+    assert found.dtype == model.dtype and (found - golden["long.logits"]).abs().mean() < error
+
+
 def test_both_layouts_of_the_configuration_are_one(goldens):
     google = json.loads((goldens / "model_random" / "config.json").read_text())
     theirs = json.loads((goldens / "config_as_transformers_5_23_writes_it.json").read_text())

@@ -67,7 +67,7 @@ def test_calls_computed_together_give_what_each_gives_alone_and_padding_is_not_c
     model = tiny(num_hidden_layers=3)
     calls = [ask(2, 9, 3, 0), ask(3, 40, 5, 1, [40, 7, 1]), ask(4, 11, 1, 2, [3, 11, 10, 2], "left"), ask(1, 300, 8, 3)]
     with torch.no_grad():
-        alone = [model.hidden_states(*call) for call in calls]
+        alone = [model.hidden_states(call.input_ids, call.layout) for call in calls]
         seen, embed = [], model.model.embed_tokens.forward
         monkeypatch.setattr(model.model.embed_tokens, "forward", lambda ids: seen.append(ids.shape) or embed(ids))
         batch = Ragged.of(calls)
@@ -129,7 +129,7 @@ def test_queries_of_a_causal_layout_see_nothing_after_themselves():
         some = model.hidden_states(tokens, Padded(mask, 1, queries))
         model.hidden_states(tokens[:, :8], Cached(cache, key_mask=mask[:, :8]))
         last = Call(tokens[:, 8:], Cached(cache, 8, None, mask, queries - 8))
-        after = model.hidden_states(*last)
+        after = model.hidden_states(last.input_ids, last.layout)
         batch = Ragged.of([last, last])
         together = batch.split(model.hidden_states(batch.row, batch))
     for result in (some, after, *together):
@@ -251,8 +251,8 @@ def truncate(folder):
 
 
 @pytest.mark.parametrize("damage, message", [
-    (break_config(model_type="gpt_neo"),
-     "model_type 'gpt_neo' is not a family this version loads; it loads qwen2, qwen3, llama"),
+    (break_config(model_type="brand_new"),
+     "model_type 'brand_new' is not a family this version loads; it loads qwen2, qwen3, llama"),
     (break_config(hidden_size=None), "qwen3 needs the key hidden_size"),
     (break_config(hidden_act="gelu"), "hidden_act 'gelu' is not supported for qwen3; supported: 'silu'"),
     (break_config(vocab_size=62), "lm_head.weight [61, 24], not [62, 24]"),

@@ -409,3 +409,24 @@ def test_a_dropped_text_is_edited_no_more_and_changes_no_other(edit_folder):
             denoising.drop(0)
     rows = denoising.result().rows()
     assert rows[0].tolist() == dropped and rows[1].tolist() == alone.tolist() and len(alone) > 3
+
+
+@pytest.mark.parametrize("share", [None, 0.3, 1.0])
+def test_self_conditioning_and_uniform_words_are_served_as_each_request_alone(share):
+    model = tiny_of("a2d-qwen3", uniform_share=share, self_conditioning=True, mask_token_id=60, eos_token_id=0)
+    torch.nn.init.normal_(model.self_condition.weight, std=0.5)
+    alg = {"alg": "p2"} if share is None else {"alg": "ancestral", "correction_steps": 2}
+    config = MDMGenerationConfig(steps=5, temperature=0.8, **alg)
+    scheduler, suffix = Scheduler(model), torch.tensor([4, 5])
+    requests = [Request(prompt(3 + 2 * i, i) % 60, 6, replace(config, seed=i, num_return_sequences=1 + i % 2),
+                        suffix=suffix) for i in range(4)]
+    for request in requests:
+        scheduler.submit(request.job)
+    scheduler.start()
+    for request in requests:
+        ids = request.job.gap.prefix
+        alone = infill(model, ids, suffix, length=6, generation_config=request.job.config).sequences
+        done = request.wait()
+        for copy, row in enumerate(alone):
+            assert done[copy].tokens == row[len(ids):-2].tolist()
+    scheduler.drain()

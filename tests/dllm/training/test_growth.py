@@ -16,7 +16,7 @@ from dllm.generation.config import MDMGenerationConfig
 from dllm.model.families import FAMILIES, ModelConfig
 from dllm.model.growth import grow, rows_needed
 from dllm.model.tokenizer import load_tokenizer, train_tokenizer
-from dllm.training.build import choose_model
+from dllm.training.build import choose_model, shape_model
 from dllm.training.trainer import train
 
 ROOT = Path(__file__).parents[3]
@@ -176,3 +176,16 @@ def test_two_processes_shard_a_vocabulary_that_grows(make_folder, make_config, t
                               output_dir=str(tmp_path / "alone")))
     one = DiffusionLM.from_pretrained(alone.checkpoint).state_dict()
     assert all((one[name] - two[name]).abs().max() < 1e-4 for name in one)
+
+
+@pytest.mark.parametrize("family", [name for name, its in FAMILIES.items() if "num_experts" not in its.required])
+def test_every_family_without_experts_can_be_trained_from_scratch(family):
+    config = shape_model(ModelGroup(family=family, tie_word_embeddings=False), 300)
+    assert {name: getattr(config, name) for name in FAMILIES[family].fixed} == FAMILIES[family].fixed
+
+
+@pytest.mark.parametrize("family, tied, message", [
+    ("llada_moe", False, "is a mixture of experts"), ("editflow-llada", True, "cannot say tie_word_embeddings True")])
+def test_a_family_that_cannot_be_said_is_refused(family, tied, message):
+    with pytest.raises(UserError, match=message):
+        shape_model(ModelGroup(family=family, tie_word_embeddings=tied), 300)
