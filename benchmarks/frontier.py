@@ -83,6 +83,7 @@ def measure_texts(model: Transformer, tokenizer, documents: Sequence[Document], 
         written = out.sequences if written is None else written
         measured["drafts"][str(length)] = {"tokens_per_forward": out.tokens_per_forward,
                                            "equal": int((out.sequences == written).all(1).sum())}
+        print(f"{length} drafted: {measured['drafts'][str(length)]}", file=sys.stderr)
     return measured
 
 
@@ -162,7 +163,7 @@ def study(args: argparse.Namespace) -> int:
                                       [int(n) for n in args.drafts.split(",")])
         write_json(path, record)
     print(show(mine))
-    if can_plot():
+    if can_plot() and any(kind in its for its in record["models"].values() for kind in KINDS):
         draw(record, args.output_dir / "frontier.svg")
     return 0
 

@@ -9,7 +9,12 @@ from . import denoiser_statistics as _denoiser_statistics
 from . import layers
 from . import masked_cross_entropy as _masked_cross_entropy
 from . import topk_unmask as _topk_unmask
-from .attention import bidirectional_attention, bidirectional_attention_varlen, block_diffusion_attention
+from .attention import (
+    bidirectional_attention,
+    bidirectional_attention_varlen,
+    block_diffusion_attention,
+    masked_attention,
+)
 from .denoiser_statistics import DenoiserStatistics, linear_denoiser_statistics, soft_embedding
 from .masked_cross_entropy import kl_divergence as _kl_divergence
 from .masked_cross_entropy import linear_masked_cross_entropy, masked_cross_entropy
@@ -32,8 +37,8 @@ __all__ = [
     "apply_dllm_kernels_to_llama", "apply_dllm_kernels_to_qwen2", "apply_dllm_kernels_to_qwen3",
     "bidirectional_attention", "bidirectional_attention_varlen", "block_diffusion_attention", "describe_backends",
     "layers", "linear_denoiser_statistics", "linear_masked_cross_entropy", "linear_masked_kl_divergence",
-    "linear_token_scores", "linear_topk_unmask", "masked_cross_entropy", "pack_allowed", "philox_uniform",
-    "register_attention", "soft_embedding", "token_scores", "topk_unmask",
+    "linear_token_scores", "linear_topk_unmask", "masked_attention", "masked_cross_entropy", "pack_allowed",
+    "philox_uniform", "register_attention", "soft_embedding", "token_scores", "topk_unmask",
 ]
 
 

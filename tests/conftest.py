@@ -91,32 +91,3 @@ def edit_folder(model_folder, tmp_path_factory) -> Path:
     model.save_pretrained(folder)
     load_tokenizer(model_folder).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def gemma_folder(tmp_path_factory) -> Path:
-    """A folder with a random tiny DiffusionGemma (404 tokens, canvases of 8 of them, 256 positions) and a tokenizer
-    that names a mask token. Do not change it."""
-    import torch
-
-    from dllm.model.diffusion_gemma import DiffusionGemma
-    from dllm.model.gemma_config import read_gemma_config
-    from dllm.model.tokenizer import train_tokenizer
-
-    folder = tmp_path_factory.mktemp("model") / "gemma"
-    tokenizer = train_tokenizer([Path(__file__).read_text()], 400)
-    tokenizer.add_special_tokens({"bos_token": "<bos>", "mask_token": "<mask>"})
-    torch.manual_seed(0)
-    model = DiffusionGemma(read_gemma_config({
-        "model_type": "diffusion_gemma", "architectures": ["DiffusionGemmaForBlockDiffusion"], "canvas_length": 8,
-        "boi_token_id": 402, "image_token_id": 403, "text_config": {
-            "model_type": "diffusion_gemma_text", "vocab_size": 404, "hidden_size": 16, "intermediate_size": 24,
-            "moe_intermediate_size": 8, "num_experts": 4, "top_k_experts": 2, "num_hidden_layers": 2,
-            "layer_types": ["sliding_attention", "full_attention"], "num_attention_heads": 2, "num_key_value_heads": 2,
-            "head_dim": 8, "num_global_key_value_heads": 1, "global_head_dim": 16, "sliding_window": 6,
-            "max_position_embeddings": 256, "initializer_range": 0.3}}))
-    model.generation_defaults |= {"eos_token_id": [0], "max_denoising_steps": 3, "max_new_tokens": 20,
-                                  "sampler_config": {"entropy_bound": 8.0}}
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder

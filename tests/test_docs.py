@@ -19,6 +19,7 @@ import pytest
 import dllm
 from dllm import cli
 from dllm.config.reading import load_config
+from tests.dllm.tiny_models import save_tiny_gemma
 from tests.processes import end, find_free_port, start, wait_until
 
 ROOT = Path(__file__).parents[1]
@@ -31,12 +32,12 @@ BLOCKS = [(page, block) for page in PAGES for block in BLOCK.finditer(page.read_
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, model_folder, edit_folder, gemma_folder) -> Path:
+def place(tmp_path_factory, model_folder, edit_folder) -> Path:
     """A folder with what the README's commands name: models, code, data, configurations, samples, tasks."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(model_folder, folder / "my_model")
     shutil.copytree(edit_folder, folder / "my_edit_model")
-    shutil.copytree(gemma_folder, folder / "my_gemma_model")
+    save_tiny_gemma(folder / "my_gemma_model")
     shutil.copytree(ROOT / "configs", folder / "configs")
     code = "".join(f"def add_{i}(x, y):\n    total = x + y + {i}\n    return total\n\n\n" for i in range(60))
     for name in ("my_code", "data/data"):

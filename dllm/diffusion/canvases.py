@@ -125,19 +125,19 @@ class MeanEmbedding(torch.autograd.Function):
 
 
 def sum_canvas_losses(decoded: Tensor, encoded: Tensor, head_weight: Tensor, input_ids: Tensor, targets: CanvasTargets,
-                      *, softcap: float | None = None, backend: str | None = None) -> LossSums:
+                      *, softcap: float | None = None) -> LossSums:
     """The sums of the losses of one micro-batch.
 
     Args:
         decoded: [R, C, D] hidden states of the canvases after the final norm. encoded: [R, n, D], of the examples.
         head_weight: [V, D].
         input_ids: [R, n], the examples.
-        softcap, backend: of `dllm_kernels.linear_masked_cross_entropy`.
+        softcap: of the logits, see `dllm_kernels.linear_masked_cross_entropy`.
     """
     loss, each = linear_masked_cross_entropy(decoded, head_weight, targets.clean, targets.scored, softcap=softcap,
-                                             reduction="sum", return_nll=True, backend=backend)
+                                             reduction="sum", return_nll=True)
     last = (targets.lengths - 1).unsqueeze(1)
     followed = torch.arange(input_ids.shape[1], device=input_ids.device) < last
     encoder = linear_masked_cross_entropy(encoded, head_weight, input_ids.roll(-1, 1), followed, softcap=softcap,
-                                          reduction="sum", backend=backend)
+                                          reduction="sum")
     return LossSums(loss, each.sum(), torch.zeros_like(loss), encoder=encoder)

@@ -81,7 +81,6 @@ def perplexity_bound(model: Transformer, tokenizer, documents: Sequence[Document
     if exact:
         nats = exact_nats(model, tokenizer, windows, settings.batch_tokens)
     else:
-        check_masked(model)
         nats = bound_windows(model, windows, settings)
     per_window, of_document = nats.mean(0).tolist(), [window.document for window in windows]
     lengths, sizes = [window.scored for window in windows], [window.bytes for window in windows]
@@ -104,7 +103,8 @@ def exact_nats(model: DiffusionGemma, tokenizer, windows: Sequence[Window], batc
     begun = [replace(window, tokens=begin_text(tokenizer, window.tokens)) for window in windows]
     scored = [torch.arange(len(now.tokens), device="cpu") >= len(now.tokens) - window.scored
               for now, window in zip(begun, windows, strict=True)]
-    return torch.stack([nats.sum() for nats, _ in score_positions(model, begun, scored, batch_tokens)]).unsqueeze(0)
+    results = score_positions(model, begun, scored, batch_tokens, exact=True)
+    return torch.stack([nats.sum() for nats, _ in results]).unsqueeze(0)
 
 
 def bound_windows(model: Transformer, windows: Sequence[Window], settings: HeldOutSettings) -> Tensor:
@@ -266,16 +266,16 @@ def summarize_share(share: float, windows: Sequence[Window], right: Sequence[Ten
 
 @torch.no_grad()
 def score_positions(model: Transformer, windows: Sequence[Window], corrupted: Sequence[Tensor], batch_tokens: int,
-                    *, predict: bool = False) -> list[tuple[Tensor, Tensor | None]]:
+                    *, predict: bool = False, exact: bool = False) -> list[tuple[Tensor, Tensor | None]]:
     """Per window, at its n corrupted positions in order: negative log-likelihoods [n] float64 and, with `predict`, the
     most likely tokens [n] int64. The head is multiplied at these positions alone.
 
-    A block-causal model sees a corrupted block as it is, and the blocks before it uncorrupted, as in training; the
-    encoder of one that renoises sees the tokens before each.
+    A block-causal model sees a corrupted block as it is, and the blocks before it uncorrupted, as in training.
+
+    exact: whether each is predicted from the tokens before it, by the encoder of a model that renoises.
     """
-    if exact := model.config.canvas_length is not None:
-        mask_token_id = None
-    else:
+    mask_token_id = None
+    if not exact:
         check_masked(model)
         mask_token_id = find_mask_token(model, MDMGenerationConfig())
     check_lengths(model, windows)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dllm.diffusion.uniform import Level, Noise
-from dllm.generation.strategies import Scorer, Step, Update
+from dllm.generation.steps import Scorer, Step, Update
 from dllm_kernels import philox_uniform
 
 CORRECTION_TEMPERATURE, CORRECTION_PATIENCE = 0.1, 32  # GIDD's; the latter in steps without a larger agreement

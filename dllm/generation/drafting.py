@@ -17,12 +17,11 @@ from dllm.errors import UserError
 from dllm.generation.canvas import block_length_of
 from dllm.generation.checks import find_ends
 from dllm.generation.config import MDMGenerationConfig
-from dllm.generation.scorers import HeadScorer
-from dllm.generation.strategies import Update
+from dllm.generation.scorers import HeadScorer, score_by_head
+from dllm.generation.steps import Update
 from dllm.model.cache import KeyValueCache
 from dllm.model.layouts import Branches
 from dllm.model.transformer import Transformer
-from dllm_kernels import linear_token_scores
 
 
 def plan_drafts(model: Transformer, config: MDMGenerationConfig) -> MDMGenerationConfig:
@@ -133,8 +132,8 @@ class DraftScorer(HeadScorer):
             rows = self.window.rows
             columns = self.columns[rows].gather(1, places.clamp(max=self.columns.shape[1] - 1))
             uniform = self.step.uniform[rows.unsqueeze(1), columns].flatten(0, 1)[valid]
-        scores = linear_token_scores(hidden, self.model.head_weight, valid, confidence="prob", generator=uniform,
-                                     allowed=self.words.expand(len(valid), -1), **self.sampling)
+        scores = score_by_head(self.model, hidden, valid, confidence="prob", generator=uniform,
+                               allowed=self.words.expand(len(valid), -1), **self.sampling)
         tokens = torch.full(places.shape, -1, device=first.device)
         confidence = torch.full(places.shape, -torch.inf, dtype=torch.float32, device=first.device)
         return (tokens.flatten().index_copy(0, valid, scores.token).view_as(places),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dllm.errors import UserError
 from dllm.generation.config import MDMGenerationConfig
-from dllm.generation.strategies import Update
+from dllm.generation.steps import Update
 from dllm.model.transformer import Transformer
 from dllm_kernels import philox_uniform
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dllm.generation.strategies import Update
+from dllm.generation.steps import Update
 
 
 @dataclass(frozen=True, slots=True)

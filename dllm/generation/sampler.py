@@ -35,7 +35,8 @@ from dllm.generation.output import CanvasStep, GenerationOutput, OnStep
 from dllm.generation.renoising import Renoising
 from dllm.generation.rows import contents_of, draw_seed, name_rows, number_equal
 from dllm.generation.scorers import CachedScorer, EditScorer, HeadScorer, StaleScorer
-from dllm.generation.strategies import Step, Update, begin_with_first, choose_strategy, has_converged
+from dllm.generation.steps import Step, Update
+from dllm.generation.strategies import begin_with_first, choose_strategy, has_converged
 from dllm.model.transformer import Transformer
 from dllm_kernels import philox_uniform
 

@@ -16,7 +16,7 @@ from dllm.diffusion.uniform import CHUNK
 from dllm.generation.config import MDMGenerationConfig
 from dllm.generation.editing import EditedText
 from dllm.generation.graphs import GraphedForward
-from dllm.generation.strategies import Prediction, Step, Update
+from dllm.generation.steps import Prediction, Step, Update
 from dllm.model.cache import KeyValueCache
 from dllm.model.layouts import Cached, Padded
 from dllm.model.transformer import Transformer

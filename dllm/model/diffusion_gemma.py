@@ -21,7 +21,6 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from dllm.errors import UserError, warn
@@ -34,7 +33,7 @@ from dllm.model.rotary import rotate
 from dllm.model.special_tokens import as_ids, unique
 from dllm.model.transformer import ModelOutput
 from dllm.model.weights import check_parameters, find_model, read_weights, write_folder
-from dllm_kernels import bidirectional_attention
+from dllm_kernels import bidirectional_attention, masked_attention
 
 PIECE = 1024  # tokens that the encoder takes at a time: bounds the masks of a long prompt
 
@@ -97,16 +96,8 @@ def see_before(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, window:
     key_mask = None if key_mask is None else key_mask[:, -seen:]
     if window is None or seen <= window:
         return bidirectional_attention(q, k, v, key_mask=key_mask, block_length=1, scale=1.0)
-    sees = torch.ones(n, seen, dtype=torch.bool, device=q.device).tril(seen - n)
-    own = sees.triu(seen - n)
-    sees = sees.triu(seen - n - window + 1)
-    if key_mask is not None:  # padding sees itself, so that no row of the softmax is empty
-        sees = (sees & key_mask.unsqueeze(1) | own).unsqueeze(1)
-    copies = q.shape[2] // k.shape[2]
-    q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(copies, 2), v.repeat_interleave(copies, 2)))
-    # cuDNN's backward gives NaN for some masked inputs (pytorch issue 196678).
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=1.0).transpose(1, 2)
+    sees = torch.ones(1, n, seen, dtype=torch.bool, device=q.device).tril(seen - n).triu(seen - n - window + 1)
+    return masked_attention(q, k, v, sees if key_mask is None else sees & key_mask.unsqueeze(1), scale=1.0)
 
 
 def see_all(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, window: int | None) -> Tensor:

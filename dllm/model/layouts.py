@@ -9,12 +9,16 @@ from typing import Self
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from dllm.model.cache import KeyValueCache
 from dllm.model.ulysses import heads_to_positions, positions_to_heads
-from dllm_kernels import bidirectional_attention, bidirectional_attention_varlen, block_diffusion_attention
+from dllm_kernels import (
+    bidirectional_attention,
+    bidirectional_attention_varlen,
+    block_diffusion_attention,
+    masked_attention,
+)
 
 
 def toward_mask(x: Tensor, certainty: Tensor, mask: Tensor) -> Tensor:
@@ -140,13 +144,13 @@ class Branches(Cached):
         return self.cache.content.shape[3]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-        rows, mask = self.rows.unsqueeze(1), self.wanted(self.mask).unsqueeze(1)
+        rows, mask = self.rows.unsqueeze(1), self.wanted(self.mask)
         both = []
         for cached, new in zip(self.cache.content[layer], (k, v), strict=True):
             cached[rows, self.places[:, :self.kept]] = new[:, :self.kept]
             seen = cached[self.rows, :mask.shape[-1] - new.shape[1] + self.kept]
-            both.append(torch.cat((seen, new[:, self.kept:]), 1).transpose(1, 2))
-        return F.scaled_dot_product_attention(q.transpose(1, 2), *both, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+            both.append(torch.cat((seen, new[:, self.kept:]), 1))
+        return masked_attention(q, *both, mask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,9 +235,6 @@ class Visible(Layout):
 
     @torch.compiler.disable  # it would be compiled again for every list of lengths
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-        copies = q.shape[2] // k.shape[2]
-        heads = (x.flatten(0, 1).transpose(0, 1).unsqueeze(0).split([len(mask) for mask in self.masks], dim=2)
-                 for x in (q, k.repeat_interleave(copies, dim=2), v.repeat_interleave(copies, dim=2)))
-        out = [F.scaled_dot_product_attention(*parts, attn_mask=mask)
-               for *parts, mask in zip(*heads, self.masks, strict=True)]
-        return torch.cat(out, dim=2)[0].transpose(0, 1).reshape(q.shape)
+        documents = (x.flatten(0, 1).unsqueeze(0).split([len(mask) for mask in self.masks], dim=1) for x in (q, k, v))
+        out = [masked_attention(*parts, mask.unsqueeze(0)) for *parts, mask in zip(*documents, self.masks, strict=True)]
+        return torch.cat(out, dim=1).view(q.shape)

@@ -21,7 +21,7 @@ from dllm.generation.config import MDMGenerationConfig
 from dllm.generation.output import CanvasStep, OnStep
 from dllm.generation.renoising import Renoising
 from dllm.generation.sampler import Denoising, begin, finish
-from dllm.generation.strategies import Update
+from dllm.generation.steps import Update
 from dllm.model.transformer import Transformer
 from dllm.pages.base import DELETED, INSERTED, RAMP
 

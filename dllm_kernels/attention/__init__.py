@@ -22,7 +22,7 @@ from . import cuda, flash, reference, sdpa
 from .choices import preferred
 from .reference import Mask
 
-__all__ = ["bidirectional_attention", "bidirectional_attention_varlen", "block_diffusion_attention"]
+__all__ = ["bidirectional_attention", "bidirectional_attention_varlen", "block_diffusion_attention", "masked_attention"]
 
 
 def _triton_forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
@@ -115,9 +115,27 @@ def block_diffusion_attention(q: Tensor, k: Tensor, v: Tensor, block_length: int
     return _attend("block_diffusion_attention", q, k, v, mask, scale, backend)
 
 
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, *, scale: float | None = None) -> Tensor:
+    """Attention of each query to keys of its own: PyTorch's, for masks of no form that would let a kernel skip work.
+
+    Args:
+        q: [B, Lq, Hq, E]. k, v: [B, Lk, Hkv, E].
+        visible: [B, Lq, Lk] or [1, Lq, Lk] bool; a query without a key gives zeros, and zero gradients.
+        scale: as `bidirectional_attention`.
+    Returns: [B, Lq, Hq, E] in q's dtype.
+    Raises: ValueError if shapes, dtypes or devices disagree.
+    """
+    op, (q, k, v) = "masked_attention", _autocast(q, k, v)
+    _check(op, q, k, v, Mask("dense"))
+    if visible.dtype != torch.bool or visible.ndim != 3 or len(visible) not in (1, len(q)) or (
+            visible.shape[1:] != (q.shape[1], k.shape[1])):
+        raise ValueError(f"{op} takes visible {[len(q), q.shape[1], k.shape[1]]} bool, or one for all rows, not "
+                         f"{list(visible.shape)} {visible.dtype}")
+    return sdpa.attend(q, k, v, visible, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
 def _attend(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None, backend: str | None) -> Tensor:
-    if torch.is_autocast_enabled(q.device.type):  # as PyTorch does for its own attention
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    q, k, v = _autocast(q, k, v)
     _check(op, q, k, v, mask)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     train = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -130,6 +148,12 @@ def _attend(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float |
         if chosen is not None:
             return FLASH[chosen].run(q, k, v, mask, scale)
     return _OPERATORS[op](q, k, v, mask, scale, backend, train)
+
+
+def _autocast(*heads: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v as PyTorch's own attention would take them under autocast."""
+    kind = heads[0].device.type
+    return tuple(x.to(torch.get_autocast_dtype(kind)) for x in heads) if torch.is_autocast_enabled(kind) else heads
 
 
 def _check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:

@@ -47,6 +47,14 @@ def tokenizer(model_folder):
     return load_tokenizer(model_folder)
 
 
+@pytest.fixture(scope="session")
+def gemma_folder(tmp_path_factory) -> Path:
+    """A folder with a random tiny DiffusionGemma and its tokenizer. Do not change it."""
+    from tests.dllm.tiny_models import save_tiny_gemma
+
+    return save_tiny_gemma(tmp_path_factory.mktemp("model") / "gemma")
+
+
 @pytest.fixture
 def full_disk():
     """`with full_disk(limit):` no file grows beyond `limit` bytes: the system fails the write, as on a full disk.

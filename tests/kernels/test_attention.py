@@ -11,7 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dllm_kernels import bidirectional_attention, bidirectional_attention_varlen, block_diffusion_attention
+from dllm_kernels import (
+    bidirectional_attention,
+    bidirectional_attention_varlen,
+    block_diffusion_attention,
+    masked_attention,
+)
 from dllm_kernels.attention import (
     BACKENDS,
     BLOCK_DIFFUSION_BACKENDS,
@@ -545,7 +550,31 @@ def test_cudnn_never_gets_a_mask(monkeypatch):
         sdpa.attend(q, k, v, mask, 1.0)
     assert calls == [(False, True), (True, False)]  # without a mask it may be the fastest
     sources = [path.read_text() for path in Path(sdpa.__file__).parents[2].glob("dllm*/**/*.py")]
-    assert sum(source.count(" F.scaled_dot_product_attention(") for source in sources) == 1  # the one in `attend`
+    called = sum(source.count("F.scaled_dot_product_attention(") for source in sources)
+    assert called == 1  # the one in `attend`
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_mask_of_any_form(rows):
+    q, k, v = (x.double().requires_grad_() for x in make(2, 7, 11, 6, 2, 24))
+    visible = torch.rand(rows, 7, 11) < 0.4
+    visible[:, 3] = False  # a query without a key
+    out = masked_attention(q, k, v, visible, scale=0.3)
+    keys, values = (x.repeat_interleave(3, 2) for x in (k, v))
+    scores = torch.einsum("bqhe,bkhe->bqhk", q, keys) * 0.3
+    weights = scores.masked_fill(~visible.unsqueeze(2), -torch.inf).softmax(-1).nan_to_num(0.0)
+    expected = torch.einsum("bqhk,bkhe->bqhe", weights, values)
+    torch.testing.assert_close(out, expected)
+    assert (out[:, 3] == 0).all()
+    upstream = torch.randn_like(out)
+    ours = torch.autograd.grad(out, (q, k, v), upstream)
+    assert all(gradient.isfinite().all() for gradient in ours) and (ours[0][:, 3] == 0).all()
+
+
+@pytest.mark.parametrize("visible", [torch.ones(2, 7, 11), torch.ones(3, 7, 11).bool(), torch.ones(7, 11).bool()])
+def test_a_mask_of_another_shape_is_refused(visible):
+    with pytest.raises(ValueError, match=r"masked_attention takes visible \[2, 7, 11\] bool, or one for all rows"):
+        masked_attention(*make(2, 7, 11, 6, 2, 24), visible)
 
 
 @needs_gpu

@@ -278,7 +278,8 @@ class HarnessLM(TemplateLM):
         before = self._begin(context)
         ids = torch.cat((before[max(len(before) - room, 0):], torch.tensor(continuation)))
         scored = torch.arange(len(ids)) >= len(ids) - len(continuation)
-        nats, likeliest = score_positions(self.model, [Window(ids, 0, 0)], [scored], len(ids), predict=True)[0]
+        nats, likeliest = score_positions(self.model, [Window(ids, 0, 0)], [scored], len(ids), predict=True,
+                                         exact=self.exact)[0]
         return -float(nats.sum()), tuple(likeliest.tolist()) == continuation
 
     def _bound(self, context: tuple[int, ...], continuation: tuple[int, ...]) -> float:

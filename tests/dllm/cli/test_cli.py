@@ -409,9 +409,9 @@ def test_truncated_weights(fails, broken):
 
 
 def test_unknown_family(fails, broken):
-    edit_json(broken / "config.json", model_type="mamba")
+    edit_json(broken / "config.json", model_type="brand_new")
     err = fails(2, "sample", broken, "--prompt", "x")
-    assert "model_type 'mamba'" in err and "qwen2, qwen3, llama" in err
+    assert "model_type 'brand_new'" in err and "qwen2, qwen3, llama" in err
 
 
 def test_config_json_that_is_not_json(fails, broken):

@@ -29,7 +29,7 @@ class KnownModel:
 
     def __init__(self, logits, vocab_size, mask_token_id):
         self.logits, self.mask_token_id, self.device = logits, mask_token_id, torch.device("cpu")
-        self.head_weight = torch.eye(vocab_size)
+        self.head_weight, self.head_bias = torch.eye(vocab_size), None
         shape = {"max_position_embeddings": 1024, "shift_logits": False, "vocab_size": vocab_size,
                  "canvas_length": None, "logit_softcap": None}
         self.config = type("Config", (), {"block_causal": False, "edit_heads": None, "uniform_share": None,

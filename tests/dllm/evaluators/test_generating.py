@@ -254,7 +254,7 @@ def test_another_run_in_the_folder_is_refused_by_name(loaded, tmp_path):
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({"preset": "gpt"}, "preset must be one of open_dllm, llada, dream, dreamon, mask_dfm, not 'gpt'"),
+    ({"preset": "gpt"}, "preset must be one of open_dllm, llada, dream, dreamon, mask_dfm, diffusion_gemma, not 'gpt'"),
     ({"samples": 0}, "samples must be at least 1, not 0"),
     ({"length": "long"}, "length must be a number of tokens, oracle, average or auto, not 'long'"),
     ({"length": 0}, "length must be a number of tokens"), ({"length": 8}, "length is for tasks with a gap"),

@@ -13,7 +13,7 @@ from dllm.generation import scorers
 from dllm.generation.ancestral import CORRECTION_PATIENCE, Patience, correct, step_ancestrally
 from dllm.generation.sampler import denoise
 from dllm.generation.scorers import keep_words, score_words
-from dllm.generation.strategies import Prediction, Step
+from dllm.generation.steps import Prediction, Step
 from tests.dllm.tiny_models import tiny
 from tests.dllm.training.test_uniform_training import make_model
 

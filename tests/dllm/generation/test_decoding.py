@@ -14,9 +14,8 @@ from dllm.generation.canvas import fill_after_end
 from dllm.generation.config import MDMGenerationConfig
 from dllm.generation.sampler import Denoising, denoise, finish
 from dllm.generation.scorers import CachedScorer
+from dllm.generation.steps import Step, Update
 from dllm.generation.strategies import (
-    Step,
-    Update,
     choose_strategy,
     commit_above,
     commit_by_factor,

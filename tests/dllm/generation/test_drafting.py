@@ -8,7 +8,8 @@ import torch
 from dllm.errors import UserError
 from dllm.generation.config import MDMGenerationConfig
 from dllm.generation.sampler import Denoising, denoise, finish
-from dllm.generation.strategies import Step, Update, accept_draft
+from dllm.generation.steps import Step, Update
+from dllm.generation.strategies import accept_draft
 from dllm.model.layouts import Padded
 from dllm_kernels import linear_token_scores, philox_uniform
 from tests.dllm.tiny_models import tiny_of

@@ -13,7 +13,8 @@ from dllm import DiffusionLM, MDMGenerationConfig, UserError
 from dllm.generation.editing import EditedText
 from dllm.generation.sampler import Denoising, denoise
 from dllm.generation.scorers import EditScorer
-from dllm.generation.strategies import Step, Update, flow_rates, take_edits
+from dllm.generation.steps import Step, Update
+from dllm.generation.strategies import flow_rates, take_edits
 from dllm.model.layouts import Padded
 from tests.dllm.tiny_models import tiny_of
 

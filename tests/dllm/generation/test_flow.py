@@ -11,7 +11,8 @@ from dllm.diffusion.objectives import choose_targets, sum_losses
 from dllm.errors import UserError
 from dllm.generation.config import MDMGenerationConfig
 from dllm.generation.sampler import denoise, generate
-from dllm.generation.strategies import Step, Update, choose_strategy, flow_chances
+from dllm.generation.steps import Step, Update
+from dllm.generation.strategies import choose_strategy, flow_chances
 from tests.dllm.tiny_models import tiny_of
 
 NAMES = {1: "linear", 2: "square", 3: "cube"}

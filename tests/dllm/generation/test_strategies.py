@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dllm.generation.strategies import STRATEGIES, Step, Update
+from dllm.generation.steps import Step, Update
+from dllm.generation.strategies import STRATEGIES
 
 MASK, L = 9, 6
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from dllm.diffusion_lm import DiffusionLM
 from dllm.generation.config import MDMGenerationConfig
 from dllm.generation.sampler import CanvasStep, Denoising, denoise, finish
-from dllm.generation.strategies import Update
+from dllm.generation.steps import Update
 from dllm.pages.base import DELETED, INSERTED, RAMP
 from dllm.pages.demo import write_sample
 from dllm.pages.denoising import (

@@ -1,5 +1,6 @@
 """Fine-tuning of models that write in canvases: the recorded losses and gradients, what is drawn, runs."""
 
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -7,11 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from dllm.config.schema import Config, DataGroup, ModelGroup, TrainGroup
 from dllm.data import PackedDataset
-from dllm.data.tokens import Tokens
+from dllm.data.sources import Document
+from dllm.data.tokens import Tokens, encode_documents
 from dllm.diffusion.canvases import CanvasTargets, draw_canvas
 from dllm.diffusion_lm import DiffusionLM
 from dllm.errors import UserError
@@ -22,6 +25,7 @@ from dllm.model.tokenizer import load_tokenizer, train_tokenizer
 from dllm.training.batches import forward, forward_canvases, make_batches
 from dllm.training.dry_run import plan
 from dllm.training.export import export
+from dllm.training.showing import show_rows
 from dllm.training.trainer import train
 from tests.dllm.training.test_distributed import assert_close, read, run
 
@@ -111,7 +115,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gemma") / "tiny"
     torch.manual_seed(0)
     model = DiffusionGemma(read_gemma_config(TINY))
-    model.generation_defaults = {"eos_token_id": [0, 1], "max_denoising_steps": 4}
+    model.generation_defaults |= {"eos_token_id": [0, 1]}
     model.save_pretrained(folder)
     tokenizer = train_tokenizer(["user: 1 + 2 = assistant: 3"] * 9, 300)
     tokenizer.chat_template = TEMPLATE
@@ -181,6 +185,22 @@ def make_source():
     return PackedDataset.of(Tokens(tokens, lengths, learnt), torch.arange(30), 32, alone=True)
 
 
+def test_a_plain_text_is_an_answer_to_the_token_that_begins_texts(gemma_folder):
+    tokenizer = load_tokenizer(gemma_folder)
+    tokens = encode_documents(tokenizer, [Document("def add", "a"), Document("x", "b")])
+    lengths = tokens.lengths.tolist()
+    for part, learnt in zip(tokens.tokens.split(lengths), tokens.trainable.split(lengths), strict=True):
+        assert part[0] == tokenizer.bos_token_id and part[-1] == tokenizer.eos_token_id
+        assert learnt.tolist() == [False, *[True] * (len(part) - 1)]
+
+
+def test_rows_are_shown_without_a_copy_where_there_is_no_mask_token(folder):
+    console = Console(file=io.StringIO())
+    show_rows(make_source().read(range(2)), load_tokenizer(folder), 0, console)
+    shown = console.file.getvalue()
+    assert "row 1" in shown and "corrupted" not in shown
+
+
 def settings_of(**keys):
     return TrainGroup(**{"output_dir": "x", "objective": "canvas", "micro_batch_size": 12, "global_batch_size": 12,
                          **keys})
@@ -247,17 +267,18 @@ def test_the_layers_run_equally_often_whatever_the_examples(folder, monkeypatch)
 def test_a_run_teaches_answers_which_sampling_then_gives(make_config, tmp_path):
     path = tmp_path / "digits.jsonl"
     path.write_text("\n".join(json.dumps({"messages": [{"role": "user", "content": f"{i}"}, {
-        "role": "assistant", "content": f"{i}" * 4}]}) for i in range(10)))
-    result = train(make_config({"train_path": str(path), "validation_share": 0.0}, max_steps=100, micro_batch_size=20,
-                               lr=2e-2, lr_decay_style="linear", log_steps=10))
-    line = result.history[-1]
-    assert line["nll"] < 0.1 and line["loss"] == pytest.approx(line["nll"] + line["encoder_nll"])
+        "role": "assistant", "content": f"{i}" * 4}]}) for i in range(5, 10)))
+    result = train(make_config({"train_path": str(path), "validation_share": 0.0}, max_steps=80, micro_batch_size=20,
+                               lr=2e-2, lr_decay_style="linear", num_train_epochs=1000))
+    last = result.history[-10:]
+    assert sum(line["nll"] for line in last) < 10 * 0.2 and last[0]["encoder_nll"] < 0.3
+    assert last[0]["loss"] == pytest.approx(last[0]["nll"] + last[0]["encoder_nll"])
     model, tokenizer = DiffusionLM.from_pretrained(result.checkpoint), load_tokenizer(result.checkpoint)
     prompts = [tokenizer.apply_chat_template([{"role": "user", "content": f"{i}"}], add_generation_prompt=True,
-                                             return_dict=True)["input_ids"] for i in range(10)]
+                                             return_dict=True)["input_ids"] for i in range(5, 10)]
     out = model.diffusion_generate(torch.tensor(prompts), max_new_tokens=8, seed=0).sequences[:, len(prompts[0]):]
     answers = [tokenizer.decode(row) for row in out]
-    assert sum(answer.startswith(f"{i}" * 4 + "<|pad|>") for i, answer in enumerate(answers)) >= 7, answers
+    assert sum(answer.startswith(f"{i}" * 4 + "<|pad|>") for i, answer in enumerate(answers, 5)) >= 4, answers
 
 
 @pytest.mark.slow
@@ -319,7 +340,7 @@ def test_documents_are_responses_without_a_prompt(make_config, corpus, data_type
 
 @pytest.mark.parametrize("keys, message", [
     ({"objective": "mdm"}, "train.objective=mdm is not for diffusion_gemma, which writes in canvases of random words"),
-    ({"objective": "mdm", "self_conditioning": 0.5}, "train.self_conditioning 0.5 needs train.objective=canvas"),
+    ({"objective": "ar", "self_conditioning": 0.5}, "needs train.objective=mdm or elbo or cart or uniform or canvas"),
     ({"path_term": True}, "train.path_term True needs train.objective=mdm"),
     ({"ulysses_parallel_size": 2}, "no train.ulysses_parallel_size; leave it out"),
     ({"enable_compile": True}, "no train.enable_compile; leave it out"),

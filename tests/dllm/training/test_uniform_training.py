@@ -36,7 +36,7 @@ def make_model(**keys) -> DiffusionLM:
 def prepare(kind: dict, **keys):
     """Settings of a kind of training, and a model for them."""
     settings = TrainGroup(**{"output_dir": "x", "objective": "uniform", **kind, **keys})
-    model = make_model(uniform_share=settings.noise_share, self_conditioning=settings.self_conditioning > 0)
+    model = make_model(uniform_share=settings.noise_share, self_conditioning=settings.self_conditioning_chance > 0)
     if model.self_condition is not None:
         torch.nn.init.normal_(model.self_condition.weight, std=0.5)
     return settings, model
@@ -51,7 +51,7 @@ def test_micro_batches_of_any_size_give_the_gradients_of_the_whole(kind, convers
     for size in (12, 4, 1):
         settings, model = prepare(kind, micro_batch_size=size, global_batch_size=12)
         batches = make_batches(dataset, 5, range(12), 12, settings, 1, model)
-        assert all(batch.conditioned == (settings.self_conditioning > 0) for batch in batches)
+        assert all(batch.conditioned == (settings.self_conditioning_chance > 0) for batch in batches)
         loss = sum(forward(model, batch, CPU).loss for batch in batches) / sum(b.normaliser for b in batches)
         gradients.append(gradients_of(loss, model))
     for gradient in gradients[1:]:
