@@ -123,6 +123,12 @@ def check_outputs(outputs: dict[str, Path | None], inputs: Iterable[str | Path |
                 raise UserError(f"{flag} {outputs[flag]} would overwrite what the command reads; name another file")
 
 
+def check_new_folder(folder: Path) -> None:
+    """Refuse to write a folder that holds something, or a file. Raises: UserError."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already; name a new folder")
+
+
 def cannot_write(path: Path, error: Exception) -> Failure:
     """The Failure that says why a path could not be written; a full disk is an OSError, or torch's error over one."""
     if isinstance(error, Failure):

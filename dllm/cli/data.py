@@ -1,4 +1,4 @@
-"""dllm data and dllm export."""
+"""dllm data, dllm export and dllm quantize."""
 
 import argparse
 import json
@@ -7,6 +7,7 @@ import os
 from dllm.cli.flags import Parser, add_tokenizer, given_tokenizer, path, whole
 from dllm.config.fields import add_fields, given
 from dllm.errors import UserError
+from dllm.files import check_new_folder
 
 _INSPECTED = 256  # tokens of a row that `data inspect` shows, unless a flag says otherwise
 # Settings that dllm data does not use.
@@ -18,6 +19,10 @@ def add_commands(commands) -> None:
         "export", fill=add_export, help="write a trained model as a folder to publish, or upload it to the hub",
         description="Write the newest checkpoint of a run as a folder: weights, configuration, tokenizer, generation\n"
                     "defaults, a model card, and dllm_run.json, which says what made it.")
+    commands.add_parser(
+        "quantize", fill=add_quantize, help="write a model with int8 weights, to sample, evaluate and serve",
+        description="Write a model as a new folder, the linear maps inside its layers as int8 with one scale a row.\n"
+                    "sample, infill, eval and serve load it as any other; it cannot be trained.")
     commands.add_parser("data", fill=add_actions, help="download, count or look at training data",
                         description="Download, count or look at training data.")
 
@@ -32,6 +37,15 @@ def add_export(export: Parser) -> None:
     export.add_argument("--push", metavar="OWNER/NAME", help="then upload it as this repository of the hub")
     export.add_argument("--private", action="store_true", help="with --push: a private repository, if it is new")
     export.set_defaults(run=run_export)
+
+
+def add_quantize(quantize: Parser) -> None:
+    quantize.add_argument("model", type=os.path.expanduser, metavar="MODEL",
+                          help="folder, hub repository as owner/name, or GGUF file")
+    quantize.add_argument("--bits", type=whole, default=8, metavar="N", help="of a weight; default, and supported: 8")
+    quantize.add_argument("--output", type=path, required=True, metavar="DIR", help="a new folder")
+    add_tokenizer(quantize)
+    quantize.set_defaults(run=run_quantize)
 
 
 def add_actions(data: Parser) -> None:
@@ -74,6 +88,26 @@ def run_export(args: argparse.Namespace) -> int:
     print(export(args.source, args.output_dir, getattr(torch, args.dtype), **given_tokenizer(args)))
     if args.push:
         print(push(args.output_dir, args.push, args.private))
+    return 0
+
+
+def run_quantize(args: argparse.Namespace) -> int:
+    from dllm.model.loading import is_diffusion_gemma
+    from dllm.model.quantised import quantise
+    from dllm.model.tokenizer import load_tokenizer
+    from dllm.model.transformer import Transformer
+    from dllm.model.weights import find_model
+
+    check_new_folder(args.output)
+    folder = find_model(args.model)
+    if is_diffusion_gemma(folder):
+        raise UserError(f"{args.model} is a DiffusionGemma, which cannot be quantised here; use it as it is")
+    model = Transformer.from_pretrained(folder, "auto", **given_tokenizer(args))
+    quantise(model, args.bits)
+    tokenizer = load_tokenizer(folder, model.mask_token_id, trust_remote_code=args.trust_remote_code)
+    tokenizer.save_pretrained(args.output)  # first, because the model's config.json makes the folder whole
+    model.save_pretrained(args.output)
+    print(args.output)
     return 0
 
 

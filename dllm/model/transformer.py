@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dllm.errors import UserError
 from dllm.files import read_json
-from dllm.model import borrowed, liger
+from dllm.model import borrowed, liger, quantised
 from dllm.model.devices import find_device, find_dtype, own_dtype
 from dllm.model.experts import FeedForward, MixtureOfExperts
 from dllm.model.families import ModelConfig, own_code, read_config, write_config
@@ -150,6 +150,7 @@ class Transformer(nn.Module):
         self.generation_defaults: dict | None = None  # generation_config.json
         self.code: dict[str, bytes] = {}  # the Python files of the folder, which are never run, kept for saving
         self.checkpointing = False  # while training: compute activations inside layers again, instead of keeping them
+        self.quantised = False  # whether the linear maps inside the layers are int8 (quantised.py)
         self.graphs = None  # of sampling with cuda_graphs (graphs.py)
         self.rotary = None if self.borrowed else Rotary(config)
         for module in (self.insert_head, self.rate_head) if self.borrowed else self.modules():
@@ -295,13 +296,15 @@ class Transformer(nn.Module):
         device, dtype = find_device(device), find_dtype(torch_dtype if dtype is None else dtype)
         folder = find_model(path_or_hub_id)
         raw = read_json(folder / "config.json")
+        of_ints = quantised.is_quantised(raw)
+        raw = {key: value for key, value in raw.items() if not (of_ints and key == "quantization_config")}
         config = read_config(raw, where=str(folder / "config.json"))
         state = read_weights(folder)
         dtype = own_dtype(raw, state) if dtype is None else dtype
         config = fit_config(config, state, str(folder))
         with torch.device("meta"):
             model = cls(config)
-        model.layers_backend = layers_backend
+        model.layers_backend, model.quantised = layers_backend, of_ints
         if model.borrowed:
             model.load_borrowed(state, dtype, str(folder))
             model.to(device)
@@ -311,15 +314,19 @@ class Transformer(nn.Module):
             mask_token_id = load_tokenizer(folder, mask_token_id, mask_token=mask_token,
                                            trust_remote_code=trust_remote_code).mask_token_id
         model.adopt(folder, mask_token_id)
-        return model.requires_grad_(True).eval()
+        return model.requires_grad_(not model.quantised).eval()
 
     def load_published(self, state: dict[str, Tensor], device: torch.device, dtype: torch.dtype, where: str) -> None:
         """Take the weights of a published checkpoint. Raises: UserError naming those that do not fit."""
-        state = {name: tensor for name, tensor in state.items() if not name.endswith("rotary_emb.inv_freq")}
+        state, scales = {name: tensor for name, tensor in state.items() if not name.endswith("rotary_emb.inv_freq")}, {}
+        if self.quantised:
+            quantised.check_dtype(dtype)
+            scales = to_ours(self.config, quantised.take_scales(state, where))
         expected = to_published(self.config, self.state_dict())
         check_parameters({name: tensor.shape for name, tensor in expected.items()},
                          {name: tensor.shape for name, tensor in state.items()}, where=where)
-        state = {name: tensor.to(device, torch.float32 if name.endswith("expert_bias") else dtype)
+        state = {name: quantised.join(tensor.to(device), scales[name].to(device), dtype) if name in scales
+                 else tensor.to(device, torch.float32 if name.endswith("expert_bias") else dtype)
                  for name, tensor in to_ours(self.config, state).items()}
         self.load_state_dict(state, assign=True)
 
@@ -361,9 +368,15 @@ class Transformer(nn.Module):
         if not own_code(config) <= code.keys():
             del config["auto_map"]  # of a folder that came without its code
             code = {}
-        state = self.state_dict() if state is None else state
+        state, scales = self.state_dict() if state is None else state, {}
+        if self.quantised:
+            config["quantization_config"] = quantised.WRITTEN
+            state, scales = quantised.split(state)
         publish = borrowed.to_published if self.borrowed else to_published
         defaults = self.generation_defaults
         if defaults is not None and defaults.get("mask_token_id") is not None:
             defaults = {**defaults, "mask_token_id": self.mask_token_id}
-        write_folder(Path(folder), config, publish(self.config, state) if state else {}, code, defaults)
+        published = publish(self.config, state) if state else {}
+        if scales:
+            published |= quantised.write_scales(publish(self.config, scales))
+        write_folder(Path(folder), config, published, code, defaults)

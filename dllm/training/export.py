@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from dllm.errors import Failure, UserError, first_line
-from dllm.files import write_atomically, write_json
+from dllm.files import check_new_folder, write_atomically, write_json
 from dllm.model.diffusion_gemma import DiffusionGemma
 from dllm.model.loading import is_diffusion_gemma
 from dllm.model.tokenizer import load_tokenizer
@@ -30,8 +30,7 @@ def export(source: str, folder: Path, dtype: torch.dtype = torch.float32, **toke
         empty; Failure if it cannot be written.
     """
     checkpoint = find_checkpoint(Path(source))
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is there already; name a new folder")
+    check_new_folder(folder)
     if not any(checkpoint.hf_folder.glob("*.safetensors")):
         raise UserError(f"{checkpoint.folder} holds no weights for others, because of train.save_hf_weights=false; "
                         "export the last checkpoint of the run")
