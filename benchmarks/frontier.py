@@ -129,10 +129,14 @@ def draw(record: dict, path: Path) -> None:
              if kind in its]
     figure = Figure(figsize=(7, 5 * len(drawn)), layout="constrained")
     for axis, (title, settings) in zip(figure.subplots(len(drawn), squeeze=False)[:, 0], drawn, strict=True):
+        places: dict[tuple[float, float], list[str]] = {}
         for name, its in settings.items():
-            place = its["tokens_per_forward"], 100 * share(its)
-            axis.plot(*place, "o", color="tab:orange" if "draft_length" in SETTINGS[name] else "tab:blue")
-            axis.annotate(name, place, fontsize=6, xytext=(3, 3), textcoords="offset points")
+            places.setdefault((its["tokens_per_forward"], 100 * share(its)), []).append(name)
+        for place, names in places.items():
+            speculates = any("draft_length" in SETTINGS[name] for name in names)
+            axis.plot(*place, "o", color="tab:orange" if speculates else "tab:blue")
+            axis.annotate("\n".join(names), place, fontsize=6, xytext=(3, 3), textcoords="offset points")
+        axis.margins(0.15)  # room for the names
         axis.set(title=title, xlabel="tokens per forward pass", ylabel="exact, %")
     figure.savefig(path)
 
