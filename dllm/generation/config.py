@@ -17,6 +17,7 @@ from dllm.errors import UserError, did_you_mean
 CONFIDENCES = {"maskgit_plus": "prob", "entropy": "entropy", "topk_margin": "margin", "confidence_threshold": "prob",
                "low_confidence": "prob"}
 
+ENTROPIES = ("entropy", "entropy_bound")  # algs whose confidences are minus entropies, in nats
 NEED_THRESHOLD = ("low_confidence_dynamic", "confidence_threshold", "soft_parallel")
 
 DEFAULT_STEPS = 512  # Open-dLLM's

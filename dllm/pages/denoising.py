@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.text import Text
 from torch import Tensor
 
-from dllm.generation.config import MDMGenerationConfig
+from dllm.generation.config import ENTROPIES, MDMGenerationConfig
 from dllm.generation.output import CanvasStep, OnStep
 from dllm.generation.renoising import Renoising
 from dllm.generation.sampler import Denoising, begin, finish
@@ -32,7 +32,7 @@ EDIT_STYLES = {"inserted": f"bold black on {INSERTED}", "deleted": f"strike blac
 def confidence_level(confidence: float, alg: str) -> int:
     """The place on RAMP, 0..4, of a confidence of this algorithm: probabilities and margins are shares already, and an
     entropy (sum of p log p) counts as the probability that has it when all words are equally likely."""
-    share = math.exp(confidence) if alg in ("entropy", "entropy_bound") else confidence
+    share = math.exp(confidence) if alg in ENTROPIES else confidence
     return int(min(max(share, 0.0) * len(RAMP), len(RAMP) - 1))
 
 

@@ -164,14 +164,16 @@ def test_infill_fills_between_prefix_and_suffix():
     assert torch.equal(out.sequences, denoised.sequences)
 
 
-def test_the_length_of_a_gap_is_that_of_the_surest_infilling():
+@pytest.mark.parametrize("alg", ["maskgit_plus", "entropy", "entropy_bound"])
+def test_the_length_of_a_gap_is_that_of_the_surest_infilling(alg):
     model, prefixes, suffixes = tiny(), torch.tensor([[1, 2, 3], [9, 8, 7]]), torch.tensor([[4, 5], [6, 6]])
-    config = MDMGenerationConfig(mask_token_id=MASK, steps=64, alg="maskgit_plus", infill_lengths=(1, 3, 5, 8))
+    config = MDMGenerationConfig(mask_token_id=MASK, steps=64, alg=alg, infill_lengths=(8, 5, 3, 1))
     out = model.infill(prefixes, suffixes, length="auto", generation_config=config)
     for row in range(2):
         tried = {n: model.infill(prefixes[row], suffixes[row], length=n, generation_config=config)
                  for n in config.infill_lengths}
-        score = {n: float(one.confidence[0, 3:3 + n].log().mean()) for n, one in tried.items()}
+        sure = {n: one.confidence[0, 3:3 + n] for n, one in tried.items()}
+        score = {n: float((its.log() if alg == "maskgit_plus" else its).mean()) for n, its in sure.items()}
         best = tried[max(score, key=score.get)].sequences[0]
         visible = slice(None) if out.attention_mask is None else out.attention_mask[row]
         assert torch.equal(out.sequences[row][visible], best)
