@@ -15,6 +15,7 @@ from .attention import (
     block_diffusion_attention,
     masked_attention,
 )
+from .chunks import slices_of_rows
 from .denoiser_statistics import DenoiserStatistics, linear_denoiser_statistics, soft_embedding
 from .masked_cross_entropy import kl_divergence as _kl_divergence
 from .masked_cross_entropy import linear_masked_cross_entropy, masked_cross_entropy
@@ -22,6 +23,7 @@ from .masked_cross_entropy.kl_divergence import linear_masked_kl_divergence
 from .topk_unmask import (
     Scores,
     Unmasked,
+    filter_logits,
     linear_token_scores,
     linear_topk_unmask,
     pack_allowed,
@@ -36,9 +38,10 @@ __all__ = [
     "DenoiserStatistics", "Scores", "Unmasked", "apply_dllm_kernels_to_dream", "apply_dllm_kernels_to_llada",
     "apply_dllm_kernels_to_llama", "apply_dllm_kernels_to_qwen2", "apply_dllm_kernels_to_qwen3",
     "bidirectional_attention", "bidirectional_attention_varlen", "block_diffusion_attention", "describe_backends",
-    "layers", "linear_denoiser_statistics", "linear_masked_cross_entropy", "linear_masked_kl_divergence",
-    "linear_token_scores", "linear_topk_unmask", "masked_attention", "masked_cross_entropy", "pack_allowed",
-    "philox_uniform", "register_attention", "soft_embedding", "token_scores", "topk_unmask",
+    "filter_logits", "layers", "linear_denoiser_statistics", "linear_masked_cross_entropy",
+    "linear_masked_kl_divergence", "linear_token_scores", "linear_topk_unmask", "masked_attention",
+    "masked_cross_entropy", "pack_allowed", "philox_uniform", "register_attention", "slices_of_rows", "soft_embedding",
+    "token_scores", "topk_unmask",
 ]
 
 

@@ -24,10 +24,10 @@ from torch import Tensor
 from dllm.diffusion.corruption import SCHEDULES
 from dllm.diffusion.objectives import LossSums, sum_by_ratio
 from dllm.model.families import ModelConfig
+from dllm_kernels import slices_of_rows
 
 LEAST_SHARE = math.exp(-20)  # GIDD's, in the place of 0
 MAX_WEIGHT = 2.0  # of "clip" and "dynamic"
-CHUNK = 1 << 23  # logits stored at a time
 
 
 class Level(NamedTuple):
@@ -181,10 +181,8 @@ class _NoiseLoss(torch.autograd.Function):
         losses, nll = (torch.empty(len(x), dtype=exact, device=x.device) for _ in range(2))
         if learns:
             for_hidden, for_weight = torch.empty_like(rows), torch.zeros_like(weight, dtype=exact)
-        size = max(1, CHUNK // len(weight))
         with torch.autocast(kind, enabled=False):
-            for first in range(0, len(x), size):
-                part = slice(first, first + size)
+            for part in slices_of_rows(len(x), len(weight), x.device):
                 logits = (rows[part] @ head.T).to(exact)
                 losses[part], nll[part], gradient = score_noise(
                     logits, mask_token_id, *(values[part] for values in (x, z, w, alpha, word)))

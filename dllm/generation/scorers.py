@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dllm.diffusion.edits import log_softplus
-from dllm.diffusion.uniform import CHUNK
 from dllm.generation.config import MDMGenerationConfig
 from dllm.generation.editing import EditedText
 from dllm.generation.graphs import GraphedForward
@@ -23,8 +22,10 @@ from dllm.model.transformer import Transformer
 from dllm_kernels import (
     Scores,
     Unmasked,
+    filter_logits,
     linear_token_scores,
     linear_topk_unmask,
+    slices_of_rows,
     token_scores,
     topk_unmask,
 )
@@ -391,13 +392,11 @@ def score_words(hidden: Tensor, weight: Tensor, given: Tensor, uniform: Tensor, 
         hidden: [M, D]. weight: [V, D]. given: [M, 2] int64. uniform: [M, 2].
     """
     words, logs = given.new_empty(len(given), 2), torch.empty(len(given), 4, dtype=torch.double, device=given.device)
-    size = max(1, CHUNK // len(weight))
-    for first in range(0, len(given), size):
-        part = slice(first, first + size)
+    for part in slices_of_rows(len(given), len(weight), given.device):
         logits = F.linear(hidden[part], weight).float()
         logits[:, mask_token_id] = -torch.inf
         best = logits.argmax(1, keepdim=True)
-        logits = keep_words(logits / (temperature or 1.0), top_k, top_p)
+        logits = filter_logits(logits / (temperature or 1.0), top_k, top_p)
         drawn = token_scores(logits, temperature=1.0 if temperature else 0.0, generator=uniform[part]).token
         words[part] = torch.cat((drawn.unsqueeze(1), best), 1)
         scored = torch.cat((given[part], words[part]), 1)
@@ -407,18 +406,6 @@ def score_words(hidden: Tensor, weight: Tensor, given: Tensor, uniform: Tensor, 
             logs[part] = torch.where(logits.isnan().any(1, keepdim=True), torch.nan,
                                      torch.where(scored == best, 0.0, -torch.inf))
     return words, logs
-
-
-def keep_words(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """Logits [M, V] with -inf where top-p, then top-k, drops a word, as in dllm_kernels."""
-    if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(dim=1, descending=True, stable=True)
-        before = F.pad(ordered.double().softmax(1).cumsum(1), (1, -1))
-        logits = logits.masked_fill(torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before > top_p),
-                                    -torch.inf)
-    if top_k is not None and top_k < logits.shape[1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    return logits
 
 
 def previous_token(places: Tensor, key_mask: Tensor | None) -> Tensor:

@@ -39,8 +39,7 @@ from dllm.model.weights import (
     to_published,
     write_folder,
 )
-
-SOFT_CHUNK = 1 << 23  # logits stored at a time
+from dllm_kernels import slices_of_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,10 +267,9 @@ class Transformer(nn.Module):
 
     def embed_softly(self, hidden: Tensor) -> Tensor:
         """The mean embedding of the words that hidden states [N, D] predict, [N, D]; [N, V] logits never exist."""
-        size = max(1, SOFT_CHUNK // self.config.vocab_size)
         embedding = self.model.embed_tokens.weight.to(hidden.dtype)
-        return torch.cat([F.linear(part, self.head_weight).float().softmax(-1).to(hidden.dtype) @ embedding
-                          for part in hidden.split(size)])
+        return torch.cat([F.linear(hidden[part], self.head_weight).float().softmax(-1).to(hidden.dtype) @ embedding
+                          for part in slices_of_rows(len(hidden), self.config.vocab_size, hidden.device)])
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | os.PathLike, dtype: torch.dtype | str | None = None,

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..chunks import WORKSPACE_BYTES, rows_of_chunk
+from ..chunks import slices_of_rows
 from .settings import Inputs, Results
 
 _SLAB = 8192  # words
@@ -17,7 +17,8 @@ _SLAB = 8192  # words
 
 def statistics(inputs: Inputs, uniform: Tensor, soft: bool) -> Results:
     """Of M positions; `uniform` [M] float64. The soft embedding multiplies the logits again."""
-    found = [_statistics(_part(inputs, rows), uniform[rows]) for rows in _chunks(inputs.hidden, len(inputs.weight))]
+    found = [_statistics(_part(inputs, rows), uniform[rows])
+             for rows in slices_of_rows(len(uniform), len(inputs.weight), uniform.device)]
     token, argmax, entropy, log_normaliser = map(torch.cat, zip(*found, strict=True))
     none = inputs.weight.new_empty(0)
     return Results(token, argmax, entropy, log_normaliser, soft_embedding(inputs, log_normaliser) if soft else none)
@@ -38,7 +39,7 @@ def _statistics(inputs: Inputs, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor
 def soft_embedding(inputs: Inputs, log_normaliser: Tensor) -> Tensor:
     """[M, D] in the dtype of the weight; `log_normaliser` [M] fp32."""
     soft = inputs.weight.new_empty(inputs.hidden.shape)
-    for rows in _chunks(inputs.hidden, _SLAB):
+    for rows in slices_of_rows(len(soft), _SLAB, soft.device):
         total = mass = 0
         for words, z in _slabs(_part(inputs, rows)):
             p = z.sub_(log_normaliser[rows].unsqueeze(1)).exp_()
@@ -61,8 +62,3 @@ def _slabs(inputs: Inputs) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _part(inputs: Inputs, rows: slice) -> Inputs:
     return inputs._replace(hidden=inputs.hidden[rows], temperature=inputs.temperature[rows])
-
-
-def _chunks(hidden: Tensor, words: int) -> list[slice]:
-    size = rows_of_chunk(len(hidden), 4 * words, WORKSPACE_BYTES.get(hidden.device.type, WORKSPACE_BYTES["cuda"]))
-    return [slice(start, start + size) for start in range(0, max(len(hidden), 1), size)]

@@ -25,11 +25,12 @@ from . import allowed as allowed_words
 from . import cpu, cuda, products, reference, vocabulary_parallel
 from . import random as random_numbers
 from .allowed import pack as pack_allowed
+from .reference import filter_logits
 from .selection import commit
 from .settings import CONFIDENCES, Rows, Sampling, Selection
 
-__all__ = ["Scores", "Unmasked", "linear_token_scores", "linear_topk_unmask", "pack_allowed", "philox_uniform",
-           "token_scores", "topk_unmask"]
+__all__ = ["Scores", "Unmasked", "filter_logits", "linear_token_scores", "linear_topk_unmask", "pack_allowed",
+           "philox_uniform", "token_scores", "topk_unmask"]
 
 
 _on_triton = triton_support.on_triton("topk_unmask", "score_rows")

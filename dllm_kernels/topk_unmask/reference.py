@@ -12,7 +12,7 @@ _CHUNK_BYTES = 256 << 20  # of logits at once
 
 
 def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """[M, V] with -inf where top-p, then top-k, drop a token.
+    """Logits [M, V], divided by the temperature, with -inf where top-p, then top-k, drop a token; None drops none.
 
     top_p drops a token if those before it, in falling order of probability and the lowest id first among equals, have
     more than top_p together. top_k drops the tokens below the k-th largest; its equals stay.

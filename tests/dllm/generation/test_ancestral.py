@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from dllm import MDMGenerationConfig, UserError
 from dllm.diffusion.uniform import Noise
 from dllm.evaluators.likelihood import masked_accuracy
-from dllm.generation import scorers
 from dllm.generation.ancestral import CORRECTION_PATIENCE, Patience, correct, step_ancestrally
 from dllm.generation.sampler import denoise
-from dllm.generation.scorers import keep_words, score_words
+from dllm.generation.scorers import score_words
 from dllm.generation.steps import Prediction, Step
+from dllm_kernels import chunks, filter_logits
 from tests.dllm.tiny_models import tiny
 from tests.dllm.training.test_uniform_training import make_model
 
@@ -75,11 +75,11 @@ def test_words_are_scored_as_by_their_definition_in_chunks_and_whole(settings, m
     given, uniform = torch.randint(5, V, (M, 2)), torch.rand(M, 2, dtype=torch.double)
     logits = hidden.double() @ weight.double().T
     logits[:, mask] = -torch.inf
-    kept = keep_words(logits / (settings["temperature"] or 1), settings["top_k"], settings["top_p"])
+    kept = filter_logits(logits / (settings["temperature"] or 1), settings["top_k"], settings["top_p"])
     logs = kept.log_softmax(1) if settings["temperature"] else torch.where(
         F.one_hot(logits.argmax(1), V).bool(), 0.0, -torch.inf)
-    for chunk in (1 << 20, 4 * V):
-        monkeypatch.setattr(scorers, "CHUNK", chunk)
+    for rows in (1 << 20, 4):
+        monkeypatch.setattr(chunks, "WORKSPACE_BYTES", {"cpu": rows * V * 4, "cuda": 0})
         words, found = score_words(hidden, weight, given, uniform, mask, **settings)
         assert torch.equal(words[:, 1], logits.argmax(1)) and (words != mask).all()
         cumulative = logs.exp().cumsum(1)

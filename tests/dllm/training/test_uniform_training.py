@@ -16,6 +16,7 @@ from dllm.model.families import FAMILIES, ModelConfig, read_config
 from dllm.model.growth import add_self_conditioning
 from dllm.training.batches import forward, make_batches, predicts_twice
 from dllm.training.trainer import train
+from dllm_kernels import chunks
 from tests.dllm.training.test_distributed import assert_close, read, run
 from tests.dllm.training.test_training_objectives import Conversations, gradients_of, make_dataset
 
@@ -63,7 +64,7 @@ def test_the_loss_does_not_depend_on_chunks_and_autocast_stays_near(monkeypatch)
     batch, = make_batches(make_dataset(longest=40), 0, range(8), 8, settings, 1, model)
     whole = forward(model, batch, CPU).loss
     gradient = gradients_of(whole, model)
-    monkeypatch.setattr(uniform, "CHUNK", 64 * 7)
+    monkeypatch.setattr(chunks, "WORKSPACE_BYTES", {"cpu": 64 * 7 * 4, "cuda": 0})
     stored, compute = [], uniform.score_noise
 
     def record(logits, *values):
