@@ -18,8 +18,7 @@ def rows_of_chunk(rows: int, bytes_of_row: int, room: int) -> int:
 
 
 def slices_of_rows(rows: int, words: int, device: torch.device) -> list[slice]:
-    """Slices of so many rows whose fp32 logits of `words` words fit the workspace of the device; of no rows an empty one.
-    """
+    """Slices of so many rows whose fp32 logits fit the workspace of the device; of no rows an empty one."""
     size = rows_of_chunk(rows, 4 * words, WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cuda"]))
     return [slice(start, start + size) for start in range(0, max(rows, 1), size)]
 

@@ -1,5 +1,6 @@
 """What a model needs before it denoises: settings that go together, its mask token and its ends of text."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 from itertools import pairwise
 
@@ -93,12 +94,16 @@ def check_blocks(config: MDMGenerationConfig, causal: bool) -> None:
                         f"{config.block_length}; choose one that does")
 
 
+def refuse(given: Mapping[str, object], why: str) -> None:
+    """Refuse the first setting that is given (is true), because it does not go with `why`."""
+    if name := next(filter(given.get, given), None):
+        raise UserError(f"{name} does not go with {why}; leave it out")
+
+
 def check_conditioned(config: MDMGenerationConfig, causal: bool) -> None:
-    refused = {"cache": config.cache != "none", "cuda_graphs": config.cuda_graphs, "block_causal": causal,
-               "expand_token_id": config.expand_token_id is not None}
-    for name in (name for name, given in refused.items() if given):
-        raise UserError(f"{name} does not go with self-conditioning, by which this model sees what the step before "
-                        "predicted at every position; leave it out")
+    refuse({"cache": config.cache != "none", "cuda_graphs": config.cuda_graphs, "block_causal": causal,
+            "expand_token_id": config.expand_token_id is not None},
+           "self-conditioning, by which this model sees what the step before predicted at every position")
 
 
 def check_ancestral(model: Transformer, config: MDMGenerationConfig, causal: bool) -> None:
@@ -106,10 +111,8 @@ def check_ancestral(model: Transformer, config: MDMGenerationConfig, causal: boo
     if share is None:
         raise UserError("alg ancestral needs a model that is trained on uniform words; train one by dllm train "
                         "train.objective=uniform, or choose another alg")
-    refused = {"block_causal": causal, **{name: getattr(config, name) for name in (
-        "block_length", "constraint", "stop_at_eos")}}
-    for name in (name for name, given in refused.items() if given):
-        raise UserError(f"{name} does not go with alg ancestral, which may change any token in any step; leave it out")
+    refuse({"block_causal": causal, "block_length": config.block_length, "constraint": config.constraint,
+            "stop_at_eos": config.stop_at_eos}, "alg ancestral, which may change any token in any step")
     if config.cfg_scale > 0 and share == 1:
         raise UserError("cfg_scale masks the prompt, and this model is trained on uniform words without masks; leave "
                         "it out")
@@ -120,9 +123,8 @@ def check_edits(model: Transformer, config: MDMGenerationConfig, causal: bool) -
     if heads is None:
         raise UserError("alg edit needs a model with heads for edits; train one by dllm train "
                         "train.objective=edit, or choose another alg")
-    for name in ("block_length", "constraint", "stop_at_eos", "cuda_graphs"):
-        if getattr(config, name):
-            raise UserError(f"{name} does not go with alg edit, whose tokens move; leave it out")
+    refuse({name: getattr(config, name) for name in ("block_length", "constraint", "stop_at_eos", "cuda_graphs")},
+           "alg edit, whose tokens move")
     if causal:
         raise UserError("alg edit changes a text anywhere, and this model sees whole blocks in their order; choose "
                         "a model without blocks")

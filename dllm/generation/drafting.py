@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dllm.errors import UserError
 from dllm.generation.canvas import block_length_of
-from dllm.generation.checks import find_ends
+from dllm.generation.checks import find_ends, refuse
 from dllm.generation.config import MDMGenerationConfig
 from dllm.generation.scorers import HeadScorer, score_by_head
 from dllm.generation.steps import Update
@@ -33,11 +33,9 @@ def plan_drafts(model: Transformer, config: MDMGenerationConfig) -> MDMGeneratio
         raise UserError("alg self_speculation needs a model whose tokens see nothing after themselves, with shifted "
                         "logits, as dllm train makes it of an autoregressive one by train.objective=block_diffusion "
                         "and train.causal_blocks=true; choose another alg")
-    for name, unused in (("cfg_scale", 0), ("constraint", None), ("cuda_graphs", False), ("cache", "none"),
-                         ("sub_block_length", None), ("window_blocks", 1)):
-        if getattr(config, name) != unused:
-            raise UserError(f"{name} does not go with alg self_speculation, which writes one token after the other and "
-                            "keeps their keys and values; leave it out, or choose another alg")
+    refuse({**{name: getattr(config, name) for name in ("cfg_scale", "constraint", "cuda_graphs", "sub_block_length")},
+            "cache": config.cache != "none", "window_blocks": config.window_blocks > 1},
+           "alg self_speculation, which writes one token after the other and keeps their keys and values")
     length = config.block_length or block_length_of(model) if config.draft_length is None else config.draft_length
     return replace(config, draft_length=length, block_length=None, blocks_from=None, block_causal=None)
 
