@@ -149,13 +149,19 @@ class Renoising:
             temperature=config.t_min + (config.t_max - config.t_min) * left / config.steps)
         token, argmax, entropy = (x.view(self.noisy.shape) for x in (found.token, found.argmax, found.entropy))
         self.soft = None if found.soft is None else found.soft.view(hidden.shape)
-        self._check_damage(entropy)
         accepted = accept_within_entropy(entropy, config.entropy_bound)
         self.noisy = torch.where(accepted, token, self._noise(uniform))
-        done = self._stopped(argmax, entropy) | (left == 1)
+        done, damaged = torch.stack((self._stopped(argmax, entropy), ~entropy.isfinite().all(1))).cpu()  # the one wait
+        self._check_damage(damaged)
+        if left == 1:
+            done = torch.ones_like(done)
         self.forwards, self.row_forwards = self.forwards + 1, self.row_forwards + len(argmax)
-        scored = self._write(number, argmax, -entropy, done)
-        self._keep(~done)
+        here = self._columns(number)
+        scored = torch.full_like(self.sure, -torch.inf)
+        scored[self.working, here] = confidence = -entropy
+        self.text[self.working, here], self.sure[self.working, here] = argmax, confidence
+        if done.any():
+            self._finish(number, done.to(argmax.device))
         return self._note(scored)
 
     def _stopped(self, argmax: Tensor, entropy: Tensor) -> Tensor:
@@ -168,25 +174,20 @@ class Renoising:
         self.argmaxes = [*before, argmax]
         return stable & (entropy.mean(1) < self.config.confidence_threshold)
 
-    def _write(self, number: int, argmax: Tensor, confidence: Tensor, done: Tensor) -> Tensor:
-        """Write the likeliest words of the working rows; those of rows that are `done` [R] stay, up to an end of text.
-
-        Returns: the confidences of this step [B, K C].
-        """
-        here = self._columns(number)
-        scored = torch.full_like(self.sure, -torch.inf)
-        scored[self.working, here] = confidence
-        is_end = torch.isin(argmax, self.ends)
-        after = (is_end.cumsum(1) - is_end.long() > 0) & done.unsqueeze(1)
-        self.text[self.working, here] = argmax.masked_fill(after, self.pad)
-        self.sure[self.working, here] = confidence.masked_fill(after, -torch.inf)
-        self.done[self.working[done], here] = True
-        place = torch.arange(number * self.length, (number + 1) * self.length, device=argmax.device)
-        self.written += int((done.unsqueeze(1) & ~after & (place < self.wanted[self.working].unsqueeze(1))).sum())
-        finished = done & (is_end.any(1) | (self.wanted[self.working] <= here.stop))
-        for row in self.working[finished].tolist():
+    def _finish(self, number: int, done: Tensor) -> None:
+        """Keep the words of the working rows that are `done` [R], up to an end of text, and leave these rows out of
+        further steps."""
+        rows, here = self.working[done], self._columns(number)
+        is_end = torch.isin(self.text[rows, here], self.ends)
+        after = is_end.cumsum(1) > is_end
+        self.text[rows, here] = self.text[rows, here].masked_fill(after, self.pad)
+        self.sure[rows, here] = self.sure[rows, here].masked_fill(after, -torch.inf)
+        self.done[rows, here] = True
+        place = torch.arange(here.start, here.stop, device=rows.device)
+        self.written += int((~after & (place < self.wanted[rows].unsqueeze(1))).sum())
+        for row in rows[is_end.any(1) | (self.wanted[rows] <= here.stop)].tolist():
             self._end(row)
-        return scored
+        self._keep(~done)
 
     def _end(self, row: int) -> None:
         """What is not written of a row is padding."""
@@ -195,8 +196,6 @@ class Renoising:
 
     def _keep(self, stay: Tensor) -> None:
         """Leave the working rows where `stay` [R] is False out of further steps."""
-        if bool(stay.all()):
-            return
         self.soft = None if self.soft is None else self.soft[stay]
         self.working, self.noisy, self.context = self.working[stay], self.noisy[stay], self.context.take(stay)
         self.argmaxes = [argmax[stay] for argmax in self.argmaxes]
@@ -208,10 +207,10 @@ class Renoising:
             self.history.append(tokens)
         return CanvasStep(self.steps - 1, tokens, self._shown(scored, nothing), self._shown(self.sure, nothing), None)
 
-    def _check_damage(self, entropy: Tensor) -> None:
-        if damaged := int((~entropy.isfinite()).sum()):
-            raise UserError(f"step {self.steps}: the model's logits at {damaged} positions are NaN or infinite: its "
-                            "weights are damaged, or too large for its dtype (try float32)")
+    def _check_damage(self, damaged: Tensor) -> None:
+        if damaged.any():
+            raise UserError(f"step {self.steps}: the model's logits in {int(damaged.sum())} texts are NaN or infinite: "
+                            "its weights are damaged, or too large for its dtype (try float32)")
 
     def drop(self, row: int) -> None:
         """Between two steps: end the text of a row, which costs nothing more."""
