@@ -221,6 +221,25 @@ def test_texts_are_sampled_as_if_nothing_were_kept(copy, name, tmp_path):
     assert torch.equal(batch[1], expected[0]) and torch.equal(batch[0, 4:], shorter[0])
 
 
+def test_fast_dllm_v2_fills_its_blocks_part_by_part(folders):
+    """Where confidences decide how many positions a step commits, in parts of 8, as its folder says."""
+    model, passes = DiffusionLM.from_pretrained(folders["fast-dllm-v2"]), []
+    settings = {"max_new_tokens": 40, "alg": "maskgit_plus", "threshold": 0.02, "output_history": True}
+    for parts in ({}, {"sub_block_length": 8}, {"sub_block_length": 32}):
+        out = model.diffusion_generate([5, 6, 7], **settings, **parts)
+        passes.append((out.sequences.tolist(), out.forwards))
+        ordered = all((canvas[0, 8:] == model.mask_token_id).all() or (canvas[0, :8] != model.mask_token_id).all()
+                      for canvas in out.history)
+        assert ordered == (parts != {"sub_block_length": 32})
+    assert passes[0] == passes[1] != passes[2]
+
+
+def test_nemotrons_blocks_are_not_denoised_together(folders):
+    model = DiffusionLM.from_pretrained(folders["nemotron"])
+    with pytest.raises(UserError, match="window_blocks lets blocks see unfinished ones before them.*; leave it out"):
+        model.diffusion_generate([5, 6, 7], max_new_tokens=40, alg="maskgit_plus", threshold=0.5, window_blocks=2)
+
+
 @pytest.mark.parametrize("name", NEWER)
 def test_gaps_are_filled(folders, name):
     model = DiffusionLM.from_pretrained(folders[name])
