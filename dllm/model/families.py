@@ -113,6 +113,10 @@ class ModelConfig:
         if self.borrowed and not self.source:
             raise UserError(f"model configuration: family {self.family!r} is none of {', '.join(FAMILIES)}; a model of "
                             "Transformers is made from its config.json")
+        for name in ("uniform_share", "edit_heads"):
+            if getattr(self, name) is not None and self.logit_softcap is not None:
+                raise UserError(f"model configuration: {name} needs a head without the soft cap {self.logit_softcap} "
+                                f"of {self.family}; remove {name}, or take another model")
         if self.borrowed and self.self_conditioning:
             raise UserError("model configuration: self_conditioning adds to embeddings of our own layers, and those "
                             f"of {self.family} are Transformers'; leave it out")

@@ -172,9 +172,9 @@ def build_model(config: Config, start: "Start", resumed: Checkpoint | None, worl
             for name, parameter in model.named_parameters():
                 if name.startswith(("insert_head.", "rate_head.", "self_condition.")):  # an adapter would not do
                     parameter.requires_grad_(True)  # for new ones
-    if config.train.objective == "uniform" and (model.head_bias is not None or model_config.logit_softcap is not None):
-        raise UserError(f"train.objective=uniform computes the loss of a plain head, and that of {model_config.family} "
-                        "has a bias or a soft cap; choose another objective, or another model")
+    if config.train.objective == "uniform" and model.head_bias is not None:
+        raise UserError(f"train.objective=uniform computes the loss of a head without a bias, and {model_config.family} "
+                        "has one; choose another objective, or another model")
     if folder is not None:
         model.adopt(folder, model_config.mask_token_id)
     if model_config.num_attention_heads % world.sequence_size:

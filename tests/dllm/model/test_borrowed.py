@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -207,10 +208,13 @@ def test_other_models_are_adapted_used_and_served(make, corpus, functions, tmp_p
     assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] > 0
 
 
-def test_uniform_words_need_a_plain_head(make, corpus, functions, tmp_path):
-    folder = make("gemma3_text", vocab_size=320)
+@pytest.mark.parametrize("name, reason", [
+    ("gemma3_text", "uniform_share needs a head without the soft cap 5.0 of gemma3_text"),
+    ("phi", "objective=uniform computes the loss of a head without a bias, and phi has one")])
+def test_uniform_words_need_a_plain_head(make, corpus, functions, tmp_path, name, reason):
+    folder = make(name, vocab_size=320)
     make_tokenizer(functions).save_pretrained(folder)
-    with pytest.raises(UserError, match="objective=uniform computes the loss of a plain head, and that of gemma3_text"):
+    with pytest.raises(UserError, match=reason):
         train(Config(model=ModelGroup(model_path=str(folder)), data=DataGroup(train_path=str(corpus), max_seq_len=32),
                      train=TrainGroup(output_dir=str(tmp_path / "run"), objective="uniform", device="cpu", max_steps=1,
                                       use_tensorboard=False, precision="fp32")))
@@ -231,6 +235,16 @@ class TestHeads:
         exact = (5 * torch.tanh(model.hidden_states(canvas)[0, -2] @ model.head_weight.T / 5)).softmax(-1)
         assert int(step.tokens[0, -1]) == int(exact.argmax())
         assert_close(step.confidence[0, -1], exact.max())
+
+    @torch.no_grad()
+    def test_a_soft_cap_shapes_what_drafts_are_verified_by(self, make):
+        model = load(make("gemma3_text"))
+        model.config = replace(model.config, block_causal=True, block_length=4, causal_blocks=True)
+        out = model.diffusion_generate(draw(1, 6), max_new_tokens=8, alg="self_speculation", temperature=1.0, seed=3)
+        logits = model.logits(model.hidden_states(out.sequences, Padded(block_length=1)))[0, 5:-1]
+        logits[:, 99] = -torch.inf
+        chosen = logits.softmax(-1).gather(1, out.sequences[0, 6:, None]).squeeze(1)
+        assert_close(out.confidence[0, 6:], chosen, rtol=1e-4, atol=1e-5)
 
     @torch.no_grad()
     def test_a_bias_is_learnt_grows_and_decides_tokens(self, make):
@@ -280,6 +294,8 @@ class TestRefusals:
         ({"num_hidden_layers": "two"}, "Transformers cannot read it as olmo2 .*; correct the file"),
         ({"eos_token_id": "end"}, "eos_token_id must be a whole number"),
         ({"mask_token_id": 1000}, "mask_token_id 1000 is outside the vocabulary of 100"),
+        ({"model_type": "gemma2", "final_logit_softcapping": 5.0, "uniform_share": 1}, "uniform_share needs a head "
+                                                                                       "without the soft cap 5.0"),
         ({"self_conditioning": True}, "self_conditioning adds to embeddings of our own layers, and those of olmo2"),
         ({"hidden_size": 64}, r"the parameters are not those of config.json. .*of another shape: lm_head\.weight")],
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
