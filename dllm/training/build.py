@@ -173,7 +173,7 @@ def build_model(config: Config, start: "Start", resumed: Checkpoint | None, worl
                 if name.startswith(("insert_head.", "rate_head.", "self_condition.")):  # an adapter would not do
                     parameter.requires_grad_(True)  # for new ones
     if config.train.objective == "uniform" and model.head_bias is not None:
-        raise UserError(f"train.objective=uniform computes the loss of a head without a bias, and {model_config.family} "
+        raise UserError(f"train.objective=uniform computes the loss of a head without bias, and {model_config.family} "
                         "has one; choose another objective, or another model")
     if folder is not None:
         model.adopt(folder, model_config.mask_token_id)

@@ -210,7 +210,7 @@ def test_other_models_are_adapted_used_and_served(make, corpus, functions, tmp_p
 
 @pytest.mark.parametrize("name, reason", [
     ("gemma3_text", "uniform_share needs a head without the soft cap 5.0 of gemma3_text"),
-    ("phi", "objective=uniform computes the loss of a head without a bias, and phi has one")])
+    ("phi", "objective=uniform computes the loss of a head without bias, and phi has one")])
 def test_uniform_words_need_a_plain_head(make, corpus, functions, tmp_path, name, reason):
     folder = make(name, vocab_size=320)
     make_tokenizer(functions).save_pretrained(folder)
