@@ -145,7 +145,8 @@ class Renoising:
         hidden = model.decode(self.noisy, self.context, self.soft)
         uniform = self._draw(number, index + 1)
         found = linear_denoiser_statistics(
-            hidden, model.head_weight, None, softcap=model.softcap, soft=left > 1, generator=uniform.flatten(0, 1),
+            hidden, model.head_weight, None, softcap=model.config.logit_softcap, soft=left > 1,
+            generator=uniform.flatten(0, 1),
             temperature=config.t_min + (config.t_max - config.t_min) * left / config.steps)
         token, argmax, entropy = (x.view(self.noisy.shape) for x in (found.token, found.argmax, found.entropy))
         self.soft = None if found.soft is None else found.soft.view(hidden.shape)

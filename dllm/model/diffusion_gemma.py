@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dllm.errors import UserError, warn
 from dllm.files import read_json
+from dllm.model.borrowed import cap
 from dllm.model.devices import find_device, find_dtype, own_dtype
 from dllm.model.families import ModelConfig
 from dllm.model.gemma_config import IMAGE_TOKENS, read_gemma_config, their_config
@@ -211,11 +212,6 @@ class DiffusionGemma(nn.Module):
         return self.model.decoder.layers
 
     @property
-    def softcap(self) -> float | None:
-        """Logits are softcap * tanh(hidden @ head_weight.T / softcap)."""
-        return self.config.logit_softcap
-
-    @property
     def device(self) -> torch.device:
         return self.head_weight.device
 
@@ -230,7 +226,7 @@ class DiffusionGemma(nn.Module):
         """Logits [B, L, V], fp32, of the encoder: an autoregressive model, whose position i is about token i + 1."""
         layout = Padded(None if attention_mask is None else attention_mask.bool(), block_length=1)
         logits = F.linear(self.hidden_states(input_ids, layout), self.head_weight).float()
-        return ModelOutput(logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap)
+        return ModelOutput(cap(logits, self.config.logit_softcap))
 
     def hidden_states(self, input_ids: Tensor, layout: Layout) -> Tensor:
         """The encoder's hidden states after the final norm [B, L, D], or [B, Q, D] of the layout's queries.

@@ -281,7 +281,8 @@ def forward_canvases(model: DiffusionGemma, input_ids: Tensor, targets: CanvasTa
     context, before = Context(whole=True), places < targets.start.unsqueeze(1)
     encoded = model.encode(input_ids, context, places < targets.lengths.unsqueeze(1))
     decoded = model.decode(targets.noisy, context, condition(model, context, before, targets), before)
-    return sum_canvas_losses(decoded, encoded, model.head_weight, input_ids, targets, softcap=model.softcap)
+    return sum_canvas_losses(decoded, encoded, model.head_weight, input_ids, targets,
+                             softcap=model.config.logit_softcap)
 
 
 def condition(model: DiffusionGemma, context: Context, before: Tensor, targets: CanvasTargets) -> Tensor:
@@ -295,7 +296,7 @@ def condition(model: DiffusionGemma, context: Context, before: Tensor, targets: 
     rows = conditioned if len(conditioned) else conditioned.new_zeros(1)
     with torch.no_grad():
         hidden = model.decode(targets.noisy[rows], context.take(rows), None, before[rows])
-    words = MeanEmbedding.apply(hidden.flatten(0, 1), weight, model.softcap).view_as(hidden)
+    words = MeanEmbedding.apply(hidden.flatten(0, 1), weight, model.config.logit_softcap).view_as(hidden)
     return soft.index_copy(0, conditioned, words[:len(conditioned)].to(soft.dtype))
 
 

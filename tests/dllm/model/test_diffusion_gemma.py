@@ -36,7 +36,8 @@ def recorded(goldens, request):
 
 
 def logits(model, hidden):
-    return torch.tanh(F.linear(hidden, model.head_weight) / model.softcap) * model.softcap
+    cap = model.config.logit_softcap
+    return torch.tanh(F.linear(hidden, model.head_weight) / cap) * cap
 
 
 def soft(model, logits):

@@ -3,13 +3,14 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from dllm import DiffusionLM, UserError
-from dllm.config.schema import Config, DataGroup, ModelGroup, TrainGroup
+from dllm.config.schema import ModelGroup, TrainGroup
 from dllm.data import PackedDataset
 from dllm.model.growth import add_edit_heads
 from dllm.training.batches import forward, make_batches
@@ -22,16 +23,8 @@ SOURCES = [{}, {"edit_source": "masks", "edit_source_length": 5}, {"edit_source"
 
 
 @pytest.fixture
-def make_config(corpus, tmp_path):
-    def make(**train_keys) -> Config:
-        keys = {"output_dir": str(tmp_path / "run"), "objective": "edit", "lr": 3e-3, "micro_batch_size": 4,
-                "max_steps": 8, "save_steps": 4, "num_train_epochs": 100, "device": "cpu", "use_tensorboard": False,
-                "precision": "fp32", **train_keys}
-        model = ModelGroup(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                           num_attention_heads=2, num_key_value_heads=1)
-        return Config(model=model, data=DataGroup(train_path=str(corpus), max_seq_len=48, validation_share=0.1),
-                      train=TrainGroup(**keys))
-    return make
+def make_config(make_short_run):
+    return partial(make_short_run, objective="edit", max_steps=8, save_steps=4)
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=str)

@@ -3,13 +3,14 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from dllm import DiffusionLM, UserError
-from dllm.config.schema import Config, DataGroup, ModelGroup, TrainGroup
+from dllm.config.schema import ModelGroup, TrainGroup
 from dllm.data import PackedDataset
 from dllm.diffusion import uniform
 from dllm.model.families import FAMILIES, ModelConfig, read_config
@@ -151,16 +152,8 @@ def make_and_save(folder):
 
 
 @pytest.fixture
-def make_config(corpus, tmp_path):
-    def make(**train_keys) -> Config:
-        keys = {"output_dir": str(tmp_path / "run"), "objective": "uniform", "lr": 3e-3, "micro_batch_size": 4,
-                "max_steps": 4, "save_steps": 2, "num_train_epochs": 100, "device": "cpu", "use_tensorboard": False,
-                "precision": "fp32", **train_keys}
-        model = ModelGroup(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                           num_attention_heads=2, num_key_value_heads=1)
-        return Config(model=model, data=DataGroup(train_path=str(corpus), max_seq_len=48, validation_share=0.1),
-                      train=TrainGroup(**keys))
-    return make
+def make_config(make_short_run):
+    return partial(make_short_run, objective="uniform", max_steps=4, save_steps=2)
 
 
 def test_a_toy_is_learnt_and_sampled_and_corrections_mend_what_is_wrong(tmp_path):
